@@ -1,0 +1,26 @@
+# Every target only wraps what the README shows as plain pip and snakemake commands.
+PYTHON ?= python3
+CORES ?= all
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: env study report test clean
+
+env: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[workflow,dev]"
+	touch $@
+
+study: env ## STUDY=nuclei runs another study than the default of config.yaml
+	snakemake --cores $(CORES) $(if $(STUDY),--config study=$(STUDY))
+
+report: env
+	snakemake --report report.html $(if $(STUDY),--config study=$(STUDY))
+
+test: env
+	pytest -n 2
+
+clean: ## everything that can be made again, except the environment
+	rm -rf data results logs report.html .snakemake

@@ -1,0 +1,3 @@
+"""Graph relation distillation for biomedical instance segmentation."""
+
+__version__ = "0.1.0"

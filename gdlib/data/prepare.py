@@ -1,0 +1,170 @@
+"""Turn a data source into the three sample files; every image is checked, and one bad image means no file at all."""
+
+import contextlib
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from skimage.segmentation import relabel_sequential
+
+from gdlib import io
+from gdlib.data.files import SPLITS
+from gdlib.io import DataError, Sample
+from gdlib.registry import SOURCES
+
+
+def prepare(
+    source: str,
+    options: Mapping[str, Any],
+    root: Path | str | None,
+    outputs: Mapping[str, Path | str],
+    min_size: Sequence[int],
+    channels: int,
+) -> dict[str, dict[str, Any]]:
+    """Write the train, val and test samples of a data source, all three or none, and print a line about each.
+
+    Images of 8 and 16 bits may be mixed in one dataset: networks see each image normalised by its own percentiles, so
+    that its scale does not matter. The types are counted, printed and stored, for a mixture may be a slip of an export.
+
+    Args:
+        source: name of a data source.
+        options: its keyword arguments.
+        root: folder of the raw data; None for synthetic data.
+        outputs: `train`, `val` and `test` -> `.h5` file; files that are there are replaced, or removed on failure.
+        min_size: n smallest side lengths in pixels, usually the patch; its length says whether the data are 2D or 3D.
+        channels: of every image.
+
+    Returns:
+        For each split the file attributes: `samples`, `instances`, `empty_labels`, `types`, `sha256` (of names and
+        content), `source`, `options`, `provenance`, `channels`, `axes`, `split`.
+
+    Raises:
+        DataError: for input that cannot be used.
+    """
+    SOURCES.check(source, dict(options))
+    if set(outputs) != set(SPLITS):
+        raise DataError(f"outputs: there must be one file each for {', '.join(SPLITS)}, not for {', '.join(outputs)}")
+    for path in outputs.values():
+        Path(path).unlink(missing_ok=True)
+    read = SOURCES.get(source)
+    splits = read(None if root is None else Path(root), **options)
+    fixed = {
+        "source": source,
+        "options": dict(options),
+        "provenance": " ".join((sys.modules[read.__module__].__doc__ or "").strip().split("\n\n")[0].split()),
+        "channels": channels,
+        "axes": "C" + "ZYX"[-len(min_size) :],
+    }
+    summary = {}
+    seen: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        for split in SPLITS:
+            temporary = stack.enter_context(io.atomic(outputs[split]))
+            tally = _Tally()
+            checked = _checked(splits[split], split, seen, channels, min_size)
+            io.write_samples(temporary, tally.count(checked), split=split, **fixed)
+            if not tally.samples:
+                raise DataError(f'data source "{source}": split "{split}" has no image; check the split lists')
+            with h5py.File(temporary, "r+", libver="latest") as file:
+                file.attrs.update(tally.attrs())
+            summary[split] = {**fixed, "split": split, **tally.attrs()}
+            print(f"{source} {split}: {tally}")
+    return summary
+
+
+def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Sample:
+    """Return a sample that keeps the file contract, or raise `DataError`.
+
+    Args:
+        sample: image (C, [Z,] Y, X) of any real type, label ([Z,] Y, X) of any integer type, not negative. A label
+            without an instance is fine.
+        channels: C expected.
+        min_size: n smallest side lengths in pixels, n = 2 or 3.
+
+    Returns:
+        The sample with its label numbered 1, 2, ... in uint32 and its image in uint8, uint16 or, from any other type,
+        float32.
+    """
+    image, label = (array.astype(array.dtype.newbyteorder("="), copy=False) for array in (sample.image, sample.label))
+    name = sample.attrs.get("source", sample.id)
+    if not sample.id or "/" in sample.id:
+        raise DataError(f'{name}: the sample name "{sample.id}" is empty or has a "/"; rename the file')
+    if image.shape[0] != channels:
+        raise DataError(
+            f"{name}: the image has {image.shape[0]} channels, but the dataset says {channels}; "
+            "convert the image or correct `channels`"
+        )
+    if image.shape[1:] != label.shape:
+        raise DataError(
+            f"{name}: the image has {image.shape[1:]} pixels, its label {label.shape}; give both the same shape"
+        )
+    if label.ndim != len(min_size):
+        raise DataError(f"{name}: the image has {label.ndim} axes, but the dataset {len(min_size)}; convert the image")
+    if any(side < least for side, least in zip(label.shape, min_size, strict=True)):
+        raise DataError(
+            f"{name}: the image of {label.shape} pixels is smaller than the patch {tuple(min_size)}; "
+            "choose a smaller patch or leave the image out"
+        )
+    if not np.issubdtype(label.dtype, np.integer):
+        raise DataError(f"{name}: the label has type {label.dtype}; store it as integers, one number per instance")
+    if label.min() < 0:
+        raise DataError(f"{name}: the label has negative numbers; use 0 for background and number instances from 1")
+    if image.dtype.kind not in "uif":
+        raise DataError(f"{name}: the image has type {image.dtype}; store it as 8-bit, 16-bit or float intensities")
+    if image.dtype not in (np.uint8, np.uint16):
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is told next
+            image = image.astype(np.float32)
+        if not np.isfinite(image).all():
+            raise DataError(f"{name}: the image has NaN or infinite pixels; replace them by numbers")
+    return replace(sample, image=image, label=relabel_sequential(label)[0].astype(np.uint32))
+
+
+def _checked(
+    samples: Iterable[Sample], split: str, seen: dict[str, str], channels: int, min_size: Sequence[int]
+) -> Iterator[Sample]:
+    for sample in samples:
+        # A name in two splits would be an image that is both trained and tested on.
+        if sample.id in seen:
+            raise DataError(f'"{sample.id}" is in split {seen[sample.id]} and again in {split}; name each image once')
+        seen[sample.id] = split
+        yield check_sample(sample, channels, min_size)
+
+
+class _Tally:
+    """Counts samples on their way to the file."""
+
+    def __init__(self) -> None:
+        self.samples = self.instances = self.empty = 0
+        self.types: Counter[str] = Counter()
+        self.hash = hashlib.sha256()
+
+    def count(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            instances = int(sample.label.max())
+            self.samples += 1
+            self.instances += instances
+            self.empty += instances == 0
+            self.types[str(sample.image.dtype)] += 1
+            self.hash.update(f"{sample.id} {sample.image.dtype} {sample.image.shape}\n".encode())
+            for array in (sample.image, sample.label):
+                self.hash.update(np.ascontiguousarray(array).data)
+            yield sample
+
+    def attrs(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "instances": self.instances,
+            "empty_labels": self.empty,
+            "types": ", ".join(f"{name}: {count}" for name, count in sorted(self.types.items())),
+            "sha256": self.hash.hexdigest(),
+        }
+
+    def __str__(self) -> str:
+        types = ", ".join(f"{count} {name}" for name, count in sorted(self.types.items()))
+        return f"{self.samples} images ({types}), {self.instances} instances, {self.empty} empty labels"

@@ -1,0 +1,103 @@
+"""The memory bank: a ring of what the teacher said about recent images.
+
+It stores *records*, not feature maps: by the Gram identity (`ops.gram`) an inter-image term needs one D x D matrix of an image,
+which is 1 KiB instead of the 19 MiB of a 544 x 544 map of 16 channels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+Memory = dict[str, Tensor]
+
+
+class MemoryBank(nn.Module):
+    """Ring buffer of per-image records; part of the resumable state.
+
+    Args:
+        capacity: entries kept (the paper's K).
+        sample_size: entries compared per step (the paper's L).
+        seed: with the step number, decides which entries are sampled.
+        original_ring: PAPER: reproduce the original code's bank, which enqueues before it samples, so that images are compared
+            with themselves, writes its last slot twice per cycle of capacity + 1, and after each wrap samples only from as many
+            entries as were written since. Off: a ring that always returns min(sample_size, filled) entries and never one of the
+            current images.
+    """
+
+    def __init__(self, *, capacity: int = 32, sample_size: int = 12, seed: int = 0, original_ring: bool = False) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.sample_size = sample_size
+        self.seed = seed
+        self.original_ring = original_ring
+        self.register_buffer("ids", torch.full((capacity,), -1, dtype=torch.int64))
+        self.register_buffer("written", torch.zeros((), dtype=torch.int64))
+        self.records: Memory = {}
+
+    def sample(self, current: Tensor, step: int) -> Memory:
+        """Draw entries uniformly without replacement, none of the `current` images.
+
+        Args:
+            current: (B,) ids of the images of this step.
+            step: number of the step.
+
+        Returns:
+            Every record, as (L, ...), and `valid` (L,) boolean: fewer than L entries may qualify. Empty before the first record.
+        """
+        if not self.records:
+            return {}
+        allowed = self.ids >= 0
+        if self.original_ring:
+            since_wrap = self.written % (self.capacity + 1)
+            limit = since_wrap if since_wrap < self.sample_size else self.capacity
+            allowed &= torch.arange(self.capacity, device=self.ids.device) < limit
+        else:
+            allowed &= ~torch.isin(self.ids, current)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        order = torch.rand(self.capacity, generator=generator).to(self.ids.device).masked_fill(~allowed, -1.0)
+        score, chosen = order.topk(min(self.sample_size, self.capacity))
+        memory = {name: record[chosen] for name, record in self.records.items()}
+        memory["valid"] = score >= 0
+        return memory
+
+    def enqueue(self, current: Tensor, records: Memory) -> None:
+        """Store the records of the current images over the oldest entries.
+
+        Args:
+            current: (B,) ids.
+            records: name to (B, ...).
+        """
+        for name, record in records.items():
+            if name not in self.records:
+                self.records[name] = record.new_zeros(self.capacity, *record.shape[1:])
+        cycle = self.capacity + 1 if self.original_ring else self.capacity
+        kept = slice(max(0, len(current) - self.capacity), None)
+        position = (self.written + torch.arange(len(current), device=self.ids.device))[kept] % cycle
+        slot = position.clamp(max=self.capacity - 1)
+        self.ids[slot] = current[kept]
+        for name, record in records.items():
+            self.records[name][slot] = record[kept]
+        self.written += len(current)
+
+    def get_extra_state(self) -> Memory:
+        """Return the records, for `state_dict`."""
+        return dict(self.records)
+
+    def set_extra_state(self, state: Memory) -> None:
+        """Take the records of `get_extra_state` back."""
+        self.records = dict(state)
+
+
+def mean_record(memory: Memory, name: str, weight: Tensor | None = None) -> Tensor | None:
+    """Mean of one record over the sampled entries, or None when nothing was sampled.
+
+    Args:
+        memory: from `MemoryBank.sample`.
+        name: which record.
+        weight: (L,) extra weights; by default every valid entry counts the same.
+    """
+    if name not in memory:
+        return None
+    valid = memory["valid"].to(memory[name].dtype)
+    weight = valid if weight is None else weight * valid
+    total = torch.tensordot(weight, memory[name], dims=1)
+    return total / valid.sum().clamp(min=1)

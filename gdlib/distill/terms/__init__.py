@@ -1,0 +1,1 @@
+"""Loss terms, one per file: a pure function with the formula, and a small class that says where its inputs come from."""

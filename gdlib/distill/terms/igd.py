@@ -1,0 +1,145 @@
+"""IGD, instance graph distillation: nodes are mean embeddings of instances, edges their cosine similarities."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdlib import ops
+from gdlib.distill import Term, Truth, View
+
+__all__ = ["IGD"]
+
+
+def node_loss(student: Tensor, teacher: Tensor, image: Tensor, batch: int, power: int = 2) -> Tensor:
+    """`mean_b mean_i ||v_i^S - v_i^T||^power` over the instances i of each image b.
+
+    Args:
+        student: (N, D) nodes.
+        teacher: (N, D), no gradient.
+        image: (N,) image of each node.
+        batch: number of images; one without instances counts as 0.
+        power: 2 is the paper's formula. PAPER: the original code takes the norm without the square, power 1.
+    """
+    squared = (student - teacher).square().sum(1)
+    if power == 1:  # the root has no gradient at 0
+        squared = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
+    return ops.mean_per_image(squared, image, batch).mean()
+
+
+def edge_loss(student: Tensor, teacher: Tensor, image: Tensor, batch: int) -> Tensor:
+    """`mean_b 1/N_b^2 sum_ij (s_i . s_j - t_i . t_j)^2` over all pairs of instances of the same image.
+
+    By Gram matrices over the vector dimension, `||S^T S||^2 - 2 ||S^T T||^2 + ||T^T T||^2`, so that a ragged batch needs neither
+    a loop nor padding.
+
+    Args:
+        student: (N, D) nodes of length one.
+        teacher: (N, D), likewise, no gradient.
+        image: (N,) image of each node.
+        batch: number of images.
+    """
+    both = torch.cat([student, teacher], 1)
+    g = ops.node_grams(both.double(), image, batch)  # differences of near-equal sums: float64, on D x D matrices only
+    d = student.shape[1]
+    ss, st, tt = g[:, :d, :d], g[:, :d, d:], g[:, d:, d:]
+    squares = (ss.square() - 2 * st.square() + tt.square()).sum((1, 2))
+    return squares.mean().to(student.dtype)
+
+
+def edge_inter_loss(student: Tensor, teacher: Tensor, image: Tensor, batch: int, memory_gram: Tensor) -> Tensor:
+    """`mean_b mean_l mean_(i, j) (s_i . y_lj - t_i . y_lj)^2` with the teacher nodes y_l of each sampled memory image l.
+
+    Args:
+        student: (N, D) nodes of length one.
+        teacher: (N, D), likewise, no gradient.
+        image: (N,) image of each node.
+        batch: number of images.
+        memory_gram: (D, D) mean over l of `1/K_l sum_j y_lj y_lj^T`, or (batch, D, D) with a weight per image in it.
+
+    Reference: arXiv 2401.06370, inter-image L_edge; both graphs are compared with the teacher's memory.
+    """
+    return (ops.node_grams(student - teacher, image, batch) * memory_gram).sum((1, 2)).mean()
+
+
+class IGD(Term):
+    """Instance graph distillation, one part of it.
+
+    Args:
+        part: `nodes` or `edges`.
+        memory: compare with nodes of the memory bank (edges only) instead of within the image.
+        power: exponent of the node distance; see `node_loss`.
+        background: PAPER: make the background a node too, as the original 3D code does.
+        detach_norm: PAPER: treat the norm in the cosine of an edge as a constant, as the original code does; same value, other
+            gradient.
+        accumulate: PAPER: weigh the sampled memory images as the original code does, whose node list grows inside its loop: the
+            l-th image gets `2 N_b / (N_b + sum_(k<l) K_k)` instead of 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        part: Literal["nodes", "edges"] = "edges",
+        memory: bool = False,
+        power: int = 2,
+        background: bool = False,
+        detach_norm: bool = False,
+        accumulate: bool = False,
+    ) -> None:
+        super().__init__(memory)
+        if part not in ("nodes", "edges") or (part == "nodes" and memory) or power not in (1, 2):
+            raise ValueError(
+                f'igd: part "{part}" with memory {memory} and power {power}: part is "nodes" (within the image only; '
+                'power 1 or 2) or "edges"'
+            )
+        self.part = part
+        self.power = power
+        self.background = background
+        self.detach_norm = detach_norm
+        self.accumulate = accumulate
+
+    def _graph(self, view: View) -> tuple[Tensor, ops.Instances]:
+        if self.background:
+            instances = view.truth.instances_and_background
+            return ops.pool_instances(view.rows, instances), instances
+        return view.nodes, view.truth.instances
+
+    def _unit(self, nodes: Tensor) -> Tensor:
+        if self.detach_norm:
+            return nodes / (nodes.norm(dim=1, keepdim=True).detach() + 1e-8)
+        return F.normalize(nodes, dim=1)
+
+    def record(self, teacher: View) -> dict[str, Tensor]:
+        """Keep the Gram matrix of each image's unit nodes, and their number."""
+        nodes, instances = self._graph(teacher)
+        return {
+            f"igd_gram_{self.background:d}": ops.node_grams(self._unit(nodes), instances.image, instances.batch),
+            f"igd_count_{self.background:d}": instances.per_image.float(),
+        }
+
+    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+        """Return the scalar loss; a differentiable 0 without instances or memory."""
+        nodes, instances = self._graph(student)
+        nodes_teacher, _ = self._graph(teacher)
+        where = (instances.image, instances.batch)
+        if self.part == "nodes":
+            return node_loss(nodes, nodes_teacher, *where, power=self.power)
+        if not self.memory:
+            return edge_loss(self._unit(nodes), self._unit(nodes_teacher), *where)
+        if f"igd_gram_{self.background:d}" not in memory:
+            return nodes.sum() * 0
+        gram = self._memory_gram(memory, instances)
+        return edge_inter_loss(self._unit(nodes), self._unit(nodes_teacher), *where, gram)
+
+    def _memory_gram(self, memory: dict, instances: ops.Instances) -> Tensor:
+        gram = memory[f"igd_gram_{self.background:d}"]
+        count = memory[f"igd_count_{self.background:d}"]
+        weight = (memory["valid"] & (count > 0)).float()
+        if self.accumulate:
+            count = count * weight
+            before = count.cumsum(0) - count
+            mine = instances.per_image.float()[:, None]
+            share = 2 * mine / (mine + before).clamp(min=1) * weight
+            return torch.einsum("bl,lde->bde", share, gram) / len(weight)
+        return torch.tensordot(weight, gram, dims=1) / weight.sum().clamp(min=1)

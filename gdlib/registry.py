@@ -1,0 +1,94 @@
+"""Find plug-ins (data sources, networks, loss terms) by name without importing them.
+
+The file name is the name: `gdlib/models/resunet.py` is the network `resunet`. A plug-in file lists exactly one public
+object in `__all__`: a class or a function. A plug-in that lives elsewhere is named `package.module:Object`.
+"""
+
+import ast
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+
+class UnknownName(ValueError):
+    """A name that no plug-in, option or catalogue entry has; the message carries the nearest valid one."""
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """Say which valid name was probably meant.
+
+    >>> nearest("resnet", ["resunet", "enet"])
+    'did you mean "resunet"?'
+    """
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f'did you mean "{close[0]}"?' if close else f"valid names: {', '.join(sorted(valid))}"
+
+
+class Registry:
+    """The plug-ins of one package.
+
+    Args:
+        package: dotted name of the package whose files are the plug-ins.
+        kind: what one plug-in is called in messages, e.g. `"network"`.
+    """
+
+    def __init__(self, package: str, kind: str) -> None:
+        self.package = package
+        self.kind = kind
+        self.folder = Path(__file__).parent.joinpath(*package.split(".")[1:])
+
+    def names(self) -> list[str]:
+        """Return the names of all plug-ins, from the file stems alone."""
+        return sorted(path.stem for path in self.folder.glob("*.py") if not path.stem.startswith("_"))
+
+    def check(self, name: str, options: dict[str, Any] | None = None) -> None:
+        """Raise `UnknownName` unless the plug-in exists and takes these options. Imports nothing.
+
+        A plug-in named `package.module:Object` is checked when it is loaded.
+        """
+        if ":" in name:
+            return
+        if name not in self.names():
+            raise UnknownName(f'there is no {self.kind} "{name}": {nearest(name, self.names())}')
+        valid = self.parameters(name)
+        for option in options or {}:
+            if option not in valid:
+                raise UnknownName(f'{self.kind} "{name}" has no option "{option}": {nearest(option, valid)}')
+
+    def parameters(self, name: str) -> list[str]:
+        """Return the option names of a plug-in: its keyword-only parameters, read from the source text."""
+        tree = ast.parse((self.folder / f"{name}.py").read_text())
+        public = _public_name(tree)
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == public:
+                return [argument.arg for argument in node.args.kwonlyargs]
+            if isinstance(node, ast.ClassDef) and node.name == public:
+                for item in node.body:
+                    if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                        return [argument.arg for argument in item.args.kwonlyargs]
+        return []
+
+    def get(self, name: str) -> Any:
+        """Import one plug-in and return its public object."""
+        if ":" in name:
+            module_name, _, attribute = name.partition(":")
+            try:
+                return getattr(importlib.import_module(module_name), attribute)
+            except (ImportError, AttributeError) as error:
+                raise UnknownName(f'cannot load {self.kind} "{name}": {error}') from error
+        self.check(name)
+        module = importlib.import_module(f"{self.package}.{name}")
+        return getattr(module, module.__all__[0])
+
+
+def _public_name(tree: ast.Module) -> str:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return str(ast.literal_eval(node.value)[0])
+    raise UnknownName("a plug-in file needs `__all__` with exactly one name")
+
+
+SOURCES = Registry("gdlib.data.sources", "data source")
+NETWORKS = Registry("gdlib.models", "network")
+TERMS = Registry("gdlib.distill.terms", "loss term")

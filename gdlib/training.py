@@ -1,0 +1,352 @@
+"""The one training loop, for teachers and students, in 2D and 3D: a teacher is a run without distillation terms."""
+
+import contextlib
+import hashlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gdlib import __version__, io
+from gdlib.config import Recipe, RunSpec
+from gdlib.data import PatchSampler
+from gdlib.distill import Batch, Distiller, build_term
+from gdlib.distill.bank import MemoryBank
+from gdlib.inference import Predictor, choose_device, choose_precision
+from gdlib.metrics import is_better
+from gdlib.models import build
+from gdlib.segmentation import DEFAULTS, score, tune
+
+HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
+LOG_EVERY = 10  # steps; losses are averaged over them, so that nothing waits for the device at every step
+INTERRUPTED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL)
+
+
+class Interrupted(SystemExit):
+    """The run was told to stop; its state is saved and the same command goes on from there."""
+
+
+def fit(
+    spec: RunSpec,
+    *,
+    train: Path | str,
+    val: Path | str,
+    weights: Path | str,
+    last: Path | str,
+    history: Path | str,
+    state: Path | str,
+    teacher: Path | str | None = None,
+    device: str = "auto",
+    max_seconds: float = math.inf,
+) -> dict[str, float]:
+    """Train one network and write its weights.
+
+    Args:
+        spec: what to train and how.
+        train: samples `.h5` to learn from.
+        val: samples `.h5` for validation while training, the choice of the best weights and of the segmentation parameters.
+        weights: where the best weights go, with all that is needed to use them in the header.
+        last: where the weights of the last step go.
+        history: CSV with every loss and validation metric.
+        state: folder of `resume.pt`; emptied when training is complete.
+        teacher: weights of the teacher, if a term needs one.
+        device: name, or `auto`.
+        max_seconds: stop and save the state after this time.
+
+    Returns:
+        Mean validation metrics of the best weights.
+
+    Raises:
+        Interrupted: on SIGTERM or after `max_seconds`.
+    """
+    target = choose_device(device)
+    recipe = spec.recipe
+    # Validation first: a file that cannot be used must not cost a training.
+    judge = Judge(spec, val, target)
+    sampler = PatchSampler(
+        train,
+        patch=spec.patch,
+        batch_size=recipe.batch_size,
+        normalisation=spec.normalisation.model_dump(),
+        augment=recipe.augment.model_dump(),
+        seed=spec.seed,
+        device=target,
+    )
+    trainer = _Trainer(spec, teacher, target)
+    resume = Path(state) / "resume.pt"
+    fingerprint = _fingerprint(spec, train, val, teacher)
+    if resume.exists():
+        trainer.resume(resume, fingerprint)
+
+    stop = _StopRequest(max_seconds)
+    bar = tqdm(
+        total=recipe.steps, initial=trainer.step, unit="step", desc=f"{spec.network}/{spec.method}/seed{spec.seed}",
+        mininterval=0.5 if sys.stderr.isatty() else 20, file=sys.stderr,
+    )  # fmt: skip
+    with bar, stop:
+        while trainer.step < recipe.steps:
+            first = trainer.step * recipe.accumulate
+            trainer.advance(sampler.batch(first + k) for k in range(recipe.accumulate))
+            bar.update()
+            if trainer.step % LOG_EVERY == 0 or trainer.step == recipe.steps:
+                bar.set_postfix(loss=f"{trainer.flush_losses():.4f}")
+            if trainer.step % recipe.validate_every == 0 or trainer.step == recipe.steps:
+                trainer.consider(judge(trainer.deployed))
+            if stop or (trainer.step % recipe.save_every == 0 and trainer.step < recipe.steps):
+                trainer.save(resume, fingerprint)
+            if stop:
+                print(f"stopped after step {trainer.step} of {recipe.steps}; the same command goes on from there", flush=True)
+                raise Interrupted(INTERRUPTED)
+
+    header = {
+        **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"}),
+        "run": spec.model_dump(mode="json"),
+        "gdlib": __version__,
+        "torch": torch.__version__,
+        "device": _device_name(target),
+        "precision": str(trainer.dtype).removeprefix("torch."),
+        "seconds": round(trainer.seconds, 1),
+    }
+    final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
+    trainer.deployed.load_state_dict(trainer.best_state)
+    parameters, scores = judge.tune(trainer.deployed)
+    header |= {"segmentation": parameters, "validation": scores}
+    io.save_weights(last, final, header | {"step": recipe.steps, "validation": trainer.last_scores})
+    io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
+    io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
+    resume.unlink(missing_ok=True)
+    return scores
+
+
+class Judge:
+    """Scores a network on the validation split by the real metric, through the real inference and segmentation."""
+
+    def __init__(self, spec: RunSpec, path: Path | str, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+        self.samples = list(io.read_samples(path))
+        if not self.samples:
+            raise io.DataError(f"{path}: there is no validation image; check the split lists")
+        # Spread over the split: neighbours in a list are often neighbours in the well plate.
+        count = min(spec.recipe.validate_images, len(self.samples))
+        self.some = [self.samples[i] for i in np.linspace(0, len(self.samples) - 1, count).round().astype(int)]
+        self.parameters = {**DEFAULTS, **spec.segmentation.model_dump(exclude_none=True)}
+
+    def __call__(self, network: nn.Module) -> dict[str, float]:
+        """Mean metrics on some images, with the default segmentation."""
+        return score(self._predict(network, self.some), [s.label for s in self.some], self.spec.offsets, self.parameters)
+
+    def tune(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
+        """Choose segmentation parameters on the whole split; return them and the mean metrics with them."""
+        predictions = self._predict(network, self.samples)
+        return tune(predictions, [s.label for s in self.samples], self.spec.offsets, self.spec.recipe.selection)
+
+    def _predict(self, network: nn.Module, samples: list[io.Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
+        header = self.spec.model_dump(mode="json", include={"channels", "offsets", "normalisation"})
+        mode = network.training
+        predictor = Predictor(network, header, device=self.device, precision=self.spec.recipe.precision)
+        out = []
+        for sample in samples:
+            prediction = predictor(sample.image)
+            out.append((prediction.affinity, prediction.foreground))
+        network.train(mode)
+        return out
+
+
+class _Trainer:
+    """Everything that changes while training, so that it can be saved and taken back as a whole."""
+
+    def __init__(self, spec: RunSpec, teacher: Path | str | None, device: torch.device) -> None:
+        recipe = spec.recipe
+        torch.manual_seed(spec.seed)
+        self.spec = spec
+        self.device = device
+        self.dtype = choose_precision(recipe.precision, device)
+        student = build(spec.model, spec.options)
+        terms = [(t.name, t.weight, build_term(t.term, t.memory, t.options)) for t in spec.all_terms]
+        frozen = _load_teacher(teacher, spec) if any(term.needs_teacher for _, _, term in terms) else None
+        bank = MemoryBank(**recipe.bank.model_dump(), seed=spec.seed)
+        self.distiller = Distiller(student, frozen, terms, spec.offsets, bank).to(device)
+        if student.ndim == 2:  # per-pixel vectors are then contiguous, and convolutions faster
+            self.distiller.to(memory_format=torch.channels_last)
+        self.distiller.train()
+        self.learnable = [p for p in self.distiller.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.learnable, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.average = None
+        if recipe.ema is not None:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
+            self.average = torch.optim.swa_utils.AveragedModel(
+                self.distiller.student, multi_avg_fn=average, use_buffers=True
+            )
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[tuple[int, str, str, float]] = []
+        self.best_state: dict[str, Tensor] = {}
+        self.best_step = 0
+        self.best_scores: dict[str, float] = {}
+        self.last_scores: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network that is judged and kept: the student, or its moving average."""
+        return self.distiller.student if self.average is None else self.average.module
+
+    def advance(self, batches: Iterator[Batch]) -> None:
+        """Make one optimizer step over some batches."""
+        start = time.perf_counter()
+        recipe = self.spec.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, recipe)
+        self.optimizer.zero_grad(set_to_none=True)
+        for k, batch in enumerate(batches):
+            if self.device.type != "mps" and batch.image.ndim == 4:
+                batch = Batch(batch.image.contiguous(memory_format=torch.channels_last), batch.label, batch.ids)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                total, losses = self.distiller(batch, self.step * recipe.accumulate + k)
+            self.scaler.scale(total / recipe.accumulate).backward()
+            for name, value in {"loss": total, **{f"loss/{n}": v for n, v in losses.items()}}.items():
+                self._sums[name] = self._sums.get(name, 0) + value.detach()
+            self._count += 1
+        if recipe.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.learnable, recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.distiller.student)
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+
+    def flush_losses(self) -> float:
+        """Move the summed losses into the history; return the mean total."""
+        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the loss became {means['loss']} before step {self.step}: lower recipes.*.optimizer.lr or a method's weight"
+            )
+        self.history += [(self.step, "train", name, value) for name, value in means.items()]
+        self.history.append((self.step, "train", "lr", learning_rate(self.step - 1, self.spec.recipe)))
+        return means["loss"]
+
+    def consider(self, scores: dict[str, float]) -> None:
+        """Take note of a validation, and keep the weights if they are the best so far."""
+        metric = self.spec.recipe.selection
+        self.last_scores = scores
+        self.history += [(self.step, "val", name, scores[name]) for name in dict.fromkeys((metric, *HISTORY_METRICS))]
+        if not self.best_scores or is_better(metric, scores[metric], self.best_scores[metric]):
+            self.best_scores, self.best_step = scores, self.step
+            self.best_state = {name: tensor.clone() for name, tensor in self.deployed.state_dict().items()}
+
+    def _state(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
+        parts = {
+            "student": self.distiller.student,
+            "terms": self.distiller.terms,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "average": self.average,
+            "bank": self.distiller.bank,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    _PLAIN = ("step", "seconds", "history", "best_state", "best_step", "best_scores", "last_scores", "_sums", "_count")
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write everything that is needed to go on with the same next losses."""
+        content = {name: part.state_dict() for name, part in self._state().items()}
+        content |= {name: getattr(self, name) for name in self._PLAIN}
+        content |= {"fingerprint": fingerprint, "rng": torch.get_rng_state()}
+        with io.atomic(path) as temporary:
+            torch.save(content, temporary)
+
+    def resume(self, path: Path, fingerprint: str) -> None:
+        """Take a saved state back, unless it belongs to another configuration, data or code."""
+        try:
+            content = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # torch raises a different type for every way a file can be broken
+            print(f"{path}: cannot be read ({type(error).__name__}); training starts anew", flush=True)
+            return
+        if content["fingerprint"] != fingerprint:
+            print(f"{path}: belongs to another configuration, data or code; training starts anew", flush=True)
+            return
+        for name, part in self._state().items():
+            part.load_state_dict(content[name])
+        for name in self._PLAIN:
+            setattr(self, name, content[name])
+        torch.set_rng_state(content["rng"].cpu())
+        print(f"resumed after step {self.step}", flush=True)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Learning rate of a step (counted from 0): linear warm-up, then constant or half a cosine down to 0."""
+    lr = recipe.optimizer.lr
+    if step < recipe.warmup:
+        return lr * (step + 1) / recipe.warmup
+    if recipe.schedule == "constant":
+        return lr
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    options = recipe.optimizer.model_dump()
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[options.pop("name")]
+    return kind(parameters, **options)
+
+
+def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
+    if path is None:
+        raise ValueError(f'method "{spec.method}" learns from a teacher: give its weights')
+    state, header = io.load_weights(path)
+    for key in ("channels", "normalisation"):
+        mine = spec.model_dump(mode="json")[key]
+        if header[key] != mine:
+            raise io.DataError(f"{path}: the teacher was trained with {key} {header[key]}, this run uses {mine}; make them equal")
+    teacher = build(header["model"], header["options"])
+    teacher.load_state_dict(state)
+    return teacher
+
+
+def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:
+    digest = hashlib.sha256(spec.model_dump_json().encode())
+    for path in files:
+        digest.update(io.sha256(path).encode() if path is not None else b"-")
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class _StopRequest(contextlib.AbstractContextManager):
+    """True after SIGTERM or when the time is over; a signal then never interrupts a step or a write."""
+
+    def __init__(self, max_seconds: float) -> None:
+        self.deadline = time.monotonic() + max_seconds
+        self.asked = False
+
+    def __enter__(self) -> "_StopRequest":
+        self.previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self.previous)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def __bool__(self) -> bool:
+        return self.asked or time.monotonic() > self.deadline
