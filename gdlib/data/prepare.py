@@ -91,7 +91,7 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
         The sample with its label numbered 1, 2, ... in uint32 and its image in uint8, uint16 or, from any other type,
         float32.
     """
-    image, label = (array.astype(array.dtype.newbyteorder("="), copy=False) for array in (sample.image, sample.label))
+    image, label = sample.image, sample.label
     name = sample.attrs.get("source", sample.id)
     if not sample.id or "/" in sample.id:
         raise DataError(f'{name}: the sample name "{sample.id}" is empty or has a "/"; rename the file')
@@ -115,6 +115,9 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
         raise DataError(f"{name}: the label has type {label.dtype}; store it as integers, one number per instance")
     if label.min() < 0:
         raise DataError(f"{name}: the label has negative numbers; use 0 for background and number instances from 1")
+    # Readers give what the file has: big-endian numbers, memory that must not be written to (skimage needs to).
+    image = image.astype(image.dtype.newbyteorder("="), copy=False)
+    label = np.require(label, label.dtype.newbyteorder("="), "W")
     if image.dtype.kind not in "uif":
         raise DataError(f"{name}: the image has type {image.dtype}; store it as 8-bit, 16-bit or float intensities")
     if image.dtype not in (np.uint8, np.uint16):
