@@ -25,13 +25,13 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     try:
         arguments.function(arguments)
-    except (ValueError, FloatingPointError, FileNotFoundError, PermissionError) as error:
-        if os.environ.get("GDLIB_TRACEBACK"):
-            raise
-        print(f"gdlib: error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         return 0
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("GDLIB_TRACEBACK"):
+            raise
+        print("gdlib: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
     return 0
 
 
@@ -157,10 +157,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise io.DataError(f'{path}: there is no segmentation called "{name}" in {arguments.segmentations}; add it')
     rows = []
     for name, path in labels.items():
+        label, segmentation = read_label(path), read_label(segmentations[name])
         try:
-            scores = evaluate(read_label(path), read_label(segmentations[name]))
+            scores = evaluate(label, segmentation)
         except ValueError as error:
-            raise io.DataError(f"{segmentations[name]}: {error}") from None
+            raise io.DataError(f"{path} and {segmentations[name]}: {error}") from None
         rows.append({"sample": name} | scores)
     keys = list(rows[0])
     mean = {"sample": "mean"} | {key: sum(row[key] for row in rows) / len(rows) for key in keys[1:]}
@@ -203,7 +204,10 @@ def _models(arguments: argparse.Namespace) -> None:
     from gdlib.config import Config
     from gdlib.profile import count_macs, count_parameters
 
-    config = Config.parse(yaml.safe_load(arguments.config.read_text()))
+    try:
+        config = Config.parse(yaml.safe_load(arguments.config.read_text()))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{arguments.config}: not a YAML file: {error}") from None
     shape = tuple(arguments.shape)
     print(f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs at ' + 'x'.join(map(str, shape)):>18}")
     for role, networks in (("teacher", config.teachers), ("student", config.students)):

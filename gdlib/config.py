@@ -5,10 +5,11 @@ never changes what a name means. A run is (dataset, network, method, seed); `Con
 nothing else, so that an edit of the configuration re-runs exactly what depends on it.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from gdlib import registry
 
@@ -37,9 +38,8 @@ class Segmentation(Section):
     """From affinities to instances (`gdlib.segmentation.segment`). What a dataset leaves out is tuned on its validation split."""
 
     foreground_threshold: float | None = Field(None, gt=0, lt=1)
-    repulsion: float | None = Field(None, gt=0, description="factor on the weight of the mutex edges")
+    stride: int | None = Field(None, ge=1, description="of the grid of the mutex edges, in pixels")
     min_size: int | None = Field(None, ge=0, description="smaller objects are removed, in pixels")
-    strides: tuple[int, ...] | None = Field(None, description="grid of the mutex edges, in pixels per axis")
 
 
 class Dataset(Section):
@@ -50,8 +50,10 @@ class Dataset(Section):
     options: dict[str, Any] = {}
     folder: str | None = Field(None, description="below one of `raw_folders`; none for synthetic data")
     channels: int = Field(1, ge=1)
-    offsets: tuple[tuple[int, ...], ...] = Field(description="of the affinities, in pixels; the first ndim are attractive")
-    patch: tuple[int, ...] = Field(description="side lengths of training patches, in pixels")
+    offsets: tuple[tuple[int, ...], ...] = Field(
+        min_length=1, description="of the affinities, in pixels; the first ndim are attractive"
+    )
+    patch: tuple[PositiveInt, ...] = Field(description="side lengths of training patches, in pixels")
     normalisation: Normalisation = Normalisation()
     segmentation: Segmentation = Segmentation()
 
@@ -134,7 +136,7 @@ class Recipe(Section):
     steps: int = Field(gt=0, description="optimizer steps")
     batch_size: int = Field(8, gt=0)
     accumulate: int = Field(1, ge=1, description="batches per optimizer step")
-    patch: tuple[int, ...] | None = Field(None, description="in pixels; the dataset's if left out")
+    patch: tuple[PositiveInt, ...] | None = Field(None, description="in pixels; the dataset's if left out")
     optimizer: Optimizer = Optimizer()
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
@@ -154,12 +156,12 @@ class Study(Section):
     """A selection of the catalogue, and how large."""
 
     title: str = ""
-    datasets: tuple[str, ...]
+    datasets: tuple[str, ...] = Field(min_length=1)
     teacher: str
     students: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
-    teacher_seeds: tuple[int, ...] = Field((0,), description="students learn from the first")
+    teacher_seeds: tuple[int, ...] = Field((0,), min_length=1, description="students learn from the first")
     teacher_recipe: dict[str, Any] = Field({}, description="changes to recipes: teacher")
     student_recipe: dict[str, Any] = Field({}, description="changes to recipes: student")
 
@@ -189,7 +191,6 @@ class RunSpec(Section):
     channels: int
     offsets: tuple[tuple[int, ...], ...]
     normalisation: Normalisation
-    segmentation: Segmentation
     recipe: Recipe
     terms: tuple[Term, ...] = Field(description="of the method, on top of the recipe's")
 
@@ -228,9 +229,7 @@ class Config(Section):
         try:
             config = cls.model_validate(raw)
             config._check_names()
-            if config.study not in config.studies:
-                near = registry.nearest(config.study, list(config.studies))
-                raise registry.UnknownName(f'study: there is no "{config.study}": {near}')
+            _check_name("study", config.study, config.studies)
             for name in config.studies:
                 config._check_study(name)
         except ValidationError as error:
@@ -279,7 +278,6 @@ class Config(Section):
             channels=data.channels,
             offsets=data.offsets,
             normalisation=data.normalisation,
-            segmentation=data.segmentation,
             recipe=recipe,
             terms=() if method == TEACHER else self.methods[method],
         )
@@ -316,15 +314,17 @@ class Config(Section):
             raise registry.UnknownName(f"{sorted(clash)[0]} is both a teacher and a student: rename one")
         if TEACHER in self.methods:
             raise registry.UnknownName(f'methods: the name "{TEACHER}" is taken by the teacher\'s own training')
-        lists = {f"methods.{k}": v for k, v in self.methods.items()}
-        lists |= {f"recipes.{k}.terms": r.terms for k, r in self.recipes.items()}
-        for where, terms in lists.items():
-            with _within(where):
-                for term in terms:
-                    registry.TERMS.check(term.term, term.options | ({"memory": True} if term.memory else {}))
-                names = [term.name for term in terms]
-                if len(set(names)) < len(names):
-                    raise registry.UnknownName(f"two terms of one method look the same: {', '.join(names)}")
+        for key, terms in self.methods.items():
+            with _within(f"methods.{key}"):
+                _check_terms(terms)
+        for role in ("teacher", "student"):
+            if role not in self.recipes:
+                raise registry.UnknownName(f'the key "recipes.{role}" is missing')
+            _check_recipe(f"recipes.{role}", self.recipes[role])
+        _check_metrics("plot.metrics", self.plot.metrics)
+        _check_metrics("plot.table_metrics", self.plot.table_metrics)
+        for method in self.plot.panel_methods:
+            _check_name("plot.panel_methods", method, self.methods)
         if self.plot.main_metric not in self.plot.metrics:
             raise registry.UnknownName(f'plot.main_metric: "{self.plot.main_metric}" is not among plot.metrics')
 
@@ -337,13 +337,14 @@ class Config(Section):
             ("methods", study.methods, self.methods),
         ):
             for one in chosen:
-                if one not in catalogue:
-                    raise registry.UnknownName(
-                        f'studies.{name}.{key}: there is no "{one}": {registry.nearest(one, list(catalogue))}'
-                    )
+                _check_name(f"studies.{name}.{key}", one, catalogue)
         for role, changes in (("teacher", study.teacher_recipe), ("student", study.student_recipe)):
-            with _within(f"studies.{name}.{role}_recipe"):
-                _merge(self.recipes[role], changes)
+            where = f"studies.{name}.{role}_recipe"
+            with _within(where):
+                recipe = _merge(self.recipes[role], changes)
+            _check_recipe(where, recipe)
+            if recipe.patch and any(len(self.datasets[d].patch) != len(recipe.patch) for d in study.datasets):
+                raise registry.UnknownName(f"{where}.patch: it must have as many axes as the datasets")
 
 
 class _within:
@@ -362,6 +363,32 @@ class _within:
             raise ConfigError(_one_line(error, Recipe, self.where)) from None
 
 
+def _check_name(where: str, name: str, valid: Iterable[str]) -> None:
+    if name not in valid:
+        raise registry.UnknownName(f'{where}: there is no "{name}": {registry.nearest(name, list(valid))}')
+
+
+def _check_metrics(where: str, names: Iterable[str]) -> None:
+    from gdlib.metrics import METRICS
+
+    for name in names:
+        _check_name(where, name, METRICS)
+
+
+def _check_terms(terms: tuple[Term, ...]) -> None:
+    for term in terms:
+        registry.TERMS.check(term.term, term.options | ({"memory": True} if term.memory else {}))
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise registry.UnknownName(f"two terms of one method look the same: {', '.join(names)}")
+
+
+def _check_recipe(where: str, recipe: Recipe) -> None:
+    with _within(f"{where}.terms"):
+        _check_terms(recipe.terms)
+    _check_metrics(f"{where}.selection", [recipe.selection])
+
+
 def _merge(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """Apply nested changes to a recipe and check the result."""
 
@@ -374,8 +401,9 @@ def _merge(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 
 def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Turn the first problem of a validation error into one line, with the nearest valid key for an unknown one."""
-    problem = error.errors()[0]
+    """Turn one problem of a validation error into one line, with the nearest valid key for an unknown one."""
+    # A misspelt key is also a missing one; what was written is the better hint.
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     place = [str(part) for part in problem["loc"]]
     where = ".".join(([prefix] if prefix else []) + place)
     if problem["type"] == "extra_forbidden":

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdlib import io, ops
-from gdlib.data import normalise
-from gdlib.models import build
+from gdlib.data.patches import normalise
+from gdlib.models import build, folded
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,20 @@ def choose_device(name: str = "auto") -> torch.device:
     """Return the device of this name; `auto` takes an accelerator if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'device "{name}" cannot be used: {str(error).splitlines()[0]}') from error
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the type that networks compute in; `auto` takes bfloat16 where the hardware multiplies in it, else float32."""
-    if name != "auto":
+    if name in ("float32", "bfloat16", "float16"):
         return getattr(torch, name)
+    if name != "auto":
+        raise ValueError(f'there is no precision "{name}": choose auto, float32, bfloat16 or float16')
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
@@ -55,7 +62,7 @@ class Predictor:
     """A trained network, ready to use on images of any size.
 
     Args:
-        network: with its weights.
+        network: with its weights; a copy is made, so that it can go on training.
         header: of its weights file: channels, offsets, normalisation, segmentation.
         device: name, or `auto`.
         precision: name of a torch type, or `auto`.
@@ -76,7 +83,7 @@ class Predictor:
         self.device = choose_device(str(device))
         self.dtype = choose_precision(precision, self.device)
         layout = {"memory_format": torch.channels_last} if network.ndim == 2 else {}
-        self.network = network.to(self.device, **layout).eval()
+        self.network = folded(network).to(self.device, **layout)
         self.header = header
         self.block = block
         self.halo = halo
@@ -142,14 +149,17 @@ class Predictor:
             return [(0, n)]
         divisor = self.network.divisor
         inner = max(divisor, (self.block - 2 * self.halo) // divisor * divisor)
-        count = -(-(n - 2 * self.halo) // inner)
+        count = max(1, -(-(n - 2 * self.halo) // inner))
         return [(k * inner, min(n, (k + 1) * inner + 2 * self.halo)) for k in range(count)]
 
     def _ramp(self, start: int, stop: int, n: int) -> Tensor:
-        """Blending weight along one axis: 1 inside, falling linearly over the overlap with a neighbour."""
+        """Blending weight along one axis: 1 inside, falling linearly to 0 over the inner half of the overlap with a neighbour.
+
+        The outer quarter of the overlap, half a halo wide, counts nothing: there the network sees the cut.
+        """
         weight = torch.ones(stop - start)
         width = min(2 * self.halo, stop - start)
-        slope = (torch.arange(width) + 0.5) / width if width else torch.ones(0)
+        slope = (2 * (torch.arange(width) + 0.5) / max(width, 1) - 0.5).clamp(0, 1)
         if start > 0:
             weight[:width] *= slope
         if stop < n:

@@ -83,7 +83,8 @@ def open_h5(path: Path | str) -> Iterator[h5py.File]:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise DataError(f"{path}: not a readable HDF5 file ({error}); delete it and make it again") from error
+        cause = " ".join(str(error).split())  # HDF5 writes the date with a line break
+        raise DataError(f"{path}: not a readable HDF5 file ({cause}); delete it and make it again") from error
     with file:
         yield file
 

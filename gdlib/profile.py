@@ -32,6 +32,8 @@ def count_macs(model: str, options: dict[str, Any], shape: tuple[int, ...]) -> i
     """
     with torch.device("meta"):
         network = build(model, options).eval()
+        if len(shape) != network.ndim:
+            raise ValueError(f'network "{model}" takes images with {network.ndim} axes, not {tuple(shape)}')
         padded = [-(-n // network.divisor) * network.divisor for n in shape]
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, options.get("in_channels", 1), *padded))

@@ -13,10 +13,10 @@ from skimage.segmentation import relabel_sequential, watershed
 
 from gdlib import metrics
 
-DEFAULTS: dict[str, Any] = {"foreground_threshold": 0.5, "repulsion": 1.0, "min_size": 20, "strides": None}
+DEFAULTS: dict[str, Any] = {"foreground_threshold": 0.5, "stride": 1, "min_size": 20}
 GRID: dict[str, tuple] = {
     "foreground_threshold": (0.3, 0.4, 0.5, 0.6, 0.7),
-    "repulsion": (0.5, 0.7, 1.0, 1.4),
+    "stride": (1, 2, 4),
     "min_size": (10, 20, 40, 80),
 }
 
@@ -27,9 +27,8 @@ def segment(
     offsets: Sequence[Sequence[int]],
     *,
     foreground_threshold: float = 0.5,
-    repulsion: float = 1.0,
+    stride: int = 1,
     min_size: int = 20,
-    strides: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Partition the foreground by mutex watershed.
 
@@ -38,9 +37,8 @@ def segment(
         foreground: ([Z,] Y, X), same type, probability of "belongs to an object".
         offsets: K displacements in array order.
         foreground_threshold: pixels with at least this probability are partitioned.
-        repulsion: factor on the weight of the repulsive edges; above 1 splits more.
+        stride: use repulsive edges only at every so many pixels of the last two axes; above 1 is faster and splits less.
         min_size: smaller segments go to the neighbours they touch; alone they are removed. In pixels.
-        strides: use repulsive edges only on a grid with these distances, in pixels per axis.
 
     Returns:
         ([Z,] Y, X) uint32, consecutive from 1, 0 = background.
@@ -54,7 +52,8 @@ def segment(
         return np.zeros(mask.shape, np.uint32)
     box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(mask))
     weight = affinity[(slice(None), *box)].copy()
-    weight[ndim:] = (1 - weight[ndim:]) * repulsion
+    weight[ndim:] = 1 - weight[ndim:]
+    strides = (1,) * (ndim - 2) + (stride, stride)
     inner = bioimage_cpp.segmentation.mutex_watershed(weight, offsets, ndim, strides=strides, mask=mask[box])
     label = np.zeros(mask.shape, np.uint32)
     label[box] = relabel_sequential(inner.astype(np.int64))[0]

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from gdlib import __version__, io
 from gdlib.config import Recipe, RunSpec
-from gdlib.data import PatchSampler
+from gdlib.data.patches import PatchSampler
 from gdlib.distill import Batch, Distiller, build_term
 from gdlib.distill.bank import MemoryBank
 from gdlib.inference import Predictor, choose_device, choose_precision
 from gdlib.metrics import is_better
-from gdlib.models import build
+from gdlib.models import build, folded
 from gdlib.segmentation import DEFAULTS, score, tune
 
 HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
@@ -138,11 +138,10 @@ class Judge:
         # Spread over the split: neighbours in a list are often neighbours in the well plate.
         count = min(spec.recipe.validate_images, len(self.samples))
         self.some = [self.samples[i] for i in np.linspace(0, len(self.samples) - 1, count).round().astype(int)]
-        self.parameters = {**DEFAULTS, **spec.segmentation.model_dump(exclude_none=True)}
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """Mean metrics on some images, with the default segmentation."""
-        return score(self._predict(network, self.some), [s.label for s in self.some], self.spec.offsets, self.parameters)
+        return score(self._predict(network, self.some), [s.label for s in self.some], self.spec.offsets, DEFAULTS)
 
     def tune(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
         """Choose segmentation parameters on the whole split; return them and the mean metrics with them."""
@@ -151,13 +150,11 @@ class Judge:
 
     def _predict(self, network: nn.Module, samples: list[io.Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
         header = self.spec.model_dump(mode="json", include={"channels", "offsets", "normalisation"})
-        mode = network.training
         predictor = Predictor(network, header, device=self.device, precision=self.spec.recipe.precision)
         out = []
         for sample in samples:
             prediction = predictor(sample.image)
             out.append((prediction.affinity, prediction.foreground))
-        network.train(mode)
         return out
 
 
@@ -171,6 +168,8 @@ class _Trainer:
         self.device = device
         self.dtype = choose_precision(recipe.precision, device)
         student = build(spec.model, spec.options)
+        if any(n % student.divisor for n in spec.patch):
+            raise ValueError(f'a patch {spec.patch} does not fit "{spec.network}": choose multiples of {student.divisor}')
         terms = [(t.name, t.weight, build_term(t.term, t.memory, t.options)) for t in spec.all_terms]
         frozen = _load_teacher(teacher, spec) if any(term.needs_teacher for _, _, term in terms) else None
         bank = MemoryBank(**recipe.bank.model_dump(), seed=spec.seed)
@@ -274,10 +273,11 @@ class _Trainer:
         """Take a saved state back, unless it belongs to another configuration, data or code."""
         try:
             content = torch.load(path, map_location=self.device, weights_only=True)
+            owner = content["fingerprint"]
         except Exception as error:  # torch raises a different type for every way a file can be broken
             print(f"{path}: cannot be read ({type(error).__name__}); training starts anew", flush=True)
             return
-        if content["fingerprint"] != fingerprint:
+        if owner != fingerprint:
             print(f"{path}: belongs to another configuration, data or code; training starts anew", flush=True)
             return
         for name, part in self._state().items():
@@ -315,7 +315,7 @@ def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
             raise io.DataError(f"{path}: the teacher was trained with {key} {header[key]}, this run uses {mine}; make them equal")
     teacher = build(header["model"], header["options"])
     teacher.load_state_dict(state)
-    return teacher
+    return folded(teacher)
 
 
 def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:

@@ -66,9 +66,10 @@ def sampling_grid(
         sign = torch.randint(2, (*per_patch, ndim), generator=generator) * 2.0 - 1
         grid *= sign
     if rotate90:
-        turns = torch.randint(2, (batch,), generator=generator) if patch[-1] == patch[-2] else torch.zeros(batch)
-        swap = (turns == 1).reshape(*per_patch, 1)
-        grid[..., -2:] = torch.where(swap, grid[..., -2:].flip(-1), grid[..., -2:])
+        step = 1 if patch[-1] == patch[-2] else 2
+        turns = step * torch.randint(4 // step, (*per_patch, 1), generator=generator)
+        sign = 1.0 - 2 * torch.cat([turns >= 2, (turns == 1) | (turns == 2)], -1)
+        grid[..., -2:] = torch.where(turns % 2 == 1, grid[..., -2:].flip(-1), grid[..., -2:]) * sign
 
     # Place the patch so that, before zoom and displacement, it lies inside the image.
     size = torch.tensor(patch)

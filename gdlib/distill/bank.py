@@ -18,7 +18,7 @@ class MemoryBank(nn.Module):
         sample_size: entries compared per step (the paper's L).
         seed: with the step number, decides which entries are sampled.
         original_ring: PAPER: reproduce the original code's bank, which enqueues before it samples, so that images are compared
-            with themselves, writes its last slot twice per cycle of capacity + 1, and after each wrap samples only from as many
+            with themselves, writes its last slot twice per cycle of capacity + 1, and after each wrap samples only as many
             entries as were written since. Off: a ring that always returns min(sample_size, filled) entries and never one of the
             current images.
     """
@@ -46,17 +46,16 @@ class MemoryBank(nn.Module):
         if not self.records:
             return {}
         allowed = self.ids >= 0
-        if self.original_ring:
-            since_wrap = self.written % (self.capacity + 1)
-            limit = since_wrap if since_wrap < self.sample_size else self.capacity
-            allowed &= torch.arange(self.capacity, device=self.ids.device) < limit
-        else:
+        if not self.original_ring:
             allowed &= ~torch.isin(self.ids, current)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         order = torch.rand(self.capacity, generator=generator).to(self.ids.device).masked_fill(~allowed, -1.0)
         score, chosen = order.topk(min(self.sample_size, self.capacity))
         memory = {name: record[chosen] for name, record in self.records.items()}
         memory["valid"] = score >= 0
+        if self.original_ring:
+            since_wrap = self.written % (self.capacity + 1)
+            memory["valid"] &= torch.arange(len(score), device=score.device) < since_wrap
         return memory
 
     def enqueue(self, current: Tensor, records: Memory) -> None:
@@ -70,12 +69,13 @@ class MemoryBank(nn.Module):
             if name not in self.records:
                 self.records[name] = record.new_zeros(self.capacity, *record.shape[1:])
         cycle = self.capacity + 1 if self.original_ring else self.capacity
-        kept = slice(max(0, len(current) - self.capacity), None)
-        position = (self.written + torch.arange(len(current), device=self.ids.device))[kept] % cycle
-        slot = position.clamp(max=self.capacity - 1)
-        self.ids[slot] = current[kept]
+        index = torch.arange(len(current), device=self.ids.device)
+        slot = ((self.written + index) % cycle).clamp(max=self.capacity - 1)
+        # A slot met twice gets its last image both times: the order of such writes is undefined.
+        last = torch.where(slot[:, None] == slot, index, -1).amax(1)
+        self.ids[slot] = current[last]
         for name, record in records.items():
-            self.records[name][slot] = record[kept]
+            self.records[name][slot] = record[last]
         self.written += len(current)
 
     def get_extra_state(self) -> Memory:
@@ -83,8 +83,8 @@ class MemoryBank(nn.Module):
         return dict(self.records)
 
     def set_extra_state(self, state: Memory) -> None:
-        """Take the records of `get_extra_state` back."""
-        self.records = dict(state)
+        """Take a copy of the records of `get_extra_state` back."""
+        self.records = {name: record.clone() for name, record in state.items()}
 
 
 def mean_record(memory: Memory, name: str, weight: Tensor | None = None) -> Tensor | None:

@@ -2,13 +2,13 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -17,9 +17,17 @@ from matplotlib.transforms import ScaledTranslation
 from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.metrics import METRICS
-from gdlib.report.style import COLUMN, NONE, STYLE, Look, Titles, looks, metric_title, new_figure, title
-from gdlib.report.tables import per_seed, summarise
+from gdlib.report.style import COLUMN, NONE, PAGE, STYLE, Look, Titles, looks, metric_title, new_figure, title
+from gdlib.report.summary import measured_on, per_seed, require
 
+GRID = "#ececec"
+REFERENCE = {"linestyle": (0, (3, 2)), "linewidth": 0.8}  # the teacher, where it is a line
+COSTS = (  # key of the profile, factor, label, in words
+    ("parameters", 1e-6, "parameters (millions)", "fewer", "more"),
+    ("latency_ms", 1, "latency (ms per image)", "faster", "slower"),
+)
+SEED = {"marker": "o", "markersize": 1.9, "markeredgewidth": 0}
+EDGE = {"markeredgecolor": "white", "markeredgewidth": 0.5}
 HISTORY_POINTS = 40  # at most so many points per curve: losses are averaged between them
 
 
@@ -32,71 +40,91 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
         titles: of networks and methods.
 
     Returns:
-        The figure, one column wide. Lines mark the teacher and the student without distillation. Axes need not start at zero.
+        The figure, one column wide (one page with several students). Lines mark the teacher and the student without
+        distillation. Axes need not start at zero.
     """
     _one_dataset(metrics)
-    seeds, summary = per_seed(metrics), summarise(metrics)
+    require(metrics, keys)
     look = looks(metrics["method"], titles)
-    students = [n for n in dict.fromkeys(metrics[metrics["method"] != TEACHER]["network"])]
-    rows = []  # (student, method) from top to bottom
-    for student in students:
-        names = [m for m in dict.fromkeys(metrics[metrics["network"] == student]["method"]) if m != TEACHER]
-        rows += [(student, m) for m in sorted(names, key=lambda m: m != NONE)]
-    columns = min(2, len(keys))
-    lines = -(-len(keys) // columns)
-    space = 0.6 * (len(students) > 1)  # room for the name of a student above its methods
+    values = _seed_values(metrics)
+    teachers = dict.fromkeys(network for network, method, _ in values if method == TEACHER)
+    students = list(dict.fromkeys(network for network, method, _ in values if method != TEACHER))
+    rows = list(dict.fromkeys((network, method) for network, method, _ in values if method != TEACHER))
+    rows.sort(key=lambda row: (students.index(row[0]), row[1] != NONE))  # stable
+    space = 1.1 if len(students) > 1 else 0  # room for the name of a student above its methods
     place = {row: k + space * (1 + students.index(row[0])) for k, row in enumerate(rows)}
-    height = 0.145 * (max(place.values()) + 1) + 0.42
+    bottom, several = max(place.values()), max(map(len, values.values())) > 1
+    width, most = (COLUMN, 2) if len(students) < 2 else (PAGE, 4)
+    columns = min(most, len(keys))
+    lines = -(-len(keys) // columns)
     with mpl.rc_context(STYLE):
-        figure = new_figure(COLUMN, lines * height + 0.3)
+        figure = new_figure(width, lines * (0.145 * (bottom + 1) + 0.4) + 0.13 * -(-4 // columns) + 0.1)
         axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
         for axis, key in zip(axes.flat, keys, strict=False):
-            axis.set_title(metric_title(key), pad=4)
-            teacher = summary.query("method == @TEACHER and metric == @key")["mean"]
-            for value in teacher:
-                axis.axvline(value, color=look[TEACHER].colour, linestyle=(0, (3, 2)), linewidth=0.8, zorder=1)
+            for network in teachers:
+                axis.axvline(values[network, TEACHER, key].mean(), color=look[TEACHER].colour, **REFERENCE)
             for (student, method), y in place.items():
-                here = "network == @student and method == @method and metric == @key"
-                points, row = seeds.query(here)["value"], summary.query(here)
-                if row.empty:
-                    continue
-                mean, std, n = row.iloc[0][["mean", "std", "n"]]
-                _, colour, marker, _ = look[method]
-                if method == NONE:
-                    last = max(v for k, v in place.items() if k[0] == student)
-                    axis.vlines(mean, y - 0.4, last + 0.4, colour, linewidth=0.8, zorder=1)
-                if n > 1:
-                    axis.plot([mean - std, mean + std], [y, y], color=colour, linewidth=1.6, alpha=0.55, zorder=2)
-                    axis.plot(points, [y] * len(points), "o", color=colour, markersize=2.2, markeredgewidth=0, zorder=3)
-                axis.plot(mean, y, marker, color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.5, zorder=4)
-            axis.set_ylim(max(place.values()) + 0.6, -0.6)
-            axis.set_yticks(list(place.values()), [look[m].title for _, m in place])
+                points = values.get((student, method, key), np.empty(0))
+                if method == NONE and points.size:
+                    last = max(other for row, other in place.items() if row[0] == student)
+                    axis.vlines(points.mean(), y - 0.4, last + 0.4, look[NONE].colour, linewidth=0.8, zorder=1)
+                _dot(axis, points, y, look[method])
+            axis.set_title(metric_title(key), pad=4)
+            axis.set_ylim(bottom + 0.6, -0.6)
+            axis.set_yticks(list(place.values()), [look[method].title for _, method in place])
             axis.tick_params(axis="y", length=0)
             axis.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
             axis.margins(x=0.06)
             axis.spines["left"].set_visible(False)
-            axis.grid(axis="y", color="#ececec", linewidth=0.6, zorder=0)
+            axis.grid(axis="y", color=GRID, linewidth=0.6)
             axis.set_axisbelow(True)
-            if space:
-                for student in students:
-                    top = min(v for k, v in place.items() if k[0] == student)
-                    axis.text(0, top - 0.75, title(student, titles), transform=axis.get_yaxis_transform(), fontsize=6.5, weight="bold", va="center")
+        for axis in axes[:, 0] if space else ():
+            for student in students:
+                top = min(y for row, y in place.items() if row[0] == student)
+                axis.annotate(title(student, titles), (0, top - 0.9), xycoords=axis.get_yaxis_transform(), xytext=(-4, 0),
+                              textcoords="offset points", weight="bold", ha="right", va="center")  # fmt: skip
         for axis in axes.flat[len(keys) :]:
             axis.set_visible(False)
-        several = summary[summary["method"] != TEACHER]["n"].max() > 1
-        handles = [_handle(Look("mean ± std over seeds" if several else "mean", "#444444"), linestyle="-" if several else "none")]
+        dark = "#444444"
+        handles = [_handle(Look("one seed", dark))]
         if several:
-            handles.append(Line2D([], [], color="#444444", marker="o", markersize=2.2, linestyle="none", label="one seed"))
-        if TEACHER in look:
-            name = title(metrics[metrics["method"] == TEACHER]["network"].iloc[0], titles)
-            handles.append(Line2D([], [], color=look[TEACHER].colour, linestyle=(0, (3, 2)), linewidth=0.8, label=f"{look[TEACHER].title} ({name})"))
+            handles = [
+                _handle(Look("mean ± std over seeds", dark), linestyle="-"),
+                _handle(Look("one seed", dark), **SEED),
+            ]
+        if teachers:
+            name = textwrap.shorten(", ".join(title(network, titles) for network in teachers), 22, placeholder=" …")
+            handles.append(
+                Line2D([], [], color=look[TEACHER].colour, **REFERENCE, label=f"{look[TEACHER].title}, {name}")
+            )
         if NONE in look:
-            handles.append(Line2D([], [], color=look[NONE].colour, linewidth=0.8, label=f"{look[NONE].title}, no distillation"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, columnspacing=1.5, handlelength=2)
+            handles.append(
+                Line2D([], [], color=look[NONE].colour, linewidth=0.8, label=f"{look[NONE].title}, no distillation")
+            )
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.5)
     return figure
 
 
-def tradeoff(metrics: pd.DataFrame, profiles: Mapping[str, Mapping[str, Any]], key: str, titles: Titles = None) -> Figure:
+def _seed_values(metrics: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
+    """(network, method, metric) to the mean over images of every seed."""
+    groups = per_seed(metrics).groupby(["network", "method", "metric"], sort=False)["value"]
+    return {key: values.to_numpy() for key, values in groups}
+
+
+def _dot(axis: Axes, points: np.ndarray, y: float, look: Look) -> None:
+    """Draw mean, standard deviation and single seeds on one line."""
+    if points.size > 1:
+        spread = points.std(ddof=1)
+        axis.plot([points.mean() - spread, points.mean() + spread], [y, y], color=look.colour, linewidth=1)
+        # Below the line, so that the mean does not hide them.
+        axis.plot(points, np.full(points.size, y + 0.34), **_marker(look) | SEED)
+    if points.size:
+        axis.plot(points.mean(), y, zorder=4, **_marker(look))
+
+
+def tradeoff(
+    metrics: pd.DataFrame, profiles: Mapping[str, Mapping[str, Any]], key: str, titles: Titles = None
+) -> Figure:
     """Draw accuracy against the number of parameters and against latency.
 
     Args:
@@ -106,37 +134,55 @@ def tradeoff(metrics: pd.DataFrame, profiles: Mapping[str, Mapping[str, Any]], k
         titles: of networks and methods.
 
     Returns:
-        The figure, one column wide. Methods of one student cost the same: they stand side by side around their common place.
+        The figure, one page wide. Methods of one student cost the same: they stand around a line at that cost.
     """
     _one_dataset(metrics)
-    summary = summarise(metrics[metrics["metric"] == key])
+    require(metrics, [key])
     look = looks(metrics["method"], titles)
-    networks = [n for n in dict.fromkeys(summary["student"]) if n in profiles]
-    some = profiles[networks[0]]
-    device = f"{some.get('device', '')}, {some.get('threads', '?')} threads".lstrip(", ")
-    shape = " × ".join(map(str, some.get("image_shape", [])))
-    costs = {
-        "parameters": ("parameters", 1.0),
-        f"latency (ms per image of {shape})\n" + textwrap.shorten(device, 44, placeholder=" …"): ("latency_ms", 1.0),
+    values = {
+        (network, method): points for (network, method, one), points in _seed_values(metrics).items() if one == key
     }
+    teacher = next((network for network, method in values if method == TEACHER), None)
+    networks = list(dict.fromkeys(network for network, _ in values))
+    if missing := [network for network in networks if network not in profiles]:
+        raise io.DataError(f"there is no profile of {', '.join(missing)}; give one for every network")
     with mpl.rc_context(STYLE):
-        figure = new_figure(COLUMN, 2.45)
+        figure = new_figure(PAGE, 2.2)
         axes = figure.subplots(1, 2, sharey=True)
-        for axis, (label, (name, factor)) in zip(axes, costs.items(), strict=True):
-            for network in networks:
-                x = profiles[network][name] * factor
-                rows = summary[summary["student"] == network]
-                for k, (_, row) in enumerate(rows.iterrows()):
-                    shift = ScaledTranslation((k - (len(rows) - 1) / 2) * 4.2 / 72, 0, figure.dpi_scale_trans)
-                    _, colour, marker, _ = look[row["method"]]
-                    error = row["std"] if row["n"] > 1 else None
-                    axis.errorbar(x, row["mean"], error, fmt=marker, color=colour, markersize=4.5, markeredgecolor="white", markeredgewidth=0.5, elinewidth=0.8, transform=axis.transData + shift)
+        for axis, (name, factor, label, fewer, more) in zip(axes, COSTS, strict=True):
+            cost = {network: factor * profiles[network][name] for network in networks}
+            for rank, network in enumerate(sorted(networks, key=cost.__getitem__)):
+                dots = sorted((points.mean(), method) for (other, method), points in values.items() if other == network)
+                ends = dots[0][0], dots[-1][0]
+                axis.vlines(cost[network], *ends, color="#cccccc", linewidth=0.8, zorder=1)
+                for k, (mean, method) in enumerate(dots):
+                    # Neighbours in value step aside, so that both are seen; the line is where they belong.
+                    shift = ScaledTranslation((k % 2 - 0.5) * 4.5 / 72 * (len(dots) > 1), 0, figure.dpi_scale_trans)
+                    axis.plot(cost[network], mean, transform=axis.transData + shift, **_marker(look[method]))
+                text = title(network, titles)
+                if teacher and network != teacher:
+                    ratio = cost[teacher] / cost[network]
+                    times = max(ratio, 1 / ratio)
+                    text += f"\n{times:.{int(times < 10)}f} × {fewer if ratio > 1 else more}"
+                # Names stand below and above in turn: neighbours on the axis do not collide.
+                above = rank % 2
+                axis.annotate(text, (cost[network], ends[above]), xytext=(0, 6 if above else -6), textcoords="offset points",
+                              ha="center", va="bottom" if above else "top", fontsize=6.5)  # fmt: skip
+            low, high = min(cost.values()), max(cost.values())
+            room = max(high / low, 10) ** 0.2
             axis.set_xscale("log")
+            axis.set_xlim(low / room, high * room)
+            _plain_ticks(axis.xaxis)
             axis.set_xlabel(label)
-            axis.grid(color="#ececec", linewidth=0.6)
+            axis.grid(color=GRID, linewidth=0.6)
             axis.set_axisbelow(True)
+        low, high = min(map(np.mean, values.values())), max(map(np.mean, values.values()))
+        room = 0.28 * (high - low) or 0.1
+        axes[0].set_ylim(low - room, high + room)
         axes[0].set_ylabel(metric_title(key))
-        figure.legend(handles=[_handle(one) for one in look.values()], loc="outside upper center", ncols=4)
+        setting = measured_on(profiles[network] for network in networks)
+        figure.supxlabel(f"one image of {setting}", fontsize=6, color="#666666")
+        figure.legend(handles=[_handle(one) for one in look.values()], loc="outside right upper")
     return figure
 
 
@@ -150,11 +196,13 @@ def curves(history: pd.DataFrame, key: str, titles: Titles = None) -> Figure:
 
     Returns:
         The figure, one row per student. The loss is the sum of the terms that all methods share, so that methods can be
-        compared; a line marks the teacher's last validation.
+        compared; a line marks the teacher's best validation.
     """
     look = looks(history["method"], titles)
     students = history[history["method"] != TEACHER]
-    names = [set(run["name"]) for _, run in students[students["split"] == "train"].groupby(["network", "method", "seed"])]
+    names = [
+        set(run["name"]) for _, run in students[students["split"] == "train"].groupby(["network", "method", "seed"])
+    ]
     shared = {name for name in set.intersection(*names) if name.startswith("loss/")}
     chosen = shared or {"loss"}
     networks = list(dict.fromkeys(students["network"]))
@@ -164,17 +212,24 @@ def curves(history: pd.DataFrame, key: str, titles: Titles = None) -> Figure:
         axes = figure.subplots(len(networks), 2, sharex="row", squeeze=False)
         for (left, right), network in zip(axes, networks, strict=True):
             runs = students[students["network"] == network]
-            losses = runs[(runs["split"] == "train") & runs["name"].isin(chosen)]
-            _bands(left, losses.groupby(["method", "seed", "step"], sort=False)["value"].sum(), look)
-            scores = runs[(runs["split"] == "val") & (runs["name"] == key)]
-            _bands(right, scores.groupby(["method", "seed", "step"], sort=False)["value"].mean(), look)
+            at = ["method", "seed", "step"]
+            losses = runs[(runs["split"] == "train") & runs["name"].isin(chosen)].groupby(at, sort=False)["value"].sum()
+            scores = runs[(runs["split"] == "val") & (runs["name"] == key)].groupby(at, sort=False)["value"].mean()
+            _bands(left, losses, look)
+            _bands(right, scores, look)
             if len(teacher):
-                last = teacher.sort_values("step").groupby("seed")["value"].last().mean()
-                right.axhline(last, color=look[TEACHER].colour, linestyle=(0, (3, 2)), linewidth=0.8)
-            left.set_yscale("log")
+                best = teacher.groupby("seed")["value"].agg("max" if METRICS[key].better == "higher" else "min").mean()
+                right.axhline(best, color=look[TEACHER].colour, **REFERENCE)
+            if losses.min() > 0 and losses.max() > 5 * losses.min():
+                left.set_yscale("log")
+                _plain_ticks(left.yaxis)
+            if len(networks) > 1:
+                left.set_title(title(network, titles), loc="left", weight="bold")
             left.set_ylabel("training loss" + (" (shared terms)" if shared else ""))
             right.set_ylabel(f"validation {metric_title(key)}")
-        figure.legend(handles=[_handle(one, linestyle=one.line, marker="") for one in look.values()], loc="outside upper center", ncols=4)
+        lines = -(-len(look) // 4)
+        handles = [_handle(one, linestyle=one.line, marker="") for one in look.values()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=-(-len(look) // lines))
     return figure
 
 
@@ -182,7 +237,7 @@ def _bands(axis: Axes, values: pd.Series, look: Mapping[str, Look]) -> None:
     for method, runs in values.groupby("method", sort=False):
         table = runs.droplevel("method").unstack("seed").sort_index()
         width = -(-len(table) // HISTORY_POINTS)
-        table = table.groupby(np.arange(len(table)) // width).mean().set_index(table.index[np.arange(0, len(table), width)])
+        table = table.reset_index().groupby(np.arange(len(table)) // width).mean().set_index("step")
         mean, std = table.mean(axis=1), table.std(axis=1)
         axis.plot(table.index, mean, color=look[method].colour, linestyle=look[method].line)
         if table.shape[1] > 1:
@@ -190,9 +245,19 @@ def _bands(axis: Axes, values: pd.Series, look: Mapping[str, Look]) -> None:
     axis.set_xlabel("optimizer step")
 
 
+def _plain_ticks(axis: Axis) -> None:
+    """Write 1, 2, 5, 10 ... on a logarithmic axis, not powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _marker(look: Look) -> dict[str, Any]:
+    return {"linestyle": "none", "color": look.colour, "marker": look.marker, "markersize": 4.6} | EDGE
+
+
 def _handle(look: Look, **changes: Any) -> Line2D:
-    style = {"linestyle": "none", "marker": look.marker, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5} | changes
-    return Line2D([], [], color=look.colour, label=look.title, **style)
+    return Line2D([], [], label=look.title, **_marker(look) | changes)
 
 
 def _one_dataset(metrics: pd.DataFrame) -> None:

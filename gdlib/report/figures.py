@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from gdlib import io
 from gdlib.report import charts, pictures
 from gdlib.report.style import save
-from gdlib.report.tables import read_metrics, read_profiles
+from gdlib.report.summary import read_metrics, read_profiles
 
 Files = Mapping[str, Any]
 Params = Mapping[str, Any]
@@ -36,7 +36,9 @@ def read_histories(paths: Sequence[Path | str], runs: Sequence[Sequence[Any]]) -
     for path, (network, method, seed) in zip(paths, runs, strict=True):
         frame = pd.read_csv(path, dtype={"step": int, "value": float}, keep_default_na=False)
         if tuple(frame.columns) != io.HISTORY_COLUMNS:
-            raise io.DataError(f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(io.HISTORY_COLUMNS)}")
+            raise io.DataError(
+                f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(io.HISTORY_COLUMNS)}"
+            )
         frames.append(frame.assign(network=network, method=method, seed=seed))
     return pd.concat(frames, ignore_index=True)
 
@@ -48,7 +50,7 @@ def _methods(inputs: Files, params: Params) -> Figure:
 
 def _tradeoff(inputs: Files, params: Params) -> Figure:
     """Inputs: metrics (list), profiles (list, one per network). Params: metric."""
-    profiles = {profile["network"]: profile for profile in read_profiles(inputs["profiles"])}
+    profiles = {network: profile for (_, network), profile in read_profiles(inputs["profiles"]).items()}
     return charts.tradeoff(read_metrics(inputs["metrics"]), profiles, params["metric"], params.get("titles"))
 
 
@@ -70,7 +72,9 @@ def _embeddings(inputs: Files, params: Params) -> Figure:
     kept = io.read_attrs(inputs["predictions"][0])["kept"]
     number = params.get("sample", 0)
     if number >= len(kept):
-        raise io.DataError(f"{inputs['predictions'][0]}: embeddings of {len(kept)} samples were kept, there is no number {number}")
+        raise io.DataError(
+            f"{inputs['predictions'][0]}: embeddings of {len(kept)} samples were kept, there is no number {number}"
+        )
     sample = next(io.read_samples(inputs["data"], [kept[number]]))
     files = zip(params["methods"], inputs["predictions"], strict=True)
     vectors = {method: io.read_array(path, sample.id, "embedding") for method, path in files}
@@ -80,7 +84,9 @@ def _embeddings(inputs: Files, params: Params) -> Figure:
 def _sample(path: Path | str, number: int) -> io.Sample:
     ids = io.sample_ids(path)
     if number >= len(ids):
-        raise io.DataError(f"{path}: there are {len(ids)} samples, there is no number {number}; change plot.panel_sample")
+        raise io.DataError(
+            f"{path}: there are {len(ids)} samples, there is no number {number}; change plot.panel_sample"
+        )
     return next(io.read_samples(path, [ids[number]]))
 
 

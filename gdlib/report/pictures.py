@@ -1,16 +1,15 @@
 """Figures of images: segmentations with their errors, and embeddings as colours."""
 
 import colorsys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import contourpy
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from scipy import linalg, ndimage
 
 from gdlib import io
@@ -20,11 +19,16 @@ from gdlib.report.style import PAGE, STYLE, Titles, new_figure, title
 
 # Bright, for dark images; they differ in lightness too, for readers who see fewer hues. Drawn in this order.
 STATUS = {"correct": "#e6e6e6", "spurious": "#ffe119", "split": "#ff6fe0", "merged": "#1fb4ff", "missed": "#ff5a1f"}
+DASHES = (0, (2, 1))
 Box = tuple[slice, ...]
 
 
 def panel(
-    sample: io.Sample, segmentations: Mapping[str, np.ndarray], key: str = "aji", titles: Titles = None, crop: int | None = None
+    sample: io.Sample,
+    segmentations: Mapping[str, np.ndarray],
+    key: str = "aji",
+    titles: Titles = None,
+    crop: int | None = None,
 ) -> Figure:
     """Draw image, ground truth and segmentations with their errors.
 
@@ -40,22 +44,16 @@ def panel(
     """
     status = {method: _status(sample.label, segmentation) for method, segmentation in segmentations.items()}
     plane = _plane(sample.label)
-    wrong = [
-        np.isin(segmentations[m], [i for name, ids in status[m].items() if name not in ("correct", "missed") for i in ids])
-        | np.isin(sample.label, status[m]["missed"])
-        for m in segmentations
-        if m != TEACHER
-    ]
-    interest = np.std(wrong, axis=0)[plane] if wrong else np.zeros(1)
-    box = window(interest if interest.any() else sample.label[plane] > 0, crop)
+    wrong = [_wrong(sample.label, segmentations[m], status[m])[plane] for m in segmentations if m != TEACHER]
+    # Where students differ; if they do not, where they err; if they do not either, where the objects are.
+    choices = [np.std(wrong, axis=0), np.mean(wrong, axis=0)] if wrong else []
+    box = window(next((choice for choice in choices if choice.any()), sample.label[plane] > 0), crop)
     image, label = _grey(sample.image[(slice(None), *plane)])[box], sample.label[plane][box]
     with mpl.rc_context(STYLE):
-        figure, axes = _canvas(2 + len(segmentations), label.shape)
-        _show(axes[0], image, "image")
-        _scale_bar(axes[0], sample, label.shape)
-        _show(axes[1], 0.45 * image + 0.55 * instance_colours(label), "ground truth")
+        figure, axes = _canvas(2 + len(segmentations), label.shape, below=0.16)
+        _show_sample(axes, sample, plane, box)
         for axis, (method, segmentation) in zip(axes[2:], segmentations.items(), strict=True):
-            _show(axis, image, title(method, titles))
+            _show(axis, 0.75 * image, title(method, titles))
             axis.set_xlabel(f"{METRICS[key].title} {evaluate(sample.label, segmentation)[key]:.3f}", labelpad=3)
             for name, colour in STATUS.items():
                 source = label if name == "missed" else segmentation[plane][box]
@@ -64,15 +62,17 @@ def panel(
                     tint = np.zeros((*shown.shape, 4))
                     tint[shown > 0] = (*to_rgb(colour), 0.3)
                     axis.imshow(tint, interpolation="nearest")
-                width, dash = (0.5, "solid") if name == "correct" else (1.1, (0, (2, 1)) if name == "missed" else "solid")
-                axis.add_collection(LineCollection(list(outlines(shown)), colors=colour, linewidths=width, linestyles=dash))
-        handles = [
-            # On white paper the outline of correct objects needs an edge of its own.
-            Line2D([], [], color="#9a9a9a" if name == "correct" else colour, linewidth=1 if name == "correct" else 2.2,
-                   linestyle=(0, (2, 1)) if name == "missed" else "-", label=name)
-            for name, colour in STATUS.items()
-        ]  # fmt: skip
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.8, columnspacing=1.6)
+                _outline(
+                    axis, shown, colour, 0.5 if name == "correct" else 1.1, DASHES if name == "missed" else "solid"
+                )
+        handles = []
+        for name, colour in STATUS.items():
+            look = (1.0, "#9a9a9a") if name == "correct" else (2.2, colour)  # near-white lines need to be seen on paper
+            line = DASHES if name == "missed" else "-"
+            handles.append(Line2D([], [], linewidth=look[0], color=look[1], linestyle=line, label=name))
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.8, columnspacing=1.6
+        )
     return figure
 
 
@@ -92,17 +92,17 @@ def embeddings(
     """
     for method, vector in vectors.items():
         if vector.shape[1:] != sample.label.shape:
-            raise io.DataError(f'the embedding of "{method}" has shape {vector.shape}, the image {sample.label.shape}; predict again')
+            raise io.DataError(
+                f'the embedding of "{method}" has shape {vector.shape}, the image {sample.label.shape}; predict again'
+            )
     colours = embedding_colours(vectors)
     plane = _plane(sample.label)
     label = sample.label[plane]
-    box = window(ndimage.morphological_gradient(label > 0, 3) * (label > 0), crop)
+    touching = (ndimage.maximum_filter(label, 3) != label) & (label > 0)
+    box = window(touching if touching.any() else label > 0, crop)
     with mpl.rc_context(STYLE):
         figure, axes = _canvas(2 + len(vectors), label[box].shape)
-        image = _grey(sample.image[(slice(None), *plane)])[box]
-        _show(axes[0], image, "image")
-        _scale_bar(axes[0], sample, image.shape[:2])
-        _show(axes[1], 0.45 * image + 0.55 * instance_colours(label[box]), "ground truth")
+        _show_sample(axes, sample, plane, box)
         for axis, (method, rgb) in zip(axes[2:], colours.items(), strict=True):
             _show(axis, rgb[plane][box], title(method, titles))
     return figure
@@ -131,7 +131,9 @@ def embedding_colours(vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])  # eigenvectors have no sign
         scores = np.zeros((len(rows), 3))
         # A component without variance (D < 3, dead channels) stays 0 instead of showing amplified rounding.
-        scores[:, : len(variances)] = rows @ axes * np.where(variances > 1e-10, 1 / np.sqrt(np.maximum(variances, 1e-10)), 0)
+        scores[:, : len(variances)] = (
+            rows @ axes * np.where(variances > 1e-10, 1 / np.sqrt(np.maximum(variances, 1e-10)), 0)
+        )
         if reference is None:
             reference = scores
         else:
@@ -156,19 +158,22 @@ def instance_colours(label: np.ndarray) -> np.ndarray:
     """Return (Y, X, 3): every object in a colour of its own, background black."""
     ids, places = np.unique(label, return_inverse=True)
     # Hues in steps of the golden ratio: neighbours in the list of ids are far apart.
-    table = [(0, 0, 0) if i == 0 else colorsys.hsv_to_rgb(0.618034 * k % 1, 0.75, 1.0) for k, i in enumerate(ids.tolist())]
+    table = [
+        (0, 0, 0) if i == 0 else colorsys.hsv_to_rgb(0.618034 * k % 1, 0.75, 1.0) for k, i in enumerate(ids.tolist())
+    ]
     return np.array(table)[places.reshape(label.shape)]
 
 
-def outlines(label: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the outlines (N, 2) of the objects of a plane, as (x, y) in pixels."""
+def _outline(axis: Axes, label: np.ndarray, colour: str, width: float, dashes: str | tuple = "solid") -> None:
+    """Draw the outlines of the objects of a plane, each for itself where they touch."""
     ids, dense = np.unique(label, return_inverse=True)
     dense = dense.reshape(label.shape) + (ids[0] != 0)
     for k, box in enumerate(ndimage.find_objects(dense), start=1):
         if box is not None:
-            mask = np.pad(dense[box] == k, 1).astype(float)
-            for line in contourpy.contour_generator(z=mask).lines(0.5):
-                yield line + [box[1].start - 1, box[0].start - 1]
+            mask = np.pad(dense[box] == k, 1)  # so that outlines close at the edge of the image
+            y, x = (np.arange(s.start - 1, s.stop + 1) for s in box)
+            drawn = axis.contour(x, y, mask, [0.5], colors=colour, linewidths=width, linestyles=[dashes])
+            drawn.set_in_layout(False)
 
 
 def _status(label: np.ndarray, segmentation: np.ndarray) -> dict[str, list[int]]:
@@ -178,11 +183,21 @@ def _status(label: np.ndarray, segmentation: np.ndarray) -> dict[str, list[int]]
     i, j, intersection = table.pairs[:3]
     mostly = intersection > 0.5 * table.segmentation_sizes[j]
     piece = table.segmentation_ids[j[mostly & np.isin(table.label_ids[i], wrong["split"])]].tolist()
-    out = {"merged": wrong["merged"], "split": [s for s in piece if s not in wrong["merged"]], "missed": wrong["missed"]}
+    out = {
+        "merged": wrong["merged"],
+        "split": [s for s in piece if s not in wrong["merged"]],
+        "missed": wrong["missed"],
+    }
     out["spurious"] = [s for s in wrong["spurious"] if s not in out["merged"] + out["split"]]
     done = set(out["merged"] + out["split"] + out["spurious"])
     out["correct"] = [s for s in table.segmentation_ids[1:].tolist() if s not in done]
     return out
+
+
+def _wrong(label: np.ndarray, segmentation: np.ndarray, status: dict[str, list[int]]) -> np.ndarray:
+    """Return where a segmentation is wrong, as a mask of whole objects."""
+    found = status["merged"] + status["split"] + status["spurious"]
+    return np.isin(segmentation, found) | np.isin(label, status["missed"])
 
 
 def _plane(label: np.ndarray) -> tuple[int, ...]:
@@ -197,11 +212,12 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return np.moveaxis(scaled if len(image) == 3 else np.repeat(scaled.mean(axis=0, keepdims=True), 3, axis=0), 0, -1)
 
 
-def _canvas(count: int, shape: tuple[int, ...]) -> tuple[Figure, list[Axes]]:
+def _canvas(count: int, shape: tuple[int, ...], below: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` panels of a shape; `below` is room for text under the panels, in inches."""
     columns = count if count <= 6 else -(-count // 2)
     rows = -(-count // columns)
     side = PAGE / columns
-    figure = new_figure(PAGE, rows * (side * shape[0] / shape[1] + 0.3) + 0.2)
+    figure = new_figure(PAGE, rows * (side * shape[0] / shape[1] + 0.2 + below) + below)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
@@ -211,6 +227,7 @@ def _canvas(count: int, shape: tuple[int, ...]) -> tuple[Figure, list[Axes]]:
 def _show(axis: Axes, image: np.ndarray, name: str) -> None:
     axis.set_axis_on()
     axis.imshow(image, interpolation="nearest")
+    axis.set_autoscale_on(False)  # what is drawn on top does not move the borders
     axis.set_title(name, pad=3)
     axis.set_xticks([])
     axis.set_yticks([])
@@ -218,13 +235,25 @@ def _show(axis: Axes, image: np.ndarray, name: str) -> None:
         spine.set_visible(False)
 
 
+def _show_sample(axes: list[Axes], sample: io.Sample, plane: tuple[int, ...], box: Box) -> None:
+    """Image and ground truth, the first two panels."""
+    image, label = _grey(sample.image[(slice(None), *plane)])[box], sample.label[plane]
+    _show(axes[0], image, "image")
+    _scale_bar(axes[0], sample, image.shape[:2])
+    _show(axes[1], 0.45 * image + 0.55 * instance_colours(label)[box], "ground truth")
+    _outline(axes[1], label[box], "white", 0.5)
+
+
 def _scale_bar(axis: Axes, sample: io.Sample, shape: tuple[int, ...]) -> None:
     """Draw a bar of a round length of about a quarter of the width, where the size of a pixel is known."""
     if "voxel_size_nm" not in sample.attrs:
         return
     pixel = float(np.ravel(sample.attrs["voxel_size_nm"])[-1]) / 1000  # µm
-    length = max((n * 10.0**e for e in range(-3, 5) for n in (1, 2, 5) if n * 10.0**e <= 0.3 * shape[1] * pixel), default=None)
+    length = max(
+        (n * 10.0**e for e in range(-3, 5) for n in (1, 2, 5) if n * 10.0**e <= 0.3 * shape[1] * pixel), default=None
+    )
     if length is not None:
         y, x = 0.94 * shape[0], 0.05 * shape[1]
         axis.plot([x, x + length / pixel], [y, y], color="white", linewidth=2, solid_capstyle="butt")
-        axis.text(x, y - 0.03 * shape[0], f"{length:g} µm", color="white", fontsize=6.5)
+        axis.text(x, y - 0.03 * shape[0], f"{length:g} µm", color="white", fontsize=6.5,
+                  path_effects=[withStroke(linewidth=1.5, foreground="black")])  # fmt: skip

@@ -65,8 +65,8 @@ METHODS = {
     "grd_intra": Look("IGD + AGD intra", "#F0A36B", "s", (0, (4, 1))),
     "grd_inter": Look("IGD + AGD inter", "#8A3C00", "^", (0, (1, 1))),
     "at": Look("AT", "#CC79A7", "v"),
-    "kd": Look("KD", "#E69F00", "P"),
-    "rkd": Look("RKD", "#7B4FA3", "X"),
+    "kd": Look("KD", "#E69F00", "p"),
+    "rkd": Look("RKD", "#7B4FA3", "h"),
     "sp": Look("SPKD", "#A6761D", "<"),
 }
 SPARE = ("#B3A100", "#882255", "#999933", "#CC6677", "#44AA99", "#332288")
@@ -80,7 +80,7 @@ def looks(methods: Iterable[str], titles: Titles = None) -> dict[str, Look]:
         if method in METHODS:
             look = METHODS[method]
         else:
-            look = Look(method, SPARE[unknown % len(SPARE)], "hpd8"[unknown % 4], (0, (3, 1, 1, 1)))
+            look = Look(method, SPARE[unknown % len(SPARE)], "X8>*"[unknown % 4], (0, (3, 1, 1, 1)))
             unknown += 1
         out[method] = look._replace(title=(titles or {}).get(method) or look.title)
     return out

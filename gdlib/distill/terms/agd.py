@@ -66,6 +66,7 @@ class AGD(Term):
             maps = unit.movedim(-1, 1)
             pooling = {2: F.avg_pool2d, 3: F.avg_pool3d}[maps.ndim - 2]
             window = (self.pool,) * 2 if maps.ndim == 4 else (3, self.pool, self.pool)
+            window = [min(w, n) for w, n in zip(window, maps.shape[2:], strict=True)]
             unit = ops.rows(pooling(maps, window, ceil_mode=True))
         return unit.flatten(1, -2)
 

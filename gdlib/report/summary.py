@@ -1,0 +1,184 @@
+"""Numbers behind every table and figure: means over images and seeds, and paired comparisons.
+
+A value of a run is its mean over images; `std` is the sample standard deviation of that over seeds, i.e. what another seed
+would change.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from gdlib import io
+from gdlib.config import TEACHER
+from gdlib.metrics import METRICS
+from gdlib.report.style import NONE
+
+SUMMARY_COLUMNS = ("dataset", "student", "method", "metric", "mean", "std", "n")
+COMPARISON_COLUMNS = (
+    *("dataset", "student", "method", "metric", "difference", "difference_std"),
+    *("gap_closed", "gap_closed_std", "p", "seeds", "images"),
+)
+
+
+def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
+    """Read metrics files into one frame, in the order given.
+
+    Raises:
+        gdlib.io.DataError: columns or values are missing, something occurs twice, or runs saw different images.
+    """
+    frames = []
+    for path in paths:
+        # Only values can be missing: a sample may well be called "NA".
+        frame = pd.read_csv(path, dtype={"sample": str}, keep_default_na=False, na_values={"value": ["", "nan"]})
+        if tuple(frame.columns) != io.METRIC_COLUMNS:
+            raise io.DataError(
+                f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(io.METRIC_COLUMNS)}"
+            )
+        if not np.isfinite(frame["value"]).all():
+            raise io.DataError(f"{path}: a value is not a finite number; evaluate this run again")
+        frames.append(frame)
+    if not frames:
+        raise io.DataError("there are no metrics to report; give at least one file")
+    metrics = pd.concat(frames, ignore_index=True)
+    twice = metrics[metrics.duplicated(list(io.METRIC_COLUMNS[:-1]))]
+    if len(twice):
+        raise io.DataError(f"two metrics files hold the same run: {_run_name(twice.iloc[0])}; give each once")
+    for dataset, block in metrics.groupby("dataset", sort=False):
+        images, keys = block["sample"].nunique(), block["metric"].nunique()
+        for _, run in block.groupby(["network", "method", "seed"], sort=False):
+            if len(run) != images * keys:
+                raise io.DataError(
+                    f"{_run_name(run.iloc[0])} lacks values: other runs on {dataset} have {keys} metrics of {images} images; "
+                    "evaluate it again"
+                )
+    return metrics
+
+
+def _run_name(row: pd.Series) -> str:
+    return f"{row['dataset']}/{row['network']}/{row['method']}/seed{row['seed']}"
+
+
+def read_profiles(paths: Iterable[Path | str]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Read profile files: (dataset, network) to what was measured."""
+    profiles = [json.loads(Path(path).read_text()) for path in paths]
+    return {(profile["dataset"], profile["network"]): profile for profile in profiles}
+
+
+def measured_on(profiles: Iterable[Mapping[str, Any]]) -> str:
+    """Say of what size the image was and what computed it, for all profiles together."""
+    return "; ".join(
+        dict.fromkeys(
+            f"{' × '.join(map(str, p['image_shape']))} pixels, {p['device']}, {p['threads']} thread{'s' * (p['threads'] != 1)}, "
+            f"{p['precision']}, torch {p['torch']}"
+            for p in profiles
+        )
+    )
+
+
+def require(metrics: pd.DataFrame, keys: Iterable[str]) -> None:
+    """Stop with one clear sentence if a metric was not computed."""
+    present = set(metrics["metric"])
+    if missing := sorted(set(keys) - present):
+        raise io.DataError(
+            f"the metrics files do not hold {', '.join(missing)}; they hold {', '.join(sorted(present))}"
+        )
+
+
+def per_seed(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Average over images: one row per dataset, network, method, seed and metric."""
+    keys = ["dataset", "network", "method", "seed", "metric"]
+    return metrics.groupby(keys, sort=False, as_index=False)["value"].mean()
+
+
+def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Average over images, then over seeds.
+
+    Args:
+        metrics: columns `io.METRIC_COLUMNS`.
+
+    Returns:
+        Columns `SUMMARY_COLUMNS`: `std` is the sample standard deviation over the `n` seeds (NaN for one seed). The teacher is
+        a row like any other; `student` is then the teacher's network. Order of first appearance.
+    """
+    groups = per_seed(metrics).groupby(["dataset", "network", "method", "metric"], sort=False)["value"]
+    out = groups.agg(["mean", "std", "count"]).reset_index()
+    out.columns = list(SUMMARY_COLUMNS)
+    return out
+
+
+def gap_closed(
+    method: Sequence[float], none: Sequence[float], teacher: float, better: str = "higher"
+) -> tuple[float, float]:
+    """Return the share of the gap between student and teacher that a method closes, with its standard deviation over seeds.
+
+    (method - none) / (teacher - none), method and none paired by seed, over the mean gap: the share then equals the share of
+    the means in the table, and one seed with a small gap cannot dominate.
+
+    Args:
+        method: (S,) values of the students with distillation, one per seed.
+        none: (S,) values of the students without, same seeds.
+        teacher: value of the teacher.
+        better: `"higher"` or `"lower"`.
+
+    Returns:
+        Share (1 = as good as the teacher) and sample standard deviation (NaN for one seed). Both NaN if the teacher is not
+        better than the students without distillation.
+
+    >>> gap_closed([0.75, 0.75], [0.5, 0.5], 1.0)
+    (0.5, 0.0)
+    """
+    method, none = np.asarray(method, float), np.asarray(none, float)
+    gap = teacher - none.mean()
+    if gap == 0 or (gap > 0) != (better == "higher"):
+        return float("nan"), float("nan")
+    return _mean_std((method - none) / gap)
+
+
+def image_p(difference: Sequence[float]) -> float:
+    """Two-sided p of the Wilcoxon signed-rank test that paired differences, one per image, are symmetric about 0."""
+    difference = np.round(difference, 12)  # equal values must be equal after averaging over seeds too
+    return float(stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def compare(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Compare every method with the same student trained without distillation.
+
+    Args:
+        metrics: columns `io.METRIC_COLUMNS`, as `read_metrics` returns them.
+
+    Returns:
+        Columns `COMPARISON_COLUMNS`. `difference` (method - none) and `gap_closed` (see there; the teacher is the mean over its
+        seeds) are means over the seeds that both have, with standard deviations of the pairs; `p` is `image_p` of the
+        per-image differences averaged over these seeds.
+    """
+    rows = []
+    students = metrics[metrics["method"] != TEACHER]
+    for (dataset, student, metric), block in students.groupby(["dataset", "network", "metric"], sort=False):
+        values = {
+            method: runs.pivot(index="sample", columns="seed", values="value")
+            for method, runs in block.groupby("method", sort=False)
+        }
+        none = values.pop(NONE, None)
+        teacher = metrics.query("dataset == @dataset and method == @TEACHER and metric == @metric")
+        for method, table in values.items() if none is not None else ():
+            seeds = table.columns.intersection(none.columns)
+            if len(seeds) == 0:
+                continue
+            method_values, none_values = table[seeds], none[seeds]
+            pairs = method_values - none_values
+            share = (float("nan"), float("nan"))
+            if len(teacher):
+                goal = per_seed(teacher)["value"].mean()
+                share = gap_closed(method_values.mean(), none_values.mean(), goal, METRICS[metric].better)
+            numbers = (*_mean_std(pairs.mean()), *share, image_p(pairs.mean(axis=1)), len(seeds), len(pairs))
+            rows.append((dataset, student, method, metric, *numbers))
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))

@@ -1,0 +1,122 @@
+"""What several test files share: squares as objects, a run small enough to train in a second, a trained pair of networks."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; test processes and their children share two cores
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFSETS = ((-1, 0), (0, -1), (-3, 0), (0, -3), (-9, 0), (0, -9))
+
+
+def _squares(seed, shape=(40, 44), side=9, gap=3):
+    """Bright squares of different brightness on a noisy ground: image (1, Y, X) uint8, label (Y, X) uint32."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros(shape, np.uint32)
+    step = side + gap
+    for number, (y, x) in enumerate(np.ndindex(shape[0] // step, shape[1] // step), start=1):
+        dy, dx = rng.integers(0, gap, 2)
+        label[y * step + dy : y * step + dy + side, x * step + dx : x * step + dx + side] = number
+    bright = np.append(20.0, rng.uniform(80, 230, label.max()))
+    image = np.clip(bright[label] + rng.normal(0, 5, shape), 0, 255).round().astype(np.uint8)
+    return image[None], label
+
+
+@pytest.fixture(scope="session")
+def squares():
+    """Return `make(seed, shape=(40, 44))` -> (image, label)."""
+    return _squares
+
+
+@pytest.fixture(scope="session")
+def splits(tmp_path_factory):
+    """Return {split: samples file} with four, two and two images of squares."""
+    from gdlib import io
+
+    folder = tmp_path_factory.mktemp("splits")
+    out = {}
+    for number, (split, count) in enumerate({"train": 4, "val": 2, "test": 2}.items()):
+        samples = [io.Sample(f"{split}{i}", *_squares(10 * number + i)) for i in range(count)]
+        out[split] = folder / f"{split}.h5"
+        io.write_samples(out[split], samples, split=split)
+    return out
+
+
+@pytest.fixture(scope="session")
+def catalogue():
+    """Return the parsed text of the project's own config.yaml."""
+    return yaml.safe_load((ROOT / "config.yaml").read_text())
+
+
+@pytest.fixture
+def raw(catalogue):
+    """Return a copy of the catalogue to spoil."""
+    return copy.deepcopy(catalogue)
+
+
+@pytest.fixture(scope="session")
+def make_spec(catalogue):
+    """Return `make(method="none", seed=0, widths=..., patch=..., **recipe)` -> RunSpec of a training that takes a second."""
+    from gdlib.config import Config, RunSpec
+
+    methods = Config.parse(catalogue).methods
+
+    def make(method="none", seed=0, widths=(2, 2, 4, 4, 4), patch=(32, 32), normalisation=None, **recipe):
+        recipe = {
+            "steps": 6,
+            "batch_size": 2,
+            "patch": patch,
+            "warmup": 2,
+            "precision": "float32",
+            "validate_every": 3,
+            "validate_images": 1,
+            "save_every": 2,
+            "bank": {"capacity": 3, "sample_size": 2},
+            **recipe,
+        }
+        return RunSpec.model_validate(
+            {
+                "dataset": "squares",
+                "network": f"resunet_{widths[0]}",
+                "method": method,
+                "seed": seed,
+                "model": "resunet",
+                "options": {"widths": list(widths), "in_channels": 1, "embedding_dim": 4},
+                "channels": 1,
+                "offsets": OFFSETS,
+                "normalisation": normalisation or {},
+                "recipe": recipe,
+                "terms": [] if method == "teacher" else [term.model_dump() for term in methods[method]],
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(splits):
+    """Return `train(spec, folder, **kwargs)` -> mean validation metrics; every file of the run goes into the folder."""
+    from gdlib.training import fit
+
+    def run(spec, folder, **kwargs):
+        files = {name: Path(folder) / f"{name}.safetensors" for name in ("weights", "last")}
+        files |= {"history": Path(folder) / "history.csv", "state": Path(folder) / "state"}
+        return fit(spec, **{"train": splits["train"], "val": splits["val"], "device": "cpu", **files, **kwargs})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory, make_spec, train):
+    """Return the weights file of a teacher that has learnt to tell bright from dark, on one core in seconds."""
+    folder = tmp_path_factory.mktemp("teacher")
+    optimizer = {"lr": 0.02}
+    spec = make_spec("teacher", widths=(4, 4, 8, 8, 8), steps=40, batch_size=4, validate_every=20, optimizer=optimizer)
+    train(spec, folder)
+    return folder / "weights.safetensors"

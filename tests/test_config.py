@@ -1,0 +1,312 @@
+"""The configuration: every run of the catalogue can be built, every typo is one line that names key and nearest valid name."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdlib import registry
+from gdlib.config import TEACHER, Config, ConfigError, RunSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = ("smoke", "quick", "nuclei")
+
+
+def at(raw, path):
+    """The part of nested dicts and lists at a path such as `methods.grd.0`."""
+    for key in path.split(".") if path else []:
+        raw = raw[int(key)] if isinstance(raw, list) else raw[key]
+    return raw
+
+
+def rename(path, new):
+    """Change the last key of a path, as a slip of the finger does."""
+
+    def spoil(raw):
+        parent, _, old = path.rpartition(".")
+        section = at(raw, parent)
+        section[new] = section.pop(old)
+
+    return spoil
+
+
+def put(path, value):
+    """Set a key to a value."""
+
+    def spoil(raw):
+        parent, _, key = path.rpartition(".")
+        section = at(raw, parent)
+        section[int(key) if isinstance(section, list) else key] = value
+
+    return spoil
+
+
+def message(raw):
+    with pytest.raises(ConfigError) as caught:
+        Config.parse(raw)
+    text = str(caught.value)
+    assert text.startswith("config: ")
+    assert "\n" not in text
+    return text
+
+
+def test_studies_of_the_catalogue(catalogue):
+    assert set(STUDIES) <= set(catalogue["studies"])
+    assert Config.parse(catalogue).study == "quick"
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_run_builds_its_spec_its_network_and_its_terms(raw, study):
+    import torch
+
+    from gdlib.distill import build_term
+    from gdlib.models import build
+
+    config = Config.parse(raw | {"study": study})
+    runs = config.runs()
+    chosen = config.selected
+    assert (
+        len(runs)
+        == len(set(runs))
+        == len(chosen.datasets)
+        * (len(chosen.teacher_seeds) + len(chosen.students) * len(chosen.methods) * len(chosen.seeds))
+    )
+    for dataset, network, method, seed in runs:
+        spec = config.run(dataset, network, method, seed)
+        assert (spec.dataset, spec.network, spec.method, spec.seed) == (dataset, network, method, seed)
+        assert config.is_teacher(network) == (method == TEACHER)
+        assert spec.options["in_channels"] == spec.channels == config.datasets[dataset].channels
+        assert len(spec.patch) == len(spec.offsets[0])
+        with torch.device("meta"):
+            built = build(spec.model, spec.options)
+        assert built.ndim == len(spec.patch)
+        assert not [n for n in spec.patch if n % built.divisor]
+        names = [term.name for term in spec.all_terms]
+        assert len(set(names)) == len(names) >= 2
+        for term in spec.all_terms:
+            build_term(term.term, term.memory, term.options)
+
+
+def test_every_source_takes_the_options_of_its_datasets(catalogue):
+    config = Config.parse(catalogue)
+    for data in config.datasets.values():
+        registry.SOURCES.check(data.source, data.options)
+        assert callable(registry.SOURCES.get(data.source))
+
+
+def test_run_spec_survives_json(catalogue):
+    config = Config.parse(catalogue)
+    for run in config.runs():
+        spec = config.run(*run)
+        text = json.dumps(spec.model_dump(mode="json"))
+        assert RunSpec.model_validate(json.loads(text)) == spec
+        assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_a_slice_without_what_no_term_reads_is_a_spec_too(catalogue):
+    config = Config.parse(catalogue)
+    spec = config.run(*config.runs()[0]).model_dump(mode="json")
+    del spec["recipe"]["bank"]
+    assert RunSpec.model_validate(spec) == config.run(*config.runs()[0])
+
+
+# What is spoilt, the key that the message must name, and the name that it must suggest.
+TYPOS = {
+    "top": (rename("recipes", "recipies"), "recipies", "recipes"),
+    "top, superfluous": (put("plots", {}), "plots", "plot"),
+    "study": (rename("studies.quick.methods", "method"), "studies.quick.method", "methods"),
+    "study recipe": (put("studies.quick.student_recipe.step", 3), "studies.quick.student_recipe.step", "steps"),
+    "study recipe, nested": (
+        put("studies.quick.student_recipe.optimizer", {"lrate": 1}),
+        "studies.quick.student_recipe.optimizer.lrate",
+        "lr",
+    ),
+    "study recipe, two levels": (
+        put("studies.quick.teacher_recipe.augment", {"intensity": {"gama": 1}}),
+        "studies.quick.teacher_recipe.augment.intensity.gama",
+        "gamma",
+    ),
+    "study recipe, term name": (
+        put("studies.quick.student_recipe.terms", [{"term": "supervisd", "weight": 1}]),
+        "studies.quick.student_recipe.terms",
+        "supervised",
+    ),
+    "study recipe, metric": (
+        put("studies.quick.student_recipe.selection", "f1_5"),
+        "studies.quick.student_recipe.selection",
+        "f1_50",
+    ),
+    "recipe": (rename("recipes.teacher.batch_size", "batchsize"), "recipes.teacher.batchsize", "batch_size"),
+    "recipe, metric": (put("recipes.student.selection", "ajii"), "recipes.student.selection", "aji"),
+    "recipe, name": (rename("recipes.student", "students"), "recipes.students", "'student'"),
+    "optimizer": (
+        rename("recipes.student.optimizer.weight_decay", "weightdecay"),
+        "recipes.student.optimizer.weightdecay",
+        "weight_decay",
+    ),
+    "optimizer, name": (put("recipes.student.optimizer.name", "adamm"), "recipes.student.optimizer.name", "'adam'"),
+    "bank": (put("recipes.student.bank", {"capasity": 3}), "recipes.student.bank.capasity", "capacity"),
+    "term key": (rename("methods.agd_intra.0.weight", "wieght"), "methods.agd_intra.0.wieght", "weight"),
+    "term name": (put("methods.agd_intra.0.term", "adg"), "methods.agd_intra", "agd"),
+    "term option": (put("methods.agd_intra.0.options", {"poool": 2}), "poool", "pool"),
+    "model key": (rename("students.resunet_tiny.options", "option"), "students.resunet_tiny.option", "options"),
+    "model name": (put("students.resunet_tiny.model", "resnet"), "students.resunet_tiny", "resunet"),
+    "model option": (put("teachers.resunet.options", {"width": [1]}), "teachers.resunet", "widths"),
+    "dataset key": (rename("datasets.bbbc039.folder", "foldr"), "datasets.bbbc039.foldr", "folder"),
+    "dataset section": (
+        put("datasets.bbbc039.normalisation", {"uper": 99}),
+        "datasets.bbbc039.normalisation.uper",
+        "upper",
+    ),
+    "source name": (put("datasets.bbbc039.source", "bbbc39"), "datasets.bbbc039", "bbbc039"),
+    "source option": (put("datasets.bbbc039.options", {"splits": "heldout"}), "datasets.bbbc039", "split"),
+    "plot key": (rename("plot.main_metric", "mainmetric"), "plot.mainmetric", "main_metric"),
+    "plot metric": (put("plot.metrics", ["aji", "f1_81"]), "plot.metrics", "f1_80"),
+    "plot table metric": (put("plot.table_metrics", ["dise"]), "plot.table_metrics", "dice"),
+    "plot main metric": (put("plot.main_metric", "f1_90"), "plot.main_metric", "plot.metrics"),
+    "plot method": (put("plot.panel_methods", ["none", "grdd"]), "plot.panel_methods", "grd"),
+    "study name": (put("study", "quik"), "study", "quick"),
+    "study, dataset": (put("studies.nuclei.datasets", ["bbbc039", "bbc039"]), "studies.nuclei.datasets", "bbbc039"),
+    "study, teacher": (put("studies.nuclei.teacher", "resunet_w23"), "studies.nuclei.teacher", "resunet_w32"),
+    "study, student": (put("studies.nuclei.students", ["resunet_tny"]), "studies.nuclei.students", "resunet_tiny"),
+    "study, method": (put("studies.nuclei.methods", ["none", "igd_infra"]), "studies.nuclei.methods", "igd_intra"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "key", "suggestion"), TYPOS.values(), ids=TYPOS)
+def test_a_typo_is_one_line_with_the_key_and_the_nearest_name(raw, spoil, key, suggestion):
+    spoil(raw)
+    text = message(raw)
+    assert key in text
+    assert suggestion in text.replace(key, "")
+
+
+# Mistakes other than a wrong name; the message must name the key.
+MISTAKES = {
+    "missing section": (lambda raw: raw.pop("methods"), '"methods" is missing'),
+    "missing key": (lambda raw: raw["methods"]["agd_intra"][0].pop("weight"), "methods.agd_intra.0.weight"),
+    "missing recipe": (lambda raw: raw["recipes"].pop("teacher"), "recipes.teacher"),
+    "wrong type": (put("recipes.teacher.steps", "many"), "recipes.teacher.steps"),
+    "wrong range": (put("recipes.teacher.batch_size", 0), "recipes.teacher.batch_size"),
+    "wrong section type": (put("studies.quick.student_recipe.optimizer", 3), "studies.quick.student_recipe.optimizer"),
+    "list for a section": (put("datasets.bbbc039", []), "datasets.bbbc039"),
+    "name for a list": (put("studies.quick.methods", "grd"), "studies.quick.methods"),
+    "no dataset": (put("studies.quick.datasets", []), "studies.quick.datasets"),
+    "no teacher seed": (put("studies.quick.teacher_seeds", []), "studies.quick.teacher_seeds"),
+    "axes of the patch": (put("datasets.bbbc039.patch", [8, 128, 128]), "datasets.bbbc039"),
+    "axes of a study's patch": (put("studies.nuclei.student_recipe.patch", [8, 64, 64]), "studies.nuclei"),
+    "no offsets": (put("datasets.bbbc039.offsets", []), "datasets.bbbc039.offsets"),
+    "empty patch": (put("datasets.bbbc039.patch", [0, 128]), "datasets.bbbc039.patch"),
+    "range of a stride": (put("datasets.bbbc039.segmentation", {"stride": 0}), "datasets.bbbc039.segmentation.stride"),
+    "memory for a term without": (
+        put("methods.more", [{"term": "supervised", "weight": 1, "memory": True}]),
+        "methods.more",
+    ),
+    "the same term twice": (put("methods.more", [{"term": "agd", "weight": 1}] * 2), "methods.more"),
+    "a method called teacher": (put("methods.teacher", []), "teacher"),
+    "teacher and student of one name": (put("students.resunet", {"model": "resunet"}), "resunet"),
+    "no name at all": (put("study", None), "study"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "key"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_with_the_key(raw, spoil, key):
+    spoil(raw)
+    assert key in message(raw)
+
+
+@pytest.mark.parametrize("content", [None, [], "study", {}])
+def test_not_a_catalogue_at_all(content):
+    message(content)
+
+
+def test_a_far_name_gets_the_list_of_valid_ones(raw):
+    put("students.resunet_tiny.model", "zzz")(raw)
+    assert "valid names: resunet" in message(raw)
+
+
+def test_a_plug_in_of_another_package_is_not_looked_for(raw):
+    put("students.own", {"model": "my.package:Net", "options": {"anything": 1}})(raw)
+    assert Config.parse(raw).students["own"].model == "my.package:Net"
+    with pytest.raises(registry.UnknownName, match=r"my\.package:Net"):
+        registry.NETWORKS.get("my.package:Net")
+
+
+def test_values_never_change(catalogue):
+    config = Config.parse(catalogue)
+    with pytest.raises(ValueError, match="frozen"):
+        config.study = "smoke"
+    with pytest.raises(ValueError, match="frozen"):
+        config.recipes["teacher"].optimizer.lr = 1.0
+
+
+def test_study_recipe_merges_deeply_and_leaves_the_catalogue_alone(raw):
+    put("studies.quick.student_recipe", {"optimizer": {"lr": 0.5}, "augment": {"geometry": {"flip": False}}})(raw)
+    put("recipes.student.optimizer", {"lr": 0.002, "eps": 0.01, "betas": [0.8, 0.9]})(raw)
+    before = copy.deepcopy(raw)
+    config = Config.parse(raw)
+    student = config.run("nuclei_phantom", "resunet_tiny", "grd", 0).recipe
+    base = config.recipes["student"]
+    # Changed is what is named, nothing beside it.
+    assert student.optimizer == base.optimizer.model_copy(update={"lr": 0.5})
+    assert student.optimizer.eps == 0.01
+    assert not student.augment.geometry.flip
+    assert student.augment.geometry.model_copy(update={"flip": True}) == base.augment.geometry
+    assert student.augment.intensity == base.augment.intensity
+    left_out = {"optimizer", "augment", "patch"}
+    assert student.model_dump(exclude=left_out) == base.model_dump(exclude=left_out)
+    # The catalogue, the teacher and other studies are as before.
+    assert base.optimizer.lr == 0.002
+    assert config.run("nuclei_phantom", "resunet_w16", TEACHER, 0).recipe.optimizer.lr == 1e-3
+    other = Config.parse(raw | {"study": "nuclei"}).run("bbbc039", "resunet_tiny", "grd", 0).recipe
+    assert other.optimizer.lr == 0.002
+    assert raw == before
+
+
+def test_patch_is_the_studys_or_else_the_datasets(raw):
+    assert Config.parse(raw).run("nuclei_phantom", "resunet_tiny", "none", 0).patch == (128, 128)
+    put("studies.quick.student_recipe.patch", [64, 96])(raw)
+    config = Config.parse(raw)
+    assert config.run("nuclei_phantom", "resunet_tiny", "none", 0).patch == (64, 96)
+    assert config.run("nuclei_phantom", "resunet_w16", TEACHER, 0).patch == (128, 128)
+
+
+def test_a_teacher_has_no_terms_of_a_method(catalogue):
+    config = Config.parse(catalogue)
+    assert config.run("nuclei_phantom", "resunet_w16", TEACHER, 0).terms == ()
+    assert [term.name for term in config.run("nuclei_phantom", "resunet_tiny", "grd", 0).all_terms] == [
+        "supervised", "foreground", "agd", "agd_inter", "igd_nodes", "igd_edges", "igd_edges_inter",
+    ]  # fmt: skip
+
+
+def test_raw_folder_is_the_first_that_exists(raw, tmp_path):
+    raw["raw_folders"] = [str(tmp_path / "first"), str(tmp_path / "second")]
+    config = Config.parse(raw)
+    assert config.raw_folder("nuclei_phantom") is None
+    with pytest.raises(ConfigError) as caught:
+        config.raw_folder("bbbc039")
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(name in text for name in ('"bbbc039"', str(tmp_path / "first" / "bbbc039"), "second", "raw_folders"))
+    (tmp_path / "second" / "bbbc039").mkdir(parents=True)
+    assert config.raw_folder("bbbc039") == tmp_path / "second" / "bbbc039"
+    (tmp_path / "first" / "bbbc039").mkdir(parents=True)
+    assert config.raw_folder("bbbc039") == tmp_path / "first" / "bbbc039"
+
+
+def test_parsing_imports_no_torch():
+    code = (
+        "import sys, yaml; from gdlib.config import Config; "
+        "c = Config.parse(yaml.safe_load(open('config.yaml'))); [c.run(*r) for r in c.runs()]; "
+        "print([m for m in ('torch', 'h5py', 'skimage', 'scipy', 'snakemake') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nearest():
+    assert registry.nearest("resnet", ["resunet", "enet"]) == 'did you mean "resunet"?'
+    assert registry.nearest("zzz", ["b", "a"]) == "valid names: a, b"

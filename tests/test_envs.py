@@ -1,0 +1,103 @@
+"""The conda environments offer what was tested with pip: same packages, same versions, nothing forgotten.
+
+That conda-forge has these versions is not shown here; it takes `snakemake --use-conda --conda-create-envs-only`.
+"""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+ENVS = sorted((ROOT / "envs").glob("*.yaml"))
+PYPI = {"pytorch": "torch", "matplotlib-base": "matplotlib"}  # conda name: PyPI name, where they differ
+DISTRIBUTION = {"skimage": "scikit-image", "PIL": "pillow", "yaml": "pyyaml", "bioimage_cpp": "bioimage-cpp"}
+DISTRIBUTION |= {"contourpy": "matplotlib"}  # a part of it that has its own package
+TORCH_FREE = ("report/*.py", "metrics.py", "io.py", "config.py", "registry.py")  # what tables and figures import
+
+
+def packages(path: Path) -> dict[str, str]:
+    """Return PyPI name -> pinned version (major.minor) of an environment."""
+    found = {}
+    for item in yaml.safe_load(path.read_text())["dependencies"]:
+        for spec in item["pip"] if isinstance(item, dict) else [item]:
+            name, _, version = spec.partition(" ")
+            found[PYPI.get(name, name)] = version.removeprefix("==").removeprefix("=").removesuffix(".*")
+    return found
+
+
+def imports(*paths: Path, everywhere: bool) -> set[str]:
+    """Return the distributions that files import: at their top, or in their functions too."""
+    names = set()
+    for path in paths:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree) if everywhere else tree.body:
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module)
+    roots = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"gdlib"}
+    return {DISTRIBUTION.get(name, name) for name in roots}
+
+
+@pytest.fixture(scope="module")
+def tested() -> dict[str, str]:
+    """Versions of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if re.match(r"[\w.-]+==", line))
+    return {name.lower().replace("_", "-"): version for name, version in pins.items()}
+
+
+@pytest.fixture(scope="module")
+def declared() -> dict[str, Requirement]:
+    """Dependencies of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {r.name: r for r in map(Requirement, project["dependencies"])}
+
+
+@pytest.mark.parametrize("path", ENVS, ids=lambda path: path.stem)
+def test_versions_are_the_tested_ones(path, tested, declared):
+    for name, pin in packages(path).items():
+        if name in ("python", "pip"):
+            continue
+        assert re.fullmatch(r"\d+\.\d+", pin), f"{name} {pin}: pin major.minor"
+        assert name in declared, f"{name} is not a dependency of pyproject.toml"
+        version = Version(tested[name])
+        assert (version.major, version.minor) == Version(pin).release, (
+            f"{name}: {pin} here, {version} in constraints.txt"
+        )
+        assert version in declared[name].specifier
+
+
+@pytest.mark.parametrize("path", ENVS, ids=lambda path: path.stem)
+def test_only_from_conda_forge(path):
+    assert yaml.safe_load(path.read_text())["channels"] == ["conda-forge", "nodefaults"]
+
+
+def test_python_is_one_that_is_supported(declared):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = Requirement(f"python{project['requires-python']}").specifier
+    assert all(packages(path)["python"] in wanted for path in ENVS)
+
+
+def test_every_dependency_is_in_an_environment(declared):
+    assert set(declared) <= set().union(*map(packages, ENVS))
+
+
+def test_steps_find_what_they_import():
+    files = [p for p in (ROOT / "gdlib").rglob("*.py") if "report" not in p.parts]
+    assert imports(*files, everywhere=True) <= set(packages(ROOT / "envs" / "gdlib.yaml"))
+
+
+def test_report_finds_what_it_imports_and_needs_no_torch():
+    files = [p for pattern in TORCH_FREE for p in (ROOT / "gdlib").glob(pattern)]
+    files += (ROOT / "workflow" / "scripts").glob("*.py")
+    offered = set(packages(ROOT / "envs" / "report.yaml"))
+    assert imports(*files, everywhere=False) <= offered
+    assert "torch" not in offered

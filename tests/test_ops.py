@@ -1,0 +1,286 @@
+"""Tensor mathematics against plain loops over pixels, instances and pairs, in float64, in 2D and 3D."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdlib import ops
+
+# The offsets of the paper's code, in its order, and a few that it does not use: positive, diagonal, none at all.
+PAPER_2D = [offset for s in (1, 3, 5, 9, 27) for offset in ((-s, 0), (0, -s))]
+PAPER_3D = [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (-2, 0, 0), (0, -3, 0), (0, 0, -3)]
+PAPER_3D += [(-3, 0, 0), (0, -9, 0), (0, 0, -9), (-4, 0, 0), (0, -27, 0), (0, 0, -27)]
+OTHER_2D = [(1, 0), (0, 27), (3, -2), (-5, 7), (2, 2), (0, 0), (40, -40)]
+OTHER_3D = [(1, 0, 0), (4, 0, 0), (0, 27, -27), (-1, 2, -3), (2, 2, 2), (0, 0, 0)]
+CASES = [((2, 11, 12), PAPER_2D + OTHER_2D), ((1, 30, 29), PAPER_2D), ((2, 5, 4, 6), PAPER_3D + OTHER_3D), ((1, 2, 28, 3), PAPER_3D)]
+IDS = ["2D", "2D long", "3D", "3D long"]
+
+
+def pairs(offset, shape):
+    """Yield every pixel p whose neighbour q = p + offset is inside the image, and q."""
+    for p in itertools.product(*map(range, shape)):
+        q = tuple(a + d for a, d in zip(p, offset, strict=True))
+        if all(0 <= a < n for a, n in zip(q, shape, strict=True)):
+            yield p, q
+
+
+def random_unit(shape, dim=3, seed=0):
+    vectors = torch.randn(*shape, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return vectors / vectors.square().sum(-1, keepdim=True).sqrt()
+
+
+def random_label(shape, top=3, seed=0):
+    """Blocks of two pixels, 0 to `top`, so that pairs are often equal at short distance."""
+    rng = np.random.default_rng(seed)
+    batch, *sides = shape
+    label = rng.integers(0, top + 1, (batch, *[-(-n // 2) for n in sides]))
+    for axis in range(1, label.ndim):
+        label = label.repeat(2, axis)
+    return torch.from_numpy(label[(slice(None), *map(slice, sides))].copy())
+
+
+# --- Pixels and their neighbours ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
+def test_affinities_equal_the_loop(shape, offsets):
+    unit = random_unit(shape)
+    expected = torch.zeros(shape[0], len(offsets), *shape[1:], dtype=torch.float64)
+    for b, (k, offset) in itertools.product(range(shape[0]), enumerate(offsets)):
+        for p, q in pairs(offset, shape[1:]):
+            expected[(b, k, *p)] = sum(x * y for x, y in zip(unit[(b, *p)], unit[(b, *q)], strict=True))
+    result = ops.affinities(unit, offsets)
+    assert result.dtype == torch.float64
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-14)
+    if (0,) * (len(shape) - 1) in offsets:
+        torch.testing.assert_close(result[:, -2 if len(shape) == 3 else -1], torch.ones(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
+def test_wrapped_affinities_are_those_of_a_torus(shape, offsets):
+    unit = random_unit(shape).numpy()
+    expected = np.zeros((shape[0], len(offsets), *shape[1:]))
+    for b, (k, offset) in itertools.product(range(shape[0]), enumerate(offsets)):
+        for p in itertools.product(*map(range, shape[1:])):
+            q = tuple((a + d) % n for a, d, n in zip(p, offset, shape[1:], strict=True))
+            expected[(b, k, *p)] = unit[(b, *p)] @ unit[(b, *q)]
+    result = ops.affinities_wrapped(torch.from_numpy(unit), offsets)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
+def test_targets_and_inside_equal_the_loop(shape, offsets):
+    label = random_label(shape)
+    inside = np.zeros((len(offsets), *shape[1:]), bool)
+    target = np.zeros((shape[0], len(offsets), *shape[1:]), bool)
+    for k, offset in enumerate(offsets):
+        for p, q in pairs(offset, shape[1:]):
+            inside[(k, *p)] = True
+            for b in range(shape[0]):
+                target[(b, k, *p)] = label[(b, *p)] == label[(b, *q)]  # background pairs included
+    np.testing.assert_array_equal(ops.inside(offsets, shape[1:]).numpy(), inside)
+    result = ops.affinity_targets(label, offsets)
+    assert result.dtype == torch.bool
+    np.testing.assert_array_equal(result.numpy(), target)
+
+
+def test_two_background_pixels_are_connected():
+    assert ops.affinity_targets(torch.zeros(1, 1, 2, dtype=torch.int64), [(0, -1)]).tolist() == [[[[False, True]]]]
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_overlap_lists_the_pairs(data):
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    offset = data.draw(st.lists(st.integers(-7, 7), min_size=len(shape), max_size=len(shape)))
+    index = np.arange(np.prod(shape)).reshape(shape)
+    here, there = ops.overlap(offset, shape)
+    expected = [(index[p], index[q]) for p, q in pairs(offset, shape)]
+    assert list(zip(index[here].flat, index[there].flat, strict=True)) == expected
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (1, 2, 3, 3)], ids=["2D", "3D"])
+def test_gradient_of_affinities(shape):
+    """The backward pass is written by hand; numerical differences do not know how."""
+    n = len(shape) - 1
+    offsets = [o for o in itertools.product((-1, 0, 2), repeat=n)][: 9 if n == 2 else 12] + [(-27,) * n, (0,) * n]
+    unit = random_unit(shape).requires_grad_()
+    assert torch.autograd.gradcheck(lambda u: ops.affinities(u, offsets), unit)
+    transposed = random_unit(shape).transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+    assert not transposed.is_contiguous()
+    assert torch.autograd.gradcheck(lambda u: ops.affinities(u, offsets), transposed)
+
+
+def test_rows_puts_vectors_last_and_copies_nothing_of_a_channels_last_map():
+    embedding = torch.randn(2, 5, 3, 4)
+    assert torch.equal(ops.rows(embedding)[1, 2, 3], embedding[1, :, 2, 3])
+    assert ops.rows(torch.randn(2, 5, 2, 3, 4)).shape == (2, 2, 3, 4, 5)
+    last = embedding.contiguous(memory_format=torch.channels_last)
+    assert ops.rows(last).data_ptr() == last.data_ptr()
+    assert ops.rows(embedding).is_contiguous()
+
+
+# --- Class weights --------------------------------------------------------------------------------------------------
+
+
+def loop_balance(target, valid, per_offset):
+    """Weights from the rule in words; one group of pairs is a sample, or an offset of a sample."""
+    weight = np.zeros(target.shape)
+    groups = [(b, k) for b in range(len(target)) for k in range(target.shape[1])] if per_offset else range(len(target))
+    for group in groups:
+        share = target[group][valid[group]]
+        if share.size == 0:
+            continue
+        connected = separated = 1.0
+        if share.any() and not share.all():
+            f = min(max(share.sum() / share.size, 0.05), 0.99)
+            if f > 0.5:
+                separated = f / (1 - f)
+            else:
+                connected = (1 - f) / f
+        weight[group] = np.where(valid[group], np.where(target[group], connected, separated), 0)
+    return weight
+
+
+@pytest.mark.parametrize("per_offset", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.004, 0.3, 0.5, 0.7, 0.996, 1.0])
+def test_balance_equals_the_rule(share, per_offset):
+    rng = np.random.default_rng(int(share * 1000))
+    target = rng.random((2, 3, 20, 25)) < share
+    target[0, 1] = rng.random((20, 25)) < 0.6  # offsets and samples differ
+    valid = np.ones((3, 20, 25), bool)
+    valid[0, :4] = valid[2, :, 7:] = False
+    result = ops.balance(torch.from_numpy(target), torch.from_numpy(valid), per_offset)
+    expected = loop_balance(target, np.broadcast_to(valid, target.shape), per_offset)
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5)
+
+
+def test_balance_by_hand():
+    """One pair in four connected: it weighs 3. Three in four: the other weighs 3. One class or no pair at all: no change."""
+    target = torch.tensor([[[1, 0, 0, 0]], [[1, 1, 1, 0]], [[1, 1, 1, 1]], [[0, 0, 0, 0]]]).bool()
+    weight = ops.balance(target, torch.ones(4, dtype=torch.bool))
+    assert weight[:, 0].tolist() == [[3, 1, 1, 1], [1, 1, 1, 3], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert ops.balance(target, torch.zeros(4, dtype=torch.bool)).abs().max() == 0
+    rare = torch.zeros(1, 1, 1000, dtype=torch.bool)
+    rare[..., 0] = True
+    assert float(ops.balance(rare, torch.tensor(True)).max()) == pytest.approx(19)  # (1 - 0.05) / 0.05
+    assert float(ops.balance(~rare, torch.tensor(True)).max()) == pytest.approx(99, rel=1e-4)  # 0.99 / (1 - 0.99)
+
+
+@given(connected=st.integers(60, 980))
+@settings(max_examples=20, deadline=None)
+def test_balanced_classes_weigh_the_same(connected):
+    target = torch.arange(1000).lt(connected).reshape(1, 2, 500)
+    weight = ops.balance(target, torch.tensor(True))
+    assert float(weight[target].sum()) == pytest.approx(float(weight[~target].sum()), rel=1e-4)
+
+
+def test_padded_pairs_that_count_as_connected_give_the_weights_of_the_original_code():
+    """It counts pairs across the border as connected and lets them count for the share; both choices are the caller's."""
+    label, offsets = random_label((2, 8, 9)), PAPER_2D
+    inside = ops.inside(offsets, (8, 9))
+    padded = ops.affinity_targets(label, offsets) | ~inside
+    f = padded.double().mean((1, 2, 3)).numpy()
+    weight = ops.balance(padded, torch.tensor(True)).numpy()
+    assert (f > 0.5).all()
+    assert (f < 0.99).all()
+    for b in range(2):
+        np.testing.assert_allclose(weight[b], np.where(padded[b].numpy(), 1, f[b] / (1 - f[b])), rtol=1e-5)
+
+
+# --- Instances ------------------------------------------------------------------------------------------------------
+
+HUGE = torch.tensor([0, 3, 2**40, 2**62, 17])
+LABELS = {
+    "2D": random_label((3, 6, 7), 4),
+    "3D": random_label((2, 3, 4, 5), 4),
+    "huge sparse ids": HUGE[random_label((3, 6, 7), 4)],
+    "huge sparse ids without background": HUGE[random_label((2, 6, 7), 3) + 1],
+    "huge sparse ids, one image without background": torch.cat(
+        [HUGE[random_label((1, 6, 7), 4)], HUGE[random_label((1, 6, 7), 3) + 1]]
+    ),
+    "one image empty": torch.cat([random_label((1, 6, 7), 4), torch.zeros(1, 6, 7, dtype=torch.int64)]),
+    "first image empty": torch.cat([torch.zeros(1, 6, 7, dtype=torch.int64), random_label((1, 6, 7), 4)]),
+    "all empty": torch.zeros(2, 6, 7, dtype=torch.int64),
+    "no background": random_label((2, 6, 7), 3) + 1,
+    "id as large as the image": torch.tensor([[[0, 0], [3, 4]]]),
+    "id larger than the image": torch.tensor([[[0, 0], [3, 5]]]),
+    "int32": random_label((2, 6, 7), 4).int(),
+}
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
+def test_instances_and_their_means_equal_the_loop(label, background):
+    rows = torch.randn(*label.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    means, image, size = [], [], []
+    index = torch.full(label.shape, -1)
+    for b, one in enumerate(label):
+        for i in sorted(set(one.flatten().tolist()) - (set() if background else {0})):
+            pixels = [p for p in itertools.product(*map(range, one.shape)) if int(one[p]) == i]
+            for p in pixels:
+                index[(b, *p)] = len(means)
+            means.append(sum(rows[(b, *p)] for p in pixels) / len(pixels))
+            image.append(b)
+            size.append(len(pixels))
+    index[index < 0] = len(means)
+
+    instances = ops.Instances(label, background=background)
+    assert instances.count == len(means)
+    assert instances.batch == len(label)
+    assert instances.image.tolist() == image
+    assert instances.size.tolist() == size
+    assert instances.per_image.tolist() == [image.count(b) for b in range(len(label))]
+    assert torch.equal(instances.index, index.flatten())
+    nodes = ops.pool_instances(rows, instances)
+    assert nodes.shape == (len(means), 3)
+    assert nodes.dtype == torch.float64
+    if means:
+        torch.testing.assert_close(nodes, torch.stack(means), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["2D", "3D", "one image empty", "all empty"])
+def test_gradient_of_pooling(name):
+    label = LABELS[name][..., :4]
+    rows = torch.randn(*label.shape, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda r: ops.pool_instances(r, ops.Instances(label)), rows, fast_mode=True)
+
+
+def test_mean_per_image():
+    values = torch.tensor([1.0, 3.0, 10.0, 2.0])
+    assert ops.mean_per_image(values, torch.tensor([0, 0, 3, 0]), 5).tolist() == [2, 0, 0, 10, 0]
+    assert ops.mean_per_image(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 2).tolist() == [0, 0]
+
+
+# --- Gram matrices --------------------------------------------------------------------------------------------------
+
+
+def test_gram_product_is_the_mean_over_all_pairs():
+    """The identity that replaces the pixel-pair matrix of two images."""
+    rng = np.random.default_rng(0)
+    memory, student, teacher = rng.normal(size=(3, 2, 7, 4))
+    memory = np.concatenate([memory, memory[:, :4] * 2], 1)  # 11 vectors against 7
+    product = ops.gram(torch.from_numpy(memory)) * ops.gram(torch.from_numpy(student - teacher))
+    for b in range(2):
+        total = 0.0
+        for m in memory[b]:
+            for s, t in zip(student[b], teacher[b], strict=True):
+                total += (m @ s - m @ t) ** 2
+        assert float(product[b].sum()) == pytest.approx(total / (11 * 7), rel=1e-12)
+
+
+def test_node_grams_of_a_ragged_batch():
+    nodes = torch.randn(6, 3, dtype=torch.float64)
+    image = torch.tensor([0, 0, 0, 2, 3, 3])
+    result = ops.node_grams(nodes, image, 5)
+    assert result.shape == (5, 3, 3)
+    for b in range(5):
+        mine = nodes[image == b]
+        expected = sum((torch.outer(v, v) for v in mine), torch.zeros(3, 3, dtype=torch.float64)) / max(1, len(mine))
+        torch.testing.assert_close(result[b], expected, rtol=0, atol=1e-14)
+    assert ops.node_grams(nodes[:0], image[:0], 2).abs().max() == 0

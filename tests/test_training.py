@@ -1,0 +1,488 @@
+"""The training loop: an interrupted run ends as if it had never been interrupted, and what is wrong is said in one sentence."""
+
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gdlib import io, training
+from gdlib.config import Recipe
+from gdlib.metrics import METRICS
+from gdlib.models import Embedding
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUTS = ("weights.safetensors", "last.safetensors", "history.csv")
+FULL = {"method": "grd", "ema": 0.9, "accumulate": 2, "clip": 1.0}
+RUNS = {
+    "none": {"method": "none"},
+    "grd": {"method": "grd"},
+    "grd, ema, accumulation, clipping": FULL,
+    "none, bfloat16, adam": {
+        "precision": "bfloat16",
+        "optimizer": {"name": "adam", "amsgrad": True},
+        "schedule": "constant",
+    },
+}
+
+
+class Touch:
+    """A pickle of this writes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+class PlainNet(nn.Module):
+    """No normalisation, so that a batch of four is the mean of two batches of two."""
+
+    divisor = 1
+    ndim = 2
+
+    def __init__(self, *, in_channels=1):
+        super().__init__()
+        self.body = nn.Conv2d(in_channels, 6, 3, padding=1)
+        self.foreground = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        return Embedding(x, self.foreground(x), {})
+
+
+def plain(spec):
+    return spec.model_copy(update={"model": f"{__name__}:PlainNet", "options": {"in_channels": 1}})
+
+
+def outputs(folder):
+    """Everything a run leaves behind, but for the time that it took."""
+    out = {"history": (folder / "history.csv").read_bytes()}
+    for name in OUTPUTS[:2]:
+        state, header = io.load_weights(folder / name)
+        assert header.pop("seconds") >= 0
+        out[name] = {key: (tensor.dtype, tensor.numpy().tobytes()) for key, tensor in state.items()} | {"": header}
+    return out
+
+
+def rows(folder, split=None, name=None):
+    lines = [line.split(",") for line in (folder / "history.csv").read_text().splitlines()[1:]]
+    return [(int(s), float(v)) for s, p, n, v in lines if split in (None, p) and name in (None, n)]
+
+
+def stop_at(monkeypatch, batch, action):
+    """Do something when the sampler is asked for this batch."""
+    original = training.PatchSampler.batch
+
+    def replacement(self, step):
+        if step == batch:
+            action()
+        return original(self, step)
+
+    monkeypatch.setattr(training.PatchSampler, "batch", replacement)
+
+
+def assert_nothing_written(folder):
+    left = [p.name for p in folder.rglob("*") if p.is_file() and p.name != "resume.pt"]
+    assert left == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_spec, train, teacher):
+    """Return `finished(name)` -> (spec, metrics, folder) of a run that nobody interrupted, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("finished")
+            spec = make_spec(**RUNS[name])
+            made[name] = (spec, train(spec, folder, teacher=teacher), folder)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_ends_with_its_files(name, finished):
+    spec, scores, folder = finished(name)
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == sorted(OUTPUTS)
+    assert not (folder / "state" / "resume.pt").exists()
+    header = io.read_header(folder / "weights.safetensors")
+    assert header["run"] == spec.model_dump(mode="json")
+    assert header["validation"] == scores
+    assert all(math.isfinite(value) for value in scores.values())
+    assert header["segmentation"].keys() == training.DEFAULTS.keys()
+    assert header["precision"] == spec.recipe.precision
+    assert header["step"] in {step for step, _ in rows(folder, "val", "aji")} == {3, 6}
+    assert io.read_header(folder / "last.safetensors")["step"] == 6
+    assert [step for step, _ in rows(folder, "train", "loss")] == [6]
+
+
+def test_the_kept_weights_are_those_of_the_best_validation(finished, train, make_spec, tmp_path, monkeypatch):
+    marks = iter([0.1, 0.9, 0.9, 0.5])
+    seen = []
+
+    def judge(self, network):
+        seen.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        return {**dict.fromkeys(METRICS, 0.0), "pq": next(marks)}
+
+    monkeypatch.setattr(training.Judge, "__call__", judge)
+    train(make_spec(validate_every=2, steps=8, selection="pq"), tmp_path)
+    state, header = io.load_weights(tmp_path / "weights.safetensors")
+    assert header["step"] == 4  # the first of equals
+    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in state.items())
+    last, _ = io.load_weights(tmp_path / "last.safetensors")
+    assert all(torch.equal(tensor, seen[3][name]) for name, tensor in last.items())
+    assert [value for _, value in rows(tmp_path, "val", "pq")] == [0.1, 0.9, 0.9, 0.5]
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("step", [0, 1, 3, 4])
+def test_sigterm_then_resume_is_bit_for_bit_the_same(
+    name, step, finished, train, teacher, tmp_path, monkeypatch, capsys
+):
+    spec, scores, whole = finished(name)
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stop_at(patch, step * spec.recipe.accumulate, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(training.Interrupted) as caught:
+            train(spec, tmp_path, teacher=teacher)
+    assert caught.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert_nothing_written(tmp_path)
+    assert f"stopped after step {step + 1} of 6" in capsys.readouterr().out
+    assert train(spec, tmp_path, teacher=teacher) == scores
+    assert f"resumed after step {step + 1}" in capsys.readouterr().out
+    assert outputs(tmp_path) == outputs(whole)
+    assert not (tmp_path / "state" / "resume.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["none", "grd, ema, accumulation, clipping"])
+def test_out_of_time_after_every_step_is_the_same_too(name, finished, train, teacher, tmp_path):
+    spec, scores, whole = finished(name)
+    for _ in range(spec.recipe.steps):
+        with pytest.raises(training.Interrupted) as caught:
+            train(spec, tmp_path, teacher=teacher, max_seconds=0)
+        assert caught.value.code == 75
+        assert_nothing_written(tmp_path)
+    assert train(spec, tmp_path, teacher=teacher, max_seconds=0) == scores
+    assert outputs(tmp_path) == outputs(whole)
+
+
+@pytest.mark.parametrize("name", ["grd, ema, accumulation, clipping"])
+def test_kill_9_then_resume_is_bit_for_bit_the_same(name, finished, splits, teacher, tmp_path):
+    spec, _, whole = finished(name)
+    command = ["step", "train", "--spec", spec.model_dump_json(), "--device", "cpu", "--teacher", str(teacher)]
+    command += [f"--{split}={splits[split]}" for split in ("train", "val")] + [f"--state={tmp_path / 'state'}"]
+    command += [f"--{Path(file).stem}={tmp_path / file}" for file in OUTPUTS]
+    killer = (
+        "import os, signal, sys; from gdlib import cli, training; batch = training.PatchSampler.batch\n"
+        "def deadly(self, step):\n"
+        f"    return os.kill(os.getpid(), signal.SIGKILL) if step == {5 * spec.recipe.accumulate} else batch(self, step)\n"
+        "training.PatchSampler.batch = deadly; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", killer, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert_nothing_written(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "gdlib", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step 4" in done.stdout
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def test_killed_while_the_state_is_written_keeps_the_state_before(finished, train, teacher, tmp_path, monkeypatch):
+    spec, scores, whole = finished("grd")
+    save = torch.save
+
+    def die(content, path):
+        if content["step"] == 4:
+            Path(path).write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(spec, tmp_path, teacher=teacher)
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["resume.pt"]
+    assert train(spec, tmp_path, teacher=teacher) == scores
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def interrupt(run, spec, folder, **kwargs):
+    with pytest.raises(training.Interrupted):
+        run(spec, folder, max_seconds=0, **kwargs)
+    return folder / "state" / "resume.pt"
+
+
+def test_the_state_of_another_configuration_is_not_taken(make_spec, train, finished, tmp_path, capsys):
+    spec, scores, whole = finished("none")
+    interrupt(train, make_spec("none", optimizer={"lr": 0.5}), tmp_path)
+    capsys.readouterr()
+    assert train(spec, tmp_path) == scores
+    out = capsys.readouterr().out
+    assert "another configuration" in out
+    assert "resumed" not in out
+    assert outputs(tmp_path) == outputs(whole)
+
+
+@pytest.mark.parametrize("which", ["train", "val", "teacher"])
+def test_the_state_of_other_data_is_not_taken(which, finished, splits, train, teacher, tmp_path, capsys):
+    spec, scores, whole = finished("grd")
+    if which == "teacher":
+        state, header = io.load_weights(teacher)
+        other = tmp_path / "other.safetensors"
+        io.save_weights(other, {name: t * 1.01 if t.is_floating_point() else t for name, t in state.items()}, header)
+    else:
+        other = tmp_path / "other.h5"
+        io.write_samples(other, list(io.read_samples(splits[which]))[:1])
+    folder = tmp_path / "run"
+    interrupt(train, spec, folder, **{"teacher": teacher, which: other})
+    capsys.readouterr()
+    assert train(spec, folder, teacher=teacher) == scores
+    assert "data" in capsys.readouterr().out
+    assert outputs(folder) == outputs(whole)
+
+
+def test_the_state_of_other_code_is_not_taken(finished, train, tmp_path, monkeypatch, capsys):
+    spec, scores, _ = finished("none")
+    read = Path.read_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda p: read(p) + (b"# edited" if p.name == "igd.py" else b""))
+        interrupt(train, spec, tmp_path)
+    capsys.readouterr()
+    assert train(spec, tmp_path) == scores
+    assert "code; training starts anew" in capsys.readouterr().out
+
+
+BROKEN = {
+    "empty": lambda path, marker: path.write_bytes(b""),
+    "text": lambda path, marker: path.write_text("nothing"),
+    "truncated": lambda path, marker: path.write_bytes(path.read_bytes()[:-2000]),
+    "malicious pickle": lambda path, marker: path.write_bytes(pickle.dumps(Touch(marker), protocol=2)),
+    "malicious zip": lambda path, marker: torch.save({"fingerprint": Touch(marker)}, path),
+    "of another program": lambda path, marker: torch.save({"epoch": 3}, path),
+}
+
+
+@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN)
+def test_a_broken_state_is_not_taken_and_not_executed(spoil, finished, train, tmp_path, capsys):
+    spec, scores, whole = finished("none")
+    path, marker = interrupt(train, spec, tmp_path), tmp_path / "executed"
+    spoil(path, marker)
+    capsys.readouterr()
+    assert train(spec, tmp_path) == scores
+    out = capsys.readouterr().out
+    assert "training starts anew" in out
+    assert str(path) in out
+    assert not marker.exists()
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def test_the_bait_of_the_malicious_state_works(tmp_path):
+    BROKEN["malicious zip"](tmp_path / "resume.pt", tmp_path / "executed")
+    torch.load(tmp_path / "resume.pt", weights_only=False)
+    assert (tmp_path / "executed").exists()
+
+
+def test_one_seed_is_one_result_and_another_seed_another(finished, make_spec, train, teacher, tmp_path):
+    _, scores, whole = finished("grd")
+    torch.manual_seed(99)  # whatever happened before in this process
+    torch.rand(7)
+    assert train(make_spec("grd"), tmp_path / "same", teacher=teacher) == scores
+    assert outputs(tmp_path / "same") == outputs(whole)
+    train(make_spec("grd", seed=1), tmp_path / "other", teacher=teacher)
+    assert outputs(tmp_path / "other")["history"] != outputs(whole)["history"]
+    states = [io.load_weights(folder / "last.safetensors")[0] for folder in (tmp_path / "other", whole)]
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_methods_of_one_seed_start_from_the_same_network_and_see_the_same_patches(make_spec, splits, teacher):
+    device = torch.device("cpu")
+    trainers = [training._Trainer(make_spec(method), teacher, device) for method in ("none", "grd")]
+    states = [trainer.deployed.state_dict() for trainer in trainers]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def sampler(spec, path):
+    return training.PatchSampler(
+        path,
+        patch=spec.patch,
+        batch_size=spec.recipe.batch_size,
+        normalisation=spec.normalisation.model_dump(),
+        augment=spec.recipe.augment.model_dump(),
+        seed=spec.seed,
+    )
+
+
+def test_accumulation_is_the_mean_over_its_batches(make_spec, splits):
+    spec = plain(make_spec("none", batch_size=4, accumulate=2, warmup=0))
+    batches = [sampler(spec, splits["train"]).batch(k) for k in range(2)]
+    trainer = training._Trainer(spec, None, torch.device("cpu"))
+    start = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
+    trainer.advance(iter(batches))
+    accumulated = [p.grad.clone() for p in trainer.learnable]
+    mean_loss = trainer.flush_losses()
+
+    gradients, losses = [], []
+    trainer.deployed.load_state_dict(start)
+    for k, batch in enumerate(batches):
+        trainer.optimizer.zero_grad()
+        total, _ = trainer.distiller(batch, k)
+        total.backward()
+        losses.append(total.item())
+        gradients.append([p.grad.clone() for p in trainer.learnable])
+    assert mean_loss == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    for whole, first, second in zip(accumulated, *gradients, strict=True):
+        torch.testing.assert_close(whole, (first + second) / 2)
+    assert trainer.step == 1
+
+
+def test_loss_and_learning_rate_in_the_history(make_spec, train, teacher, tmp_path):
+    spec = make_spec("grd", steps=23, validate_every=23, save_every=100)
+    train(spec, tmp_path, teacher=teacher)
+    assert [step for step, _ in rows(tmp_path, "train", "loss")] == [10, 20, 23]
+    for step, value in rows(tmp_path, "train", "lr"):
+        assert value == pytest.approx(training.learning_rate(step - 1, spec.recipe))
+    parts = [rows(tmp_path, "train", f"loss/{term.name}") for term in spec.all_terms]
+    for k, (_, total) in enumerate(rows(tmp_path, "train", "loss")):
+        assert total == pytest.approx(sum(t.weight * part[k][1] for t, part in zip(spec.all_terms, parts, strict=True)))
+    assert all(value > 0 for part in parts for _, value in part)
+
+
+def test_training_learns(teacher):
+    losses = [value for _, value in rows(teacher.parent, "train", "loss")]
+    assert losses[-1] < 0.6 * losses[0]
+    assert io.read_header(teacher)["validation"]["aji"] > 0.9
+
+
+def test_learning_rate():
+    recipe = {"steps": 100, "validate_every": 1, "warmup": 10, "optimizer": {"lr": 0.5}}
+    cosine = Recipe.model_validate(recipe)
+    assert training.learning_rate(0, cosine) == pytest.approx(0.05)
+    assert training.learning_rate(4, cosine) == pytest.approx(0.25)
+    assert training.learning_rate(9, cosine) == pytest.approx(0.5)
+    assert training.learning_rate(10, cosine) == pytest.approx(0.5)
+    assert training.learning_rate(55, cosine) == pytest.approx(0.25)
+    assert training.learning_rate(10 + 30, cosine) == pytest.approx(0.375)
+    assert 0 < training.learning_rate(99, cosine) < 0.001
+    constant = Recipe.model_validate(recipe | {"schedule": "constant"})
+    assert [training.learning_rate(step, constant) for step in (4, 10, 55, 99)] == pytest.approx([0.25, 0.5, 0.5, 0.5])
+    short = Recipe.model_validate(recipe | {"steps": 5, "warmup": 0})
+    assert training.learning_rate(0, short) == pytest.approx(0.5)
+    warm = Recipe.model_validate(recipe | {"steps": 5, "warmup": 20})
+    assert training.learning_rate(4, warm) == pytest.approx(0.125)
+
+
+def test_moving_average(make_spec, splits):
+    spec = plain(make_spec("none", ema=0.75, warmup=0))
+    trainer = training._Trainer(spec, None, torch.device("cpu"))
+    batches = sampler(spec, splits["train"])
+    expected = None
+    for step in range(3):
+        trainer.advance(iter([batches.batch(step)]))
+        now = {name: tensor.clone() for name, tensor in trainer.distiller.student.state_dict().items()}
+        expected = now if expected is None else {name: 0.75 * expected[name] + 0.25 * now[name] for name in now}
+    for name, tensor in trainer.deployed.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+        assert not torch.equal(tensor, now[name])
+
+
+def test_a_loss_that_is_no_number_is_one_sentence(make_spec, train, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"lower recipes\.\*\.optimizer\.lr") as caught:
+        train(make_spec(steps=10, optimizer={"lr": 1e30}), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert_nothing_written(tmp_path)
+
+
+def refusal(run, spec, folder, error=io.DataError, **kwargs):
+    with pytest.raises(error) as caught:
+        run(spec, folder, **kwargs)
+    assert not folder.exists() or not list(folder.rglob("*"))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_patch_larger_than_an_image(make_spec, train, splits, tmp_path):
+    text = refusal(train, make_spec(patch=(32, 64)), tmp_path / "run")
+    assert all(part in text for part in (str(splits["train"]), '"train0"', "(40, 44)", "(32, 64)"))
+
+
+def test_a_patch_that_the_network_cannot_halve(make_spec, train, tmp_path):
+    text = refusal(train, make_spec(patch=(32, 40)), tmp_path / "run", ValueError)
+    assert all(part in text for part in ("(32, 40)", "16"))
+
+
+def test_a_split_without_images(make_spec, train, tmp_path):
+    empty = tmp_path / "empty.h5"
+    io.write_samples(empty, [])
+    for split in ("train", "val"):
+        assert str(empty) in refusal(train, make_spec(), tmp_path / "run", **{split: empty})
+
+
+def test_a_method_that_needs_a_teacher_without_one(make_spec, train, tmp_path):
+    assert '"grd"' in refusal(train, make_spec("grd"), tmp_path / "run", ValueError)
+    missing = tmp_path / "missing.safetensors"
+    assert str(missing) in refusal(train, make_spec("grd"), tmp_path / "run", teacher=missing)
+
+
+def test_a_teacher_with_another_normalisation_or_other_channels(make_spec, train, teacher, tmp_path):
+    spec = make_spec("grd", normalisation={"lower": 0.0, "upper": 100.0})
+    text = refusal(train, spec, tmp_path / "run", teacher=teacher)
+    assert all(part in text for part in (str(teacher), "normalisation", "99.8", "100.0"))
+    state, header = io.load_weights(teacher)
+    other = tmp_path / "rgb.safetensors"
+    io.save_weights(other, state, header | {"channels": 3})
+    assert "channels 3" in refusal(train, make_spec("grd"), tmp_path / "run", teacher=other)
+
+
+def test_a_teacher_file_that_is_a_pickle(make_spec, train, tmp_path):
+    path, marker = tmp_path / "teacher.safetensors", tmp_path / "executed"
+    torch.save(Touch(marker), path)
+    assert str(path) in refusal(train, make_spec("grd"), tmp_path / "run", teacher=path)
+    assert not marker.exists()
+
+
+def test_a_teacher_that_nobody_asks_is_not_opened(finished, train, tmp_path):
+    spec, scores, whole = finished("none")
+    assert train(spec, tmp_path) == scores
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def test_the_teacher_does_not_change(make_spec, splits, teacher):
+    trainer = training._Trainer(make_spec("grd"), teacher, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in trainer.distiller.teacher.state_dict().items()}
+    batches = sampler(trainer.spec, splits["train"])
+    for step in range(2):
+        trainer.advance(iter([batches.batch(step)]))
+    after = trainer.distiller.teacher.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    learnable = {id(p) for p in trainer.learnable}
+    assert learnable == {id(p) for p in trainer.distiller.student.parameters()}
+
+
+def test_the_header_is_enough_to_use_the_weights(teacher, splits):
+    from gdlib.inference import Predictor
+    from gdlib.segmentation import score
+
+    predictor = Predictor.load(teacher, device="cpu", precision="float32")
+    samples = list(io.read_samples(splits["val"]))
+    predictions = [predictor(sample.image) for sample in samples]
+    pairs = [(p.affinity, p.foreground) for p in predictions]
+    header = json.loads(json.dumps(predictor.header))
+    scores = score(pairs, [s.label for s in samples], header["offsets"], header["segmentation"])
+    assert scores == pytest.approx(header["validation"])
+
+
+def test_the_environment_of_these_tests():
+    assert os.environ["OMP_NUM_THREADS"] == "1"

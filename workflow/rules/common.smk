@@ -1,0 +1,216 @@
+"""Where files live, what rules pass on, and what jobs may use. No rules here.
+
+A rule passes exactly its own slice of the configuration to its job, as text that does not depend on the order of keys.
+Snakemake re-runs a job when this text changes: an edit re-runs what depends on it and nothing else.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+
+from gdlib import registry
+from gdlib.config import TEACHER
+
+RESULTS = f"results/{CFG.study}"
+LOGS = f"logs/{CFG.study}"
+BENCHMARKS = f"{RESULTS}/benchmarks"
+DATA = "data/{dataset}"  # made once, shared by all studies
+ID = "{dataset}/{network}/{method}/seed{seed}"  # of a run
+RUN = f"{RESULTS}/runs/{ID}"
+NAME = ID.replace("{", "{wildcards.")  # the same in messages
+
+PROFILE = f"{RESULTS}/profile/{{dataset}}/{{network}}.json"
+
+STUDY = CFG.selected
+PLOT = CFG.plot
+NETWORKS = [STUDY.teacher, *STUDY.students]
+KEPT = 4  # test images whose embeddings are kept for the figures; a constant, so that no plot option predicts again
+
+# One job per GPU where there is one; without, student jobs run side by side on the cores.
+GPU = int(
+    shutil.which("nvidia-smi") is not None
+    and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+)
+
+try:
+    ALL_CORES = workflow.cores
+except WorkflowError:  # nobody says how many: --report, or a cluster
+    ALL_CORES = 8
+
+# Jobs are `python -m gdlib step ...` with this interpreter and this copy of gdlib, whether or not Snakemake's environment is
+# activated. With --use-conda the environment of a rule goes before this PATH; it also removes PYTHONPATH, hence the prefix.
+os.environ.update(
+    PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()])
+)
+shell.prefix(
+    f"set -euo pipefail; export PYTHONPATH={shlex.quote(workflow.basedir)}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
+    # A cluster kills jobs at their time limit, so they stop before it and save; on this machine they have all the time.
+    + ("export CLUSTER_JOB=1; " if workflow.remote_exec else "")
+)
+
+
+wildcard_constraints:
+    dataset="|".join(CFG.datasets),
+    network="|".join(CFG.teachers | CFG.students),
+    method="|".join([TEACHER, *CFG.methods]),
+    seed=r"\d+",
+
+
+def compact(value):
+    """JSON that is equal for equal content."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def option(name, value):
+    """A part of a command that is only there if there is a value."""
+    return [name, str(value)] if value else []
+
+
+def code(*paths):
+    """Modules of gdlib that a rule depends on; relative, so that a moved project re-runs nothing."""
+    files = [os.path.join(workflow.basedir, "gdlib", path) for path in paths]
+    for file in files:
+        # Without its inputs, Snakemake takes a result as given and never makes it again.
+        if not os.path.exists(file):
+            raise WorkflowError(f"{file} is listed in common.smk, but does not exist")
+    return [os.path.relpath(file) for file in files]
+
+
+PREPARE_CODE = code("data/prepare.py", "data/files.py")
+# Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
+TRAIN_CODE = code("training.py", "data/patches.py", "data/augment.py", "ops.py")
+TRAIN_CODE += code("models/__init__.py", "distill/__init__.py")
+MEMORY_CODE = code("distill/bank.py")
+PREDICT_CODE = code("inference.py", "models/__init__.py", "ops.py")
+REPORT_CODE = code(*sorted((registry.NETWORKS.folder.parent / "report").glob("*.py")))
+
+
+def plugin(kind, name):
+    """The file of a network, loss term or data source; a plug-in that lives elsewhere is not tracked."""
+    return [] if ":" in name else code(kind.folder / f"{name}.py")
+
+
+def grow(amount):
+    """More of a resource at every attempt (see --retries)."""
+    return lambda wildcards, attempt: amount * attempt
+
+
+def raw_files(wildcards):
+    """Everything below the raw folder but the hidden files that file browsers leave there."""
+    try:
+        root = CFG.raw_folder(wildcards.dataset)
+    except ConfigError as error:
+        return str(error)  # no such file: the prepared ones are used as they are
+    files = [path for path in root.rglob("[!.]*") if path.is_file()] if root else []
+    return sorted(map(str, files))
+
+
+def prepare_code(wildcards):
+    """What reads a dataset, and the published lists of its splits."""
+    source = CFG.datasets[wildcards.dataset].source
+    lists = (registry.SOURCES.folder.parent / "splits" / source).rglob("*.txt")
+    return PREPARE_CODE + plugin(registry.SOURCES, source) + code(*sorted(lists))
+
+
+def spec_of(wildcards):
+    """The run that these wildcards name."""
+    return CFG.run(
+        wildcards.dataset, wildcards.network, wildcards.method, int(wildcards.seed)
+    )
+
+
+def train_spec(wildcards):
+    """What a training depends on; the memory bank only where a term compares with it."""
+    spec = spec_of(wildcards).model_dump(mode="json")
+    if not any(term["memory"] for term in spec["terms"]):
+        del spec["recipe"]["bank"]
+    return compact(spec)
+
+
+def train_code(wildcards):
+    """What trains: the loop, the network and the terms of this run, but no other network and no other term."""
+    spec = spec_of(wildcards)
+    files = TRAIN_CODE + plugin(registry.NETWORKS, spec.model)
+    if any(term.memory for term in spec.terms):
+        files += MEMORY_CODE
+    for name in sorted({term.term for term in spec.all_terms}):
+        files += plugin(registry.TERMS, name)
+    return files
+
+
+def predict_code(wildcards):
+    """What computes the output of a network."""
+    model = CFG.network(wildcards.network).model
+    return PREDICT_CODE + plugin(registry.NETWORKS, model)
+
+
+def weights(wildcards):
+    """The weights of a run: trained here, or given in the catalogue."""
+    return CFG.network(wildcards.network).weights or f"{RUN}/weights.safetensors"
+
+
+def teacher_weights(wildcards):
+    """What a student learns from; nothing if its method does not ask the teacher, so that it need not wait."""
+    if not CFG.methods[wildcards.method]:
+        return []
+    teacher = (wildcards.dataset, STUDY.teacher, TEACHER, STUDY.teacher_seeds[0])
+    given = CFG.network(STUDY.teacher).weights
+    return given or of_runs("weights.safetensors", [teacher])[0]
+
+
+def of_runs(name, runs):
+    """This file of each of these runs."""
+    keys = ("dataset", "network", "method", "seed")
+    return [f"{RUN}/{name}".format(**dict(zip(keys, run))) for run in runs]
+
+
+def runs_on(dataset):
+    """The runs of the study on this dataset."""
+    return [run for run in CFG.runs() if run[0] == dataset]
+
+
+def trained(runs):
+    """Those of these runs that are trained here."""
+    return [run for run in runs if not CFG.network(run[1]).weights]
+
+
+def shown_on(dataset):
+    """The runs that stand for all in figures of images: the teacher and some methods of the first student."""
+    methods = [method for method in PLOT.panel_methods if method in STUDY.methods]
+    teacher = (dataset, STUDY.teacher, TEACHER, STUDY.teacher_seeds[0])
+    return [teacher] + [
+        (dataset, STUDY.students[0], m, STUDY.seeds[0]) for m in methods
+    ]
+
+
+def titles(*groups):
+    """How readers know these datasets and networks, in an order that does not depend on the configuration's."""
+    catalogue = CFG.datasets | CFG.teachers | CFG.students
+    names = sorted(name for group in groups for name in group)
+    return {name: catalogue[name].title for name in names if catalogue[name].title}
+
+
+def budget():
+    """How long the networks were trained, in words for the caption of a table."""
+    teacher, *_, student = (CFG.run(*run).recipe for run in runs_on(STUDY.datasets[0]))
+    return (
+        f"training: teacher {teacher.steps} steps of {teacher.batch_size} patches,"
+        f" students {student.steps} of {student.batch_size}"
+    )
+
+
+def figure(name, title):
+    """The files of a figure in all formats; the first goes into the report."""
+    first, *others = [
+        f"{RESULTS}/figures/{{dataset}}/{name}.{ending}" for ending in PLOT.formats
+    ]
+    shown = report(
+        first,
+        caption=f"../report/{name}.rst",
+        category="Figures",
+        subcategory="{dataset}",
+        labels={"figure": title},
+    )
+    return [shown, *others]

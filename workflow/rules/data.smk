@@ -1,0 +1,34 @@
+"""Images and labels of a dataset to one HDF5 file per split; nothing here depends on the study."""
+
+
+rule prepare:
+    input:
+        raw=raw_files,
+        code=prepare_code,
+    output:
+        train=f"{DATA}/train.h5",
+        val=f"{DATA}/val.h5",
+        test=f"{DATA}/test.h5",
+    log:
+        "logs/prepare/{dataset}.log",
+    benchmark:
+        f"{DATA}/benchmark.tsv"
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=grow(4000),
+        runtime=grow(60),
+    params:
+        dataset=lambda wildcards: compact(
+            CFG.datasets[wildcards.dataset].model_dump(
+                mode="json", include={"source", "options", "channels", "patch"}
+            )
+        ),
+        root=lambda wildcards: option("--root", CFG.raw_folder(wildcards.dataset)),
+    message:
+        "Prepare {wildcards.dataset}"
+    shell:
+        "python -m gdlib step prepare --dataset {params.dataset:q} {params.root:q}"
+        " --train {output.train} --val {output.val} --test {output.test} > {log} 2>&1"

@@ -1,0 +1,62 @@
+"""How good a run is on the test images, and what its network costs."""
+
+
+rule evaluate:
+    input:
+        data=f"{DATA}/test.h5",
+        segmentation=f"{RUN}/segmentation.h5",
+        code=code("metrics.py"),
+    output:
+        f"{RUN}/metrics.csv",
+    log:
+        f"{LOGS}/evaluate/{ID}.log",
+    benchmark:
+        f"{BENCHMARKS}/evaluate/{ID}.tsv"
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=grow(2000),
+        runtime=grow(30),
+    params:
+        run=lambda wildcards: compact({**wildcards, "seed": int(wildcards.seed)}),
+    message:
+        f"Evaluate {NAME}"
+    shell:
+        "python -m gdlib step evaluate --data {input.data} --segmentation {input.segmentation} --out {output}"
+        " --run {params.run:q} > {log} 2>&1"
+
+
+rule profile:
+    input:
+        data=f"{DATA}/test.h5",
+        code=lambda wildcards: code("profile.py") + predict_code(wildcards),
+    output:
+        PROFILE,
+    log:
+        f"{LOGS}/profile/{{dataset}}/{{network}}.log",
+    benchmark:
+        f"{BENCHMARKS}/profile/{{dataset}}/{{network}}.tsv"
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: ALL_CORES  # so that nothing beside it disturbs the measured time
+    resources:
+        gpu=GPU,
+        mem_mb=grow(6000),
+        runtime=grow(30),
+    params:
+        spec=lambda wildcards: compact(
+            {
+                "dataset": wildcards.dataset,
+                "network": wildcards.network,
+                "model": CFG.network(wildcards.network).model,
+                "options": CFG.network(wildcards.network).options
+                | {"in_channels": CFG.datasets[wildcards.dataset].channels},
+            }
+        ),
+    message:
+        "Profile {wildcards.dataset}/{wildcards.network}"
+    shell:
+        "python -m gdlib step profile --spec {params.spec:q} --data {input.data} --out {output}"
+        " --threads {threads} > {log} 2>&1"

@@ -1,0 +1,58 @@
+"""Test images to affinities (a GPU helps) to instances (it does not); a changed threshold repeats the second alone."""
+
+
+rule predict:
+    input:
+        weights=weights,
+        data=f"{DATA}/test.h5",
+        code=predict_code,
+    output:
+        f"{RUN}/predictions.h5",
+    log:
+        f"{LOGS}/predict/{ID}.log",
+    benchmark:
+        f"{BENCHMARKS}/predict/{ID}.tsv"
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: 8
+    resources:
+        gpu=GPU,
+        mem_mb=grow(6000),
+        runtime=grow(60),
+    params:
+        kept=KEPT,
+    message:
+        f"Predict {NAME}"
+    shell:
+        "python -m gdlib step predict --weights {input.weights:q} --data {input.data} --out {output}"
+        " --keep-embeddings {params.kept} --threads {threads} > {log} 2>&1"
+
+
+rule segment:
+    input:
+        predictions=f"{RUN}/predictions.h5",
+        code=code("segmentation.py"),
+    output:
+        f"{RUN}/segmentation.h5",
+    log:
+        f"{LOGS}/segment/{ID}.log",
+    benchmark:
+        f"{BENCHMARKS}/segment/{ID}.tsv"
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=grow(4000),
+        runtime=grow(60),
+    params:
+        override=lambda wildcards: compact(
+            CFG.datasets[wildcards.dataset].segmentation.model_dump(
+                mode="json", exclude_none=True
+            )
+        ),
+    message:
+        f"Segment {NAME}"
+    shell:
+        "python -m gdlib step segment --predictions {input.predictions} --out {output}"
+        " --override {params.override:q} --threads {threads} > {log} 2>&1"

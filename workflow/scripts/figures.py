@@ -1,0 +1,11 @@
+"""One figure of one dataset: the `snakemake` object becomes one call."""
+
+import sys
+
+from gdlib.report import figures
+
+sys.stdout = sys.stderr = open(snakemake.log[0], "w", buffering=1)  # noqa: SIM115
+
+figures.draw(
+    snakemake.params.figure, dict(snakemake.input.items()), dict(snakemake.params.items()), list(snakemake.output)
+)

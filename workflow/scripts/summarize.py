@@ -1,0 +1,17 @@
+"""Tables of the study: the `snakemake` object becomes one call."""
+
+import sys
+
+from gdlib.report import tables
+
+sys.stdout = sys.stderr = open(snakemake.log[0], "w", buffering=1)  # noqa: SIM115
+
+tables.write(
+    snakemake.input.metrics,
+    snakemake.input.profiles,
+    **dict(snakemake.output.items()),
+    keys=snakemake.params.metrics,
+    main=snakemake.params.main,
+    titles=snakemake.params.titles,
+    budget=snakemake.params.budget,
+)
