@@ -1,7 +1,4 @@
-"""Images to tables and figures: prepare -> train -> predict -> segment -> evaluate -> summarize.
-
-`config.yaml` says what exists and which study is run; `snakemake --cores all` is the default study.
-"""
+"""From images to tables and figures: config.yaml says what exists and which study is run."""
 
 import sys
 from pathlib import Path
@@ -33,16 +30,8 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 
 
-report: "workflow/report/workflow.rst"
-
-
 rule all:
     default_target: True
     input:
         rules.summarize.output,
-        expand(
-            f"{RESULTS}/figures/{{dataset}}/{{figure}}.{{format}}",
-            dataset=STUDY.datasets,
-            figure=["methods", "tradeoff", "curves", "panel", "embeddings"],
-            format=PLOT.formats,
-        ),
+        FIGURES,

@@ -53,12 +53,16 @@ def _parser() -> argparse.ArgumentParser:
         "32-bit labels, 0 = background, 1, 2, ... = objects. It opens in napari and Fiji.",
     )
     segment.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG or TIFF files, or folders of them")
-    segment.add_argument("--model", required=True, type=Path, metavar="FILE", help="weights.safetensors of a trained network")
+    segment.add_argument(
+        "--model", required=True, type=Path, metavar="FILE", help="weights.safetensors of a trained network"
+    )
     segment.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the labels")
     segment.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     segment.add_argument("--precision", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     segment.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    segment.add_argument("--block", type=int, default=1024, help="largest side computed at once, in pixels (default: 1024)")
+    segment.add_argument(
+        "--block", type=int, default=1024, help="largest side computed at once, in pixels (default: 1024)"
+    )
     segment.add_argument("--foreground-threshold", type=float, help="probability (default: tuned with the weights)")
     segment.add_argument("--min-size", type=int, help="pixels (default: tuned with the weights)")
     segment.set_defaults(function=_segment)
@@ -120,7 +124,9 @@ def _segment(arguments: argparse.Namespace) -> None:
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise io.DataError(f'two images are called "{twice}" and would be written to the same file; segment them separately')
+        raise io.DataError(
+            f'two images are called "{twice}" and would be written to the same file; segment them separately'
+        )
     predictor = Predictor.load(
         arguments.model, device=arguments.device, precision=arguments.precision, block=arguments.block
     )
@@ -209,7 +215,9 @@ def _models(arguments: argparse.Namespace) -> None:
     except yaml.YAMLError as error:
         raise ValueError(f"{arguments.config}: not a YAML file: {error}") from None
     shape = tuple(arguments.shape)
-    print(f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs at ' + 'x'.join(map(str, shape)):>18}")
+    print(
+        f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs at ' + 'x'.join(map(str, shape)):>18}"
+    )
     for role, networks in (("teacher", config.teachers), ("student", config.students)):
         for name, network in networks.items():
             count = count_parameters(network.model, network.options)

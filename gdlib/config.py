@@ -125,7 +125,9 @@ class Optimizer(Section):
     name: Literal["adamw", "adam"] = "adamw"
     lr: float = Field(2e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0, description="PAPER: the original trains with 0.01, which sets the scale of all its weights")
+    eps: float = Field(
+        1e-8, gt=0, description="PAPER: the original trains with 0.01, which sets the scale of all its weights"
+    )
     weight_decay: float = Field(1e-4, ge=0)
     amsgrad: bool = False
 
@@ -309,6 +311,11 @@ class Config(Section):
             for key, network in networks.items():
                 with _within(f"{group}.{key}"):
                     registry.NETWORKS.check(network.model, network.options)
+        for key, network in self.students.items():
+            if network.weights is not None:
+                raise registry.UnknownName(
+                    f"students.{key}: a student is trained here; only a teacher can have `weights`"
+                )
         clash = set(self.teachers) & set(self.students)
         if clash:
             raise registry.UnknownName(f"{sorted(clash)[0]} is both a teacher and a student: rename one")

@@ -203,5 +203,3 @@ def predict_split(
             io.put(group, "foreground", prediction.foreground)
             if sample.id in kept:
                 io.put(group, "embedding", prediction.embedding.astype(np.float16))
-
-

@@ -103,7 +103,10 @@ def fit(
             if stop or (trainer.step % recipe.save_every == 0 and trainer.step < recipe.steps):
                 trainer.save(resume, fingerprint)
             if stop:
-                print(f"stopped after step {trainer.step} of {recipe.steps}; the same command goes on from there", flush=True)
+                print(
+                    f"stopped after step {trainer.step} of {recipe.steps}; the same command goes on from there",
+                    flush=True,
+                )
                 raise Interrupted(INTERRUPTED)
 
     header = {
@@ -169,7 +172,9 @@ class _Trainer:
         self.dtype = choose_precision(recipe.precision, device)
         student = build(spec.model, spec.options)
         if any(n % student.divisor for n in spec.patch):
-            raise ValueError(f'a patch {spec.patch} does not fit "{spec.network}": choose multiples of {student.divisor}')
+            raise ValueError(
+                f'a patch {spec.patch} does not fit "{spec.network}": choose multiples of {student.divisor}'
+            )
         terms = [(t.name, t.weight, build_term(t.term, t.memory, t.options)) for t in spec.all_terms]
         frozen = _load_teacher(teacher, spec) if any(term.needs_teacher for _, _, term in terms) else None
         bank = MemoryBank(**recipe.bank.model_dump(), seed=spec.seed)
@@ -312,7 +317,9 @@ def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
     for key in ("channels", "normalisation"):
         mine = spec.model_dump(mode="json")[key]
         if header[key] != mine:
-            raise io.DataError(f"{path}: the teacher was trained with {key} {header[key]}, this run uses {mine}; make them equal")
+            raise io.DataError(
+                f"{path}: the teacher was trained with {key} {header[key]}, this run uses {mine}; make them equal"
+            )
     teacher = build(header["model"], header["options"])
     teacher.load_state_dict(state)
     return folded(teacher)

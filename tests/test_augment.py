@@ -89,7 +89,9 @@ def test_flips_and_turns_permute_pixels(sides, options, allowed, depth):
     assert all(abs(n - mean) < 5 * math.sqrt(mean) for n in count.values()), count
 
 
-@pytest.mark.parametrize(("shape", "patch"), [((9, 12), (4, 5)), ((9, 12), (9, 12)), ((3, 6, 7), (2, 6, 4)), ((1, 6, 7), (1, 3, 3))])
+@pytest.mark.parametrize(
+    ("shape", "patch"), [((9, 12), (4, 5)), ((9, 12), (9, 12)), ((3, 6, 7), (2, 6, 4)), ((1, 6, 7), (1, 3, 3))]
+)
 def test_without_augmentation_patches_are_crops_from_everywhere(shape, patch):
     image, label = ramps(shape), torch.arange(math.prod(shape)).reshape(shape)
     room = [n - p + 1 for n, p in zip(shape, patch, strict=True)]
@@ -429,7 +431,7 @@ def test_every_patch_of_a_batch_is_drawn_anew(samples):
 
 def test_patches_that_do_not_fit_and_files_without_images(samples, tmp_path):
     options = {"batch_size": 1, "normalisation": PERCENTILES, "augment": NONE, "seed": 0}
-    with pytest.raises(io.DataError, match='"s0".*smaller than the patch'):
+    with pytest.raises(io.DataError, match=r'"s0".*smaller than the patch'):
         PatchSampler(samples[2], patch=(31, 16), **options)
     PatchSampler(samples[2], patch=(30, 40), **options).batch(0)
     io.write_samples(tmp_path / "none.h5", [])

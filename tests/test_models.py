@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdlib import io
-from gdlib.models import Embedding, build
+from gdlib.models import Embedding, build, folded
 from gdlib.models.resunet import ResidualBlock
 from gdlib.profile import count_macs, count_parameters
 from gdlib.registry import NETWORKS, SOURCES, TERMS, UnknownName
@@ -108,6 +108,19 @@ class TestEveryNetwork:
         output = network(torch.randn(2, 1, *(network.divisor * 2,) * network.ndim))
         (output.embedding.square().sum() + output.foreground.square().sum()).backward()
         assert [key for key, p in network.named_parameters() if p.grad is None] == []
+
+    def test_folded_for_inference_it_is_the_same_function(self, name):
+        network = randomise(build(name, {})).double().train()
+        before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        fast = folded(network)
+        assert not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d) for m in fast.modules())
+        assert network.training
+        assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+        image = torch.randn(2, 1, *(network.divisor * 2,) * network.ndim, dtype=torch.float64)
+        with torch.no_grad():
+            a, b = fast(image), network.eval()(image)
+        torch.testing.assert_close(a.embedding, b.embedding)
+        torch.testing.assert_close(a.foreground, b.foreground)
 
     def test_heads_are_named_and_separate(self, name):
         """Profiles count the foreground head apart, and the embedding must not depend on it."""
@@ -270,7 +283,8 @@ def test_every_plugin_file_exports_exactly_one_object(registry):
 
 
 @pytest.mark.parametrize(
-    ("registry", "wrong", "right"), [(NETWORKS, "resnet", "resunet"), (TERMS, "superviced", "supervised"), (TERMS, "ikd", "igd")]
+    ("registry", "wrong", "right"),
+    [(NETWORKS, "resnet", "resunet"), (TERMS, "superviced", "supervised"), (TERMS, "ikd", "igd")],
 )
 def test_a_wrong_name_gives_the_nearest(registry, wrong, right):
     for act in (registry.get, registry.check):

@@ -16,7 +16,12 @@ PAPER_3D = [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (-2, 0, 0), (0, -3, 0), (0, 0, -
 PAPER_3D += [(-3, 0, 0), (0, -9, 0), (0, 0, -9), (-4, 0, 0), (0, -27, 0), (0, 0, -27)]
 OTHER_2D = [(1, 0), (0, 27), (3, -2), (-5, 7), (2, 2), (0, 0), (40, -40)]
 OTHER_3D = [(1, 0, 0), (4, 0, 0), (0, 27, -27), (-1, 2, -3), (2, 2, 2), (0, 0, 0)]
-CASES = [((2, 11, 12), PAPER_2D + OTHER_2D), ((1, 30, 29), PAPER_2D), ((2, 5, 4, 6), PAPER_3D + OTHER_3D), ((1, 2, 28, 3), PAPER_3D)]
+CASES = [
+    ((2, 11, 12), PAPER_2D + OTHER_2D),
+    ((1, 30, 29), PAPER_2D),
+    ((2, 5, 4, 6), PAPER_3D + OTHER_3D),
+    ((1, 2, 28, 3), PAPER_3D),
+]
 IDS = ["2D", "2D long", "3D", "3D long"]
 
 
@@ -107,7 +112,7 @@ def test_overlap_lists_the_pairs(data):
 def test_gradient_of_affinities(shape):
     """The backward pass is written by hand; numerical differences do not know how."""
     n = len(shape) - 1
-    offsets = [o for o in itertools.product((-1, 0, 2), repeat=n)][: 9 if n == 2 else 12] + [(-27,) * n, (0,) * n]
+    offsets = [*itertools.islice(itertools.product((-1, 0, 2), repeat=n), 12), (-27,) * n, (0,) * n]
     unit = random_unit(shape).requires_grad_()
     assert torch.autograd.gradcheck(lambda u: ops.affinities(u, offsets), unit)
     transposed = random_unit(shape).transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()

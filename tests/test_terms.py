@@ -172,7 +172,11 @@ KD = {
     "igd edges background": ("igd", {"background": True}, with_options(igd_edges, background=True)),
     "igd edges detached": ("igd", {"detach_norm": True}, igd_edges),
     "igd inter": ("igd", {"memory": True}, igd_edges_inter),
-    "igd inter background": ("igd", {"memory": True, "background": True}, with_options(igd_edges_inter, background=True)),
+    "igd inter background": (
+        "igd",
+        {"memory": True, "background": True},
+        with_options(igd_edges_inter, background=True),
+    ),
     "igd inter detached": ("igd", {"memory": True, "detach_norm": True}, igd_edges_inter),
     "igd inter accumulated": ("igd", {"memory": True, "accumulate": True}, with_options(igd_edges_inter, accumulate=5)),
 }
@@ -484,7 +488,7 @@ def test_every_term_of_the_package_is_tested():
 
 
 def test_wrong_names_and_options():
-    with pytest.raises(UnknownName, match='"adg".*did you mean "agd"'):
+    with pytest.raises(UnknownName, match=r'"adg".*did you mean "agd"'):
         build_term("adg", False, {})
     for options in ({"part": "edge"}, {"part": "nodes", "memory": True}, {"part": "nodes", "power": 3}):
         with pytest.raises(ValueError, match="igd: part"):

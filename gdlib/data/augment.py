@@ -56,9 +56,7 @@ def sampling_grid(
         knots = [math.ceil(p / elastic_spacing) + 3 for p in patch[-2:]]
         field = torch.randn(batch, 2, *knots, generator=generator) * elastic * deform.reshape(batch, 1, 1, 1)
         fine = [(k - 3) * elastic_spacing for k in knots]
-        field = F.interpolate(
-            field, size=[n + 3 * elastic_spacing for n in fine], mode="bicubic", align_corners=True
-        )
+        field = F.interpolate(field, size=[n + 3 * elastic_spacing for n in fine], mode="bicubic", align_corners=True)
         start = elastic_spacing
         field = field[..., start : start + patch[-2], start : start + patch[-1]].movedim(1, -1)
         grid[..., -2:] += field.reshape(batch, *(1,) * (ndim - 2), *field.shape[1:])

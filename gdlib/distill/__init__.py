@@ -172,8 +172,7 @@ class Distiller(nn.Module):
             if self.bank is not None:
                 memory = self._recall(batch, teacher, step)
             losses = {
-                name: term(student, teacher, truth, memory)
-                for name, term in zip(self.names, self.terms, strict=True)
+                name: term(student, teacher, truth, memory) for name, term in zip(self.names, self.terms, strict=True)
             }
             total = sum(weight * losses[name] for name, weight in zip(self.names, self.weights, strict=True))
         return total, losses

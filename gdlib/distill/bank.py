@@ -23,7 +23,9 @@ class MemoryBank(nn.Module):
             current images.
     """
 
-    def __init__(self, *, capacity: int = 32, sample_size: int = 12, seed: int = 0, original_ring: bool = False) -> None:
+    def __init__(
+        self, *, capacity: int = 32, sample_size: int = 12, seed: int = 0, original_ring: bool = False
+    ) -> None:
         super().__init__()
         self.capacity = capacity
         self.sample_size = sample_size

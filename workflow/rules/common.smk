@@ -20,15 +20,19 @@ DATA = "data/{dataset}"  # made once, shared by all studies
 ID = "{dataset}/{network}/{method}/seed{seed}"  # of a run
 RUN = f"{RESULTS}/runs/{ID}"
 NAME = ID.replace("{", "{wildcards.")  # the same in messages
-
 PROFILE = f"{RESULTS}/profile/{{dataset}}/{{network}}.json"
 
 STUDY = CFG.selected
 PLOT = CFG.plot
 NETWORKS = [STUDY.teacher, *STUDY.students]
-KEPT = 4  # test images whose embeddings are kept for the figures; a constant, so that no plot option predicts again
+KEPT = 4  # test images whose embeddings are kept; a plot option would predict again
+if PLOT.panel_sample >= KEPT:
+    sys.exit(
+        f"config: plot.panel_sample: it must be below {KEPT} (got {PLOT.panel_sample})"
+    )
 
-# One job per GPU where there is one; without, student jobs run side by side on the cores.
+# A network's job asks for a GPU where there is one. Where there is none it asks for nothing but its threads, and students
+# train side by side on the cores. On the head node of a cluster: --set-resources train_student:gpu=1 and so on.
 GPU = int(
     shutil.which("nvidia-smi") is not None
     and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
@@ -39,8 +43,8 @@ try:
 except WorkflowError:  # nobody says how many: --report, or a cluster
     ALL_CORES = 8
 
-# Jobs are `python -m gdlib step ...` with this interpreter and this copy of gdlib, whether or not Snakemake's environment is
-# activated. With --use-conda the environment of a rule goes before this PATH; it also removes PYTHONPATH, hence the prefix.
+# Jobs are `python -m gdlib step ...` with this interpreter and this copy of gdlib, whether or not the environment is
+# activated. With --use-conda a rule's own environment goes before this PATH; PYTHONPATH it removes, hence the prefix.
 os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()])
 )

@@ -1,6 +1,17 @@
 """Tables of the study and figures of each dataset. Nothing here is expensive: an edit of `plot` or of a title ends here."""
 
 
+report: "../report/workflow.rst"
+
+
+FIGURES = expand(
+    f"{RESULTS}/figures/{{dataset}}/{{figure}}.{{format}}",
+    dataset=STUDY.datasets,
+    figure=["methods", "tradeoff", "curves", "panel", "embeddings"],
+    format=PLOT.formats,
+)
+
+
 rule summarize:
     input:
         metrics=of_runs("metrics.csv", CFG.runs()),

@@ -1,0 +1,261 @@
+"""Who may import whom, and other promises about the shape of the code, checked on its syntax trees."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdlib import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "gdlib").rglob("*.py"))
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
+
+# Every import of gdlib by gdlib, at the top of a file or inside a function. `x.*` stands for all modules of a folder.
+ALLOWED = {
+    "gdlib": "",
+    "gdlib.__main__": "gdlib.cli",
+    "gdlib.registry": "",
+    "gdlib.io": "",
+    "gdlib.metrics": "",
+    "gdlib.ops": "",
+    "gdlib.config": "gdlib.registry gdlib.metrics",
+    "gdlib.segmentation": "gdlib.metrics",
+    "gdlib.models": "gdlib.registry",
+    "gdlib.models.*": "gdlib.models gdlib.ops",
+    "gdlib.distill": "gdlib.ops gdlib.registry gdlib.models gdlib.distill.bank",  # of the models, the contract alone
+    "gdlib.distill.bank": "",
+    "gdlib.distill.terms": "",
+    "gdlib.distill.terms.*": "gdlib.ops gdlib.distill gdlib.distill.bank",
+    "gdlib.data": "",
+    "gdlib.data.augment": "",
+    "gdlib.data.patches": "gdlib.io gdlib.data.augment gdlib.distill",  # of the distillation, the type of a batch
+    "gdlib.data.files": "gdlib.io gdlib.registry",
+    "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data.files",
+    "gdlib.data.sources": "",
+    "gdlib.data.sources.*": "gdlib.io gdlib.registry gdlib.data.files",
+    "gdlib.inference": "gdlib.io gdlib.ops gdlib.models gdlib.data.patches",
+    "gdlib.training": "gdlib gdlib.config gdlib.io gdlib.ops gdlib.metrics gdlib.segmentation gdlib.models gdlib.distill "
+    "gdlib.distill.bank gdlib.data.patches gdlib.inference",
+    "gdlib.profile": "gdlib.models gdlib.inference",
+    "gdlib.report": "",
+    "gdlib.report.*": "gdlib.io gdlib.metrics gdlib.config gdlib.report.*",
+    "gdlib.steps": "*",
+    "gdlib.cli": "*",
+}
+
+# What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
+TORCH_FREE = re.compile(
+    r"gdlib(\.(__main__|cli|steps|registry|config|io|metrics|segmentation|report(\..*)?"
+    r"|data|data\.(files|prepare|sources(\..*)?)))?"
+)
+
+
+def public_names(tree):
+    """Return `__all__` of a file, None where it has none."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == ["__all__"]:
+            return ast.literal_eval(node.value)
+    return None
+
+
+def imported(tree, everywhere):
+    """Yield the modules that a syntax tree imports; a name of gdlib is a module of ours or else its package."""
+    nodes = ast.walk(tree) if everywhere else at_import(tree.body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
+
+
+def at_import(body):
+    """Yield what runs when a module is imported: everything but the insides of functions."""
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            yield from at_import([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)])
+
+
+def loaded(name):
+    """Return all modules, ours and others, that are loaded when one of ours is imported, as far as our files say."""
+    seen, waiting = set(), [name]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if module in MODULES:
+            waiting += imported(MODULES[module], everywhere=False)
+            waiting += [module.rpartition(".")[0]] if "." in module else []  # a module brings its package
+    return seen
+
+
+def matches(name, pattern):
+    return pattern == "*" or name == pattern or (pattern.endswith(".*") and name.startswith(pattern[:-1]))
+
+
+def rule_for(name):
+    return ALLOWED.get(name) if name in ALLOWED else ALLOWED.get(name.rpartition(".")[0] + ".*")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name):
+    rule = rule_for(name)
+    assert rule is not None, f"{name} is new: say in ALLOWED what it may import"
+    ours = {module for module in imported(MODULES[name], everywhere=True) if module.partition(".")[0] == "gdlib"}
+    wrong = {module for module in ours if not any(matches(module, pattern) for pattern in rule.split())}
+    assert not wrong
+
+
+def test_rules_are_about_modules_that_exist():
+    for rule in ALLOWED:
+        assert any(matches(name, rule) for name in MODULES), rule
+    assert sum(bool(TORCH_FREE.fullmatch(name)) for name in MODULES) > 15
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if TORCH_FREE.fullmatch(name)])
+def test_torch_free(name):
+    heavy = {module for module in loaded(name) if module.partition(".")[0] in ("torch", "torchvision")}
+    assert not heavy | ({"safetensors.torch"} & loaded(name))
+
+
+def test_torch_free_in_practice():
+    names = [name for name in MODULES if TORCH_FREE.fullmatch(name) and name != "gdlib.__main__"]
+    code = (
+        "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_what_needs_torch_says_so():
+    """The check above can see torch."""
+    for name in ("gdlib.ops", "gdlib.training", "gdlib.data.patches", "gdlib.distill.terms.agd"):
+        assert "torch" in loaded(name)
+
+
+def test_the_library_knows_nothing_of_the_workflow():
+    for name, tree in MODULES.items():
+        roots = {module.partition(".")[0] for module in imported(tree, everywhere=True)}
+        assert not roots & {"snakemake", "workflow", "tests", "conftest"}, name
+
+
+def test_config_stays_light():
+    others = {module.partition(".")[0] for module in loaded("gdlib.config")} - {"gdlib"}
+    assert others <= set(sys.stdlib_module_names) | {"pydantic", "yaml"}
+
+
+def test_no_cycles():
+    graph = {name: set(imported(tree, everywhere=False)) & set(MODULES) for name, tree in MODULES.items()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            path.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            done.add(path.pop())
+
+    for name in graph:
+        visit(name)
+
+
+def public(body):
+    return [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_has_a_docstring(name):
+    tree = MODULES[name]
+    assert ast.get_docstring(tree)
+    listed = public_names(tree)
+    for node in public(tree.body):
+        assert ast.get_docstring(node), node.name
+        if isinstance(node, ast.ClassDef) and (listed is None or node.name in listed):
+            for method in public(node.body):
+                assert ast.get_docstring(method), f"{node.name}.{method.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_module_is_long(path):
+    assert len(path.read_text().splitlines()) <= 450
+
+
+PLUGINS = [(kind, name) for kind in (registry.SOURCES, registry.NETWORKS, registry.TERMS) for name in kind.names()]
+
+
+def test_plug_ins_are_found():
+    assert {"bbbc039", "dsb2018", "folder", "nuclei_phantom"} <= set(registry.SOURCES.names())
+    assert {"resunet"} <= set(registry.NETWORKS.names())
+    assert {"supervised", "foreground", "agd", "igd"} <= set(registry.TERMS.names())
+
+
+@pytest.mark.parametrize(("kind", "name"), PLUGINS, ids=[f"{kind.package}.{name}" for kind, name in PLUGINS])
+def test_a_plug_in_file_has_one_public_name_with_options_by_keyword(kind, name):
+    tree = MODULES[f"{kind.package}.{name}"]
+    (only,) = public_names(tree)
+    assert only in {node.name for node in public(tree.body)}
+    thing = kind.get(name)
+    assert (thing.__name__, thing.__module__) == (only, f"{kind.package}.{name}")
+    # What the configuration may set is what is there to be set, each with a default.
+    parameters = dict(inspect.signature(thing).parameters)
+    if kind is registry.SOURCES:
+        assert next(iter(parameters)) == "root"
+        del parameters["root"]
+    assert kind.parameters(name) == list(parameters)
+    for parameter in parameters.values():
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameter.default is not inspect.Parameter.empty
+
+
+def test_a_plug_in_of_no_name_or_of_another_package():
+    with pytest.raises(registry.UnknownName, match="resunet"):
+        registry.NETWORKS.get("resunett")
+    with pytest.raises(registry.UnknownName, match="Nothing"):
+        registry.NETWORKS.get("gdlib.models.resunet:Nothing")
+    assert registry.NETWORKS.get("gdlib.models.resunet:ResUNet") is registry.NETWORKS.get("resunet")
+
+
+def tracked():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+ABSOLUTE = re.compile(r"(?<![\w.)}>])/(?:home|root|work|Users|mnt|media|scratch|opt)/\w|\b[A-Z]:\\\\?\w")
+
+
+def test_no_absolute_paths():
+    found = []
+    for path in tracked():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {line}" for line in text.splitlines() if ABSOLUTE.search(line)]
+    assert not found
+
+
+def test_the_search_for_absolute_paths_finds_them():
+    for folder in ("home", "work", "Users"):
+        assert ABSOLUTE.search(f'open("/{folder}/me/a.png")')
+    for fine in ("a/home/b", "../work/x", "https://x.org/home/b", "/proc/cpuinfo", "{x}/work/y"):
+        assert not ABSOLUTE.search(fine)
