@@ -110,7 +110,8 @@ def balance(target: Tensor, valid: Tensor, per_offset: bool = False) -> Tensor:
     """Class weights that give connected and separated pairs equal total weight.
 
     With f = share of connected pairs, clipped to [0.05, 0.99]: if f > 0.5, separated pairs weigh f / (1 - f) and connected
-    ones 1; else connected pairs weigh (1 - f) / f and separated ones 1. A sample with one class only weighs 1 everywhere.
+    ones 1; else connected pairs weigh (1 - f) / f and separated ones 1. A sample with one class only weighs 1 where it counts.
+    PAPER: the original counts pairs across the border as connected in f; here only pairs inside the image count.
 
     Args:
         target: (B, K, ...) boolean.
@@ -124,10 +125,9 @@ def balance(target: Tensor, valid: Tensor, per_offset: bool = False) -> Tensor:
     valid = valid.expand_as(target)
     total = valid.sum(dims, keepdim=True)
     share = (target & valid).sum(dims, keepdim=True) / total.clamp(min=1)
-    one_class = (share <= 0) | (share >= 1)
     f = share.clamp(0.05, 0.99)
-    connected = torch.where(f > 0.5, 1.0, (1 - f) / f).masked_fill(one_class, 1.0)
-    separated = torch.where(f > 0.5, f / (1 - f), 1.0).masked_fill(one_class, 1.0)
+    connected = torch.where(f > 0.5, 1.0, (1 - f) / f)
+    separated = torch.where(f > 0.5, f / (1 - f), 1.0)
     return torch.where(target, connected, separated) * valid
 
 

@@ -15,6 +15,8 @@ from gdlib.distill import Batch
 def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
     """Map each channel's `lower` and `upper` percentile to 0 and 1; values outside stay outside, a flat channel becomes 0.
 
+    Where both percentiles are equal, as in an image with few bright pixels, minimum and maximum take their place.
+
     Args:
         image: (C, [Z,] Y, X), any real type.
         lower: percentile, e.g. 1.
@@ -25,6 +27,9 @@ def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
     """
     flat = image.reshape(len(image), -1).astype(np.float32)
     low, high = np.percentile(flat, [lower, upper], axis=1, keepdims=True).astype(np.float32)
+    flat_between = high <= low
+    low = np.where(flat_between, flat.min(1, keepdims=True), low)
+    high = np.where(flat_between, flat.max(1, keepdims=True), high)
     span = np.where(high > low, high - low, np.inf)
     return ((flat - low) / span).reshape(image.shape).astype(np.float32)
 

@@ -89,17 +89,9 @@ class MemoryBank(nn.Module):
         self.records = {name: record.clone() for name, record in state.items()}
 
 
-def mean_record(memory: Memory, name: str, weight: Tensor | None = None) -> Tensor | None:
-    """Mean of one record over the sampled entries, or None when nothing was sampled.
-
-    Args:
-        memory: from `MemoryBank.sample`.
-        name: which record.
-        weight: (L,) extra weights; by default every valid entry counts the same.
-    """
+def mean_record(memory: Memory, name: str) -> Tensor | None:
+    """Mean of one record over the sampled entries, or None when nothing was sampled."""
     if name not in memory:
         return None
     valid = memory["valid"].to(memory[name].dtype)
-    weight = valid if weight is None else weight * valid
-    total = torch.tensordot(weight, memory[name], dims=1)
-    return total / valid.sum().clamp(min=1)
+    return torch.tensordot(valid, memory[name], dims=1) / valid.sum().clamp(min=1)

@@ -10,17 +10,20 @@ from gdlib.distill.bank import mean_record
 __all__ = ["AGD"]
 
 
-def agd_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def agd_loss(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
     """Intra-image AGD, `1/(B P) sum_b sum_k sum_p w (a^S - a^T)^2`.
 
     Args:
-        student: (B, K, [Z,] Y, X) affinities.
+        student: (B, K, [Z,] Y, X) affinities, 0 where the neighbour is outside the image.
         teacher: same shape, no gradient.
-        weight: broadcastable; 0 where the neighbour is outside the image.
+        weight: same shape; 1 if left out.
 
     Reference: arXiv 2401.06370, L_AGD^intra.
     """
-    return ((student - teacher).square_() * weight).sum() / (student.numel() / student.shape[1])
+    squared = (student - teacher).square_()
+    if weight is not None:
+        squared = squared.mul_(weight)
+    return squared.sum() / (student.numel() / student.shape[1])
 
 
 def agd_inter_loss(student: Tensor, teacher: Tensor, memory_gram: Tensor) -> Tensor:
@@ -83,6 +86,5 @@ class AGD(Term):
             return agd_inter_loss(self._vectors(student), self._vectors(teacher), gram)
         if self.wrap_around:
             pair = (ops.affinities_wrapped(view.unit, truth.offsets) for view in (student, teacher))
-            return agd_loss(*pair, weight=student.unit.new_ones(()))
-        weight = truth.balance if self.balanced else truth.inside
-        return agd_loss(student.affinity, teacher.affinity, weight)
+            return agd_loss(*pair)
+        return agd_loss(student.affinity, teacher.affinity, truth.balance if self.balanced else None)
