@@ -111,8 +111,7 @@ class Predictor:
             )
         data = torch.from_numpy(normalise(image, **self.header["normalisation"]))
         embedding, foreground = self.embed(data)
-        unit = F.normalize(ops.rows(embedding[None]), dim=-1)
-        affinity = ops.affinities(unit, self.header["offsets"])[0]
+        affinity = ops.affinities(ops.unit(ops.rows(embedding[None])), self.header["offsets"])[0]
         return Prediction(
             (affinity.clamp_(0, 1) * 255).round_().to(torch.uint8).cpu().numpy(),
             (foreground.sigmoid() * 255).round().to(torch.uint8).cpu().numpy(),

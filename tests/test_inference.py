@@ -149,13 +149,19 @@ def test_a_halo_wider_than_the_block(block, halo, n):
 
 def test_no_pass_is_larger_than_a_block(monkeypatch):
     seen = []
-    tiles = predictor(ConvNet(), block=64, halo=12)
+    tiles = predictor(ConvNet(), block=64, halo=11)
     forward = tiles._forward
     monkeypatch.setattr(tiles, "_forward", lambda image: seen.append(image.shape[1:]) or forward(image))
     with torch.inference_mode():
         tiles.embed(torch.from_numpy(noise(200, 60)))
-    assert len(seen) > 3
-    assert max(max(shape) for shape in seen) <= 64
+        assert len(seen) > 3
+        assert max(max(shape) for shape in seen) <= 64
+        seen.clear()
+        tiles.embed(torch.from_numpy(noise(64, 64)))
+        assert seen == [(64, 64)]
+        seen.clear()
+        tiles.embed(torch.from_numpy(noise(65, 64)))
+        assert len(seen) == 2
 
 
 def across_borders(shape, block, halo):

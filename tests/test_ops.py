@@ -289,3 +289,10 @@ def test_node_grams_of_a_ragged_batch():
         expected = sum((torch.outer(v, v) for v in mine), torch.zeros(3, 3, dtype=torch.float64)) / max(1, len(mine))
         torch.testing.assert_close(result[b], expected, rtol=0, atol=1e-14)
     assert ops.node_grams(nodes[:0], image[:0], 2).abs().max() == 0
+
+
+def test_unit_is_the_normalised_vector_and_its_gradient():
+    x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(ops.unit(x), x / x.square().sum(-1, keepdim=True).sqrt())
+    assert torch.autograd.gradcheck(ops.unit, (x,))
+    assert torch.equal(ops.unit(torch.zeros(1, 3)), torch.zeros(1, 3))

@@ -1,6 +1,5 @@
 """The training loop: an interrupted run ends as if it had never been interrupted, and what is wrong is said in one sentence."""
 
-import json
 import math
 import os
 import pickle
@@ -15,8 +14,10 @@ from torch import nn
 
 from gdlib import io, training
 from gdlib.config import Recipe
+from gdlib.inference import Predictor
 from gdlib.metrics import METRICS
 from gdlib.models import Embedding
+from gdlib.segmentation import score
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = ("weights.safetensors", "last.safetensors", "history.csv")
@@ -126,7 +127,20 @@ def test_a_run_ends_with_its_files(name, finished):
     assert [step for step, _ in rows(folder, "train", "loss")] == [6]
 
 
-def test_the_kept_weights_are_those_of_the_best_validation(finished, train, make_spec, tmp_path, monkeypatch):
+def scores_of(weights, path):
+    """Use a weights file as a stranger would, with nothing but what is in it."""
+    predictor = Predictor.load(weights, device="cpu", precision="float32")
+    samples = list(io.read_samples(path))
+    predictions = [predictor(sample.image) for sample in samples]
+    pairs = [(p.affinity, p.foreground) for p in predictions]
+    return score(pairs, [s.label for s in samples], predictor.header["offsets"], predictor.header["segmentation"])
+
+
+def test_the_header_is_enough_to_use_the_weights(teacher, splits):
+    assert scores_of(teacher, splits["val"]) == pytest.approx(io.read_header(teacher)["validation"])
+
+
+def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, splits, tmp_path, monkeypatch):
     marks = iter([0.1, 0.9, 0.9, 0.5])
     seen = []
 
@@ -135,13 +149,17 @@ def test_the_kept_weights_are_those_of_the_best_validation(finished, train, make
         return {**dict.fromkeys(METRICS, 0.0), "pq": next(marks)}
 
     monkeypatch.setattr(training.Judge, "__call__", judge)
-    train(make_spec(validate_every=2, steps=8, selection="pq"), tmp_path)
+    train(make_spec(validate_every=2, steps=8, selection="pq", optimizer={"lr": 0.05}), tmp_path)
     state, header = io.load_weights(tmp_path / "weights.safetensors")
     assert header["step"] == 4  # the first of equals
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in state.items())
     last, _ = io.load_weights(tmp_path / "last.safetensors")
     assert all(torch.equal(tensor, seen[3][name]) for name, tensor in last.items())
     assert [value for _, value in rows(tmp_path, "val", "pq")] == [0.1, 0.9, 0.9, 0.5]
+    # Tuned are the kept weights, not the last ones, and on the whole split, not on the images used while training.
+    best, other = (scores_of(tmp_path / name, splits["val"]) for name in OUTPUTS[:2])
+    assert header["validation"] == pytest.approx(best)
+    assert best != pytest.approx(other)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -198,7 +216,9 @@ def test_kill_9_then_resume_is_bit_for_bit_the_same(name, finished, splits, teac
     assert outputs(tmp_path) == outputs(whole)
 
 
-def test_killed_while_the_state_is_written_keeps_the_state_before(finished, train, teacher, tmp_path, monkeypatch):
+def test_killed_while_the_state_is_written_keeps_the_state_before(
+    finished, train, teacher, tmp_path, monkeypatch, capsys
+):
     spec, scores, whole = finished("grd")
     save = torch.save
 
@@ -214,6 +234,7 @@ def test_killed_while_the_state_is_written_keeps_the_state_before(finished, trai
             train(spec, tmp_path, teacher=teacher)
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["resume.pt"]
     assert train(spec, tmp_path, teacher=teacher) == scores
+    assert "resumed after step 2" in capsys.readouterr().out
     assert outputs(tmp_path) == outputs(whole)
 
 
@@ -347,6 +368,19 @@ def test_accumulation_is_the_mean_over_its_batches(make_spec, splits):
     assert trainer.step == 1
 
 
+def test_every_batch_has_its_own_number(make_spec, train, teacher, tmp_path, monkeypatch):
+    seen = {"patches": [], "memory": []}
+    batch, sample = training.PatchSampler.batch, training.MemoryBank.sample
+    monkeypatch.setattr(
+        training.PatchSampler, "batch", lambda self, step: seen["patches"].append(step) or batch(self, step)
+    )
+    monkeypatch.setattr(
+        training.MemoryBank, "sample", lambda self, ids, step: seen["memory"].append(step) or sample(self, ids, step)
+    )
+    train(make_spec("grd", accumulate=2), tmp_path, teacher=teacher)
+    assert seen["patches"] == seen["memory"] == list(range(12))
+
+
 def test_loss_and_learning_rate_in_the_history(make_spec, train, teacher, tmp_path):
     spec = make_spec("grd", steps=23, validate_every=23, save_every=100)
     train(spec, tmp_path, teacher=teacher)
@@ -469,19 +503,6 @@ def test_the_teacher_does_not_change(make_spec, splits, teacher):
     assert all(torch.equal(before[name], after[name]) for name in before)
     learnable = {id(p) for p in trainer.learnable}
     assert learnable == {id(p) for p in trainer.distiller.student.parameters()}
-
-
-def test_the_header_is_enough_to_use_the_weights(teacher, splits):
-    from gdlib.inference import Predictor
-    from gdlib.segmentation import score
-
-    predictor = Predictor.load(teacher, device="cpu", precision="float32")
-    samples = list(io.read_samples(splits["val"]))
-    predictions = [predictor(sample.image) for sample in samples]
-    pairs = [(p.affinity, p.foreground) for p in predictions]
-    header = json.loads(json.dumps(predictor.header))
-    scores = score(pairs, [s.label for s in samples], header["offsets"], header["segmentation"])
-    assert scores == pytest.approx(header["validation"])
 
 
 def test_the_environment_of_these_tests():

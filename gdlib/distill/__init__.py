@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdlib import ops
@@ -80,7 +79,7 @@ class View:
     @cached_property
     def unit(self) -> Tensor:
         """(B, [Z,] Y, X, D) rows of length one."""
-        return F.normalize(self.rows, dim=-1)
+        return ops.unit(self.rows)
 
     @cached_property
     def affinity(self) -> Tensor:
