@@ -197,8 +197,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "method": f"{run['method']}" + (f": supervised + {' + '.join(terms)}" if terms else ""),
         "segmentation": ", ".join(f"{k} {v}" for k, v in header["segmentation"].items() if v is not None),
         "validation": ", ".join(f"{k} {header['validation'][k]:.4f}" for k in ("aji", "pq", "f1_50", "dice")),
-        "made by": f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, {header['precision']}, "
-        f"{header['seconds']:.0f} s of training",
+        "made by": f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, {header['precision']}",
     }
     for key, value in lines.items():
         print(f"{key:13} {value}")

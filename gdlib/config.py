@@ -35,7 +35,7 @@ class Normalisation(Section):
 
 
 class Segmentation(Section):
-    """From affinities to instances (`gdlib.segmentation.segment`). What a dataset leaves out is tuned on its validation split."""
+    """Fixed values for `gdlib.segmentation.segment` on test images, in place of those tuned on validation images."""
 
     foreground_threshold: float | None = Field(None, gt=0, lt=1)
     stride: int | None = Field(None, ge=1, description="of the grid of the mutex edges, in pixels")

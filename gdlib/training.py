@@ -116,7 +116,6 @@ def fit(
         "torch": torch.__version__,
         "device": _device_name(target),
         "precision": str(trainer.dtype).removeprefix("torch."),
-        "seconds": round(trainer.seconds, 1),
     }
     final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
     trainer.deployed.load_state_dict(trainer.best_state)
@@ -124,6 +123,7 @@ def fit(
     header |= {"segmentation": parameters, "validation": scores}
     io.save_weights(last, final, header | {"step": recipe.steps, "validation": trainer.last_scores})
     io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
+    print(f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted")
     io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
     resume.unlink(missing_ok=True)
     return scores

@@ -14,6 +14,17 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+METHODS = {
+    "teacher": [],
+    "none": [],
+    "grd": [
+        {"term": "agd", "weight": 1.0},
+        {"term": "agd", "weight": 1.0, "memory": True},
+        {"term": "igd", "weight": 0.1, "options": {"part": "nodes"}},
+        {"term": "igd", "weight": 0.1, "options": {"part": "edges"}},
+        {"term": "igd", "weight": 1.0, "memory": True, "options": {"part": "edges"}},
+    ],
+}
 OFFSETS = ((-1, 0), (0, -1), (-3, 0), (0, -3), (-9, 0), (0, -9))
 
 
@@ -63,11 +74,9 @@ def raw(catalogue):
 
 
 @pytest.fixture(scope="session")
-def make_spec(catalogue):
+def make_spec():
     """Return `make(method="none", seed=0, widths=..., patch=..., **recipe)` -> RunSpec of a training that takes a second."""
-    from gdlib.config import Config, RunSpec
-
-    methods = Config.parse(catalogue).methods
+    from gdlib.config import RunSpec
 
     def make(method="none", seed=0, widths=(2, 2, 4, 4, 4), patch=(32, 32), normalisation=None, **recipe):
         recipe = {
@@ -94,7 +103,7 @@ def make_spec(catalogue):
                 "offsets": OFFSETS,
                 "normalisation": normalisation or {},
                 "recipe": recipe,
-                "terms": [] if method == "teacher" else [term.model_dump() for term in methods[method]],
+                "terms": METHODS[method],
             }
         )
 

@@ -240,7 +240,7 @@ def tracked():
     return [ROOT / line for line in done.stdout.splitlines() if (ROOT / line).is_file()]
 
 
-ABSOLUTE = re.compile(r"(?<![\w.)}>])/(?:home|root|work|Users|mnt|media|scratch|opt)/\w|\b[A-Z]:\\\\?\w")
+ABSOLUTE = re.compile(r"(?<![\w.)}>])/(?:home|root|work|Users|mnt|media|scratch|opt)/\w")
 
 
 def test_no_absolute_paths():
@@ -257,5 +257,5 @@ def test_no_absolute_paths():
 def test_the_search_for_absolute_paths_finds_them():
     for folder in ("home", "work", "Users"):
         assert ABSOLUTE.search(f'open("/{folder}/me/a.png")')
-    for fine in ("a/home/b", "../work/x", "https://x.org/home/b", "/proc/cpuinfo", "{x}/work/y"):
+    for fine in ("a/home/b", "../home/x", "https://x.org/home/b", "/proc/cpuinfo", "{x}/home/y"):
         assert not ABSOLUTE.search(fine)

@@ -117,8 +117,13 @@ def test_segment_takes_files_one_by_one_and_writes_what_viewers_open(teacher, im
     assert not [path for path in out.iterdir() if path.suffix != ".tif"]
 
 
-def test_segment_in_small_blocks_is_nearly_the_same(teacher, images, by_hand, squares, tmp_path):
+def test_segment_in_small_blocks_is_nearly_the_same(teacher, images, by_hand, squares, tmp_path, monkeypatch):
+    from gdlib.inference import Predictor
+
+    sizes, pieces = [], Predictor._pieces
+    monkeypatch.setattr(Predictor, "_pieces", lambda self, n: sizes.append(self.block) or pieces(self, n))
     run(*segment_command(teacher, tmp_path, images / "second.tif", block=32))
+    assert set(sizes) == {32}
     image = squares(51, (33, 70))[0]
     assert evaluate(by_hand(image), tifffile.imread(tmp_path / "second.tif"))["aji"] > 0.97
 
@@ -371,6 +376,11 @@ def tiny(raw):
     return Config.parse(raw | {"study": "tiny"})
 
 
+def arrays(path, sample):
+    with io.open_h5(path) as file:
+        return set(file[sample])
+
+
 def dump(section, **kwargs):
     return json.dumps(section.model_dump(mode="json", **kwargs))
 
@@ -425,6 +435,8 @@ def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
         evaluation = ["--data", data["test"], "--segmentation", segmentation, "--run", json.dumps(identity)]
         run("step", "evaluate", *evaluation, "--out", metrics)
 
+        kept = [sample for sample in io.sample_ids(data["test"]) if "embedding" in arrays(predictions, sample)]
+        assert kept == io.sample_ids(data["test"])[:1]
         attrs = io.read_attrs(segmentation)
         assert attrs["parameters"] == header["segmentation"] | {"min_size": 12}
         assert attrs["weights_sha256"] == io.sha256(folder / "weights.safetensors")

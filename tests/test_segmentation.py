@@ -154,15 +154,18 @@ def test_the_threshold_includes_its_value():
     affinity, foreground = perfect(label)
     foreground = np.where(label == 1, 0.6, np.where(label == 2, 0.3, 0)).astype(np.float32)
 
-    def found(**kwargs):
+    def found(**kwargs):  # reads `foreground` when it is called
         return set(np.unique(label[segment(affinity, foreground, OFFSETS[2], **kwargs) > 0]))
 
     assert found() == {1}
     assert found(foreground_threshold=0.2) == {1, 2}
     assert found(foreground_threshold=0.7) == set()
-    # 128 of 255 is the first value at or above one half.
-    bits = np.where(label == 1, 128, np.where(label == 2, 127, 0)).astype(np.uint8)
-    assert set(np.unique(label[segment(affinity, bits, OFFSETS[2]) > 0])) == {1}
+    foreground = np.where(label == 1, 0.5, np.where(label == 2, np.nextafter(np.float32(0.5), np.float32(0)), 0))
+    assert found() == {1}
+    # 128 of 255 is the first value at or above one half, 200 the first above 0.783.
+    for first, threshold in ((128, 0.5), (200, 0.783)):
+        foreground = np.where(label == 1, first, np.where(label == 2, first - 1, 0)).astype(np.uint8)
+        assert found(foreground_threshold=threshold) == {1}
 
 
 def test_a_small_segment_is_absorbed_by_the_one_it_touches():
@@ -238,6 +241,13 @@ def test_a_stride_leaves_repulsive_edges_out():
     assert segment(affinity, foreground, OFFSETS[2], min_size=0, stride=100).max() == 1
 
 
+def test_a_stride_is_for_the_last_two_axes_only():
+    label = np.repeat([1, 2], 5)[:, None, None] * np.ones((1, 6, 6), np.int64)  # one on top of the other
+    affinity, foreground = perfect(label)
+    affinity[:3] = np.maximum(affinity[:3], 0.4)
+    assert segment(affinity, foreground, OFFSETS[3], min_size=0, stride=100).max() == 2
+
+
 def test_defaults_grid_config_and_function_name_the_same_parameters():
     parameters = {
         name: parameter.default
@@ -306,6 +316,7 @@ def test_ties_keep_the_default():
     label = random_map(8, 2)
     chosen, scores = tune([perfect(label)], [label], OFFSETS[2])
     assert chosen == DEFAULTS
+    assert chosen is not DEFAULTS
     assert scores["aji"] == 1
 
 

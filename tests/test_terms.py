@@ -496,3 +496,25 @@ def test_wrong_names_and_options():
     for name in ("supervised", "foreground"):
         with pytest.raises(TypeError):
             build_term(name, True, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "options", "works"),
+    [
+        ("agd", False, {}, True),
+        ("igd", False, {"part": "edges"}, True),
+        ("igd", False, {"part": "nodes"}, False),
+        ("agd", True, {}, False),
+        ("igd", True, {}, False),
+    ],
+)
+def test_vectors_of_different_length_need_a_term_that_compares_similarities(name, memory, options, works):
+    label = torch.randint(0, 3, (2, 8, 8))
+    truth = Truth(label, [(-1, 0), (0, -1)])
+    views = [View(Embedding(torch.randn(2, d, 8, 8), torch.zeros(2, 1, 8, 8), {}), truth) for d in (4, 6)]
+    term = build_term(name, memory, options)
+    if works:
+        assert term(*views, truth, {}).isfinite()
+    else:
+        with pytest.raises(ValueError, match="length 4, those of the teacher 6"):
+            term(*views, truth, {})

@@ -110,6 +110,15 @@ class Term(nn.Module):
         raise NotImplementedError
 
 
+def check_comparable(student: Tensor, teacher: Tensor) -> None:
+    """Raise unless the vectors (..., D) have the same length; terms that compare similarities alone do not need that."""
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"pixel vectors of the student have length {student.shape[-1]}, those of the teacher {teacher.shape[-1]}: give both "
+            "the same embedding_dim, or use only intra-image agd and igd edges"
+        )
+
+
 def build_term(name: str, memory: bool, options: dict) -> Term:
     """Make one term by name; only terms that can use the memory bank accept `memory=True`."""
     kwargs = {**options, "memory": True} if memory else options

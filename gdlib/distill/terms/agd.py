@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdlib import ops
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Term, Truth, View, check_comparable
 from gdlib.distill.bank import mean_record
 
 __all__ = ["AGD"]
@@ -80,6 +80,7 @@ class AGD(Term):
     def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
         """Return the scalar loss; a differentiable 0 while the bank has nothing to offer."""
         if self.memory:
+            check_comparable(student.rows, teacher.rows)
             gram = mean_record(memory, f"agd_gram_{self.pool}")
             if gram is None:
                 return student.unit.sum() * 0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdlib import ops
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Term, Truth, View, check_comparable
 
 __all__ = ["IGD"]
 
@@ -43,9 +43,8 @@ def edge_loss(student: Tensor, teacher: Tensor, image: Tensor, batch: int) -> Te
     both = torch.cat([student, teacher], 1)
     g = ops.node_grams(both.double(), image, batch)  # differences of near-equal sums: float64, on D x D matrices only
     d = student.shape[1]
-    ss, st, tt = g[:, :d, :d], g[:, :d, d:], g[:, d:, d:]
-    squares = (ss.square() - 2 * st.square() + tt.square()).sum((1, 2))
-    return squares.mean().to(student.dtype)
+    ss, st, tt = (part.square().sum((1, 2)) for part in (g[:, :d, :d], g[:, :d, d:], g[:, d:, d:]))
+    return (ss - 2 * st + tt).mean().to(student.dtype)
 
 
 def edge_inter_loss(student: Tensor, teacher: Tensor, image: Tensor, batch: int, memory_gram: Tensor) -> Tensor:
@@ -123,6 +122,8 @@ class IGD(Term):
         nodes, instances = self._graph(student)
         nodes_teacher, _ = self._graph(teacher)
         where = (instances.image, instances.batch)
+        if self.part == "nodes" or self.memory:
+            check_comparable(nodes, nodes_teacher)
         if self.part == "nodes":
             return node_loss(nodes, nodes_teacher, *where, power=self.power)
         if not self.memory:
