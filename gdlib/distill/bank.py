@@ -19,8 +19,8 @@ class MemoryBank(nn.Module):
         seed: with the step number, decides which entries are sampled.
         original_ring: PAPER: reproduce the original code's bank, which enqueues before it samples, so that images are compared
             with themselves, writes its last slot twice per cycle of capacity + 1, and after each wrap samples only as many
-            entries as were written since. Not reproduced: its fixed choice before the bank is full. Off: a ring that always returns min(sample_size, filled) entries and never one of the
-            current images.
+            entries as were written since. Not reproduced: its fixed choice before the bank is full. Off: a ring that always
+            returns min(sample_size, filled) entries and never one of the current images.
     """
 
     def __init__(
