@@ -113,20 +113,50 @@ def inside(offsets: Offsets, shape: Sequence[int], device: torch.device | str = 
     return out
 
 
-def affinity_targets(label: Tensor, offsets: Offsets) -> Tensor:
+def affinity_targets(label: Tensor, offsets: Offsets, background_connected: bool = True) -> Tensor:
     """Boolean (B, K, [Z,] Y, X): do pixel and neighbour carry the same label? False outside the image.
 
-    Two background pixels count as the same object, as in the paper's 2D code: the background is one more segment.
-
     Args:
-        label: (B, [Z,] Y, X) integer.
+        label: (B, [Z,] Y, X) integer, 0 = background.
         offsets: K displacements in array order.
+        background_connected: two background pixels count as the same object, as in the paper's 2D code: the background is one
+            more segment. Off: they are apart, as in its 3D code, where the background is membrane.
     """
     batch, *shape = label.shape
     out = torch.zeros(batch, len(offsets), *shape, dtype=torch.bool, device=label.device)
     for k, offset in enumerate(offsets):
         here, there = overlap(offset, shape)
         out[(slice(None), k, *here)] = label[(slice(None), *here)] == label[(slice(None), *there)]
+    return out if background_connected else out & (label > 0)[:, None]
+
+
+def widen_borders(label: Tensor, width: int = 1) -> Tensor:
+    """Make pixels background that see another instance within `width` pixels, diagonals too, in the last two axes.
+
+    Args:
+        label: (B, [Z,] Y, X) integer, 0 = background.
+        width: in pixels.
+
+    Reference: arXiv 2401.06370, EM targets; a window of 3 x 3 pixels is width 1.
+    """
+    out = label.clone()
+    shape = label.shape[1:]
+    for dy in range(width + 1):
+        for dx in range(-width, width + 1):
+            here, there = ((slice(None), *part) for part in overlap((0,) * (len(shape) - 2) + (dy, dx), shape))
+            a, b = label[here], label[there]
+            keep = (a == b) | (a == 0) | (b == 0)
+            out[here] *= keep
+            out[there] *= keep
+    return out
+
+
+def pairs_of(mask: Tensor, offsets: Offsets) -> Tensor:
+    """Boolean (B, K, [Z,] Y, X): is the pixel, or its neighbour, in the mask (B, [Z,] Y, X)?"""
+    out = mask[:, None].repeat(1, len(offsets), *(1,) * (mask.ndim - 1))
+    for k, offset in enumerate(offsets):
+        here, there = overlap(offset, mask.shape[1:])
+        out[(slice(None), k, *here)] |= mask[(slice(None), *there)]
     return out
 
 

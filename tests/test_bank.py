@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gdlib.distill import Batch, Distiller, Truth, View, build_term
+from gdlib import ops
+from gdlib.distill import Batch, Distiller, Truth, View, build_term, see
 from gdlib.distill.bank import MemoryBank
 from gdlib.models import Embedding
 
@@ -204,20 +205,25 @@ def test_original_ring_samples_like_the_original():
 
 
 class Tiny(nn.Module):
-    """Smallest network with everything that matters here: weights, batch statistics, both heads."""
+    """Smallest network with everything that matters here: weights, batch statistics, both heads; with a margin or without."""
 
-    def __init__(self, seed, dim=4):
+    def __init__(self, seed, dim=4, margin=(0, 0)):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.conv = nn.Conv2d(1, dim + 1, 3, padding=1)
-        self.norm = nn.BatchNorm2d(dim + 1)
+        self.margin = margin
+        self.levels = {"only": (dim, (1,) * len(margin))}
+        kernel = [2 * m + 1 if m else 3 for m in margin]
+        padding = [0 if m else 1 for m in margin]
+        convolution, norm = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[len(margin)]
+        self.conv = convolution(1, dim + 1, kernel, padding=padding)
+        self.norm = norm(dim + 1)
         with torch.no_grad():
             for parameter in self.conv.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
     def forward(self, x):
         x = self.norm(self.conv(x))
-        return Embedding(x[:, :-1], x[:, -1:], {})
+        return Embedding(x[:, :-1], x[:, -1:], {"only": x[:, :-1]})
 
 
 def make_batch(seed, ids, shape=(10, 11)):
@@ -392,3 +398,119 @@ def test_images_without_instance_do_not_stop_the_training(empty):
         total.backward()
         assert all(math.isfinite(float(loss.detach())) for loss in losses.values())
         assert all(torch.isfinite(p.grad).all() for p in distiller.student.parameters())
+
+
+# --- Margins, targets, and what is not known ------------------------------------------------------------------------
+
+
+def make_wide_batch(seed, ids, margin, shape=(10, 11)):
+    """Labels of `shape`, in the centre of images with noise around."""
+    batch = make_batch(seed, ids, shape)
+    sides = [n + 2 * m for n, m in zip(shape, margin, strict=True)]
+    image = torch.rand(len(ids), 1, *sides, generator=torch.Generator().manual_seed(seed))
+    image[:, :, margin[0] : sides[0] - margin[0], margin[1] : sides[1] - margin[1]] = batch.image
+    return Batch(image, batch.label, batch.ids)
+
+
+WIDE = itertools.product([(0, 0), (2, 1), (0, 1)], [(0, 0), (3, 5), (2, 1), (0, 4)])
+
+
+@pytest.mark.parametrize(("network", "margin"), [(n, m) for n, m in WIDE if n[0] <= m[0] and n[1] <= m[1]])
+def test_a_network_sees_what_it_needs_and_no_more(network, margin):
+    batch = make_wide_batch(0, [0, 1], margin)
+    seen = []
+
+    class Recorder(Tiny):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    output = see(Recorder(0, margin=network).eval(), batch)
+    assert output.embedding.shape[2:] == output.foreground.shape[2:] == batch.label.shape[1:]
+    (image,) = seen
+    y, x = (m - n for n, m in zip(network, margin, strict=True))
+    assert torch.equal(image, batch.image[:, :, y : batch.image.shape[2] - y, x : batch.image.shape[3] - x])
+
+
+def test_a_network_sees_volumes_too():
+    label = torch.zeros(1, 3, 6, 5, dtype=torch.int64)
+    image = torch.rand(1, 1, 3 + 4, 6 + 8, 5 + 6)
+    for margin in ((0, 0, 0), (2, 4, 3), (1, 2, 0)):
+        assert see(Tiny(0, margin=margin).eval(), Batch(image, label, torch.tensor([0]))).embedding.shape[2:] == (
+            3,
+            6,
+            5,
+        )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((0, 0), (3, 2)), ((3, 2), (0, 0)), ((1, 2), (3, 2)), ((2, 2), (2, 2))]
+)
+def test_student_and_teacher_with_different_margins_say_something_about_the_same_pixels(student, teacher):
+    """All losses are those of two maps that were made apart, each from its own part of the image."""
+    margin = [max(pair) for pair in zip(student, teacher, strict=True)]
+    terms = [(name, weight, build_term(*what)) for name, weight, what in TERMS]
+    networks = Tiny(1, margin=student), Tiny(2, margin=teacher)
+    distiller = Distiller(*networks, terms, OFFSETS, MemoryBank(capacity=3, sample_size=2)).eval()
+    batches = [make_wide_batch(k, [2 * k, 2 * k + 1], margin) for k in range(2)]
+    distiller(batches[0], 0)
+    total, losses = distiller(batches[1], 1)
+
+    def crop(image, spare):
+        return image[:, :, spare[0] : image.shape[2] - spare[0], spare[1] : image.shape[3] - spare[1]]
+
+    views = {}
+    for k, batch in enumerate(batches):
+        truth = Truth(batch.label, OFFSETS)
+        for role, network in zip(("student", "teacher"), networks, strict=True):
+            spare = [m - n for m, n in zip(margin, network.margin, strict=True)]
+            views[role, k] = View(network(crop(batch.image, spare)), truth)
+    for name, term in zip(distiller.names, distiller.terms, strict=True):
+        memory = term.record(views["teacher", 0]) | {"valid": torch.tensor([True, True])} if term.memory else {}
+        expected = term(views["student", 1], views["teacher", 1], truth, memory)
+        torch.testing.assert_close(losses[name], expected)
+        assert float(expected.detach()) > 0
+    total.backward()
+    assert networks[0].conv.weight.grad.abs().max() > 0
+
+
+class Witness(nn.Module):
+    """A term that keeps the truth it is given."""
+
+    needs_teacher, memory = False, False
+
+    def forward(self, student, teacher, truth, memory):
+        self.truth = truth
+        return student.rows.sum() * 0
+
+
+def truth_of(batch, level=None, **targets):
+    witness = Witness()
+    witness.needs_teacher = level is not None
+    Distiller(Tiny(1), Tiny(2), [("witness", 1.0, witness)], OFFSETS, None, targets, [level])(batch, 0)
+    return witness.truth
+
+
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.parametrize("per_offset", [True, False])
+@pytest.mark.parametrize("level", [None, "only"])
+def test_targets_and_ignore_arrive_in_the_truth(connected, per_offset, level):
+    batch = make_batch(0, [0, 1])
+    ignore = batch.label == 2
+    batch = Batch(batch.image, batch.label, batch.ids, ignore)
+    truth = truth_of(batch, level, background_connected=connected, per_offset=per_offset)
+    offsets = OFFSETS[: 2 if level else None]
+    assert truth.offsets == offsets
+    assert torch.equal(truth.label, batch.label * ~ignore)
+    assert torch.equal(truth.ignore, ignore)
+    assert torch.equal(truth.affinity, ops.affinity_targets(truth.label, offsets, connected))
+    valid = ops.inside(offsets, (10, 11)) & ~ops.pairs_of(ignore, offsets)
+    assert torch.equal(truth.balance, ops.balance(truth.affinity, valid, per_offset))
+    assert truth.balance[ops.pairs_of(ignore, offsets)].abs().max() == 0
+
+
+def test_without_options_the_truth_is_that_of_the_paper_in_2d():
+    truth = truth_of(make_batch(0, [0, 1]))
+    assert truth.ignore is None
+    assert truth.background_connected
+    assert not truth.per_offset

@@ -3,23 +3,37 @@
 import ast
 import inspect
 import itertools
+import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from gdlib import io
+from gdlib import io, registry
 from gdlib.models import Embedding, build, folded
 from gdlib.models.resunet import ResidualBlock
 from gdlib.profile import count_macs, count_parameters
 from gdlib.registry import NETWORKS, SOURCES, TERMS, UnknownName
 
-PAPER = {  # widths, parameters without the foreground head, 10^9 multiply-accumulates at 544 x 544 with the original's head
+RESUNETS = {  # widths, parameters without the foreground head, 10^9 multiply-accumulates at 544 x 544 with the original's head
     "teacher": ((32, 64, 179, 349, 680), 33_609_092, 581.8, 0.05),
     "student": ((4, 8, 16, 32, 64), 295_884, 5.62, 0.005),
     "middle": ((16, 32, 64, 128, 256), 4_703_424, 88.7, 0.05),
 }
+MALAS = {  # options, parameters without the foreground head, 10^9 multiply-accumulates for 25 x 56 x 56 and for 56^3 voxels
+    "teacher": ({"widths": (12, 60, 300, 1500)}, 84_020_644, 206.7, 366.4),
+    "student": ({"widths": (8, 16, 32, 64), "decoder": (32, 32, 8)}, 367_648, 12.8, 21.8),
+}
+# Narrow, so that the tests are quick; a new network is tested with its defaults.
+NARROW = {
+    "resunet": {"widths": (2, 3, 4, 5, 6)},
+    "resunet3d": {"widths": (2, 3, 4, 5, 6)},
+    "mala": {"widths": (1, 2, 2, 3), "decoder": (3, 2, 1)},
+}
+
+
+def narrow(name, **options):
+    return build(name, NARROW.get(name, {}) | options)
 
 
 def randomise(network, seed=0):
@@ -38,6 +52,24 @@ def randomise(network, seed=0):
     return network
 
 
+def output_sides(network, cells):
+    """The legal sides with so many divisors in them, but never 0."""
+    sides = zip(cells, network.divisor, network.remainder, strict=True)
+    return tuple(n * d + r if n or r else d for n, d, r in sides)
+
+
+def image_sides(network, shape):
+    return tuple(n + 2 * m for n, m in zip(shape, network.margin, strict=True))
+
+
+def small_image(network, batch=1, channels=1, cells=None, dtype=torch.float32):
+    """Noise of which the network makes few pixels."""
+    cells = cells or (0 if any(network.margin) else 2,) * network.ndim
+    generator = torch.Generator().manual_seed(3)
+    sides = image_sides(network, output_sides(network, cells))
+    return torch.randn(batch, channels, *sides, dtype=dtype, generator=generator)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -48,13 +80,24 @@ def _seed():
 
 @pytest.mark.parametrize("name", NETWORKS.names())
 class TestEveryNetwork:
+    def test_the_contract_is_there_for_every_axis(self, name):
+        network = narrow(name)
+        assert registry.axes(name) == network.ndim == NETWORKS.get(name).ndim
+        for attribute in ("divisor", "remainder", "margin", "halo"):
+            value = getattr(network, attribute)
+            assert len(value) == network.ndim
+            assert all(isinstance(n, int) for n in value)
+        for d, r, m, h in zip(network.divisor, network.remainder, network.margin, network.halo, strict=True):
+            assert 0 <= r < d
+            assert 0 <= m <= h
+
     def test_shapes(self, name):
-        network = randomise(build(name, {})).eval()
-        d = network.divisor
-        sides = [(1, 1), (1, 2), (3, 2)] if network.ndim == 2 else [(1, 1, 1), (1, 2, 1), (2, 1, 2)]
-        for shape, batch in itertools.product(([d * n for n in side] for side in sides), (1, 2)):
+        network = randomise(narrow(name)).eval()
+        cells = [(1, 1), (1, 2), (3, 2)] if network.ndim == 2 else [(1, 0, 0), (2, 1, 0), (3, 0, 1)]
+        for number, batch in itertools.product(cells, (1, 2)):
+            shape = output_sides(network, number)
             with torch.no_grad():
-                output = network(torch.randn(batch, 1, *shape))
+                output = network(torch.randn(batch, 1, *image_sides(network, shape)))
             assert isinstance(output, Embedding)
             assert output.embedding.shape == (batch, 16, *shape)
             assert output.foreground.shape == (batch, 1, *shape)
@@ -66,36 +109,35 @@ class TestEveryNetwork:
     @pytest.mark.parametrize("embedding_dim", [1, 5])
     @pytest.mark.parametrize("in_channels", [1, 3])
     def test_options(self, name, in_channels, embedding_dim):
-        network = build(name, {"in_channels": in_channels, "embedding_dim": embedding_dim}).eval()
-        shape = (network.divisor,) * network.ndim
-        with torch.no_grad():
-            output = network(torch.randn(1, in_channels, *shape))
+        network = narrow(name, in_channels=in_channels, embedding_dim=embedding_dim).eval()
+        with torch.device("meta"):
+            output = network.to("meta")(small_image(network, 1, in_channels).to("meta"))
+        shape = tuple(n - 2 * m for n, m in zip(small_image(network).shape[2:], network.margin, strict=True))
         assert output.embedding.shape == (1, embedding_dim, *shape)
         assert output.foreground.shape == (1, 1, *shape)
 
     def test_saved_weights_are_the_network(self, name, tmp_path):
-        network = randomise(build(name, {"embedding_dim": 4}), 1).eval()
-        if network.ndim == 2:
-            network = network.to(memory_format=torch.channels_last)
-        header = {"model": name, "options": {"embedding_dim": 4}}
+        options = NARROW.get(name, {}) | {"embedding_dim": 4}
+        network = randomise(build(name, options), 1).eval()
+        network = network.to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}[network.ndim])
+        header = {"model": name, "options": {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}}
         io.save_weights(tmp_path / "weights.safetensors", network.state_dict(), header)
         state, read = io.load_weights(tmp_path / "weights.safetensors")
         assert read == header
         again = build(read["model"], read["options"]).eval()
-        image = torch.randn(1, 1, *(network.divisor * 2,) * network.ndim)
         for key, tensor in network.state_dict().items():
             assert torch.equal(state[key], tensor)
             assert state[key].dtype == tensor.dtype
         again.load_state_dict(state)
         # In float64: the memory order differs, and with it the order of sums.
-        network, again, image = network.double(), again.double(), image.double()
+        network, again, image = network.double(), again.double(), small_image(network, dtype=torch.float64)
         with torch.no_grad():
             torch.testing.assert_close(again(image).embedding, network(image).embedding)
             torch.testing.assert_close(again(image).foreground, network(image).foreground)
 
     def test_images_of_a_batch_do_not_see_each_other(self, name):
-        network = randomise(build(name, {})).double().eval()
-        images = torch.randn(3, 1, *(network.divisor * 2,) * network.ndim, dtype=torch.float64)
+        network = randomise(narrow(name)).double().eval()
+        images = small_image(network, 3, dtype=torch.float64)
         with torch.no_grad():
             together = network(images)
             alone = network(images[1:2])
@@ -104,19 +146,19 @@ class TestEveryNetwork:
         assert (together.embedding[0] - together.embedding[1]).abs().max() > 1e-3
 
     def test_every_parameter_is_trained(self, name):
-        network = build(name, {}).train()
-        output = network(torch.randn(2, 1, *(network.divisor * 2,) * network.ndim))
+        network = narrow(name).train()
+        output = network(small_image(network, 2))
         (output.embedding.square().sum() + output.foreground.square().sum()).backward()
         assert [key for key, p in network.named_parameters() if p.grad is None] == []
 
     def test_folded_for_inference_it_is_the_same_function(self, name):
-        network = randomise(build(name, {})).double().train()
+        network = randomise(narrow(name)).double().train()
         before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
         fast = folded(network)
         assert not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm3d) for m in fast.modules())
         assert network.training
         assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
-        image = torch.randn(2, 1, *(network.divisor * 2,) * network.ndim, dtype=torch.float64)
+        image = small_image(network, dtype=torch.float64)
         with torch.no_grad():
             a, b = fast(image), network.eval()(image)
         torch.testing.assert_close(a.embedding, b.embedding)
@@ -124,11 +166,11 @@ class TestEveryNetwork:
 
     def test_heads_are_named_and_separate(self, name):
         """Profiles count the foreground head apart, and the embedding must not depend on it."""
-        network = randomise(build(name, {})).eval()
-        counts = count_parameters(name, {})
+        network = randomise(narrow(name)).eval()
+        counts = count_parameters(name, NARROW.get(name, {}))
         assert counts["foreground"] == sum(p.numel() for p in network.foreground.parameters()) > 0
         assert counts["total"] == counts["embedding"] + counts["foreground"]
-        image = torch.randn(1, 1, *(network.divisor,) * network.ndim)
+        image = small_image(network)
         with torch.no_grad():
             before = network(image)
             for parameter in network.foreground.parameters():
@@ -138,16 +180,97 @@ class TestEveryNetwork:
         assert not torch.equal(before.foreground, after.foreground)
 
 
+# --- Where an output looks: every axis of every network -------------------------------------------------------------
+
+AXES = [(name, axis) for name in NETWORKS.names() for axis in range(registry.axes(name))]
+
+
+def attentive(name):
+    """A network in which whatever can reach an output does: a larger pixel makes everything that sees it larger."""
+    network = narrow(name, embedding_dim=1).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:  # positive, of sum 1, so that nothing is clipped and nothing explodes
+                positive = 0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(positive / positive.flatten(1).sum(1).reshape(-1, *[1] * (parameter.ndim - 1)))
+    return network
+
+
+def along(array, axis, start, stop):
+    """A part of (B, C, *shape) along one spatial axis."""
+    return array.narrow(axis + 2, start, stop - start)
+
+
+@pytest.mark.parametrize(("name", "axis"), AXES)
+def test_the_output_moves_with_the_image(name, axis):
+    """By one divisor, exactly; for networks that pad, away from the borders that only one of the two images has."""
+    network = randomise(narrow(name, embedding_dim=2)).double().eval()
+    d, m, h = network.divisor[axis], network.margin[axis], network.halo[axis]
+    context = -(-(h - m) // d)  # divisors
+    cells = [0 if any(network.margin) else 1] * network.ndim
+    cells[axis] = 2 * context + 2
+    image = small_image(network, cells=cells, dtype=torch.float64)
+    with torch.no_grad():
+        whole = network(image).embedding
+        part = network(along(image, axis, d, image.shape[axis + 2])).embedding
+    assert part.shape[axis + 2] == whole.shape[axis + 2] - d
+    start = context * d
+    moved = along(whole, axis, start + d, whole.shape[axis + 2])
+    torch.testing.assert_close(along(part, axis, start, part.shape[axis + 2]), moved, rtol=0, atol=1e-12)
+    if d > 1:  # or the divisor could be smaller
+        other = along(whole, axis, start + d - 1, whole.shape[axis + 2] - 1)
+        assert (along(part, axis, start, part.shape[axis + 2]) - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "axis"), AXES)
+def test_halo_is_true_and_tight(name, axis):
+    """Nothing farther than the halo of a block changes it, down to the last bit; at the halo, something does.
+
+    A block of a network that pads may be a single pixel, at any place; else it starts at a multiple of the divisor and is the
+    smallest legal one. A network that is new may have a halo that is less than one divisor too large.
+    """
+    network = attentive(name)
+    d, r, m, h = (getattr(network, key)[axis] for key in ("divisor", "remainder", "margin", "halo"))
+    start = (-(-(h - m) // d) + 1) * d
+    blocks = [(start, start + d + r)] if m else [(p, p + 1) for p in range(start, start + d)]
+    cells = [0 if any(network.margin) else 1] * network.ndim
+    cells[axis] = (blocks[-1][1] - r + h - m) // d + 2
+    slack = 1 if name in NARROW else d
+    # Flat, so that pools pass on whatever is raised within them.
+    image = torch.ones_like(small_image(network, cells=cells, dtype=torch.float64))
+    end = image.shape[axis + 2]
+    with torch.no_grad():
+        before = network(image).embedding
+        seen = {"left": [], "right": []}
+        for a, b in blocks:
+            low, high = a + m - h, b + m + h  # of the image, all that may matter
+            assert low >= 1
+            assert end - high >= 1
+
+            def change(*parts, a=a, b=b):
+                other = image.clone()
+                for part in parts:
+                    along(other, axis, *part).add_(1000)
+                return not torch.equal(*(along(x, axis, a, b) for x in (before, network(other).embedding)))
+
+            assert not change((0, low), (high, end)), (a, b)
+            seen["left"].append(change((0, low + slack)))
+            seen["right"].append(change((high - slack, end)))
+    assert any(seen["left"])
+    assert any(seen["right"])
+
+
 # --- ResUNet --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("widths", "parameters"), [(w, n) for w, n, _, _ in PAPER.values()], ids=PAPER)
+@pytest.mark.parametrize(("widths", "parameters"), [(w, n) for w, n, _, _ in RESUNETS.values()], ids=RESUNETS)
 def test_parameters_of_the_paper(widths, parameters):
     counts = count_parameters("resunet", {"widths": widths, "in_channels": 3})
     assert counts == {"embedding": parameters, "foreground": widths[1] + 1, "total": parameters + widths[1] + 1}
 
 
-@pytest.mark.parametrize(("widths", "giga", "rounding"), [(w, g, r) for w, _, g, r in PAPER.values()], ids=PAPER)
+@pytest.mark.parametrize(("widths", "giga", "rounding"), [(w, g, r) for w, _, g, r in RESUNETS.values()], ids=RESUNETS)
 def test_multiply_accumulates_of_the_paper(widths, giga, rounding):
     size = 544 * 544
     macs = count_macs("resunet", {"widths": widths, "in_channels": 3}, (544, 544))
@@ -166,14 +289,44 @@ def test_multiply_accumulates_are_those_of_the_padded_image():
     assert count_macs("resunet", options, (33, 48)) == count_macs("resunet", options, (48, 48))
 
 
+# Kernels and pools from full resolution to 1/8, as the documentation of the networks says.
+PLANS = {
+    "resunet": ([(3, 3)] * 4, [(2, 2)] * 4),
+    "resunet3d": ([(1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)], [(1, 2, 2), (1, 2, 2), (2, 2, 2), (1, 2, 2)]),
+}
+
+
+def residual_parameters(i, o, kernel):
+    """Three convolutions with biases, and three normalisations."""
+    return math.prod(kernel) * (2 * i * o + o * o) + 3 * o + 6 * o
+
+
+def test_parameters_in_3d():
+    def count(widths):
+        f0, f1, f2, f3, f4 = widths
+        k0, k1, k2, k3 = PLANS["resunet3d"][0]
+        blocks = [(1, f0, k0), (f0, f1, k0), (f1, f2, k1), (f2, f3, k2), (f3, f4, k3)]
+        blocks += [(f4, f4, k3), (f4 + f3, f3, k2), (f3 + f2, f2, k1), (f2 + f1, f1, k0)]
+        expected = sum(residual_parameters(*block) for block in blocks) + 16 * (f1 + 1)
+        counts = count_parameters("resunet3d", {"widths": widths})
+        assert counts == {"embedding": expected, "foreground": f1 + 1, "total": expected + f1 + 1}
+        return counts["embedding"]
+
+    teacher, student = count((32, 64, 128, 256, 512)), count((4, 8, 16, 24, 32))
+    assert teacher / 1e6 == pytest.approx(55.66, abs=0.005)
+    assert student < 0.01 * teacher
+
+
 class Unfused(nn.Module):
     """The residual block as the paper draws it: two convolutions, and a third as shortcut."""
 
-    def __init__(self, i, o):
+    def __init__(self, i, o, kernel=(3, 3)):
         super().__init__()
-        self.first, self.first_norm = nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o)
-        self.second, self.second_norm = nn.Conv2d(o, o, 3, padding=1), nn.BatchNorm2d(o)
-        self.shortcut, self.shortcut_norm = nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o)
+        convolution, norm = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[len(kernel)]
+        options = {"kernel_size": kernel, "padding": "same"}
+        self.first, self.first_norm = convolution(i, o, **options), norm(o)
+        self.second, self.second_norm = convolution(o, o, **options), norm(o)
+        self.shortcut, self.shortcut_norm = convolution(i, o, **options), norm(o)
 
     def forward(self, x):
         main = torch.relu(self.first_norm(self.first(x)))
@@ -192,12 +345,13 @@ class Unfused(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3, 3), (3, 3, 3)])
 @pytest.mark.parametrize(("i", "o"), [(3, 4), (5, 2), (4, 4)])
-def test_fused_block_equals_the_unfused(i, o, training):
-    fused = randomise(ResidualBlock(i, o)).double().train(training)
-    plain = Unfused(i, o).double().train(training)
+def test_fused_block_equals_the_unfused(i, o, kernel, training):
+    fused = randomise(ResidualBlock(i, o, kernel)).double().train(training)
+    plain = Unfused(i, o, kernel).double().train(training)
     plain.take(fused)
-    a = torch.randn(2, i, 6, 7, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(2, i, *(3, 6, 7)[-len(kernel) :], dtype=torch.float64, requires_grad=True)
     b = a.detach().clone().requires_grad_()
     out = fused(a)
     torch.testing.assert_close(out, plain(b))
@@ -209,55 +363,170 @@ def test_fused_block_equals_the_unfused(i, o, training):
     assert sum(p.numel() for p in fused.parameters()) == sum(p.numel() for p in plain.parameters())
     if training:
         fused.eval()
-        copy = Unfused(i, o).double().eval()
+        copy = Unfused(i, o, kernel).double().eval()
         copy.take(fused)
         assert not torch.equal(copy(a), plain(a))  # statistics have moved on
         torch.testing.assert_close(copy(a), fused(a))
 
 
-def test_resunet_equals_the_unfused_network():
+def shrink(x, factors):
+    """The largest of every window."""
+    for axis, factor in reversed(list(enumerate(factors, start=2))):
+        x = x.unflatten(axis, (-1, factor)).amax(axis + 1)
+    return x
+
+
+def enlarge(x, factors):
+    """Linear between the centres of pixels, one matrix per axis; beyond the first and last centre nothing changes."""
+    for axis, factor in enumerate(factors, start=2):
+        n = x.shape[axis]
+        centre = ((torch.arange(factor * n, dtype=torch.float64) + 0.5) / factor - 0.5).clamp(0, n - 1)
+        matrix = (1 - (centre[:, None] - torch.arange(n)).abs()).clamp(min=0)
+        x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T, -1, axis)
+    return x
+
+
+@pytest.mark.parametrize("pooled_skips", [False, True])
+@pytest.mark.parametrize("name", PLANS)
+def test_resunet_equals_the_unfused_network(name, pooled_skips):
     """Every block replaced by its drawing, and wired anew from the description."""
-    network = randomise(build("resunet", {"widths": (2, 3, 4, 5, 6), "in_channels": 2})).double().eval()
+    kernels, pools = PLANS[name]
+    network = randomise(build(name, {"widths": (2, 3, 4, 5, 6), "in_channels": 2, "pooled_skips": pooled_skips}))
+    network = network.double().eval()
     plain = {}
-    for name, module in network.named_modules():
-        if isinstance(module, ResidualBlock):
-            i, o = module.enter.in_channels, module.leave.out_channels
-            plain[name] = Unfused(i, o).double().eval()
-            plain[name].take(module)
-    image = torch.randn(2, 2, 32, 48, dtype=torch.float64)
+    of_level = [0, *range(4), *reversed(range(4))]  # stem, down, up
+    blocks = {key: module for key, module in network.named_modules() if isinstance(module, ResidualBlock)}
+    for (key, module), level in zip(blocks.items(), of_level, strict=True):
+        plain[key] = Unfused(module.enter.in_channels, module.leave.out_channels, kernels[level]).double().eval()
+        plain[key].take(module)
+    shape = (4, 32, 48)[-len(kernels[0]) :]
+    image = torch.randn(2, 2, *shape, dtype=torch.float64)
 
-    def enlarge(x):
-        """Bilinear, corners on corners, as two matrices."""
-        out = x
-        for axis in (2, 3):
-            n = x.shape[axis]
-            position = torch.arange(2 * n, dtype=torch.float64) * (n - 1) / (2 * n - 1)
-            matrix = (1 - (position[:, None] - torch.arange(n)).abs()).clamp(min=0)
-            out = torch.movedim(torch.movedim(out, axis, -1) @ matrix.T, -1, axis)
-        return out
-
-    def halve(x):
-        return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
-
+    features = {}
     with torch.no_grad():
         full = plain["down.0"](plain["stem"](image))
-        half = plain["down.1"](halve(full))
-        quarter = plain["down.2"](halve(half))
-        eighth = plain["down.3"](halve(quarter))
-        x = plain["up.0"](enlarge(halve(eighth)))
+        half = plain["down.1"](shrink(full, pools[0]))
+        quarter = plain["down.2"](shrink(half, pools[1]))
+        eighth = plain["down.3"](shrink(quarter, pools[2]))
+        x = features["up1"] = plain["up.0"](enlarge(shrink(eighth, pools[3]), pools[3]))
         for number, skip in ((1, quarter), (2, half), (3, full)):
-            x = plain[f"up.{number}"](torch.cat([enlarge(x), skip], 1))
-        embedding = torch.einsum("dc,bcyx->bdyx", network.embedding.weight[:, :, 0, 0], x)
-        expected = embedding + network.embedding.bias[:, None, None]
+            pool = pools[3 - number]
+            x = torch.cat([x, shrink(skip, pool)] if pooled_skips else [enlarge(x, pool), skip], 1)
+            x = enlarge(x, pool) if pooled_skips else x
+            x = features[f"up{number + 1}"] = plain[f"up.{number}"](x)
         output = network(image)
-    torch.testing.assert_close(output.embedding, expected)
-    torch.testing.assert_close(output.foreground, F.conv2d(x, network.foreground.weight, network.foreground.bias))
-    assert {key: tuple(f.shape[1:]) for key, f in output.features.items()} == {
-        "up1": (6, 4, 6),
-        "up2": (5, 8, 12),
-        "up3": (4, 16, 24),
-        "up4": (3, 32, 48),
-    }
+    for head in ("embedding", "foreground"):
+        layer = getattr(network, head)
+        expected = torch.einsum("dc,bc...->bd...", layer.weight.flatten(1), x)
+        expected = expected + layer.bias.reshape(-1, *[1] * len(shape))
+        torch.testing.assert_close(getattr(output, head), expected)
+    assert list(output.features) == list(features)
+    for key, feature in features.items():
+        torch.testing.assert_close(output.features[key], feature)
+    assert features["up1"].shape[1:] == (6, *(n // d for n, d in zip(shape, (2, 8, 8)[-len(shape) :], strict=True)))
+    assert network.divisor == tuple(math.prod(sides) for sides in zip(*pools, strict=True))
+
+
+# --- MALA -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "parameters", "crop", "cube"), MALAS.values(), ids=MALAS)
+def test_mala_of_the_paper(options, parameters, crop, cube):
+    counts = count_parameters("mala", options)
+    head = (options.get("decoder") or options["widths"])[-1 if "decoder" in options else 0] + 1
+    assert counts == {"embedding": parameters, "foreground": head, "total": parameters + head}
+    for depth, giga in ((25, crop), (56, cube)):
+        shape = (depth, 56, 56)
+        with torch.device("meta"):
+            output = build("mala", options)(torch.empty(2, 1, depth + 28, 268, 268))
+        assert output.embedding.shape == (2, 16, *shape)
+        assert output.foreground.shape == (2, 1, *shape)
+        if depth == 25:
+            sides = {key: tuple(feature.shape[2:]) for key, feature in output.features.items()}
+            assert sides == {"conv8": (37, 4, 4), "conv11": (33, 8, 8), "conv14": (29, 20, 20), "conv17": shape}
+        macs = count_macs("mala", options, shape) - (head - 1) * math.prod(shape)
+        assert macs / 1e9 == pytest.approx(giga, abs=0.05)
+
+
+@pytest.mark.parametrize("side", [27 * k + r for k in (1, 2) for r in (1, 2, 3)])
+def test_mala_makes_its_legal_sides_and_no_other(side):
+    """One pixel less than a legal side, and the pools no longer fit."""
+    with torch.device("meta"):
+        network, image = build("mala", {}), torch.empty(1, 1, 29, side + 212, 214)
+        if side % 27 == 2:
+            assert network(image).embedding.shape[2:] == (1, side, 2)
+        else:
+            try:
+                shape = network(image).embedding.shape[2:]
+            except RuntimeError:  # what comes from below is larger than the skip
+                return
+            assert shape != (1, side, 2)
+
+
+def test_mala_equals_its_description():
+    """Functional, from the weights alone: convolutions as sums over shifted images, no module of torch."""
+    network = build("mala", {"widths": (2, 3, 2, 4), "decoder": (3, 2, 3), "in_channels": 2, "embedding_dim": 3})
+    network = randomise(network)
+    state = {key: value for key, value in network.state_dict().items()}
+
+    def convolve(x, key):
+        weight, bias = state[f"{key}.weight"], state[f"{key}.bias"]
+        kernel = weight.shape[2:]
+        sides = [n - k + 1 for n, k in zip(x.shape[2:], kernel, strict=True)]
+        out = bias.reshape(1, -1, 1, 1, 1)
+        for z, y, x0 in itertools.product(*map(range, kernel)):
+            part = x[:, :, z : z + sides[0], y : y + sides[1], x0 : x0 + sides[2]]
+            out = out + torch.einsum("oi,bizyx->bozyx", weight[:, :, z, y, x0], part)
+        return out
+
+    def pair(x, key):
+        for layer in (f"{key}.0", f"{key}.2"):
+            x = convolve(x, layer)
+            x = torch.where(x > 0, x, 0.005 * x)
+        return x
+
+    def upsample(x, key):
+        """Every voxel becomes a pattern of 3 x 3 times its value."""
+        pattern = state[f"{key}.enlarge.weight"][:, 0, 0]
+        large = torch.einsum("bczyx,cij->bczyixj", x, pattern)
+        return convolve(large.flatten(5, 6).flatten(3, 4), f"{key}.mix")
+
+    def cut(x, like):
+        for axis in (2, 3, 4):
+            spare = x.shape[axis] - like.shape[axis]
+            assert spare % 2 == 0  # or there is no centre
+            x = x.narrow(axis, spare // 2, like.shape[axis])
+        return x
+
+    image = torch.randn(1, 2, 30, 214, 241)
+    with torch.no_grad():
+        x, skips = image, []
+        for level in range(3):
+            x = pair(x, f"down.{level}")
+            skips.append(x)
+            x = shrink(x, (1, 3, 3))
+        x = pair(x, "bottom")
+        features = {"conv8": x}
+        for level, name in enumerate(("conv11", "conv14", "conv17")):
+            x = upsample(x, f"grow.{level}")
+            x = features[name] = pair(torch.cat([x, cut(skips[2 - level], x)], 1), f"up.{level}")
+        output = network(image)
+    assert x.shape == (1, 3, 2, 2, 29)
+    for key, feature in features.items():
+        torch.testing.assert_close(output.features[key], feature, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.embedding, convolve(x, "embedding"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.foreground, convolve(x, "foreground"), rtol=1e-4, atol=1e-5)
+    assert output.embedding.std() > 0.1
+
+
+def test_mala_starts_as_in_the_paper():
+    """Kaiming: variance 2 / ((1 + 0.005^2) inputs), no bias."""
+    network = build("mala", {"widths": (12, 60, 30, 20)})
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv3d) and module.weight.numel() > 5000:
+            expected = math.sqrt(2 / (1 + 0.005**2) / module.weight[0].numel())
+            assert float(module.weight.detach().std()) == pytest.approx(expected, rel=0.05), name
+            assert module.bias.abs().max() == 0
 
 
 # --- Names ----------------------------------------------------------------------------------------------------------

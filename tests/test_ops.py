@@ -97,6 +97,73 @@ def test_two_background_pixels_are_connected():
     assert ops.affinity_targets(torch.zeros(1, 1, 2, dtype=torch.int64), [(0, -1)]).tolist() == [[[[False, True]]]]
 
 
+@pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
+def test_or_apart_where_the_background_is_no_object(shape, offsets):
+    label = random_label(shape)
+    target = np.zeros((shape[0], len(offsets), *shape[1:]), bool)
+    for b, (k, offset) in itertools.product(range(shape[0]), enumerate(offsets)):
+        for p, q in pairs(offset, shape[1:]):
+            here, there = int(label[(b, *p)]), int(label[(b, *q)])
+            target[(b, k, *p)] = here == there and here > 0 and there > 0
+    result = ops.affinity_targets(label, offsets, background_connected=False)
+    assert result.dtype == torch.bool
+    np.testing.assert_array_equal(result.numpy(), target)
+    assert not torch.equal(result, ops.affinity_targets(label, offsets))
+
+
+@pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
+def test_pairs_of_a_mask(shape, offsets):
+    mask = random_label(shape, seed=5) == 1
+    before = mask.clone()
+    expected = np.zeros((shape[0], len(offsets), *shape[1:]), bool)
+    for b, (k, offset) in itertools.product(range(shape[0]), enumerate(offsets)):
+        for p in itertools.product(*map(range, shape[1:])):
+            expected[(b, k, *p)] = bool(mask[(b, *p)])  # also where there is no neighbour
+        for p, q in pairs(offset, shape[1:]):
+            expected[(b, k, *p)] |= bool(mask[(b, *q)])
+    result = ops.pairs_of(mask, offsets)
+    assert result.dtype == torch.bool
+    np.testing.assert_array_equal(result.numpy(), expected)
+    assert torch.equal(mask, before)
+    assert 0 < result.float().mean() < 1
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 5])
+@pytest.mark.parametrize("shape", [(2, 11, 12), (2, 3, 9, 8), (1, 1, 10), (1, 2, 5, 1)])
+def test_borders_are_widened_where_a_window_shows_two_objects(shape, width):
+    label = random_label(shape, top=3, seed=3) * 1000
+    before = label.clone()
+    expected = label.clone()
+    for place in itertools.product(*map(range, shape)):
+        *front, y, x = place
+        window = label[(*front, slice(max(0, y - width), y + width + 1), slice(max(0, x - width), x + width + 1))]
+        if any(int(i) not in (0, int(label[place])) for i in window.flatten()):
+            expected[place] = 0
+    result = ops.widen_borders(label, width)
+    assert torch.equal(result, expected)
+    assert torch.equal(label, before)
+    assert torch.equal(result, label) == (width == 0 or 1 in shape[-2:])  # there, no two objects are
+
+
+def test_sections_of_a_volume_widen_alone_and_background_widens_nothing():
+    label = torch.zeros(1, 2, 3, 5, dtype=torch.int64)
+    label[:, 0], label[:, 1] = 1, 2  # another object in the next section
+    label[:, :, :, 4] = 0
+    assert torch.equal(ops.widen_borders(label, 3), label)
+
+
+def test_a_volume_of_one_section_is_an_image():
+    label = random_label((2, 11, 12))
+    volume, offsets = label[:, None], [(0, *o) for o in PAPER_2D]
+    for connected in (True, False):
+        flat = ops.affinity_targets(label, PAPER_2D, connected)
+        assert torch.equal(ops.affinity_targets(volume, offsets, connected)[:, :, 0], flat)
+    assert torch.equal(ops.widen_borders(volume, 2)[:, 0], ops.widen_borders(label, 2))
+    assert torch.equal(ops.pairs_of(volume == 1, offsets)[:, :, 0], ops.pairs_of(label == 1, PAPER_2D))
+    assert torch.equal(ops.inside(offsets, (1, 11, 12))[:, 0], ops.inside(PAPER_2D, (11, 12)))
+    assert not ops.inside([(-1, 0, 0), (2, 0, 0)], (1, 11, 12)).any()  # there is nothing above or below
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_overlap_lists_the_pairs(data):

@@ -241,11 +241,11 @@ def recall(term, ndim, shape=None):
     return memory
 
 
-def loss(name, student, teacher, label, offsets=None, memory=None):
+def loss(name, student, teacher, label, offsets=None, memory=None, **targets):
     """One term on (B, D, ...) maps."""
     kind, options, _ = ALL[name]
     ndim = label.ndim - 1
-    truth = Truth(label, offsets or OFFSETS[ndim])
+    truth = Truth(label, offsets or OFFSETS[ndim], **targets)
     term = build_term(kind, False, options)
     memory = recall(term, ndim, tuple(label.shape[1:])) if memory is None else memory
     return term(view(student, truth), view(teacher, truth), truth, memory)
@@ -272,6 +272,107 @@ def test_value_is_that_of_the_formula(name, ndim, kind):
     result = loss(name, student, teacher, label)
     assert result.shape == ()
     assert float(result) == pytest.approx(expected, rel=1e-12 if exact else 3e-6, abs=1e-12)
+
+
+# --- Targets: the background, the balance, and what is not known ---------------------------------------------------
+
+
+def hole(label, seed=7):
+    """Where a label is not known: some blocks of every image."""
+    return torch.stack([blocks(label.shape[1:], 2, seed + b) == 1 for b in range(len(label))])
+
+
+def weighted_pairs(y, offsets, ignore, connected, per_offset):
+    """Yield (p, q, same, weight) of every pair of one image that counts."""
+    groups = [[o] for o in offsets] if per_offset else [offsets]
+    for group in groups:
+        pairs = [
+            (p, q, bool(y[p] == y[q] and (connected or y[p] > 0)))
+            for o in group
+            for p, q in edges_inside(o, y.shape)
+            if not ignore[p] and not ignore[q]
+        ]
+        f = sum(same for _, _, same in pairs) / max(1, len(pairs))
+        weights = {True: 1.0, False: 1.0}  # if there is one class only
+        if 0 < f < 1:
+            f = min(max(f, 0.05), 0.99)
+            weights = {True: 1.0, False: f / (1 - f)} if f > 0.5 else {True: (1 - f) / f, False: 1.0}
+        yield from ((p, q, same, weights[same]) for p, q, same in pairs)
+
+
+def known(name, student, teacher, label, ignore, offsets, connected, per_offset):
+    """Value of a loss with weights, pair by pair."""
+    total = 0.0
+    for s, t, y, hidden in zip(student, teacher, label, ignore, strict=True):
+        if name == "foreground":
+            for p in pixels(y.shape):
+                probability = 1 / (1 + math.exp(-s[(0, *p)]))
+                total -= 0 if hidden[p] else math.log(probability if y[p] > 0 else 1 - probability)
+            continue
+        for p, q, same, weight in weighted_pairs(y, offsets, hidden, connected, per_offset):
+            goal = same if name == "supervised" else cosine(vector(t, p), vector(t, q))
+            total += weight * (cosine(vector(s, p), vector(s, q)) - goal) ** 2
+    return total / label.size
+
+
+TARGETS = [
+    {"background_connected": connected, "per_offset": per_offset}
+    for connected, per_offset in itertools.product((True, False), repeat=2)
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hidden", [False, True], ids=["known", "partly ignored"])
+@pytest.mark.parametrize("targets", TARGETS, ids=lambda t: ", ".join(k for k, v in t.items() if v) or "neither")
+@pytest.mark.parametrize("name", ["supervised", "agd balanced", "foreground"])
+def test_targets_and_ignore_are_those_of_the_formula(name, targets, hidden, kind):
+    for ndim in (2, 3):
+        student, teacher, label = case(ndim, kind)
+        ignore = hole(label) if hidden else None
+        result = loss(name, student, teacher, label, ignore=ignore, **targets)
+        nothing = torch.zeros_like(label, dtype=torch.bool)
+        arrays = (x.numpy() for x in (student, teacher, label, nothing if ignore is None else ignore))
+        expected = known(name, *arrays, OFFSETS[ndim], targets["background_connected"], targets["per_offset"])
+        assert float(result) == pytest.approx(expected, rel=3e-6, abs=1e-12)
+        if kind == "usual" and name != "foreground":  # the options and the hole do something
+            plain = float(loss(name, student, teacher, label))
+            default = not hidden and targets == {"background_connected": True, "per_offset": False}
+            assert (float(result) == pytest.approx(plain, rel=1e-3)) == default
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_the_label_says_where_it_is_ignored_does_not_matter(name):
+    """Not for weights, and not for instances."""
+    for ndim in (2, 3):
+        student, teacher, label = case(ndim)
+        ignore = hole(label)
+        other = torch.where(ignore, (label + 1) % 5, label)
+        values = [float(loss(name, student, teacher, y, ignore=ignore)) for y in (label, other)]
+        assert values[0] == values[1]
+        assert values[0] > 0
+
+
+@pytest.mark.parametrize("name", ["supervised", "agd balanced", "foreground"])
+def test_ignored_pixels_get_no_gradient_from_losses_with_weights(name):
+    student, teacher, label = case(2)
+    ignore = hole(label)
+    student.requires_grad_()
+    loss(name, student, teacher, label, ignore=ignore).backward()
+    size = student.grad.abs().sum(1)
+    assert size[ignore].max() == 0
+    assert size[~ignore].max() > 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_known_at_all(name):
+    student, teacher, label = case(2)
+    student.requires_grad_()
+    value = loss(name, student, teacher, label, ignore=torch.ones_like(label, dtype=torch.bool))
+    value.backward()
+    assert torch.isfinite(student.grad).all()
+    if name in ("supervised", "agd balanced", "foreground", "igd nodes", "igd edges"):
+        assert float(value.detach()) == 0
+        assert student.grad.abs().max() == 0
 
 
 def test_the_formulas_see_something():
@@ -392,11 +493,14 @@ def test_a_batch_is_the_mean_of_its_images(name, kind):
         assert float(loss(name, student, teacher, label)) == pytest.approx(sum(single) / 2, rel=1e-6, abs=1e-14)
 
 
+@pytest.mark.parametrize("targets", [{}, {"background_connected": False, "per_offset": True, "ignore": True}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
-def test_a_volume_of_one_slice_is_an_image(name, kind):
+def test_a_volume_of_one_slice_is_an_image(name, kind, targets):
     student, teacher, label = case(2, kind)
     images, memory_label = remembered(2)
+    flat_targets = targets | ({"ignore": hole(label)} if targets else {})
+    targets = targets | ({"ignore": hole(label)[:, None]} if targets else {})
     offsets = [(0, *o) for o in OFFSETS[2]]
     term = build_term(*ALL[name][:1], False, ALL[name][1])
     memory = {}
@@ -406,8 +510,8 @@ def test_a_volume_of_one_slice_is_an_image(name, kind):
         for key, value in record.items():
             torch.testing.assert_close(value, flat[key])
         memory = {key: value.float() for key, value in record.items()} | {"valid": torch.ones(4, dtype=torch.bool)}
-    flat = loss(name, student, teacher, label, memory=memory)
-    volume = loss(name, student[:, :, None], teacher[:, :, None], label[:, None], offsets, memory)
+    flat = loss(name, student, teacher, label, memory=memory, **flat_targets)
+    volume = loss(name, student[:, :, None], teacher[:, :, None], label[:, None], offsets, memory, **targets)
     assert float(volume) == pytest.approx(float(flat), rel=1e-9, abs=1e-14)
 
 

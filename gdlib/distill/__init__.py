@@ -1,10 +1,11 @@
 """Distillation: a student, a frozen teacher, and a list of weighted terms that compare what the two see.
 
-A term never sees a network. It gets a `View` of each network's output (the relations that several terms need, each computed
-once), the `Truth` of the batch, and, if it compares with other images, what was sampled from the memory bank.
+A term never sees a network, nor from which of its maps the vectors are: the embedding or, by choice, a level inside. It gets
+a `View` of each network's output (the relations that several terms need, each computed once), the `Truth` of the batch, and,
+if it compares with other images, what was sampled from the memory bank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,24 +20,44 @@ from gdlib.registry import TERMS
 
 @dataclass(frozen=True)
 class Batch:
-    """Augmented patches: `image` (B, C, [Z,] Y, X) float32, `label` (B, [Z,] Y, X) int64, `ids` (B,) int64 source images."""
+    """Augmented patches.
+
+    Attributes:
+        image: (B, C, [Z,] Y, X) float32, larger than the label by a margin where a network needs it.
+        label: (B, [Z,] Y, X) int64, 0 = background.
+        ids: (B,) int64 source images.
+        ignore: (B, [Z,] Y, X) boolean, where the label is not known.
+    """
 
     image: Tensor
     label: Tensor
     ids: Tensor
+    ignore: Tensor | None = None
 
 
 class Truth:
     """Everything that follows from the labels of a batch; each part is computed on first use, once."""
 
-    def __init__(self, label: Tensor, offsets: ops.Offsets) -> None:
-        self.label = label
+    def __init__(
+        self,
+        label: Tensor,
+        offsets: ops.Offsets,
+        *,
+        ignore: Tensor | None = None,
+        background_connected: bool = True,
+        per_offset: bool = False,
+    ) -> None:
+        """See `gdlib.schema.Targets` for the last two."""
+        self.label = label if ignore is None else label.masked_fill(ignore, 0)
         self.offsets = offsets
+        self.ignore = ignore
+        self.background_connected = background_connected
+        self.per_offset = per_offset
 
     @cached_property
     def affinity(self) -> Tensor:
         """(B, K, [Z,] Y, X) boolean target."""
-        return ops.affinity_targets(self.label, self.offsets)
+        return ops.affinity_targets(self.label, self.offsets, self.background_connected)
 
     @cached_property
     def inside(self) -> Tensor:
@@ -45,8 +66,9 @@ class Truth:
 
     @cached_property
     def balance(self) -> Tensor:
-        """(B, K, [Z,] Y, X) class weights of the affinity targets, 0 outside."""
-        return ops.balance(self.affinity, self.inside)
+        """(B, K, [Z,] Y, X) class weights of the affinity targets, 0 outside and where a label is not known."""
+        valid = self.inside if self.ignore is None else self.inside & ~ops.pairs_of(self.ignore, self.offsets)
+        return ops.balance(self.affinity, valid, self.per_offset)
 
     @cached_property
     def instances(self) -> ops.Instances:
@@ -119,10 +141,38 @@ def check_comparable(student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def label_at(label: Tensor, shape: Sequence[int], stride: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
+    """Find the label of every voxel of a feature map that is coarser than the label, larger, or both.
+
+    Args:
+        label: (B, [Z,] Y, X).
+        shape: of the map, without batch and channels; label and map have one centre.
+        stride: pixels from one voxel of the map to the next.
+
+    Returns:
+        The label at the centres of those voxels that lie inside it (of the two middle pixels of an even stride, the first),
+        and where these voxels are in the map.
+    """
+    places, inner = [], []
+    for n, m, s in zip(label.shape[1:], shape, stride, strict=True):
+        centre = (n - s * m) // 2 + (s - 1) // 2 + s * torch.arange(m, device=label.device)
+        inside = ((centre >= 0) & (centre < n)).nonzero()[:, 0]
+        places.append(centre[inside])
+        inner.append(slice(int(inside[0]), int(inside[-1]) + 1))
+    return label[(slice(None), *torch.meshgrid(*places, indexing="ij"))], tuple(inner)
+
+
 def build_term(name: str, memory: bool, options: dict) -> Term:
     """Make one term by name; only terms that can use the memory bank accept `memory=True`."""
     kwargs = {**options, "memory": True} if memory else options
     return TERMS.get(name)(**kwargs)
+
+
+def see(network: nn.Module, batch: Batch) -> Embedding:
+    """Apply a network to as much of the image as it needs to say something about every pixel of the label, and no more."""
+    sides = zip(batch.image.shape[2:], batch.label.shape[1:], network.margin, strict=True)
+    spare = [(n - p) // 2 - m for n, p, m in sides]
+    return network(batch.image[(..., *(slice(s, n - s) for s, n in zip(spare, batch.image.shape[2:], strict=True)))])
 
 
 class Distiller(nn.Module):
@@ -134,6 +184,11 @@ class Distiller(nn.Module):
         terms: `(name, weight, term)`; names are unique.
         offsets: of the affinities.
         bank: needed when a term has memory.
+        targets: options of `Truth`.
+        levels: for every term the name of the feature map that it compares, None for the embedding. Where student and teacher
+            differ in channels there, a learned linear projection of the student's is trained along; it is used for nothing
+            else. PAPER: the original's projections are drawn anew at every step and never trained, and its labels cover another
+            field of view than its maps.
     """
 
     def __init__(
@@ -143,6 +198,8 @@ class Distiller(nn.Module):
         terms: Sequence[tuple[str, float, Term]],
         offsets: ops.Offsets,
         bank: MemoryBank | None = None,
+        targets: Mapping[str, bool] | None = None,
+        levels: Sequence[str | None] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -150,10 +207,19 @@ class Distiller(nn.Module):
         self.weights = [weight for _, weight, _ in terms]
         self.terms = nn.ModuleList(term for _, _, term in terms)
         self.offsets = offsets
+        self.targets = dict(targets or {})
+        self.levels = list(levels or [None] * len(terms))
         self.bank = bank if any(term.memory for term in self.terms) else None
         self.teacher = teacher if any(term.needs_teacher for term in self.terms) else None
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
+        self.projections = nn.ModuleDict()
+        for level in filter(None, dict.fromkeys(self.levels)):
+            mine, goal = _channels(student, level), _channels(teacher, level)
+            if student.levels[level][1] != teacher.levels[level][1]:
+                raise ValueError(f'level "{level}" of student and teacher differ in resolution; choose another level')
+            if mine != goal:
+                self.projections[level] = nn.Linear(mine, goal, bias=False)
 
     def train(self, mode: bool = True) -> "Distiller":
         """Set the mode of the student; the teacher always stays in evaluation mode."""
@@ -169,31 +235,64 @@ class Distiller(nn.Module):
             batch: augmented patches; student and teacher see the same.
             step: number of the optimizer step; decides, with the bank's seed, what is sampled.
         """
-        truth = Truth(batch.label, self.offsets)
-        student = View(self.student(batch.image), truth)
+        truth = Truth(batch.label, self.offsets, ignore=batch.ignore, **self.targets)
+        student = View(see(self.student, batch), truth)
         teacher, memory = None, {}
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = View(self.teacher(batch.image), truth)
+                teacher = View(see(self.teacher, batch), truth)
         # Loss arithmetic is float32 whatever precision the networks run in.
         with torch.autocast(batch.image.device.type, enabled=False):
+            views = {level: self._at(level, student, teacher) for level in self.levels}
             if self.bank is not None:
-                memory = self._recall(batch, teacher, step)
-            losses = {
-                name: term(student, teacher, truth, memory) for name, term in zip(self.names, self.terms, strict=True)
-            }
+                memory = self._recall(batch, views, step)
+            losses = {}
+            for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
+                mine = {key.removeprefix(f"{level}/"): record for key, record in memory.items()} if level else memory
+                losses[name] = term(*views[level], mine)
             total = sum(weight * losses[name] for name, weight in zip(self.names, self.weights, strict=True))
         return total, losses
 
+    def _at(self, level: str | None, student: View, teacher: View | None) -> tuple[View, View | None, Truth]:
+        """Views of both networks, and the truth, at a feature map; affinities there are of nearest neighbours."""
+        truth = student.truth
+        if level is None:
+            return student, teacher, truth
+        stride = self.student.levels[level][1]
+        nearest = self.offsets[: truth.label.ndim - 1]
+        maps, at_level = [], None
+        for view in (student, teacher):
+            feature = view.output.features[level].float()
+            label, inner = label_at(truth.label, feature.shape[2:], stride)
+            ignore = None if truth.ignore is None else label_at(truth.ignore, feature.shape[2:], stride)[0]
+            at_level = at_level or Truth(label, nearest, ignore=ignore, **self.targets)
+            maps.append(feature[(..., *inner)])
+        if level in self.projections:
+            maps[0] = self.projections[level](maps[0].movedim(1, -1)).movedim(-1, 1)
+        views = [View(Embedding(part, None, {}), at_level) for part in maps]
+        return views[0], views[1], at_level
+
     @torch.no_grad()
-    def _recall(self, batch: Batch, teacher: View, step: int) -> Memory:
+    def _recall(self, batch: Batch, views: Mapping[str | None, tuple[View, View, Truth]], step: int) -> Memory:
         records: Memory = {}
-        for term in self.terms:
+        for term, level in zip(self.terms, self.levels, strict=True):
             if term.memory:
-                records.update(term.record(teacher))
+                mine = term.record(views[level][1])
+                records.update({f"{level}/{key}": record for key, record in mine.items()} if level else mine)
         if self.bank.original_ring:  # PAPER: the original code enqueues first and so meets the current images again
             self.bank.enqueue(batch.ids, records)
             return self.bank.sample(batch.ids, step)
         memory = self.bank.sample(batch.ids, step)
         self.bank.enqueue(batch.ids, records)
         return memory
+
+
+def _channels(network: nn.Module | None, level: str) -> int:
+    """Channels of a feature map."""
+    if network is None:
+        raise ValueError(f'level "{level}" is compared with the teacher: it needs a term that learns from one')
+    if level not in network.levels:
+        raise ValueError(
+            f'there is no level "{level}" in a {type(network).__name__}: it has {", ".join(network.levels)}'
+        )
+    return network.levels[level][0]

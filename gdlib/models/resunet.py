@@ -1,4 +1,4 @@
-"""Residual 2D U-Net: the paper's teacher (widths 32-64-179-349-680) and its ResUNet-tiny student (4-8-16-32-64)."""
+"""Residual U-Net in 2D: the paper's teacher (widths 32-64-179-349-680) and its ResUNet-tiny student (4-8-16-32-64)."""
 
 from collections.abc import Sequence
 
@@ -10,20 +10,27 @@ from gdlib.models import Embedding
 
 __all__ = ["ResUNet"]
 
+CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
+NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOL = {2: F.max_pool2d, 3: F.max_pool3d}
+LINEAR = {2: "bilinear", 3: "trilinear"}
+
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation, beside a 3x3 projection shortcut.
+    """Two convolutions with batch normalisation, beside a projection shortcut of the same kernel.
 
     The first convolution and the shortcut read the same input, so they are one convolution with twice the output channels:
     the same parameters and the same function, in half the passes over memory.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = (3, 3)) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(in_channels, 2 * out_channels, 3, padding=1)
-        self.enter_norm = nn.BatchNorm2d(2 * out_channels)
-        self.leave = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.leave_norm = nn.BatchNorm2d(out_channels)
+        convolution, norm = CONVOLUTION[len(kernel)], NORM[len(kernel)]
+        padding = tuple(k // 2 for k in kernel)
+        self.enter = convolution(in_channels, 2 * out_channels, tuple(kernel), padding=padding)
+        self.enter_norm = norm(2 * out_channels)
+        self.leave = convolution(out_channels, out_channels, tuple(kernel), padding=padding)
+        self.leave_norm = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         main, shortcut = self.enter_norm(self.enter(x)).chunk(2, dim=1)
@@ -42,12 +49,18 @@ class ResUNet(nn.Module):
         pooled_skips: PAPER: concatenate the pooled map of the next lower resolution before upsampling, as the original does. Off:
             the full map after upsampling, which has the same cost and parameters and keeps fine boundaries.
 
+    PAPER: the original upsamples with aligned corners, by a factor that depends on the size of the map. Here pixel centres
+    keep their places, so that the output moves with the image and large images can be computed block by block, exactly.
+
     Reference: arXiv 2401.06370, ResUNet; foreground head: one 1x1 convolution, trained, because images in use come without
     a ground-truth mask. PAPER: the original carries a deeper head that is never trained.
     """
 
-    divisor = 16
     ndim = 2
+    pools = ((2, 2), (2, 2), (2, 2), (2, 2))
+    # Of the blocks before each pool, and of those that meet their maps again.
+    kernels = ((3, 3), (3, 3), (3, 3), (3, 3))
+    remainder = margin = (0, 0)
 
     def __init__(
         self,
@@ -60,27 +73,71 @@ class ResUNet(nn.Module):
         super().__init__()
         self.pooled_skips = pooled_skips
         f0, f1, f2, f3, f4 = widths
-        self.stem = ResidualBlock(in_channels, f0)
-        self.down = nn.ModuleList([ResidualBlock(*pair) for pair in ((f0, f1), (f1, f2), (f2, f3), (f3, f4))])
-        self.up = nn.ModuleList(
-            [ResidualBlock(*pair) for pair in ((f4, f4), (f4 + f3, f3), (f3 + f2, f2), (f2 + f1, f1))]
+        k0, k1, k2, k3 = self.kernels
+        self.stem = ResidualBlock(in_channels, f0, k0)
+        self.down = nn.ModuleList(
+            [
+                ResidualBlock(f0, f1, k0),
+                ResidualBlock(f1, f2, k1),
+                ResidualBlock(f2, f3, k2),
+                ResidualBlock(f3, f4, k3),
+            ]
         )
-        self.embedding = nn.Conv2d(f1, embedding_dim, 1)
-        self.foreground = nn.Conv2d(f1, 1, 1)
+        self.up = nn.ModuleList(
+            [
+                ResidualBlock(f4, f4, k3),
+                ResidualBlock(f4 + f3, f3, k2),
+                ResidualBlock(f3 + f2, f2, k1),
+                ResidualBlock(f2 + f1, f1, k0),
+            ]
+        )
+        self.embedding = CONVOLUTION[self.ndim](f1, embedding_dim, 1)
+        self.foreground = CONVOLUTION[self.ndim](f1, 1, 1)
+
+    @property
+    def divisor(self) -> tuple[int, ...]:
+        """The product of all pools."""
+        out = [1] * self.ndim
+        for pool in self.pools:
+            out = [n * p for n, p in zip(out, pool, strict=True)]
+        return tuple(out)
+
+    @property
+    def halo(self) -> tuple[int, ...]:
+        """Radius of the receptive field of a pixel, at the place within the divisor where it is largest."""
+        radius = []
+        for axis, divisor in enumerate(self.divisor):
+            steps = [(pool[axis], kernel[axis] - 1) for pool, kernel in zip(self.pools, self.kernels, strict=True)]
+            first = list(range(divisor))  # of what each of these pixels looks at, layer by layer back to the image
+            for pool, block in steps:  # linear upsampling looks at the two nearest centres
+                first = [(2 * (k - block) + 1 - pool) // (2 * pool) for k in first]
+            for pool, block in [*reversed(steps), (1, steps[0][1])]:  # the last is the stem
+                first = [k * pool - block for k in first]
+            radius.append(max(pixel - k for pixel, k in enumerate(first)))
+        return tuple(radius)
+
+    @property
+    def levels(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Channels and stride of the feature maps, from coarse to fine."""
+        out, stride = {}, self.divisor
+        for level, (block, pool) in enumerate(zip(self.up, reversed(self.pools), strict=True)):
+            stride = tuple(n // p for n, p in zip(stride, pool, strict=True))
+            out[f"up{level + 1}"] = (block.leave.out_channels, stride)
+        return out
 
     def forward(self, x: Tensor) -> Embedding:
-        """Map images (B, C, Y, X), sides multiples of 16, to embedding and foreground of the same size."""
+        """Map images (B, C, [Z,] Y, X), sides multiples of `divisor`, to embedding and foreground of the same size."""
         x = self.stem(x)
         skips = []
-        for block in self.down:
+        for block, pool in zip(self.down, self.pools, strict=True):
             full = block(x)
-            x = F.max_pool2d(full, 2)
+            x = POOL[self.ndim](full, pool)
             skips.append(x if self.pooled_skips else full)
         features = {}
-        for level, block in enumerate(self.up):
+        for level, (block, pool) in enumerate(zip(self.up, reversed(self.pools), strict=True)):
             if level > 0 and self.pooled_skips:
                 x = torch.cat([x, skips[3 - level]], 1)
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+            x = F.interpolate(x, scale_factor=[float(p) for p in pool], mode=LINEAR[self.ndim], align_corners=False)
             if level > 0 and not self.pooled_skips:
                 x = torch.cat([x, skips[3 - level]], 1)
             x = block(x)

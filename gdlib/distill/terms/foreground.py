@@ -19,4 +19,5 @@ class Foreground(Term):
     def forward(self, student: View, teacher: View | None, truth: Truth, memory: dict) -> Tensor:
         """Return the scalar loss."""
         logit = student.output.foreground[:, 0].float()
-        return F.binary_cross_entropy_with_logits(logit, (truth.label > 0).to(logit.dtype))
+        weight = None if truth.ignore is None else (~truth.ignore).to(logit.dtype)
+        return F.binary_cross_entropy_with_logits(logit, (truth.label > 0).to(logit.dtype), weight)

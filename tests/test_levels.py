@@ -1,0 +1,150 @@
+"""Distillation on feature maps inside the networks: where their voxels are, whose labels they get, what is learned along."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from gdlib.config import Config, ConfigError
+from gdlib.distill import Batch, Distiller, Truth, View, build_term, label_at
+from gdlib.distill.bank import MemoryBank
+from gdlib.models import Embedding, build
+
+OFFSETS = {2: [(-1, 0), (0, -1), (-3, 0)], 3: [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, -3)]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "maps", "stride"),
+    [
+        ((6, 8), (6, 8), (1, 1)),
+        ((6, 8), (3, 2), (2, 4)),
+        ((25, 56, 56), (29, 20, 20), (1, 3, 3)),  # MALA's conv14 on the paper's patch
+        ((25, 56, 56), (37, 4, 4), (1, 27, 27)),  # and its conv8
+    ],
+)
+def test_label_of_a_voxel_is_that_at_its_centre(shape, maps, stride):
+    label = torch.arange(torch.Size(shape).numel()).reshape(1, *shape)
+    got, inner = label_at(label, maps, stride)
+    expected, seen = [], [set() for _ in shape]
+    for voxel in itertools.product(*map(range, maps)):
+        # A voxel covers `stride` pixels; the map, centred on the label, begins before it by half of what it is larger.
+        place = []
+        for v, n, m, s in zip(voxel, shape, maps, stride, strict=True):
+            covered = [(n - s * m) // 2 + s * v + k for k in range(s)]
+            place.append(covered[(s - 1) // 2])
+        if all(0 <= p < n for p, n in zip(place, shape, strict=True)):
+            expected.append(int(label[(0, *place)]))
+            for axis, v in zip(seen, voxel, strict=True):
+                axis.add(v)
+    assert got.flatten().tolist() == expected
+    assert [sorted(axis) for axis in seen] == [list(range(s.start, s.stop)) for s in inner]
+
+
+@pytest.mark.parametrize("name", ["resunet", "resunet3d", "mala"])
+def test_networks_tell_channels_and_strides_of_their_maps(name):
+    network = build(name, {}).eval()
+    patch = [2 * d + r for d, r in zip(network.divisor, network.remainder, strict=True)]
+    image = torch.randn(1, 1, *[p + 2 * m for p, m in zip(patch, network.margin, strict=True)])
+    with torch.no_grad():
+        output = network(image)
+    assert list(network.levels) == list(output.features)
+    for level, (channels, stride) in network.levels.items():
+        feature = output.features[level]
+        assert feature.shape[1] == channels
+        covered = [n * s for n, s in zip(feature.shape[2:], stride, strict=True)]
+        # A map covers the patch, and no more than the network looks at.
+        assert all(p <= c <= p + 2 * max(m, 0) for p, c, m in zip(patch, covered, network.margin, strict=True))
+        # Moving the image by one stride moves the map by one voxel.
+    level, (_, stride) = next(iter(network.levels.items()))
+    rolled = image.roll(stride, tuple(range(2, image.ndim)))
+    with torch.no_grad():
+        moved = network(rolled).features[level]
+    inside = (slice(None), slice(None), *(slice(n // 2, n // 2 + 1) for n in moved.shape[2:]))
+    before = (slice(None), slice(None), *(slice(n // 2 - 1, n // 2) for n in moved.shape[2:]))
+    if name == "mala":  # no padding: exact wherever nothing came around
+        torch.testing.assert_close(moved[inside], output.features[level][before], rtol=1e-4, atol=1e-5)
+
+
+def _distiller(levels, memory=True):
+    torch.manual_seed(0)
+    student, teacher = build("resunet", {"widths": [2, 3, 4, 5, 6]}), build("resunet", {"widths": [3, 4, 5, 6, 7]})
+    terms = [
+        ("agd", 1.0, build_term("agd", False, {})),
+        ("nodes", 1.0, build_term("igd", False, {"part": "nodes"})),
+        ("agd_inter", 1.0, build_term("agd", memory, {})),
+    ]
+    return Distiller(student, teacher, terms, OFFSETS[2], MemoryBank(capacity=4, sample_size=2), {}, levels)
+
+
+def _batch(step):
+    generator = torch.Generator().manual_seed(step)
+    image = torch.randn(2, 1, 32, 32, generator=generator)
+    label = torch.randint(0, 4, (2, 4, 4), generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return Batch(image, label, torch.tensor([2 * step, 2 * step + 1]))
+
+
+def test_a_level_is_the_same_terms_on_projected_maps():
+    distiller = _distiller(["up3", "up3", "up3"], memory=False).eval()
+    batch = _batch(0)
+    _, losses = distiller(batch, 0)
+    with torch.no_grad():
+        maps = [network(batch.image).features["up3"] for network in (distiller.student, distiller.teacher)]
+        weight = distiller.projections["up3"].weight
+        maps[0] = torch.einsum("bchw,dc->bdhw", maps[0], weight)
+        truth = Truth(batch.label[:, ::2, ::2], OFFSETS[2][:2])  # stride 2: of the two middle pixels the first
+        student, teacher = (View(Embedding(one, None, {}), truth) for one in maps)
+        for name, term in zip(distiller.names, distiller.terms, strict=True):
+            torch.testing.assert_close(losses[name], term(student, teacher, truth, {}))
+
+
+def test_projections_are_learned_and_only_where_channels_differ():
+    distiller = _distiller(["up3", None, "up4"])
+    assert set(distiller.projections) == {"up3", "up4"}
+    for step in range(2):  # at the first the bank is empty
+        total, _ = distiller(_batch(step), step)
+    total.backward()
+    assert all(p.weight.grad.abs().sum() > 0 for p in distiller.projections.values())
+    assert all(p.grad is None for p in distiller.teacher.parameters())
+    equal = build("resunet", {})
+    same = Distiller(
+        equal, build("resunet", {}), [("agd", 1.0, build_term("agd", False, {}))], OFFSETS[2], levels=["up1"]
+    )
+    assert not same.projections
+
+
+def test_memory_keeps_the_levels_apart():
+    both = _distiller([None, None, None])
+    both.terms.append(build_term("agd", True, {}))
+    both.names.append("level")
+    both.weights.append(1.0)
+    both.levels.append("up4")
+    both.projections["up4"] = nn.Linear(3, 4, bias=False)
+    alone = _distiller([None, None, None])
+    for step in range(3):
+        expected, got = alone(_batch(step), step)[1], both(_batch(step), step)[1]
+        torch.testing.assert_close(got["agd_inter"], expected["agd_inter"])
+    assert set(both.bank.records) == {"agd_gram_1", "up4/agd_gram_1"}
+
+
+def test_wrong_levels_are_told():
+    with pytest.raises(ValueError, match='no level "up9" in a ResUNet: it has up1, up2, up3, up4'):
+        _distiller(["up9", None, None])
+    supervised = [("supervised", 1.0, build_term("supervised", False, {}))]
+    with pytest.raises(ValueError, match="learns from one"):
+        Distiller(build("resunet", {}), None, supervised, OFFSETS[2], levels=["up1"])
+
+
+def test_a_level_in_the_configuration():
+    raw = yaml.safe_load(Path("config.yaml").read_text())
+    raw["methods"]["levels"] = [
+        {"term": "agd", "weight": 1.0, "level": "up3"},
+        {"term": "agd", "weight": 1.0, "level": "up4"},
+    ]
+    names = [term.name for term in Config.parse(raw).methods["levels"]]
+    assert names == ["agd_up3", "agd_up4"]
+    raw["methods"]["levels"][1]["levl"] = "up4"
+    with pytest.raises(ConfigError, match='did you mean "level"'):
+        Config.parse(raw)
