@@ -2,7 +2,8 @@
 
 | file | content |
 |---|---|
-| samples `.h5` | per sample: `image` (C, [Z,] Y, X) uint8/uint16/float32, `label` ([Z,] Y, X) uint32, 0 = background |
+| samples `.h5` | per sample: `image` (C, [Z,] Y, X) uint8/uint16/float32, `label` ([Z,] Y, X) uint32, 0 = background; |
+| | where some voxels do not count, `ignore` ([Z,] Y, X) bool; attributes `source` and, if known, `voxel_size_nm` |
 | predictions `.h5` | per sample: `affinity` (K, [Z,] Y, X) uint8 = round(255 a), `foreground` ([Z,] Y, X) uint8 |
 | segmentations `.h5` | per sample: `label` ([Z,] Y, X) uint32, consecutive |
 | weights `.safetensors` | parameters; the header holds one JSON text with all that is needed to run the network alone |
@@ -26,7 +27,11 @@ import h5py
 import numpy as np
 
 HISTORY_COLUMNS = ("step", "split", "name", "value")
-METRIC_COLUMNS = ("dataset", "network", "method", "seed", "sample", "metric", "value")
+METRIC_COLUMNS = ("dataset", "network", "method", "seed", "segmenter", "sample", "metric", "value")
+
+# Volumes are stored in blocks of so many voxels (Z, Y, X), so that a small crop is read without the rest; images in 2D,
+# which are read whole, as h5py chooses.
+BLOCK = (16, 64, 64)
 
 
 class DataError(ValueError):
@@ -41,12 +46,15 @@ class Sample:
         id: unique name within the dataset.
         image: (C, [Z,] Y, X), uint8, uint16 or float32, intensities as recorded.
         label: ([Z,] Y, X) uint32 instance map, 0 = background.
-        attrs: what a reader may want to know, e.g. `source` (file name) or `voxel_size_nm`.
+        ignore: ([Z,] Y, X) bool, True where the label is not known: such voxels count neither in a loss nor in a
+            metric. None if every voxel counts.
+        attrs: what a reader may want to know: `source` (file name), `voxel_size_nm` (one number per axis, Z, Y, X).
     """
 
     id: str
     image: np.ndarray
     label: np.ndarray
+    ignore: np.ndarray | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,9 +80,22 @@ def create_h5(path: Path | str, **attrs: Any) -> Iterator[h5py.File]:
         yield file
 
 
-def put(group: h5py.Group, name: str, array: np.ndarray) -> None:
-    """Store an array compressed and without time stamps."""
-    group.create_dataset(name, data=array, compression="gzip", compression_opts=1, shuffle=True, track_times=False)
+def put(group: h5py.Group, name: str, array: np.ndarray, block: Iterable[int] | None = None) -> None:
+    """Store an array compressed and without time stamps.
+
+    Args:
+        group: where.
+        name: of the dataset.
+        array: any.
+        block: side lengths, along the last axes, of the pieces it is stored in; chosen by h5py if left out.
+    """
+    chunks = None
+    if block is not None:
+        sides = ((1,) * array.ndim + tuple(block))[-array.ndim :]
+        chunks = tuple(min(pair) for pair in zip(sides, array.shape, strict=True))
+    group.create_dataset(
+        name, data=array, chunks=chunks, compression="gzip", compression_opts=1, shuffle=True, track_times=False
+    )
 
 
 @contextlib.contextmanager
@@ -95,8 +116,11 @@ def write_samples(path: Path | str, samples: Iterable[Sample], **attrs: Any) -> 
     with create_h5(path, **attrs) as file:
         for sample in samples:
             group = file.create_group(sample.id)
-            put(group, "image", sample.image)
-            put(group, "label", sample.label.astype(np.uint32, copy=False))
+            block = BLOCK if sample.label.ndim == len(BLOCK) else None
+            put(group, "image", sample.image, block)
+            put(group, "label", sample.label.astype(np.uint32, copy=False), block)
+            if sample.ignore is not None:
+                put(group, "ignore", sample.ignore, block)
             for key, value in sample.attrs.items():
                 group.attrs[key] = value
             count += 1
@@ -108,7 +132,9 @@ def read_samples(path: Path | str, ids: Iterable[str] | None = None) -> Iterator
     with open_h5(path) as file:
         for name in sorted(file) if ids is None else ids:
             group = file[name]
-            yield Sample(name, group["image"][()], group["label"][()], dict(group.attrs))
+            arrays = {key: group[key][()] for key in ("image", "label", "ignore") if key in group}
+            attrs = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in group.attrs.items()}
+            yield Sample(name, **arrays, attrs=attrs)
 
 
 def sample_ids(path: Path | str) -> list[str]:
@@ -132,7 +158,7 @@ def read_attrs(path: Path | str) -> dict[str, Any]:
 
 
 def _decode(value: Any) -> Any:
-    if isinstance(value, str) and value[:1] in "[{":
+    if isinstance(value, str) and value.startswith(("[", "{")):
         return json.loads(value)
     return value
 

@@ -3,14 +3,16 @@
 import itertools
 import math
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
 from gdlib import io
-from gdlib.data.augment import augment_intensity, sample_patch, sampling_grid
-from gdlib.data.patches import PatchSampler, normalise
+from gdlib.data import patches
+from gdlib.data.augment import augment_intensity, augment_sections, mirrored, sample_patch, sampling_grid
+from gdlib.data.patches import PatchSampler, intensity_range, normalise
 
 EXACT = {"flip": False, "rotate90": False}
 
@@ -21,6 +23,12 @@ def rng(seed=0):
 
 def grid_of(shape, patch, seed=0, count=1, **options):
     return sampling_grid(torch.tensor([shape] * count), patch, rng(seed), **options)
+
+
+def resampled(image, label, grid):
+    """Image and label at a grid, which may leave the image."""
+    grid = mirrored(grid, label.shape)
+    return sample_patch(image, grid), label[tuple(grid.round().long().unbind(-1))]
 
 
 def blocks(shape, seed=0, side=5):
@@ -69,18 +77,18 @@ def test_flips_and_turns_permute_pixels(sides, options, allowed, depth):
     """Each symmetry that is allowed occurs, equally often, and no other."""
     shape = sides if depth is None else (depth, *sides)
     image = torch.randperm(math.prod(shape), generator=rng()).reshape(shape)
-    mirrored = options["flip"] and depth is not None
+    both_ways = options["flip"] and depth is not None
     expected = {
         (name, z): PLANE[name](np.flip(image.numpy(), 0) if z else image.numpy())
         for name in allowed
-        for z in ((False, True) if mirrored else (False,))
+        for z in ((False, True) if both_ways else (False,))
     }
     count = dict.fromkeys(expected, 0)
     # Zoom and displacement are asked for, but never happen.
     options = {**options, "scale": (0.5, 2.0), "elastic": 3.0, "probability": 0.0}
     draws = 640
     for grid in grid_of(shape, shape, count=draws, **options):
-        patch, label = sample_patch(image[None].float(), image, grid)
+        patch, label = resampled(image[None].float(), image, grid)
         found = [key for key, array in expected.items() if np.array_equal(array, label.numpy())]
         assert len(found) == 1
         count[found[0]] += 1
@@ -98,7 +106,7 @@ def test_without_augmentation_patches_are_crops_from_everywhere(shape, patch):
     count = dict.fromkeys(itertools.product(*map(range, room)), 0)
     draws = 20 * len(count)
     for grid in grid_of(shape, patch, count=draws, **EXACT):
-        out, out_label = sample_patch(image, label, grid)
+        out, out_label = resampled(image, label, grid)
         corner = tuple(int(c) for c in np.unravel_index(int(out_label.flatten()[0]), shape))
         window = tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True))
         count[corner] += 1
@@ -126,7 +134,12 @@ def test_images_of_a_batch_may_have_different_sizes():
 GEOMETRY = {
     "scaled": {"scale": (0.5, 2.0)},
     "elastic": {"elastic": 2.0, "elastic_spacing": 8},
-    "all": {"scale": (0.6, 1.6), "elastic": 2.0, "elastic_spacing": 8, "probability": 0.7},
+    "rotated": {"rotate": 45.0},
+    "misaligned": {"misalign": 4.0},
+    "all": {
+        **{"scale": (0.6, 1.6), "elastic": 2.0, "elastic_spacing": 8, "rotate": 20.0, "misalign": 3.0},
+        "probability": 0.7,
+    },
 }
 
 
@@ -137,7 +150,7 @@ def test_image_and_label_come_from_the_same_place(shape, patch, options):
     label = blocks(shape)
     ids = set(label.unique().tolist())
     for grid in grid_of(shape, patch, count=6, **options):
-        place, found = sample_patch(ramps(shape), label, grid)
+        place, found = resampled(ramps(shape), label, grid)
         nearest = place.round()
         clear = ((place - nearest).abs() < 0.49).all(0)
         assert clear.float().mean() > 0.8
@@ -152,7 +165,7 @@ def test_an_image_of_the_label_stays_the_label(options):
     """Away from borders of objects, where interpolation mixes ids, nothing moves against the other."""
     label = blocks((60, 60), side=10)
     for grid in grid_of((60, 60), (48, 48), count=6, **options):
-        image, found = sample_patch(label[None].float(), label, grid)
+        image, found = resampled(label[None].float(), label, grid)
         array = found.numpy()
         inner = ndimage.minimum_filter(array, 5, mode="constant", cval=-1) == array
         inner &= ndimage.maximum_filter(array, 5) == array
@@ -168,7 +181,7 @@ def test_sample_patch_interpolates_and_mirrors_like_scipy(shape):
     reach = torch.tensor([n - 1.0 for n in shape])
     grid = (torch.rand(50, *(3,) * (len(shape) - 1), len(shape), generator=rng(3)) * 3 - 1) * reach
     grid[..., reach == 0] = 0
-    patch, nearest = sample_patch(image, label, grid)
+    patch, nearest = resampled(image, label, grid)
     at = grid.movedim(-1, 0).double().numpy()
     for c in range(2):
         expected = ndimage.map_coordinates(image[c].double().numpy(), at, order=1, mode="mirror")
@@ -181,8 +194,20 @@ def test_outside_a_single_slice_is_that_slice():
     image, label = torch.rand(1, 1, 3, 3), torch.randint(9, (1, 3, 3))
     inside = ramps((1, 3, 3)).movedim(0, -1)
     outside = inside + torch.tensor([1.0, 0, 0]) * torch.rand(1, 3, 3, 1) * 5
-    for a, b in zip(sample_patch(image, label, inside), sample_patch(image, label, outside), strict=True):
+    for a, b in zip(resampled(image, label, inside), resampled(image, label, outside), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_mirrored_is_a_reflection_at_the_outer_pixels_as_often_as_needed(n):
+    for far in (1, n, 5 * n + 3):
+        index = torch.arange(-far, n + far, dtype=torch.float32)[:, None]
+        assert mirrored(index, [n])[:, 0].tolist() == np.pad(np.arange(n), far, mode="reflect").tolist()
+        if n > 1:  # and between pixels, on the straight line of the two nearest
+            between = mirrored(index[:-1] + 0.25, [n])
+            torch.testing.assert_close(between, 0.75 * mirrored(index[:-1], [n]) + 0.25 * mirrored(index[1:], [n]))
+    two = torch.tensor([[-1.0, 7.0], [3.0, -2.5]])
+    assert mirrored(two, [3, 7]).tolist() == [[1, 5], [1, 2.5]]  # each axis by its own side
 
 
 def steps(grid):
@@ -210,6 +235,131 @@ def test_zoom_keeps_the_centre():
     plain = grid_of((64, 64), (20, 20), seed=4, scale=(1.0, 1.0), **EXACT)
     zoomed = grid_of((64, 64), (20, 20), seed=4, scale=(1.5, 1.5), **EXACT)
     torch.testing.assert_close(plain.mean((1, 2)), zoomed.mean((1, 2)))
+
+
+@pytest.mark.parametrize("depth", [None, 3])
+def test_turn(depth):
+    """By an angle within the range, around the centre, in the plane, without a change of size or shape."""
+    front = () if depth is None else (depth,)
+    options = {"rotate": 30.0, "probability": 0.8, **EXACT}
+    grid = grid_of((*front, 64, 64), (*front, 21, 33), count=1000, **options)
+    if depth is not None:
+        assert (grid[..., 0] == torch.arange(depth).reshape(1, -1, 1, 1)).all()
+        torch.testing.assert_close(grid[:, :1].expand_as(grid)[..., 1:], grid[..., 1:])
+        grid = grid[:, 0, ..., 1:]
+    down, right = grid[:, 1, 0] - grid[:, 0, 0], grid[:, 0, 1] - grid[:, 0, 0]
+    torch.testing.assert_close(grid.diff(dim=1), down[:, None, None].expand(-1, 20, 33, 2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(grid.diff(dim=2), right[:, None, None].expand(-1, 21, 32, 2), rtol=0, atol=1e-4)
+    one = torch.ones(len(grid))
+    torch.testing.assert_close(down.norm(dim=1), one, rtol=0, atol=1e-4)
+    torch.testing.assert_close(right, torch.stack([-down[:, 1], down[:, 0]], 1), rtol=0, atol=1e-4)  # not mirrored
+    centre = grid.mean((1, 2))
+    torch.testing.assert_close(centre, centre.round(), rtol=0, atol=1e-3)
+    angle = torch.atan2(right[:, 0], right[:, 1]) * 180 / math.pi
+    turned = angle.abs() > 1e-3
+    assert float(turned.float().mean()) == pytest.approx(0.8, abs=0.05)
+    assert 29 < float(angle.max()) <= 30.01
+    assert -30.01 <= float(angle.min()) < -29
+    assert float(angle[turned].std()) == pytest.approx(60 / math.sqrt(12), rel=0.06)
+
+
+def shifts_of(grid):
+    """Where each section is, in y and x, against the first: (B, Z, 2), of grids that are otherwise crops."""
+    corner = grid[:, :, 0, 0, 1:]
+    expected = grid[:, :1, ..., 1:] + (corner - corner[:, :1])[:, :, None, None]
+    torch.testing.assert_close(grid[..., 1:], expected, rtol=0, atol=0)  # sections stay whole
+    return corner - corner[:, :1]
+
+
+def test_misalignment():
+    """Whole pixels, up to the largest; one section or all from one on, both equally often, every section equally often."""
+    draws, sections, most = 3000, 6, 3
+    options = {"misalign": float(most), "probability": 0.6, **EXACT}
+    grid = grid_of((sections, 30, 30), (sections, 8, 8), count=draws, **options)
+    assert (grid[..., 0] == torch.arange(6.0).reshape(1, -1, 1, 1)).all()
+    shift = shifts_of(grid)
+    assert torch.equal(shift, shift.round())
+    kind = {"none": 0, "alone": 0, "following": 0}
+    first = {"alone": np.zeros(sections), "following": np.zeros(sections)}
+    seen = np.zeros((2 * most + 1,) * 2)
+    for one in shift.int().tolist():
+        jumps = [z for z in range(1, sections) if one[z] != one[z - 1]]
+        if not jumps:
+            kind["none"] += 1
+        elif len(jumps) == 2:
+            a, b = jumps
+            assert b == a + 1, "a section alone"
+            assert one[b] == [0, 0]
+            kind["alone"] += 1
+            first["alone"][a] += 1
+            seen[one[a][0] + most, one[a][1] + most] += 1
+        else:
+            kind["following"] += 1
+            first["following"][jumps[0]] += 1
+    assert seen.sum() - seen[most, most] > 400
+    assert (seen > 0).sum() == 48  # every displacement but none occurs
+    # Ends of the range are rounded from half as much.
+    assert seen[0].sum() == pytest.approx(seen.sum() / 12, rel=0.4)
+    # A shift of (0, 0) does not show, nor one of all sections; an outer section alone looks like one jump.
+    seen_share = 0.6 * (1 - 1 / 36)
+    assert kind["alone"] / draws == pytest.approx(seen_share / 2 * 4 / 6, abs=0.03)
+    assert kind["following"] / draws == pytest.approx(seen_share / 2 * (5 / 6 + 2 / 6), abs=0.03)
+    inner = first["alone"][1:-1]
+    assert ((inner - inner.mean()) ** 2 / inner.mean()).sum() < 21.1  # 3 degrees of freedom
+    assert first["following"][2:5].min() > 0.2 * kind["following"] / 2
+
+
+def test_misalignment_is_for_volumes_and_happens_on_its_own():
+    flat = grid_of((30, 30), (8, 8), count=50, misalign=5.0, **EXACT)
+    assert torch.equal(flat, grid_of((30, 30), (8, 8), count=50, **EXACT))
+    # Half of the patches are deformed, half misaligned, a quarter both.
+    grid = grid_of((5, 64, 64), (5, 9, 9), count=2000, misalign=9.0, scale=(2.0, 2.0), probability=0.5, **EXACT)
+    zoomed = (grid[:, 0, 1, 0, 1] - grid[:, 0, 0, 0, 1]) < 0.75
+    moved = shifts_of(grid).flatten(1).any(1)
+    share = {key: float(mask.float().mean()) for key, mask in {"z": zoomed, "m": moved, "both": zoomed & moved}.items()}
+    assert share["z"] == pytest.approx(0.5, abs=0.05)
+    assert share["both"] == pytest.approx(share["z"] * share["m"], abs=0.03)
+
+
+MARGINS = {
+    "flips and turns": {},
+    "zoom": {"scale": (0.6, 1.7)},
+    "turn": {"rotate": 40.0},
+    "both": {"scale": (0.5, 2.0), "rotate": 9.0},
+}
+
+
+@pytest.mark.parametrize("options", MARGINS.values(), ids=MARGINS)
+@pytest.mark.parametrize(
+    ("shape", "patch", "margin"),
+    [
+        ((30, 40), (12, 12), (7, 7)),
+        ((30, 40), (9, 12), (3, 5)),
+        ((6, 30, 30), (3, 8, 8), (2, 6, 6)),
+        ((9, 9), (9, 9), (20, 20)),
+    ],
+)
+def test_a_margin_leaves_the_patch_where_it_is(shape, patch, margin, options):
+    plain = grid_of(shape, patch, count=20, **options)
+    wide = grid_of(shape, patch, count=20, margin=margin, **options)
+    assert wide.shape == (20, *(p + 2 * m for p, m in zip(patch, margin, strict=True)), len(shape))
+    inner = tuple(slice(m, m + p) for m, p in zip(margin, patch, strict=True))
+    exact = not options
+    torch.testing.assert_close(wide[(slice(None), *inner)], plain, rtol=0, atol=0 if exact else 1e-4)
+    for axis in range(1, len(shape) + 1):  # and goes on straight
+        step = wide.diff(dim=axis)
+        torch.testing.assert_close(step, step.narrow(axis, 0, 1).expand_as(step), rtol=0, atol=0 if exact else 1e-4)
+    assert torch.equal(grid_of(shape, patch, count=3, margin=(0,) * len(shape)), grid_of(shape, patch, count=3))
+
+
+def test_a_margin_is_displaced_smoothly_too():
+    grid = grid_of((200, 200), (32, 32), count=10, margin=(40, 40), elastic=3.0, elastic_spacing=16, **EXACT)
+    assert grid.shape == (10, 112, 112, 2)
+    for dim in (1, 2):
+        step = grid.diff(dim=dim)[..., dim - 1]
+        assert (step - 1).abs().max() < 10 * math.sqrt(2) / 16 * 3
+        for part in (step[:, :30, :30], step[:, -30:, -30:]):
+            assert float(part.std()) > 0.1
 
 
 @pytest.mark.parametrize("depth", [None, 5])
@@ -331,6 +481,120 @@ def test_blur_is_gaussian_in_every_plane(shape):
     assert max(widths) - min(widths) > 0.2
 
 
+# --- Sections of a volume -------------------------------------------------------------------------------------------
+
+SECTIONS = {"contrast": 0.4, "brightness": 0.2, "blur": 1.5, "motion": 5, "missing": 0.3}
+
+
+def volume(batch=40, channels=2, sections=10, sides=(9, 11), seed=1):
+    return torch.rand(batch, channels, sections, *sides, generator=rng(seed)) * 0.8 + 0.1
+
+
+def apart(image):
+    """(sections of all volumes, channels, Y, X)."""
+    return image.transpose(1, 2).flatten(0, 1)
+
+
+def test_neutral_sections_stay():
+    image = volume()
+    assert torch.equal(augment_sections(image, rng()), image)
+    assert torch.equal(augment_sections(image, rng(), motion=1, probability=1.0), image)
+    none = {"blur": 2.0, "motion": 9, "missing": 0.0, "probability": 0.0}
+    torch.testing.assert_close(augment_sections(image, rng(), **none), image, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_sections_depend_on_the_seed_and_are_made_anew(name):
+    image = volume()
+    before = image.clone()
+    first, again, other = (
+        augment_sections(image, rng(s), **{name: SECTIONS[name]}, probability=0.5) for s in (3, 3, 4)
+    )
+    assert torch.equal(image, before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == image.shape
+    assert first.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["contrast", "brightness"])
+def test_every_section_has_its_own_intensity(name):
+    image = volume()
+    out = augment_sections(image, rng(2), **{name: SECTIONS[name]}, probability=0.0)  # it is for every section
+    a, b = apart(image).flatten(1), apart(out).flatten(1)
+    change = b / a if name == "contrast" else b - a
+    assert (change.std(1) < 1e-5).all()  # channels and pixels alike
+    change = change.mean(1) - float(name == "contrast")
+    limit = SECTIONS[name]
+    assert -limit <= change.min() + 1e-5 < -0.95 * limit
+    assert 0.95 * limit < change.max() <= limit + 1e-5
+    assert float(change.std()) == pytest.approx(2 * limit / math.sqrt(12), rel=0.1)
+    neighbours = np.corrcoef(change[:-1], change[1:])[0, 1]
+    assert abs(neighbours) < 0.2  # 400 sections: independent ones stay below
+
+
+def test_a_lost_section_is_one_grey():
+    image = volume()
+    out = augment_sections(image, rng(2), missing=0.3, probability=0.0)
+    lost = apart(out).flatten(1).std(1) < 1e-6
+    assert float(lost.float().mean()) == pytest.approx(0.3, abs=0.07)
+    assert torch.equal(apart(out)[~lost], apart(image)[~lost])
+    grey = apart(out)[lost][:, 0, 0, 0]
+    assert 0 <= grey.min() < 0.05
+    assert 0.95 < grey.max() <= 1
+    assert grey.mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_some_sections_are_blurred():
+    image = volume(sides=(13, 15))
+    out = augment_sections(image, rng(2), blur=1.5, probability=0.3)
+    changed = (apart(out) - apart(image)).flatten(1).abs().amax(1) > 1e-5
+    assert 0.2 < float(changed.float().mean()) < 0.37  # a very narrow one changes nothing
+    torch.testing.assert_close(apart(out)[~changed], apart(image)[~changed], rtol=0, atol=1e-5)
+    widths = []
+    for before, after in zip(apart(image)[changed].numpy(), apart(out)[changed].numpy(), strict=True):
+
+        def errors(sigma, before=before, after=after):
+            return [
+                np.abs(ndimage.gaussian_filter(b, sigma, mode="mirror", radius=5) - a).max()
+                for a, b in zip(after, before, strict=True)
+            ]
+
+        trials = np.arange(0.05, 1.53, 0.03)
+        first = [errors(sigma)[0] for sigma in trials]
+        widths.append(trials[int(np.argmin(first))])
+        assert max(errors(widths[-1])) < 0.03  # of both channels, with the width of the first
+    assert max(widths) > 1.3
+    assert min(widths) < 0.5
+
+
+def test_some_sections_are_blurred_by_motion():
+    """Each is the mean of copies of itself along one of four directions; the border goes on with its outer pixels."""
+    most = SECTIONS["motion"]
+    image = volume(sides=(8, 9))
+    out = augment_sections(image, rng(2), motion=most, probability=0.3)
+    changed = (apart(out) - apart(image)).flatten(1).abs().amax(1) > 1e-6
+    assert float(changed.float().mean()) == pytest.approx(0.3, abs=0.07)
+    assert torch.equal(apart(out)[~changed], apart(image)[~changed])
+    y, x = np.mgrid[:8, :9]
+    lines = {}  # for an even length there are two centres
+    for (dy, dx), length in itertools.product([(1, 0), (0, 1), (1, 1), (1, -1)], range(2, most + 1)):
+        for cy, cx in itertools.product((0, (length - 1) % 2), repeat=2):
+            middle = (length - 1) // 2
+            steps = [(k - middle - cy, (k if dx > 0 else length - 1 - k) - middle - cx) for k in range(length)]
+            lines[dy, dx, length, cy, cx] = [(a * abs(dy), b * abs(dx)) for a, b in steps]
+    seen = set()
+    for before, after in zip(apart(image)[changed].numpy(), apart(out)[changed].numpy(), strict=True):
+        found = set()
+        for line, steps in lines.items():
+            copies = [before[:, (y + a).clip(0, 7), (x + b).clip(0, 8)] for a, b in steps]
+            if np.abs(np.mean(copies, 0) - after).max() < 1e-5:
+                found.add(line[:3])
+        assert len(found) == 1
+        seen |= found
+    assert len(seen) == 4 * (most - 1)
+
+
 # --- Patches of a step ----------------------------------------------------------------------------------------------
 
 
@@ -351,20 +615,22 @@ def samples(tmp_path_factory):
 
 PATCH = {2: (16, 16), 3: (4, 12, 12)}
 FULL = {
-    "geometry": {"scale": (0.7, 1.4), "elastic": 2.0, "elastic_spacing": 8, "probability": 0.5},
-    "intensity": {**STRONG, "probability": 0.5},
+    "geometry": GEOMETRY["all"],
+    "intensity": {**STRONG, "blur": 0.5, "probability": 0.5},
+    "sections": {**SECTIONS, "probability": 0.5},
 }
-NONE = {"geometry": EXACT, "intensity": {}}
+NONE = {"geometry": EXACT, "intensity": {}, "sections": {}}
 PERCENTILES = {"lower": 0.0, "upper": 100.0}
 
 
-def sampler(samples, ndim=2, seed=0, augment=None, batch_size=3):
-    options = {"patch": PATCH[ndim], "batch_size": batch_size, "normalisation": PERCENTILES}
+def sampler(samples, ndim=2, seed=0, augment=None, batch_size=3, **options):
+    options = {"patch": PATCH[ndim], "batch_size": batch_size, "normalisation": PERCENTILES, **options}
     return PatchSampler(samples[ndim], **options, augment=FULL if augment is None else augment, seed=seed)
 
 
 def equal(a, b):
-    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("image", "label", "ids"))
+    same = all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("image", "label", "ids"))
+    return same and (a.ignore is b.ignore or torch.equal(a.ignore, b.ignore))
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -404,6 +670,7 @@ def test_batch_shapes_and_types(samples, ndim):
     assert batch.ids.shape == (3,)
     assert (batch.image.dtype, batch.label.dtype, batch.ids.dtype) == (torch.float32, torch.int64, torch.int64)
     assert torch.isfinite(batch.image).all()
+    assert batch.ignore is None
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -427,6 +694,98 @@ def test_every_patch_of_a_batch_is_drawn_anew(samples):
     batch = sampler(samples, augment=NONE, batch_size=8).batch(0)
     for a, b in itertools.combinations(range(8), 2):
         assert not torch.equal(batch.label[a], batch.label[b])
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Return {ndim: file}: two images whose channels are their own coordinates; the second ignores one of its objects."""
+    files = {}
+    for ndim, shape in ((2, (30, 40)), (3, (6, 24, 20))):
+        files[ndim] = tmp_path_factory.mktemp("places") / "train.h5"
+        out = []
+        for i in range(2):
+            label = blocks(shape, seed=i).numpy().astype(np.uint32) + 20 * i
+            out.append(io.Sample(f"s{i}", ramps(shape).numpy(), label, ignore=label == 24 if i else None))
+        io.write_samples(files[ndim], out)
+    return files
+
+
+MARGIN = {2: (9, 11), 3: (2, 9, 7)}
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("margin", [False, True])
+def test_label_and_ignore_are_those_at_the_centre_of_the_image(places, ndim, margin):
+    """The image says from where in the original it is."""
+    stored = list(io.read_samples(places[ndim]))
+    augment = NONE | {"geometry": GEOMETRY["all"]}
+    sides = MARGIN[ndim] if margin else (0,) * ndim
+    made = sampler(places, ndim, augment=augment, margin=sides, normalisation={"lower": 0.0, "upper": 100.0})
+    ignored = 0
+    for step in range(20):
+        batch = made.batch(step)
+        shape = tuple(p + 2 * m for p, m in zip(PATCH[ndim], sides, strict=True))
+        assert batch.image.shape == (3, ndim, *shape)
+        assert batch.label.shape == (3, *PATCH[ndim])
+        inner = tuple(slice(m, m + p) for m, p in zip(sides, PATCH[ndim], strict=True))
+        for k, i in enumerate(batch.ids.tolist()):
+            last = torch.tensor(stored[i].label.shape).reshape(-1, *[1] * ndim) - 1
+            place = batch.image[k] * last
+            assert place.min() > -1e-3
+            place = place[(slice(None), *inner)]
+            clear = ((place - place.round()).abs() < 0.49).all(0).numpy()
+            assert clear.mean() > 0.7
+            at = tuple(place.round().long().numpy())
+            np.testing.assert_array_equal(batch.label[k].numpy()[clear], stored[i].label[at][clear])
+            if batch.ignore is not None:
+                np.testing.assert_array_equal(batch.ignore[k].numpy(), (batch.label[k] == 24).numpy())
+                ignored += int(batch.ignore[k].sum())
+            else:
+                assert not (batch.label[k] == 24).any()
+    assert ignored > 0
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_margin_around_the_whole_image_is_its_reflection(places, ndim):
+    stored = list(io.read_samples(places[ndim]))
+    shape = stored[0].label.shape
+    margin = (13,) * ndim  # more than the volume is thick
+    batch = sampler(places, ndim, augment=NONE, patch=shape, margin=margin).batch(0)
+    for image, label, i in zip(batch.image, batch.label, batch.ids.tolist(), strict=True):
+        expected = normalise(stored[i].image, 0.0, 100.0)
+        expected = np.pad(expected, [(0, 0), *[(13, 13)] * ndim], mode="reflect")
+        np.testing.assert_allclose(image.numpy(), expected, atol=1e-5)
+        np.testing.assert_array_equal(label.numpy(), stored[i].label)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("which", ["samples", "places"])
+def test_a_file_that_stays_on_disk_gives_the_same_patches(ndim, which, monkeypatch, request):
+    files = request.getfixturevalue(which)
+    options = {"margin": MARGIN[ndim], "border": 1}
+    inside = sampler(files, ndim, **options)
+    monkeypatch.setattr(patches, "IN_MEMORY", 0)
+    outside = sampler(files, ndim, **options)
+    for made, kind in ((inside, np.ndarray), (outside, h5py.Dataset)):
+        for sample in made.samples:
+            assert {type(sample[key]) for key in sample.keys() - {"range"}} == {kind}
+    for step in range(6):
+        assert equal(inside.batch(step), outside.batch(step))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_borders_are_widened_in_the_label_alone(samples, ndim):
+    """An object keeps a pixel if the window around it shows no other object."""
+    plain, wide = sampler(samples, ndim).batch(0), sampler(samples, ndim, border=2).batch(0)
+    assert torch.equal(plain.image, wide.image)
+    expected = plain.label.clone()
+    for place in itertools.product(*map(range, plain.label.shape)):
+        *front, y, x = place
+        window = plain.label[(*front, slice(max(0, y - 2), y + 3), slice(max(0, x - 2), x + 3))]
+        if len(set(window.unique().tolist()) - {0}) > 1:
+            expected[place] = 0
+    assert torch.equal(wide.label, expected)
+    assert not torch.equal(wide.label, plain.label)
 
 
 def test_patches_that_do_not_fit_and_files_without_images(samples, tmp_path):
@@ -467,6 +826,38 @@ def test_percentiles_become_0_and_1(shape, dtype):
         assert result.min() < 0
         assert result.max() > 1.05  # not clipped
     np.testing.assert_allclose(normalise(3.0 * image + 100, 3.0, 90.0), out, atol=1e-4)
+
+
+@pytest.mark.parametrize("slab", [2**24, 40, 1])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+@pytest.mark.parametrize("shape", [(2, 21, 10), (2, 9, 6, 5)])
+def test_range_is_that_of_numpy_however_it_is_read(shape, dtype, slab, tmp_path, monkeypatch):
+    """Slab by slab, from memory or from a file; of types without a histogram, every n-th section or row counts."""
+    monkeypatch.setattr(patches, "SLAB", slab)
+    rng = np.random.default_rng(4)
+    image = (rng.gamma(2.0, 30.0, shape).clip(0, 250) * (257 if dtype == np.uint16 else 1)).astype(dtype)
+    image[1] = image[1] // 3 + 5
+    with h5py.File(tmp_path / "image.h5", "w") as file:
+        stored = file.create_dataset("image", data=image)
+        found = [intensity_range(array, 2.5, 97.0) for array in (image, stored)]
+    step = 1
+    if dtype not in (np.uint8, np.uint16):
+        thickness = max(1, slab // math.prod(shape[2:]))
+        step = -(-shape[1] // thickness)
+    for low, high in found:
+        assert (low.dtype, high.dtype, low.shape) == (np.float32, np.float32, (2,))
+        for c in range(2):
+            expected = np.percentile(image[c, ::step].astype(np.float64), [2.5, 97.0])
+            np.testing.assert_allclose([low[c], high[c]], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("slab", [2**24, 1])
+def test_range_of_an_image_with_one_bright_pixel(slab, monkeypatch):
+    """Both percentiles are the same value: minimum and maximum take their place."""
+    monkeypatch.setattr(patches, "SLAB", slab)
+    image = np.full((1, 20, 20), 3, np.uint8)
+    image[0, 4, 5] = 200
+    assert [float(v[0]) for v in intensity_range(image, 1.0, 99.0)] == [3, 200]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])

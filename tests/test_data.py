@@ -1,18 +1,32 @@
 """Preparing data: what is written, what is refused, and that a refusal leaves nothing behind."""
 
+import os
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from scipy.ndimage import label as components_of_one
 
 from gdlib import io
-from gdlib.data.files import read_image, read_label
+from gdlib.data.files import (
+    open_volume,
+    read_image,
+    read_label,
+    read_volume,
+    split_components,
+    split_h5_path,
+    voxel_size,
+)
 from gdlib.data.prepare import check_sample, prepare
 from gdlib.io import DataError, Sample
 from gdlib.registry import UnknownName
 
 SIZE = (24, 32)
+DEPTH = 7
+RAW = Path(os.environ.get("GDLIB_RAW", Path(__file__).parents[1].parent / "shared" / "data"))
 
 
 def _write(path, array):
@@ -107,7 +121,7 @@ def _png(path, array):
 
 BAD = {
     "no folder": (lambda r: (r / "images").rename(r / "pictures"), ["images", "no such folder", "check the path"]),
-    "no file": (lambda r: [p.unlink() for p in (r / "images").iterdir()], ["images", "no PNG or TIFF", "put"]),
+    "no file": (lambda r: [p.unlink() for p in (r / "images").iterdir()], ["images", "no PNG, TIFF or HDF5", "put"]),
     "unreadable": (lambda r: (r / "images/a02.tif").write_bytes(b"hello"), ["a02.tif", "cannot be read", "save it"]),
     "truncated tiff": (lambda r: _truncate(r / "images/a02.tif"), ["a02.tif", "cannot be read", "save it"]),
     "truncated png": (lambda r: _truncate(r / "labels/a02.png"), ["a02.png", "cannot be read", "save it"]),
@@ -265,3 +279,267 @@ def test_files_are_plain_hdf5(raw):
     outputs, _ = _prepare(raw)
     with h5py.File(outputs["train"]) as file:
         assert all(set(group) == {"image", "label"} for group in file.values())
+
+
+# --- volumes ---------------------------------------------------------------------------------------------------------
+
+
+def _write_h5(path, array, dataset="main", **attrs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "a") as file:
+        file[dataset] = array
+        file[dataset].attrs.update(attrs)
+
+
+def _volume_of(i):
+    return _image(i, shape=(DEPTH, *SIZE)), np.stack([_label()] * DEPTH)
+
+
+@pytest.fixture
+def raw3d(tmp_path):
+    """Three good volumes, `v0` to `v2`; every file holds one array."""
+    for i in range(3):
+        image, label = _volume_of(i)
+        _write_h5(tmp_path / f"raw/images/v{i}.h5", image, resolution=[30.0, 6.0, 6.0])
+        _write_h5(tmp_path / f"raw/labels/v{i}.h5", label, "deep/inside")
+    return tmp_path / "raw"
+
+
+def _replace(raw, part, array, **attrs):
+    (raw / f"{part}/v1.h5").unlink()
+    _write_h5(raw / f"{part}/v1.h5", array, **attrs)
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("volume.h5:main", ("volume.h5", "main")),
+    ("a.h5/b.HDF5:volumes/raw", ("a.h5/b.HDF5", "volumes/raw")),
+    ("a/b.hdf", ("a/b.hdf", None)),
+    ("a.h5:b.h5", ("a.h5", "b.h5")),
+    ("a/b.tif", ("a/b.tif", None)),
+    ("C:/a.h5:x", ("C:/a.h5", "x")),
+])  # fmt: skip
+def test_split_h5_path(name, expected):
+    assert split_h5_path(name) == split_h5_path(Path(name)) == (Path(expected[0]), expected[1])
+
+
+def test_volumes_in_hdf5(raw3d):
+    outputs, summary = _prepare(raw3d, min_size=(4, 16, 16))
+    samples = {s.id: s for path in outputs.values() for s in io.read_samples(path)}
+    assert sorted(samples) == ["v0", "v1", "v2"]
+    image, label = _volume_of(1)
+    np.testing.assert_array_equal(samples["v1"].image, image[None])
+    assert ((samples["v1"].label == 3) == (label == 300)).all()
+    assert samples["v1"].attrs == {"source": "images/v1.h5", "voxel_size_nm": [30.0, 6.0, 6.0]}
+    assert summary["val"]["axes"] == "CZYX"
+
+
+def test_one_file_with_image_and_label(raw3d):
+    """An option names the dataset; a TIFF beside it needs none; an option replaces the voxel size of the file."""
+    image, label = _volume_of(1)
+    for part in ("images", "labels"):
+        (raw3d / f"{part}/v1.h5").unlink()
+        for name, array in (("volumes/raw", image), ("volumes/labels/ids", label)):
+            _write_h5(raw3d / f"{part}/v1.h5", array, name)
+        for i in (0, 2):
+            (raw3d / f"{part}/v{i}.h5").unlink()
+            _write(raw3d / f"{part}/v{i}.tif", _volume_of(i)[part == "labels"])
+    options = {"image_dataset": "volumes/raw", "label_dataset": "/volumes/labels/ids", "voxel_size_nm": [40, 4, 4]}
+    outputs, _ = _prepare(raw3d, min_size=(4, 16, 16), **options)
+    samples = {s.id: s for path in outputs.values() for s in io.read_samples(path)}
+    np.testing.assert_array_equal(samples["v1"].image[0], image)
+    np.testing.assert_array_equal(samples["v1"].label > 0, label > 0)
+    assert all(s.attrs["voxel_size_nm"] == [40.0, 4.0, 4.0] for s in samples.values())
+
+
+def test_readers_take_the_notation_of_the_command_line(raw3d):
+    image, label = _volume_of(0)
+    np.testing.assert_array_equal(read_volume(f"{raw3d}/images/v0.h5:main"), image)
+    np.testing.assert_array_equal(read_volume(raw3d / "images/v0.h5"), image)
+    np.testing.assert_array_equal(read_image(Path(f"{raw3d}/images/v0.h5:/main")), image[None])
+    np.testing.assert_array_equal(read_label(f"{raw3d}/labels/v0.h5:deep/inside"), label)
+    with h5py.File(raw3d / "images/v0.h5", "a") as file:
+        file["a link"] = h5py.SoftLink("/main")
+        file["number"] = 3
+        file["text"] = "text"
+    np.testing.assert_array_equal(read_volume(raw3d / "images/v0.h5", "a link"), image)
+    colour = np.moveaxis(np.stack([image] * 3), 0, -1)
+    _write_h5(raw3d / "images/rgb.h5", colour)
+    assert read_image(raw3d / "images/rgb.h5", channels=3).shape == (3, DEPTH, *SIZE)
+
+
+def _damage(path):
+    """Spoil the compressed numbers of an array; the file opens, but reading it fails."""
+    with h5py.File(path, "w") as file:
+        item = file.create_dataset("main", data=_volume_of(1)[0], chunks=(DEPTH, *SIZE), compression="gzip")
+        chunk = item.id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
+    path.write_bytes(content)
+
+
+def _huge():
+    return _volume_of(1)[1].astype(np.uint64) * (2**64 // 301)
+
+
+BAD_VOLUMES = {
+    "order of axes": (
+        lambda r: _replace(r, "labels", np.moveaxis(_volume_of(1)[1], 0, -1)),
+        ["v1.h5", "(7, 24, 32)", "(24, 32, 7)", "same axes in another order", "store both in the order z, y, x"],
+    ),
+    "shapes": (
+        lambda r: _replace(r, "labels", _volume_of(1)[1][:, 1:]),
+        ["v1.h5", "(7, 24, 32)", "(7, 23, 32)", "give both the same shape"],
+    ),
+    "voxel sizes": (
+        lambda r: _replace(r, "labels", _volume_of(1)[1], resolution=[40, 6, 6]),
+        ["labels/v1.h5:main", "[40.0, 6.0, 6.0]", "images/v1.h5:main [30.0, 6.0, 6.0]", "correct one"],
+    ),
+    "order of voxel size": (
+        lambda r: _replace(r, "images", _volume_of(1)[0], resolution=[6, 6, 30]),
+        ["images/v1.h5:main", "[6.0, 6.0, 30.0]", "look like the order x, y, z", "store"],
+    ),
+    "voxel size": (
+        lambda r: _replace(r, "images", _volume_of(1)[0], resolution=[30, 0, 6]),
+        ["images/v1.h5:main", "`resolution` is [30  0  6]", "one positive number per axis"],
+    ),
+    "voxel size of an image": (
+        lambda r: _replace(r, "images", _volume_of(1)[0], resolution=[6, 6]),
+        ["v1.h5", "the voxel size [6.0, 6.0] has 2 numbers", "one for each of 3 axes"],
+    ),
+    "several": (
+        lambda r: _write_h5(r / "images/v1.h5", _image(1), "other"),
+        ["v1.h5", "not clear which dataset", "main (7, 24, 32), other (24, 32)", "name one"],
+    ),
+    "no array": (
+        lambda r: _replace(r, "images", 3),
+        ["v1.h5", "not clear which dataset", "inside is no array"],
+    ),
+    "truncated": (
+        lambda r: _truncate(r / "images/v1.h5"),
+        ["images/v1.h5", "cannot be read as HDF5", "truncated", "get or save"],
+    ),
+    "damaged": (lambda r: _damage(r / "images/v1.h5"), ["images/v1.h5", "cannot be read as HDF5", "get or save"]),
+    "not HDF5": (lambda r: (r / "labels/v1.h5").write_text("hello"), ["labels/v1.h5", "cannot be read as HDF5"]),
+    "constant": (
+        lambda r: _replace(r, "images", np.full((DEPTH, *SIZE), 7, np.uint8)),
+        ["v1.h5", "all voxels of the image are 7", "export"],
+    ),
+    "small": (
+        lambda r: [_replace(r, part, _volume_of(1)[k][:3]) for k, part in enumerate(("images", "labels"))],
+        ["v1.h5", "(3, 24, 32)", "smaller than the patch (4, 16, 16)", "smaller patch"],
+    ),
+    "negative": (
+        lambda r: _replace(r, "labels", _volume_of(1)[1].astype(np.int64) - 1),
+        ["v1.h5", "negative", "use 0 for background"],
+    ),
+    "float": (lambda r: _replace(r, "labels", _volume_of(1)[1] / 2), ["v1.h5", "float64", "store it as integers"]),
+    "flat": (
+        lambda r: [_replace(r, part, _volume_of(1)[k][0]) for k, part in enumerate(("images", "labels"))],
+        ["v1.h5", "2 axes", "dataset 3", "convert"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VOLUMES)
+def test_a_bad_volume_is_one_sentence_and_no_file(raw3d, name):
+    spoil, said = BAD_VOLUMES[name]
+    spoil(raw3d)
+    with pytest.raises(DataError) as error:
+        _prepare(raw3d, min_size=(4, 16, 16))
+    message = str(error.value)
+    assert all(part in message for part in said), message
+    assert "\n" not in message
+    assert not list(raw3d.parent.glob("out/*"))
+    assert not list(raw3d.parent.glob("out/.*"))
+
+
+def test_a_dataset_that_is_not_there(raw3d):
+    with pytest.raises(
+        DataError, match=r'v0.h5: there is no dataset "raw", inside is main \(7, 24, 32\); correct the name'
+    ):
+        read_volume(raw3d / "images/v0.h5", "raw")
+    with pytest.raises(DataError, match='there is no dataset "deep", inside is deep/inside'):  # a group
+        read_volume(raw3d / "labels/v0.h5", "deep")
+    with pytest.raises(DataError, match="the file is missing"):
+        read_volume(raw3d / "images/none.h5:main")
+
+
+def test_huge_ids(raw3d):
+    _replace(raw3d, "labels", _huge())
+    assert _huge().max() > 2**63
+    outputs, _ = _prepare(raw3d, min_size=(4, 16, 16))
+    stored = {s.id: s.label for path in outputs.values() for s in io.read_samples(path)}
+    np.testing.assert_array_equal(stored["v0"], stored["v1"])
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", ">u2", "u4", "u8", "i1", "i2", "i4", "i8"])
+def test_split_components_is_the_components_of_each_id(dtype):
+    label = np.random.default_rng(0).integers(0, 4, (6, 7, 8))
+    if dtype == "u8":
+        label = label.astype(dtype) * 2**62
+    label = label.astype(dtype)
+    split = split_components(label)
+    assert split.dtype == np.uint32
+    count = 0
+    for number in np.unique(label[label > 0]):
+        regions, k = components_of_one(label == number)  # faces only, as in 6-connected
+        count += k
+        for region in range(1, k + 1):
+            inside = split[regions == region]
+            assert (inside == inside[0]).all()
+            assert (split == inside[0]).sum() == inside.size
+    assert sorted(np.unique(split[split > 0])) == list(range(1, count + 1))
+    assert ((split == 0) == (label == 0)).all()
+
+
+def test_constant_images_of_two_dimensions_are_accepted():
+    assert check_sample(Sample("a", np.full((1, *SIZE), 7, np.uint8), _label()), 1, SIZE).image.max() == 7
+
+
+def test_what_to_ignore(tmp_path, capsys, monkeypatch):
+    image, label = _volume_of(0)
+
+    def check(ignore):
+        return check_sample(Sample("a", image[None], label, ignore=ignore), 1, (4, 16, 16))
+
+    assert check(np.zeros(label.shape, bool)).ignore is None
+    np.testing.assert_array_equal(check(label == 2).ignore, label == 2)
+    with pytest.raises(
+        DataError, match=r"\(7, 24, 31\) of type bool; it must be boolean and of the label's shape \(7, 24, 32\)"
+    ):
+        check((label == 2)[..., 1:])
+    with pytest.raises(DataError, match="of type uint8; it must be boolean"):
+        check((label == 2).astype(np.uint8))
+    with pytest.raises(DataError, match="every pixel is to be ignored"):
+        check(np.ones(label.shape, bool))
+
+    (tmp_path / "other.py").write_text(
+        "import numpy as np\nfrom gdlib.io import Sample\n"
+        "def read(root, *, ignored=0):\n"
+        "    def one(name):\n"
+        "        label = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)\n"
+        "        yield Sample(name, label[None], label, ignore=label < ignored)\n"
+        "    return {split: one(split) for split in ('train', 'val', 'test')}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = set()
+    for ignored in (0, 7, 8):
+        outputs, summary = _prepare(tmp_path / "raw", min_size=(2, 2, 2), source="other:read", ignored=ignored)
+        assert summary["val"]["ignored"] == io.read_attrs(outputs["val"])["ignored"] == ignored
+        assert (", 7 ignored voxels" in capsys.readouterr().out) == (ignored == 7)
+        stored = next(io.read_samples(outputs["val"])).ignore
+        assert stored.sum() == ignored if ignored else stored is None
+        hashes.add(summary["val"]["sha256"])
+    assert len(hashes) == 3
+
+
+@pytest.mark.skipif(
+    not (RAW / "plantseg_ovules").is_dir(), reason="no raw data in plantseg_ovules; set GDLIB_RAW to their folder"
+)
+def test_real_hdf5_of_two_arrays():
+    path = RAW / "plantseg_ovules/sample_ovule.h5"
+    with pytest.raises(DataError, match=r"inside is label \(32, 128, 128\), raw \(32, 128, 128\); name one"):
+        read_image(path)
+    with open_volume(path, "raw") as image, open_volume(path, "label") as label:
+        assert voxel_size(image, label) == [235.0, 150.0, 150.0]
+    assert len(np.unique(read_label(path, "label"))) == 51  # as its description says

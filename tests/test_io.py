@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -34,7 +35,18 @@ def samples(count=2, dtype=np.uint8):
     for i in range(count):
         rng = np.random.default_rng(i)
         image = rng.integers(0, 200, (1, 9, 7)).astype(dtype)
-        yield io.Sample(f"s{i}", image, rng.integers(0, 4, (9, 7)).astype(np.uint16), {"source": f"{i}.png", "n": i})
+        yield io.Sample(
+            f"s{i}", image, rng.integers(0, 4, (9, 7)).astype(np.uint16), attrs={"source": f"{i}.png", "n": i}
+        )
+
+
+def volumes():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 9, (20, 70, 130)).astype(np.uint32)
+    attrs = {"voxel_size_nm": [30.0, 6.0, 6.5]}
+    image = rng.integers(0, 200, (2, 20, 70, 130)).astype(np.uint8)
+    yield io.Sample("some", image, label, ignore=label == 3, attrs=attrs)
+    yield io.Sample("none", image[:1, :5, :8, :9], label[:5, :8, :9], attrs=attrs)
 
 
 def weights():
@@ -53,7 +65,8 @@ def one_sentence(caught, *parts):
 
 
 WRITERS = {
-    "h5": lambda path: io.write_samples(path, samples(), split="train", options={"b": [1, 2], "a": None}),
+    "h5": lambda path: io.write_samples(path, samples(), split="train", options={"b": [1, 2], "a": None}, text=""),
+    "volumes": lambda path: io.write_samples(path, volumes()),
     "csv": lambda path: io.write_rows(path, ("a", "b"), [(1, 0.1), ("x", np.float64(1) / 3)]),
     "text": lambda path: io.write_text(path, "text\n"),
     "weights": lambda path: io.save_weights(path, weights(), {"b": 1, "a": [1, 2]}),
@@ -140,9 +153,9 @@ def test_samples_come_back(tmp_path):
     path = tmp_path / "a.h5"
     written = [
         *samples(3),
-        *(io.Sample(f"f{i}", s.image / 7, s.label, {}) for i, s in enumerate(samples(1, np.float32))),
+        *(io.Sample(f"f{i}", s.image / 7, s.label) for i, s in enumerate(samples(1, np.float32))),
     ]
-    assert io.write_samples(path, written, split="val", ids=["x"]) == 4
+    assert io.write_samples(path, written, split="val", ids=["x"], text="") == 4
     assert io.sample_ids(path) == sorted(s.id for s in written)
     read = {s.id: s for s in io.read_samples(path)}
     assert list(read) == sorted(read)
@@ -154,7 +167,31 @@ def test_samples_come_back(tmp_path):
         assert read[sample.id].attrs == sample.attrs
     assert [s.id for s in io.read_samples(path, ["s2", "s0"])] == ["s2", "s0"]
     assert np.array_equal(io.read_array(path, "s1", "label"), written[1].label)
-    assert io.read_attrs(path) == {"split": "val", "ids": ["x"]}
+    assert io.read_attrs(path) == {"split": "val", "ids": ["x"], "text": ""}
+
+
+def test_what_to_ignore_and_the_voxel_size_come_back(tmp_path):
+    io.write_samples(tmp_path / "a.h5", volumes())
+    read = {s.id: s for s in io.read_samples(tmp_path / "a.h5")}
+    assert read["none"].ignore is None
+    assert read["some"].ignore.dtype == bool
+    assert np.array_equal(read["some"].ignore, read["some"].label == 3)
+    assert all(s.attrs == {"voxel_size_nm": [30.0, 6.0, 6.5]} for s in read.values())
+
+
+def test_volumes_are_stored_in_blocks_and_images_are_not(tmp_path):
+    io.write_samples(tmp_path / "a.h5", volumes())
+    with h5py.File(tmp_path / "a.h5") as file:
+        chunks = {name: {key: item.chunks for key, item in group.items()} for name, group in file.items()}
+    assert chunks["some"] == {"image": (1, 16, 64, 64), "label": (16, 64, 64), "ignore": (16, 64, 64)}
+    assert chunks["none"] == {"image": (1, 5, 8, 9), "label": (5, 8, 9)}
+    io.write_samples(tmp_path / "b.h5", samples(1))
+    with h5py.File(tmp_path / "b.h5") as file:
+        assert file["s0/image"].chunks == (1, 9, 7)
+    with io.create_h5(tmp_path / "c.h5") as file:  # as h5py chooses
+        io.put(file, "x", np.zeros((30, 500, 500), np.uint8))
+        by_h5py = file.create_dataset("y", (30, 500, 500), np.uint8, compression="gzip").chunks
+        assert file["x"].chunks == by_h5py
 
 
 def test_weights_come_back(tmp_path):

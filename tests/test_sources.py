@@ -1,18 +1,26 @@
-"""The 2D data sources: phantom, folder, BBBC039, DSB2018."""
+"""The data sources: phantoms, folder, BBBC039, DSB2018, AC3/AC4, CREMI."""
 
 import os
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import label as components_of_one
 from skimage.measure import label as connected_regions
 
-from gdlib.data.files import SPLITS, published_split
+from gdlib.data.files import SPLITS, published_split, read_volume, split_components
+from gdlib.data.prepare import check_sample
+from gdlib.data.sources import neurites_phantom as neurites
+from gdlib.data.sources.ac34 import ac34
 from gdlib.data.sources.bbbc039 import bbbc039, decode
+from gdlib.data.sources.cremi import UNASSIGNED, cremi
 from gdlib.data.sources.dsb2018 import dsb2018
 from gdlib.data.sources.folder import _split, folder
 from gdlib.data.sources.nuclei_phantom import MIN_AREA, nuclei_phantom
@@ -27,13 +35,27 @@ def needs(name):
     return pytest.mark.skipif(not (RAW / name).is_dir(), reason=f"no raw data in {name}; set GDLIB_RAW to their folder")
 
 
-@pytest.mark.parametrize("name", ["bbbc039", "dsb2018", "folder", "nuclei_phantom"])
+LICENCES = {
+    "ac34": "ODC-By v1.0",
+    "bbbc039": "CC0 1.0",
+    "cremi": "https://cremi.org",
+    "dsb2018": "CC0 1.0",
+    "folder": "Own data",
+    "neurites_phantom": "CC0 1.0",
+    "nuclei_phantom": "CC0 1.0",
+}
+
+
+def test_every_source_is_tested():
+    assert set(LICENCES) <= set(SOURCES.names())
+
+
+@pytest.mark.parametrize("name", LICENCES)
 def test_registered_and_first_line_names_the_licence(name):
     source = SOURCES.get(name)
     assert source.__name__ == name
     assert SOURCES.parameters(name)
-    if name != "folder":
-        assert "CC0 1.0" in sys.modules[source.__module__].__doc__.splitlines()[0]
+    assert LICENCES[name] in sys.modules[source.__module__].__doc__.splitlines()[0]
 
 
 # --- phantom ---------------------------------------------------------------------------------------------------------
@@ -242,3 +264,435 @@ def test_dsb2018_first_mask_keeps_the_overlap(tmp_path):
     sample = next(dsb2018(tmp_path)["train"])
     assert sample.image.shape == (1, 8, 8)
     np.testing.assert_array_equal(sample.label, np.where(masks[0], 1, np.where(masks[1], 2, 0)))
+
+
+# --- AC3/AC4 and CREMI -----------------------------------------------------------------------------------------------
+
+
+def _write_h5(path, **arrays):
+    """Write datasets `a__b` = array or (array, attributes) as `a/b`."""
+    with h5py.File(path, "w") as file:
+        for name, item in arrays.items():
+            array, attrs = item if isinstance(item, tuple) else (item, {})
+            file[name.replace("__", "/")] = array
+            file[name.replace("__", "/")].attrs.update(attrs)
+
+
+def _volume(shape, seed=0, ids=9):
+    """Blobs of several components per id, some voxels of id 0; and an image."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, ids, [-(-n // 3) for n in shape])
+    label = np.kron(coarse, np.ones((3,) * len(shape), int))[tuple(slice(n) for n in shape)]
+    return rng.integers(0, 255, shape).astype(np.uint8), label
+
+
+def _components(label):
+    """Set of components, each as the set of its flat indices; one id at a time, by faces."""
+    found = set()
+    for number in np.unique(label[label > 0]):
+        regions, count = components_of_one(label == number)
+        found |= {frozenset(np.flatnonzero(regions == k).tolist()) for k in range(1, count + 1)}
+    return found
+
+
+def _instances(label):
+    return {frozenset(np.flatnonzero(label == k).tolist()) for k in np.unique(label[label > 0])}
+
+
+@pytest.fixture
+def ac34_folder(tmp_path):
+    for name, depth in (("AC4", 100), ("AC3", 103)):
+        image, label = _volume((depth, 12, 14), seed=depth)
+        _write_h5(tmp_path / f"{name}_inputs.h5", main=image)
+        _write_h5(tmp_path / f"{name}_labels.h5", main=label.astype(np.uint16) * 100)
+    return tmp_path
+
+
+@pytest.mark.parametrize("components", [True, False])
+def test_ac34_splits_and_components(ac34_folder, components):
+    splits = {split: list(samples) for split, samples in ac34(ac34_folder, components=components).items()}
+    for split, (depth, start, stop) in {"train": (100, 0, 80), "val": (100, 80, 100), "test": (103, 0, 100)}.items():
+        (sample,) = splits[split]
+        image, label = _volume((depth, 12, 14), seed=depth)
+        np.testing.assert_array_equal(sample.image, image[None, start:stop])
+        crop = label[start:stop]
+        assert _instances(sample.label) == (_components(crop) if components else _instances(crop))
+        assert sample.attrs["voxel_size_nm"] == [30.0, 6.0, 6.0]
+    assert {split: own[0].id for split, own in splits.items()} == {
+        "train": "AC4_z000-079",
+        "val": "AC4_z080-099",
+        "test": "AC3_z000-099",
+    }
+
+
+def test_ac34_takes_what_a_crop_of_ac3_has(ac34_folder):
+    image, label = _volume((32, 12, 14))
+    _write_h5(ac34_folder / "AC3_inputs.h5", main=(image, {"resolution": [29.0, 6.0, 6.0]}))
+    _write_h5(ac34_folder / "AC3_labels.h5", main=label)
+    (sample,) = ac34(ac34_folder)["test"]
+    np.testing.assert_array_equal(sample.image[0], image)
+    assert sample.attrs["voxel_size_nm"] == [29.0, 6.0, 6.0]
+
+
+def test_ac34_refuses(ac34_folder):
+    image, label = _volume((100, 12, 14), seed=100)
+    path = ac34_folder / "AC4_labels.h5"
+    for bad, message in (
+        ({"main": np.moveaxis(label, 0, 2)}, r"AC4_inputs.h5: .*\(12, 14, 100\), the same axes in another order"),
+        ({"main": label[1:]}, "AC4_inputs.h5: .* give both the same shape"),
+        ({"main": label / 2}, "AC4_labels.h5: the label has type float64"),
+        ({"main": label - 1}, "AC4_labels.h5: the label has negative numbers"),
+        ({"stack": label}, r'AC4_labels.h5: there is no dataset "main", inside is stack \(100, 12, 14\)'),
+    ):
+        _write_h5(path, **bad)
+        with pytest.raises(DataError, match=message):
+            list(ac34(ac34_folder)["train"])
+    path.unlink()
+    with pytest.raises(DataError, match=r"AC4_labels.h5: the file is missing"):
+        list(ac34(ac34_folder)["val"])
+    _write_h5(path, main=label[:90])
+    _write_h5(ac34_folder / "AC4_inputs.h5", main=image[:90])
+    with pytest.raises(DataError, match=r"AC4_inputs.h5: there are 90 sections, so \[80, 100\] is no range"):
+        list(ac34(ac34_folder)["val"])
+
+
+SECTIONS = {"train": [0, 20], "val": [20, 26], "test": [26, 40]}
+
+
+@pytest.fixture
+def cremi_folder(tmp_path):
+    """A and B in the layout of the padded files: ids at (5, 7, 9) of the image, huge, and some not assigned."""
+    for seed, name in enumerate("AB"):
+        raw = np.random.default_rng(seed).integers(0, 255, (50, 30, 33)).astype(np.uint8)
+        ids = _volume((40, 12, 14), seed)[1].astype(np.uint64)
+        ids[ids > 0] += 2**40
+        ids[ids == 2**40 + 5] = UNASSIGNED
+        attrs = {"resolution": [40.0, 4.0, 4.0]}
+        _write_h5(
+            tmp_path / f"sample_{name}_20160501.hdf",
+            volumes__raw=(raw, attrs),
+            volumes__labels__neuron_ids=(ids, attrs | {"offset": [200.0, 28.0, 36.0]}),
+        )
+    return tmp_path
+
+
+def _ids(folder, name="A"):
+    return read_volume(folder / f"sample_{name}_20160501.hdf", "volumes/labels/neuron_ids")
+
+
+@pytest.mark.parametrize("components", [True, False])
+def test_cremi_crops_the_image_to_the_ids(cremi_folder, components):
+    splits = cremi(cremi_folder, samples=["A", "B"], sections=SECTIONS, components=components)
+    for split, (start, stop) in SECTIONS.items():
+        both = list(splits[split])
+        assert [sample.id for sample in both] == [f"sample_{n}_20160501_z{start:03d}-{stop - 1:03d}" for n in "AB"]
+        for seed, (name, sample) in enumerate(zip("AB", both, strict=True)):
+            raw = np.random.default_rng(seed).integers(0, 255, (50, 30, 33)).astype(np.uint8)
+            np.testing.assert_array_equal(sample.image[0], raw[5 + start : 5 + stop, 7:19, 9:23])
+            ids = _ids(cremi_folder, name)[start:stop]
+            np.testing.assert_array_equal(sample.ignore, ids == UNASSIGNED)
+            known = np.where(ids == UNASSIGNED, 0, ids)
+            assert _instances(sample.label) == (_components(known) if components else _instances(known))
+            assert sample.attrs["voxel_size_nm"] == [40.0, 4.0, 4.0]
+            checked = check_sample(sample, 1, (4, 8, 8))
+            assert checked.label.max() == len(_instances(sample.label))
+            np.testing.assert_array_equal(checked.label > 0, (ids != UNASSIGNED) & (ids > 0))
+
+
+def test_cremi_the_papers_sections():
+    """Each of the 125 sections is in one split."""
+    where = {split: range(*pair) for split, pair in sys.modules[cremi.__module__].SECTIONS.items()}
+    assert sorted(z for own in where.values() for z in own) == list(range(125))
+    assert [len(where[split]) for split in SPLITS] == [50, 25, 50]
+    assert where["train"][0] == 0
+    assert where["val"][-1] == 124
+
+
+def test_cremi_every_second_section_and_id_zero(cremi_folder):
+    options = {"samples": ["sample_A_20160501"], "file": "{}.hdf", "sections": SECTIONS}
+    whole = next(cremi(cremi_folder, **options)["test"])
+    half = next(cremi(cremi_folder, **options, every_section=2, ignore_zero=True)["test"])
+    np.testing.assert_array_equal(half.image, whole.image[:, ::2])
+    np.testing.assert_array_equal(half.label, whole.label[::2])  # components are those of all sections
+    ids = _ids(cremi_folder)[26:40:2]
+    np.testing.assert_array_equal(half.ignore, (ids == UNASSIGNED) | (ids == 0))
+    assert (half.label[half.ignore] == 0).all()
+    assert half.attrs["voxel_size_nm"] == [80.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"offset": [200.0, 28.0, 88.0]}, r"begin at \(5, 7, 22\) reach out of the image of \(50, 30, 33\); correct"),
+    ({"offset": [-40.0, 28.0, 36.0]}, r"begin at \(-1, 7, 9\) reach out"),
+    ({"offset": [200.0, 30.0, 36.0]}, "begin between voxels"),
+    ({"resolution": [50.0, 4.0, 4.0]}, "neuron_ids: its voxels are"),
+    ({"resolution": [4.0, 4.0, 40.0]}, "its voxels are"),
+    ({"resolution": [4.0, 4.0]}, "its voxels are"),
+])  # fmt: skip
+def test_cremi_refuses_attributes(cremi_folder, change, message):
+    with h5py.File(cremi_folder / "sample_A_20160501.hdf", "r+") as file:
+        for key, value in change.items():
+            del file["volumes/labels/neuron_ids"].attrs[key]
+            file["volumes/labels/neuron_ids"].attrs[key] = value
+    with pytest.raises(DataError, match=f"sample_A_20160501.hdf.*{message}") as error:
+        next(cremi(cremi_folder, sections=SECTIONS)["train"])
+    assert "\n" not in str(error.value)
+
+
+def test_cremi_refuses_arrays(tmp_path):
+    raw, ids = _volume((40, 12, 14))
+    size = {"resolution": [40, 4, 4]}
+    for bad, message in (
+        ({"volumes__raw": raw, "volumes__labels__neuron_ids": ids}, "the attribute `resolution` is None"),
+        (
+            {"volumes__raw": (raw, size)},
+            r'no dataset "volumes/labels/neuron_ids", inside is volumes/raw \(40, 12, 14\)',
+        ),
+        (
+            {"volumes__raw": (raw, size), "volumes__labels__neuron_ids": (ids[0], size)},
+            "the image has 3 axes, the ids have 2",
+        ),
+        (
+            {"volumes__raw": (raw, size), "volumes__labels__neuron_ids": (np.moveaxis(ids, 0, -1), size)},
+            "same axes in another order",
+        ),
+        ({"volumes__raw": (raw, size), "volumes__labels__neuron_ids": (ids - 1, size)}, "negative"),
+    ):
+        _write_h5(tmp_path / "sample_A_20160501.hdf", **bad)
+        with pytest.raises(DataError, match=message):
+            next(cremi(tmp_path, sections=SECTIONS)["train"])
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"sections": {"train": [0, 20], "val": [19, 26], "test": [26, 40]}}, "overlap; give each section to one"),
+    ({"sections": {"train": [0, 20], "val": [20, 26]}}, r"there must be \[first, after the last\]"),
+    ({"sections": {**SECTIONS, "val": [20]}}, r"there must be \[first, after the last\]"),
+    ({"sections": {**SECTIONS, "test": [26, 41]}}, r"there are 40 sections, so \[26, 41\]"),
+    ({"sections": {**SECTIONS, "test": [26, 26]}}, r"there are 40 sections, so \[26, 26\]"),
+    ({"sections": SECTIONS, "every_section": 0}, "every_section is 0; choose 1"),
+    ({"sections": SECTIONS, "samples": ["D"]}, r"sample_D_20160501.hdf: the file is missing"),
+])  # fmt: skip
+def test_cremi_refuses_options(cremi_folder, options, message):
+    with pytest.raises(DataError, match=message):
+        next(cremi(cremi_folder, **options)["test"])
+
+
+@needs("ac3ac4")
+def test_ac34_real_volumes_are_as_described():
+    with h5py.File(RAW / "ac3ac4/AC4_labels.h5") as file:
+        label = file["main"][()]
+    assert len(np.unique(label)) - 1 == 137
+    assert split_components(label).max() == 180
+    (val,) = ac34(RAW / "ac3ac4")["val"]
+    assert val.image.dtype == np.uint8
+    assert val.attrs["voxel_size_nm"] == [30.0, 6.0, 6.0]
+    np.testing.assert_array_equal(val.label > 0, label[80:100] > 0)
+    (whole,) = ac34(RAW / "ac3ac4", components=False)["val"]
+    pairs = np.unique(whole.label.astype(np.int64) * 1000 + val.label)  # a component is of one neuron
+    assert len(np.unique(pairs % 1000)) == len(pairs) > len(np.unique(pairs // 1000))
+
+
+@needs("fib25")
+def test_cremi_reads_fib25():
+    name = "fib25_training_sample2_z000-179"
+    sections = {"train": [0, 110], "val": [110, 140], "test": [140, 180]}
+    (val,) = cremi(RAW / "fib25", samples=[name], file="{}.hdf", sections=sections, ignore_zero=True)["val"]
+    ids = read_volume(RAW / f"fib25/{name}.hdf", "volumes/labels/neuron_ids")[110:140]
+    np.testing.assert_array_equal(val.ignore, ids == 0)
+    assert ids.max() > 65535
+    assert val.image.shape == (1, 30, 250, 250)
+    assert val.attrs["voxel_size_nm"] == [10.0, 10.0, 10.0]
+    number = np.unique(ids[ids > 0])[7]
+    assert len(np.unique(val.label[ids == number])) == components_of_one(ids == number)[1]
+
+
+# --- neurites phantom ------------------------------------------------------------------------------------------------
+
+VOLUMES = {"train": 2, "val": 1, "test": 1}
+FLAWLESS = {"misalignment": 0.0, "contrast": 0.0, "brightness": 0.0, "missing": 0.0, "blurred": 0.0, "noise": 0.1}
+
+
+def neurites_volumes(split="train", size=(8, 64, 70), volumes=VOLUMES, **options):
+    return list(neurites.neurites_phantom(None, size=size, volumes=volumes, **options)[split])
+
+
+def test_neurites_sample_depends_on_seed_split_and_number_only():
+    few = neurites_volumes()
+    for one, other in zip(few, neurites_volumes(volumes={"train": 5, "val": 2, "test": 2}), strict=False):
+        assert one.id == other.id
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.label, other.label)
+    firsts = [*few, *neurites_volumes("val"), *neurites_volumes("test"), neurites_volumes(seed=1)[0]]
+    assert len({sample.image.tobytes() for sample in firsts}) == len(firsts)
+    assert len({sample.label.tobytes() for sample in firsts}) == len(firsts)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"), [((8, 64, 70), {}), ((20, 40, 40), {"anisotropy": 1.0, "crowding": 20, "radius": (3, 15)})]
+)
+def test_neurites_labels_are_components(size, options):
+    for sample in neurites_volumes(size=size, **options):
+        assert sample.image.shape == (1, *size)
+        assert sample.image.dtype == np.uint8
+        assert sample.label.shape == size
+        count = int(sample.label.max())
+        assert count >= 4
+        assert _instances(sample.label) == _components(sample.label)
+        assert np.bincount(sample.label.ravel(), minlength=count + 1)[1:].min() >= neurites.MIN_VOLUME
+        assert sample.attrs["voxel_size_nm"] == [options.get("anisotropy", 5.0) * 6, 6.0, 6.0]
+        check_sample(sample, 1, size)
+
+
+def test_neurites_take_less_than_three_seconds():
+    start = time.process_time()
+    (sample,) = neurites_volumes("val", size=(32, 160, 160))
+    assert time.process_time() - start < 3
+    assert 0.08 < (sample.label == 0).mean() < 0.25
+    assert 20 < sample.label.max() < 120
+
+
+def _line_distance(point, centre, slope):
+    """Distance in space of a point (y, x) of the plane z = 0 from the line through (0, *centre) along (1, *slope)."""
+    way = np.array([0.0, *np.subtract(point, centre)])
+    along = np.array([1.0, *slope])
+    return np.linalg.norm(np.cross(way, along)) / np.linalg.norm(along)
+
+
+def test_forms_are_distances_from_oblique_lines():
+    rng = np.random.default_rng(0)
+    centre, slope, radius = rng.normal(0, 20, (5, 2)), rng.normal(0, 2, (5, 2)), rng.uniform(1, 9, 5)
+    points = rng.normal(0, 20, (2, 7))
+    values = neurites._forms(centre, slope, radius) @ neurites._powers(points)
+    for k, p in np.ndindex(values.shape):
+        expected = _line_distance(points[:, p], centre[k], slope[k]) ** 2 - radius[k] ** 2
+        assert values[k, p] == pytest.approx(expected, rel=1e-9)
+
+
+def test_neurites_tiles_leave_out_nothing_that_counts():
+    """The nearest tube of each pixel, and the distance to the territory of the next, as if every tube were tried."""
+    rng = np.random.default_rng(1)
+    tubes = neurites._tubes(rng, (4, 90, 90), 5.0, 8.0, (3.0, 55.0), 0.8, 0.5, 0.5, 0.5)
+    place = np.stack(np.mgrid[5:75, 7:80]).reshape(2, -1).astype(float)
+    first, border, smear, _ = neurites._tile(tubes, 2, place, 0 * place)
+    values = tubes.form[1, 2] @ neurites._powers(place)
+    assert len(np.unique(tubes.owner)) < len(tubes.owner)  # there are branches
+    np.testing.assert_array_equal(first, values.argmin(0))
+    for p in range(0, place.shape[1], 37):
+        order = [k for k in values[:, p].argsort() if tubes.owner[k] != tubes.owner[first[p]]]
+
+        def gap(point, two=(order[0], first[p])):  # of the second best owner and the best
+            one, other = tubes.form[1, 2][list(two)] @ neurites._powers(point[:, None])
+            return (one - other).item()
+
+        slope = [(gap(place[:, p] + step) - gap(place[:, p] - step)) / 0.2 for step in np.diag([0.1, 0.1])]
+        assert border[p] == pytest.approx(gap(place[:, p]) / np.hypot(*slope), rel=1e-4, abs=1e-4)
+    assert np.isfinite(smear).all()
+
+
+def test_neurites_border_moves_as_predicted():
+    """What a border moves between the faces of a section, from where it is on the faces."""
+    vertical = np.array([[0.0, 0.0], [0.0, 40.0]])
+    slope = np.array([[0.0, 0.6], [0.0, 0.6]])
+    forms = np.stack([neurites._forms(vertical + t * slope, slope, np.array([9.0, 9.0])) for t in (-2.5, 0, 2.5)])
+    tubes = neurites._Tubes(
+        np.array([1, 2]), forms[:, None], forms[1][None], np.zeros((1, 2)), np.zeros(2), np.zeros((2, 2))
+    )
+    x = np.arange(0, 41.0) + 0.25
+    first, border, smear, _ = neurites._tile(tubes, 0, np.stack([0 * x, x]), np.zeros((2, len(x))))
+    np.testing.assert_array_equal(first, x > 20)
+    np.testing.assert_allclose(border, abs(x - 20), atol=1e-5)
+    np.testing.assert_allclose(abs(smear), 3.0, atol=1e-5)  # 5 pixels of depth, 0.6 sideways each
+    follow = np.stack([0 * x, np.full(len(x), 1.8)])  # the tissue itself moves along
+    np.testing.assert_allclose(abs(neurites._tile(tubes, 0, np.stack([0 * x, x]), follow)[2]), 1.2, atol=1e-5)
+
+
+def test_neurites_are_as_oblique_as_they_drift():
+    """The outline in a section is that of a tube that leans as its centre moves between the faces."""
+    tubes = neurites._tubes(np.random.default_rng(1), (6, 90, 90), 5.0, 8.0, (3.0, 55.0), 1.5, 0.5, 0.5, 0.5)
+    by, bx, yy, yx, xx = np.moveaxis(tubes.form, -1, 0)[1:]
+    second = np.stack([np.stack([2 * yy, yx], -1), np.stack([yx, 2 * xx], -1)], -2)
+    centre = np.linalg.solve(second, -np.stack([by, bx], -1)[..., None])[..., 0]
+    vy, vx = np.moveaxis((centre[2] - centre[0]) / 5.0, -1, 0)
+    assert np.hypot(vy, vx).max() > 2
+    for found, expected in ((yy, 1 - vy**2 / (1 + vy**2 + vx**2)), (xx, 1 - vx**2 / (1 + vy**2 + vx**2))):
+        np.testing.assert_allclose(found[1], expected, atol=0.02)
+
+
+def test_neurites_background_is_where_two_neurites_meet():
+    """Every pixel between neurites is within half a membrane of another neurite, and none that is labelled is."""
+    rng = np.random.default_rng(2)
+    tubes = neurites._tubes(rng, (3, 120, 120), 5.0, 10.0, (3.0, 55.0), 0.8, 0.3, 0.5, 0.5)
+    grid = np.stack(np.mgrid[:120, :120]).astype(float)
+    _, label = neurites._section(rng, tubes, 1, (grid, 0 * grid), 6.0)
+    owner = tubes.owner[neurites._tile(tubes, 1, grid.reshape(2, -1), 0 * grid.reshape(2, -1))[0]].reshape(120, 120)
+    assert ((label == 0) | (label == owner)).all()
+    distance = np.empty(owner.shape)
+    for number in np.unique(owner):  # to the nearest pixel of any other
+        distance = np.where(owner == number, distance_transform_edt(owner == number), distance)
+    assert 0.1 < (label == 0).mean() < 0.5
+    assert distance[label == 0].max() <= 3.0 + 1.5
+    assert distance[label > 0].min() >= 3.0 - 0.5
+
+
+def _contrast(sample):
+    """Mean grey value of labelled voxels less that of others, per section."""
+    image, inside = sample.image[0].astype(float), sample.label > 0
+    return np.array([section[own].mean() - section[~own].mean() for section, own in zip(image, inside, strict=True)])
+
+
+def test_neurites_image_and_label_move_together():
+    """However far sections are shifted, membranes stay where the labels have none; shifted apart they would not."""
+    plain = {**FLAWLESS, "organelles": 0.0, "vesicles": 0.0, "drift": 0.1, "size": (10, 96, 96)}
+    still, moved = (neurites_volumes("val", **plain | {"misalignment": s})[0] for s in (0.0, 8.0))
+    assert (still.label != moved.label).mean() > 0.1
+    assert _contrast(still).min() > 40
+    assert _contrast(moved).min() > 0.85 * _contrast(still).min()
+    apart = np.roll(moved.image, 8, axis=-1)
+    assert _contrast(type(moved)("a", apart, moved.label)).max() < 0.5 * _contrast(moved).min()
+
+
+def test_neurites_defects_do_what_they_say():
+    plain = neurites_volumes(**FLAWLESS)[0]
+    assert plain.image[0].mean((1, 2)).std() < 8
+    (black, *_) = neurites_volumes(**FLAWLESS | {"missing": 0.5})
+    lost = black.image[0].max((1, 2)) == 0
+    assert 0 < lost.sum() < len(lost)
+    np.testing.assert_array_equal(black.label, plain.label)  # truth goes on where the image is black
+    np.testing.assert_array_equal(black.image[0][~lost], plain.image[0][~lost])
+    assert neurites_volumes(**FLAWLESS | {"brightness": 30.0})[0].image[0].mean((1, 2)).std() > 15
+    sharp, soft = (
+        np.abs(np.diff(neurites_volumes(**FLAWLESS | {"blurred": b})[0].image[0].astype(int))).mean()
+        for b in (0.0, 1.0)
+    )
+    assert soft < 0.8 * sharp
+    noisy = neurites_volumes(**FLAWLESS | {"noise": 20.0})[0]
+    assert 15 < (noisy.image[0].astype(float) - plain.image[0])[plain.image[0] < 200].std() < 25
+
+
+def test_neurites_organelles_and_crowding():
+    plain = {**FLAWLESS, "vesicles": 0.0, "size": (12, 96, 96), "volumes": {"train": 3, "val": 1, "test": 1}}
+    with_, without = (
+        [s.image[0][s.label > 0] < 90 for s in neurites_volumes(**plain, organelles=o)] for o in (1.0, 0.0)
+    )
+    assert np.concatenate(with_).mean() > 1.5 * np.concatenate(without).mean()
+    few, many = (sum(s.label.max() for s in neurites_volumes(**plain, crowding=c)) for c in (4.0, 16.0))
+    assert many > 1.8 * few
+
+
+def test_neurites_branch():
+    """With branches, sections show more neurites in two pieces that are one elsewhere."""
+    options = {**FLAWLESS, "size": (24, 96, 96), "drift": 0.0, "wobble": 0.0, "radius": (12.0, 12.1), "crowding": 10.0}
+
+    def pieces(branching):
+        sections = [section for sample in neurites_volumes(**options, branching=branching) for section in sample.label]
+        return sum(
+            int(connected_regions(s, connectivity=1, background=0).max()) - len(np.unique(s)) + 1 for s in sections
+        )
+
+    assert pieces(1.0) > pieces(0.0) + 15
+
+
+def test_neurites_need_every_split_and_three_sides():
+    with pytest.raises(DataError, match="one number each"):
+        neurites.neurites_phantom(None, volumes={"train": 3})
+    with pytest.raises(DataError, match="three side lengths"):
+        neurites.neurites_phantom(None, size=[256, 256])

@@ -25,25 +25,35 @@ def sampling_grid(
     scale: tuple[float, float] = (1.0, 1.0),
     elastic: float = 0.0,
     elastic_spacing: int = 32,
+    rotate: float = 0.0,
+    misalign: float = 0.0,
     probability: float = 1.0,
+    margin: Sequence[int] | None = None,
 ) -> Tensor:
     """Draw where in its image every pixel of every patch comes from.
 
     Args:
         shapes: (B, n) side lengths of the images, n = 2 or 3.
-        patch: n side lengths of the patch.
+        patch: n side lengths of the patch, without the margin.
         generator: source of randomness (CPU).
         flip: mirror each axis with probability 1/2.
         rotate90: turn by a multiple of 90 degrees in the last two axes (by 180 where the patch is not square).
         scale: range of the zoom factor in the last two axes; log-uniform. A factor of 2 shows objects twice as large.
         elastic: standard deviation, in pixels, of a smooth random displacement in the last two axes.
         elastic_spacing: pixels between its control points.
-        probability: with which a patch gets zoom and displacement at all; the others are exact copies of pixels.
+        rotate: largest angle, in degrees, of a turn in the last two axes.
+        misalign: largest displacement, in pixels, of one section or of all sections from one on; volumes only.
+        probability: with which a patch gets zoom, turn, displacement and, on its own, misalignment at all; the others are
+            exact copies of pixels.
+        margin: pixels more on each side of the patch; they may lie outside of the image.
 
     Returns:
-        (B, *patch, n) float32 pixel coordinates in array order.
+        (B, *patch + 2 margin, n) float32 pixel coordinates in array order.
     """
     batch, ndim = shapes.shape
+    size = torch.tensor(patch)
+    if margin is not None:
+        patch = [p + 2 * m for p, m in zip(patch, margin, strict=True)]
     centred = [torch.arange(p, dtype=torch.float32) - (p - 1) / 2 for p in patch]
     grid = torch.stack(torch.meshgrid(*centred, indexing="ij"), -1).expand(batch, *patch, ndim).clone()
     per_patch = (batch,) + (1,) * ndim
@@ -52,6 +62,11 @@ def sampling_grid(
     factor = torch.exp(_uniform(math.log(scale[0]), math.log(scale[1]), (batch,), generator))
     factor = torch.where(deform, factor, 1.0).reshape(*per_patch, 1)
     grid[..., -2:] /= factor
+    if rotate > 0:
+        angle = _uniform(-rotate, rotate, (batch,), generator) * deform * math.pi / 180
+        sine, cosine = (f(angle).reshape(*per_patch, 1) for f in (torch.sin, torch.cos))
+        y, x = grid[..., -2:-1], grid[..., -1:]
+        grid[..., -2:] = torch.cat([cosine * y - sine * x, sine * y + cosine * x], -1)
     if elastic > 0:
         knots = [math.ceil(p / elastic_spacing) + 3 for p in patch[-2:]]
         field = torch.randn(batch, 2, *knots, generator=generator) * elastic * deform.reshape(batch, 1, 1, 1)
@@ -60,6 +75,8 @@ def sampling_grid(
         start = elastic_spacing
         field = field[..., start : start + patch[-2], start : start + patch[-1]].movedim(1, -1)
         grid[..., -2:] += field.reshape(batch, *(1,) * (ndim - 2), *field.shape[1:])
+    if misalign > 0 and ndim == 3:
+        grid[..., -2:] += _misalignment(batch, patch[0], misalign, probability, generator).reshape(batch, -1, 1, 1, 2)
     if flip:
         sign = torch.randint(2, (*per_patch, ndim), generator=generator) * 2.0 - 1
         grid *= sign
@@ -70,33 +87,43 @@ def sampling_grid(
         grid[..., -2:] = torch.where(turns % 2 == 1, grid[..., -2:].flip(-1), grid[..., -2:]) * sign
 
     # Place the patch so that, before zoom and displacement, it lies inside the image.
-    size = torch.tensor(patch)
     room = (shapes - size).clamp(min=0)
     corner = (torch.rand(batch, ndim, generator=generator) * (room + 1)).floor()
     centre = corner + (size - 1) / 2
     return grid + centre.reshape(*per_patch, ndim)
 
 
-def sample_patch(image: Tensor, label: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Resample one image and its label.
+def _misalignment(batch: int, sections: int, most: float, probability: float, generator: Generator) -> Tensor:
+    """Whole pixels (B, Z, 2) by which sections are out of place: one section of a patch, or all from one on."""
+    shift = _uniform(-most, most, (batch, 1, 2), generator).round()
+    first = torch.randint(sections, (batch, 1), generator=generator)
+    alone = torch.rand(batch, 1, generator=generator) < 0.5
+    use = torch.rand(batch, 1, generator=generator) < probability
+    z = torch.arange(sections)
+    return shift * (torch.where(alone, z == first, z >= first) & use)[..., None]
+
+
+def mirrored(grid: Tensor, shape: Sequence[int]) -> Tensor:
+    """Mirror pixel coordinates (..., n) at the borders of an image of this shape, as often as needed."""
+    last = torch.tensor(shape, dtype=torch.float32) - 1
+    grid = grid.abs() % (2 * last).clamp(min=1)
+    return torch.where(grid > last, 2 * last - grid, grid).clamp(min=0)
+
+
+def sample_patch(image: Tensor, grid: Tensor) -> Tensor:
+    """Resample an image by linear interpolation.
 
     Args:
         image: (C, *shape) float32.
-        label: (*shape) integer.
-        grid: (*patch, n) from `sampling_grid`; coordinates outside are mirrored at the border.
+        grid: (*patch, n) pixel coordinates inside the image.
 
     Returns:
-        image (C, *patch), linear interpolation; label (*patch), nearest pixel.
+        (C, *patch) float32.
     """
-    shape = torch.tensor(label.shape, device=grid.device)
-    last = (shape - 1).float()
-    grid = (grid.abs() % (2 * last).clamp(min=1)).minimum(last * 2)
-    grid = torch.where(grid > last, 2 * last - grid, grid)
+    last = torch.tensor(image.shape[1:], device=grid.device) - 1
     # grid_sample wants (x, y, [z]) in [-1, 1].
     unit = (grid / last.clamp(min=1) * 2 - 1).flip(-1)
-    patch = F.grid_sample(image[None], unit[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
-    nearest = grid.round().long()
-    return patch, label[tuple(nearest.unbind(-1))]
+    return F.grid_sample(image[None], unit[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
 
 
 def augment_intensity(
@@ -141,6 +168,60 @@ def augment_intensity(
     if noise > 0:
         normal = torch.randn(image.shape, generator=generator).to(device)
         image = image + normal * draw(0.0, noise, 0.0)
+    return image
+
+
+def augment_sections(
+    image: Tensor,
+    generator: Generator,
+    *,
+    contrast: float = 0.0,
+    brightness: float = 0.0,
+    blur: float = 0.0,
+    motion: int = 0,
+    missing: float = 0.0,
+    probability: float = 0.1,
+) -> Tensor:
+    """Change sections of a volume at random, each on its own, as the microscope and the knife do.
+
+    Args:
+        image: (B, C, Z, Y, X) float32, roughly in [0, 1].
+        generator: source of randomness (CPU).
+        contrast: factor from [1 - contrast, 1 + contrast], for every section.
+        brightness: shift from [-brightness, brightness], for every section.
+        blur: largest standard deviation, in pixels, of a Gaussian blur.
+        motion: longest motion blur, in pixels, along y, x or a diagonal; below 2, there is none.
+        missing: probability that a section is lost: it becomes one grey.
+        probability: that a section is blurred, and that it is motion-blurred.
+    """
+    batch, channels, sections = image.shape[:3]
+    device = image.device
+    column = (batch, 1, sections, 1, 1)
+
+    def draw(low: float, high: float) -> Tensor:
+        return _uniform(low, high, column, generator).to(device)
+
+    def chance(p: float) -> Tensor:
+        return (torch.rand(column, generator=generator) < p).to(device)
+
+    image = image * draw(1 - contrast, 1 + contrast) + draw(-brightness, brightness)
+    if blur > 0:
+        sigma = (draw(0.0, blur) * chance(probability)).expand(batch, channels, sections, 1, 1)
+        if sigma.any():
+            image = _blur(image.flatten(0, 2)[:, None], sigma.flatten()).reshape(image.shape)
+    if motion > 1:
+        for at in chance(probability).flatten().nonzero()[:, 0].tolist():
+            length = int(torch.randint(2, motion + 1, (), generator=generator))
+            diagonal, straight = torch.eye(length), torch.ones(length, 1)
+            lines = (straight, straight.T, diagonal, diagonal.flip(0))
+            kernel = (lines[int(torch.randint(4, (), generator=generator))] / length).to(device)
+            height, width = kernel.shape
+            section = image[at // sections, :, at % sections, None]
+            border = ((width - 1) // 2, width // 2, (height - 1) // 2, height // 2)
+            section = F.conv2d(F.pad(section, border, mode="replicate"), kernel[None, None])
+            image[at // sections, :, at % sections] = section[:, 0]
+    if missing > 0:
+        image = torch.where(chance(missing), draw(0.0, 1.0), image)
     return image
 
 

@@ -1,16 +1,21 @@
 """Read image and label files, folders and split lists; whatever is wrong with one becomes one sentence."""
 
-from collections.abc import Iterator
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import h5py
 import numpy as np
 import tifffile
+from bioimage_cpp.segmentation import label as connected_regions
 from PIL import Image
 
 from gdlib.io import DataError, Sample
 from gdlib.registry import nearest
 
-SUFFIXES = (".png", ".tif", ".tiff")
+HDF5_SUFFIXES = (".h5", ".hdf", ".hdf5")
+SUFFIXES = (".png", ".tif", ".tiff", *HDF5_SUFFIXES)
 SPLITS = ("train", "val", "test")
 Splits = dict[str, Iterator[Sample]]
 
@@ -25,7 +30,7 @@ def existing_folder(path: Path | str | None) -> Path:
 
 
 def find_files(folder: Path) -> dict[str, Path]:
-    """Return stem -> path of the PNG and TIFF files of a folder, sorted by stem; hidden files are left out."""
+    """Return stem -> path of the PNG, TIFF and HDF5 files of a folder, sorted by stem; hidden files are left out."""
     found: dict[str, Path] = {}
     for path in sorted(existing_folder(folder).iterdir()):
         if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
@@ -34,32 +39,150 @@ def find_files(folder: Path) -> dict[str, Path]:
             raise DataError(f"{path}: the name without its ending is also that of {found[path.stem].name}; rename one")
         found[path.stem] = path
     if not found:
-        raise DataError(f"{folder}: there is no PNG or TIFF file in this folder; put the images there")
+        raise DataError(f"{folder}: there is no PNG, TIFF or HDF5 file in this folder; put the images there")
     return dict(sorted(found.items()))
 
 
-def read_image(path: Path, channels: int = 1) -> np.ndarray:
+def read_image(path: Path | str, channels: int = 1, dataset: str | None = None) -> np.ndarray:
     """Read an image with its channels first, in the stored type; the alpha channel of a PNG is dropped.
 
     Args:
-        path: PNG or TIFF file.
-        channels: number expected; only used to find the channel axis of a TIFF that does not name its axes.
+        path: PNG, TIFF or HDF5 file; `file.h5:inner/path` names a dataset of an HDF5 file.
+        channels: number expected; only used to find the channel axis of a file that does not name its axes.
+        dataset: of an HDF5 file; see `read_volume`.
 
     Returns:
         (C, [Z,] Y, X) array; C is what the file has, not what was expected.
     """
-    array, axis = _read(path, indices=False)
+    array, axis = _read(path, dataset, indices=False)
     if axis is None and channels > 1 and channels in (array.shape[0], array.shape[-1]):
         axis = 0 if array.shape[0] == channels else -1
     return array[None] if axis is None else np.ascontiguousarray(np.moveaxis(array, axis, 0))
 
 
-def read_label(path: Path) -> np.ndarray:
+def read_label(path: Path | str, dataset: str | None = None) -> np.ndarray:
     """Read an instance map ([Z,] Y, X) of any integer type; a palette PNG gives its indices, not its colours."""
-    array, axis = _read(path, indices=True)
+    array, axis = _read(path, dataset, indices=True)
     if axis is not None:
         raise DataError(f"{path}: the label is a colour image; store one integer per pixel, 0 = background")
     return array
+
+
+def split_h5_path(path: Path | str) -> tuple[Path, str | None]:
+    """Split the name of an HDF5 file from that of a dataset in it, None if it names none; other paths have none.
+
+    >>> path, dataset = split_h5_path("folder/volume.h5:volumes/raw")
+    >>> path.name, dataset
+    ('volume.h5', 'volumes/raw')
+    >>> split_h5_path("stack.tif")[1] is None
+    True
+    """
+    endings = "|".join(ending[1:] for ending in HDF5_SUFFIXES)
+    match = re.fullmatch(rf"(.+?\.(?:{endings}))(?::(.+))?", str(path), re.IGNORECASE)
+    return (Path(match[1]), match[2]) if match else (Path(path), None)
+
+
+def read_volume(path: Path | str, dataset: str | None = None) -> np.ndarray:
+    """Return one array of an HDF5 file as stored.
+
+    Args:
+        path: the file, or `file.h5:inner/path`.
+        dataset: inner path; where neither names one, the file must hold a single array.
+    """
+    with open_volume(path, dataset) as volume:
+        return read_box(volume)
+
+
+@contextlib.contextmanager
+def open_volume(path: Path | str, dataset: str | None = None) -> Iterator[h5py.Dataset]:
+    """Open one array of an HDF5 file without reading it; for the arguments see `read_volume`, to read use `read_box`."""
+    path, inner = split_h5_path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: the file is missing; restore it or correct its name")
+    with _readable(path):
+        file = h5py.File(path, "r")
+    with file:
+        with _readable(path):
+            volume = _find_dataset(file, path, dataset or inner)
+        yield volume
+
+
+def read_box(volume: h5py.Dataset, box: Sequence[slice] = ()) -> np.ndarray:
+    """Return a part of an open array, all of it if no box is given."""
+    with _readable(volume.file.filename):
+        return volume[tuple(box)]
+
+
+def voxel_size(*volumes: h5py.Dataset) -> list[float] | None:
+    """Return the side lengths of a voxel in nm, one per axis, as the attributes of open arrays say; None if none does.
+
+    Args:
+        volumes: image and label of one sample; `resolution` is in nm, `element_size_um` (PlantSeg) in um.
+    """
+    found: dict[str, list[float]] = {}
+    for volume in volumes:
+        name = f"{volume.file.filename}:{volume.name.strip('/')}"
+        for key, nm in (("resolution", 1), ("element_size_um", 1000)):
+            if key in volume.attrs:
+                size = np.ravel(volume.attrs[key])
+                if len(size) not in (2, 3) or size.dtype.kind not in "iuf" or not ((size > 0) & (size < np.inf)).all():
+                    raise DataError(f"{name}: the attribute `{key}` is {size}; store one positive number per axis")
+                found[name] = [float(f"{nm * side:.6g}") for side in size]
+    for name, size in found.items():
+        if size != (first := next(iter(found.values()))):
+            raise DataError(
+                f"{name}: its voxels are {size} nm, those of {next(iter(found))} {first}; correct one of them"
+            )
+        # A stack of sections has square pixels and another distance of sections, never the reverse.
+        if len(size) == 3 and size[0] == size[1] != size[2]:
+            raise DataError(
+                f"{name}: voxels of {size} nm look like the order x, y, z; store arrays and attributes as z, y, x"
+            )
+    return next(iter(found.values()), None)
+
+
+def check_shapes(name: Path | str, image: Sequence[int], label: Sequence[int]) -> None:
+    """Raise `DataError` unless an image (without channels) and its label have the same shape."""
+    image, label = tuple(image), tuple(label)
+    if image == label:
+        return
+    if sorted(image) == sorted(label):
+        order = ", ".join("zyx"[-len(image) :])
+        raise DataError(
+            f"{name}: the image is {image} pixels, its label {label}, the same axes in another order; "
+            f"store both in the order {order}"
+        )
+    raise DataError(f"{name}: the image has {image} pixels, its label {label}; give both the same shape")
+
+
+def check_label(name: Path | str, label: np.ndarray) -> None:
+    """Raise `DataError` unless a label holds integers, none of them negative."""
+    if not np.issubdtype(label.dtype, np.integer):
+        raise DataError(f"{name}: the label has type {label.dtype}; store it as integers, one number per instance")
+    if label.min() < 0:
+        raise DataError(f"{name}: the label has negative numbers; use 0 for background and number instances from 1")
+
+
+def check_sections(name: Path | str, start: int, stop: int, count: int) -> None:
+    """Raise `DataError` unless the sections `start` to `stop` - 1 are some of a volume that has `count`."""
+    if not 0 <= start < stop <= count:
+        raise DataError(f"{name}: there are {count} sections, so [{start}, {stop}] is no range of them; choose another")
+
+
+def split_components(label: np.ndarray) -> np.ndarray:
+    """Give each 6-connected (in 2D 4-connected) component of each instance a number of its own.
+
+    A crop cuts neurons into pieces that are connected only outside of it, where no network can see.
+
+    Args:
+        label: ([Z,] Y, X) of any integer type, not negative.
+
+    Returns:
+        uint32 array of the same shape; components are numbered 1, 2, ..., 0 stays 0.
+    """
+    if label.dtype not in (np.uint8, np.uint16, np.uint32, np.uint64):  # what the library takes of such numbers
+        label = label.astype(np.uint64)
+    return connected_regions(label, connectivity=1).astype(np.uint32)
 
 
 def read_list(path: Path) -> list[str]:
@@ -79,8 +202,12 @@ def published_split(source: str, split: str) -> dict[str, list[str]]:
     return {name: read_list(folder / split / f"{name}.txt") for name in SPLITS}
 
 
-def _read(path: Path, *, indices: bool) -> tuple[np.ndarray, int | None]:
+def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.ndarray, int | None]:
     """Return the array as stored and the axis of its channels, None where it has none."""
+    file, inner = split_h5_path(path)
+    if file.suffix.lower() in HDF5_SUFFIXES:
+        return read_volume(file, inner or dataset), None
+    path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: the file is missing; restore it or take its name off the split list")
     try:
@@ -109,3 +236,32 @@ def _read_png(path: Path, indices: bool) -> tuple[np.ndarray, int | None]:
             array = array.astype(np.uint16)
         alpha = image.mode in ("LA", "RGBA")
     return (array[..., :-1], -1) if alpha else (array, -1 if array.ndim == 3 else None)
+
+
+@contextlib.contextmanager
+def _readable(path: Path | str) -> Iterator[None]:
+    """Turn what h5py says about a broken file into one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError) as error:
+        cause = " ".join(str(error).split())  # HDF5 writes the date with a line break
+        raise DataError(f"{path}: cannot be read as HDF5 ({cause}); get or save the file again") from error
+
+
+def _find_dataset(file: h5py.File, path: Path, name: str | None) -> h5py.Dataset:
+    found: dict[str, h5py.Dataset] = {}
+
+    def add(key: str, item: h5py.Group | h5py.Dataset | None) -> None:
+        if isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "buifc":
+            found[key] = item
+
+    file.visititems(add)
+    if name is None and len(found) == 1:
+        return next(iter(found.values()))
+    inside = ", ".join(f"{key} {item.shape}" for key, item in list(found.items())[:10]) or "no array"
+    if name is None:
+        raise DataError(f"{path}: it is not clear which dataset to read, inside is {inside}; name one")
+    add(name, file.get(name))  # a link is not visited, but can be named
+    if name not in found:
+        raise DataError(f'{path}: there is no dataset "{name}", inside is {inside}; correct the name')
+    return found[name]

@@ -4,34 +4,82 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
+from torch import Tensor
 
-from gdlib import io
-from gdlib.data.augment import augment_intensity, sample_patch, sampling_grid
+from gdlib import io, ops
+from gdlib.data.augment import augment_intensity, augment_sections, mirrored, sample_patch, sampling_grid
 from gdlib.distill import Batch
 
+IN_MEMORY = 2**31  # bytes; a split that is larger stays in its file, and patches are read from there
+SLAB = 2**24  # pixels looked at at once
 
-def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
-    """Map each channel's `lower` and `upper` percentile to 0 and 1; values outside stay outside, a flat channel becomes 0.
 
-    Where both percentiles are equal, as in an image with few bright pixels, minimum and maximum take their place.
+def intensity_range(image: np.ndarray | h5py.Dataset, lower: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
+    """Find what becomes 0 and 1: two percentiles of each channel, or its minimum and maximum where they are equal.
 
     Args:
-        image: (C, [Z,] Y, X), any real type.
+        image: (C, [Z,] Y, X), any real type, in memory or in a file; it is read slab by slab. Of images of more than
+            2^24 pixels per channel in another type than uint8 and uint16, every n-th section or row is looked at.
         lower: percentile, e.g. 1.
         upper: percentile, e.g. 99.8.
 
     Returns:
+        Two (C,) float32 arrays; equal values mean a flat channel.
+    """
+    out = np.empty((2, image.shape[0]), np.float32)
+    thickness = max(1, SLAB // max(1, int(np.prod(image.shape[2:]))))
+    slabs = [slice(k, k + thickness) for k in range(0, image.shape[1], thickness)]
+    if image.dtype not in (np.uint8, np.uint16) and len(slabs) > 1:
+        slabs = [slice(0, None, len(slabs))]
+    for channel in range(image.shape[0]):
+        if image.dtype in (np.uint8, np.uint16):
+            count = sum(
+                np.bincount(image[channel, slab].ravel(), minlength=2 ** (8 * image.dtype.itemsize)) for slab in slabs
+            )
+            values = np.flatnonzero(count)
+            low, high = _percentiles(values, count[values], (lower, upper))
+            lowest, highest = values[0], values[-1]
+        else:
+            flat = np.concatenate([image[channel, slab].ravel() for slab in slabs]).astype(np.float32)
+            low, high = np.percentile(flat, [lower, upper])
+            lowest, highest = flat.min(), flat.max()
+        out[:, channel] = (low, high) if np.float32(high) > np.float32(low) else (lowest, highest)
+    return out[0], out[1]
+
+
+def _percentiles(values: np.ndarray, count: np.ndarray, percents: Sequence[float]) -> list[float]:
+    """`np.percentile` of sorted values that occur `count` times."""
+    last = np.cumsum(count) - 1  # position of the last occurrence of each value in the sorted data
+    out = []
+    for percent in percents:
+        position = percent / 100 * last[-1]
+        before, after = (values[np.searchsorted(last, p)] for p in (np.floor(position), np.ceil(position)))
+        out.append(float(before) + (position - np.floor(position)) * (float(after) - float(before)))
+    return out
+
+
+def rescale(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Map `low` to 0 and `high` to 1; values outside stay outside, a flat channel becomes 0.
+
+    Args:
+        image: (C, [Z,] Y, X), any real type.
+        low: (C,) float32, from `intensity_range`, as is `high`.
+        high: (C,) float32.
+
+    Returns:
         float32 array of the same shape.
     """
-    flat = image.reshape(len(image), -1).astype(np.float32)
-    low, high = np.percentile(flat, [lower, upper], axis=1, keepdims=True).astype(np.float32)
-    flat_between = high <= low
-    low = np.where(flat_between, flat.min(1, keepdims=True), low)
-    high = np.where(flat_between, flat.max(1, keepdims=True), high)
-    span = np.where(high > low, high - low, np.inf)
-    return ((flat - low) / span).reshape(image.shape).astype(np.float32)
+    column = (-1,) + (1,) * (image.ndim - 1)
+    span = np.where(high > low, high - low, np.inf).astype(np.float32)
+    return (image.astype(np.float32) - low.reshape(column)) / span.reshape(column)
+
+
+def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
+    """Map each channel's `lower` and `upper` percentile to 0 and 1; see `intensity_range` and `rescale`."""
+    return rescale(image, *intensity_range(image, lower, upper))
 
 
 class PatchSampler:
@@ -41,11 +89,13 @@ class PatchSampler:
     order: differences between methods are not differences of data.
 
     Args:
-        path: samples `.h5`; read once and kept in memory.
-        patch: side lengths in pixels.
+        path: samples `.h5`. Up to 2 GiB are kept in memory; of a larger split, each patch reads the blocks that it needs.
+        patch: side lengths of the label in pixels.
+        margin: the image is larger by this on each side, for networks that lose it; 0 if left out.
         batch_size: patches per step.
-        normalisation: keyword arguments of `normalise`.
-        augment: keyword arguments of `sampling_grid` and `augment_intensity`.
+        normalisation: keyword arguments of `intensity_range`.
+        augment: keyword arguments of `sampling_grid`, `augment_intensity` and, for volumes, `augment_sections`.
+        border: label pixels so near to another instance become background (`ops.widen_borders`).
         seed: of the run.
         device: where patches are made and returned.
     """
@@ -59,33 +109,63 @@ class PatchSampler:
         normalisation: Mapping[str, float],
         augment: Mapping[str, Mapping[str, Any]],
         seed: int,
+        margin: Sequence[int] | None = None,
+        border: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.patch = tuple(patch)
+        self.margin = tuple(margin or [0] * len(self.patch))
         self.batch_size = batch_size
         self.augment = augment
+        self.border = border
         self.seed = seed
-        self.images, self.labels = [], []
-        for sample in io.read_samples(path):
-            if any(n < p for n, p in zip(sample.label.shape, self.patch, strict=True)):
+        self.device = torch.device(device)
+        self.samples: list[dict[str, Any]] = []
+        with io.open_h5(path):  # tells a broken file in one sentence
+            file = h5py.File(path, "r", rdcc_nbytes=2**26)
+        size = sum(array.nbytes for sample in file.values() for array in sample.values())
+        for name in sorted(file):
+            arrays = {key: array if size > IN_MEMORY else array[()] for key, array in file[name].items()}
+            if any(n < p for n, p in zip(arrays["label"].shape, self.patch, strict=True)):
                 raise io.DataError(
-                    f'{path}: image "{sample.id}" of {sample.label.shape} pixels is smaller than the patch {self.patch}; '
+                    f'{path}: image "{name}" of {arrays["label"].shape} pixels is smaller than the patch {self.patch}; '
                     "choose a smaller patch"
                 )
-            self.images.append(torch.from_numpy(normalise(sample.image, **normalisation)).to(device))
-            self.labels.append(torch.from_numpy(sample.label.astype(np.int64)).to(device))
-        if not self.images:
+            self.samples.append({**arrays, "range": intensity_range(arrays["image"], **normalisation)})
+        if not self.samples:
             raise io.DataError(f"{path}: there is no image to train on; check the split lists")
 
     def batch(self, step: int) -> Batch:
-        """Return the patches of one step: image (B, C, *patch) float32, label (B, *patch) int64, ids (B,) int64."""
+        """Return the patches of one step: image (B, C, *patch + margins) float32, label (B, *patch) int64, ids (B,) int64."""
         # The CPU generator looks at the last 32 bits only; an odd factor spreads the seeds over them.
         generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + step) % 2**32)
-        device = self.images[0].device
-        ids = torch.randint(len(self.images), (self.batch_size,), generator=generator)
-        shapes = torch.tensor([self.labels[i].shape for i in ids.tolist()])
-        grid = sampling_grid(shapes, self.patch, generator, **self.augment["geometry"]).to(device)
-        pairs = [sample_patch(self.images[i], self.labels[i], g) for i, g in zip(ids.tolist(), grid, strict=True)]
-        image = torch.stack([image for image, _ in pairs])
-        label = torch.stack([label for _, label in pairs])
-        return Batch(augment_intensity(image, generator, **self.augment["intensity"]), label, ids.to(device))
+        ids = torch.randint(len(self.samples), (self.batch_size,), generator=generator)
+        chosen = [self.samples[i] for i in ids.tolist()]
+        shapes = torch.tensor([sample["label"].shape for sample in chosen])
+        grid = sampling_grid(shapes, self.patch, generator, margin=self.margin, **self.augment["geometry"])
+        patches = [self._cut(sample, g) for sample, g in zip(chosen, grid, strict=True)]
+        image, label, ignore = (torch.stack(parts) for parts in zip(*patches, strict=True))
+        if self.border:
+            label = ops.widen_borders(label, self.border)
+        image = augment_intensity(image, generator, **self.augment["intensity"])
+        if len(self.patch) == 3:
+            image = augment_sections(image, generator, **self.augment["sections"])
+        return Batch(image, label, ids.to(self.device), ignore if ignore.any() else None)
+
+    def _cut(self, sample: Mapping[str, Any], grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the box that holds all points of a grid, and resample it."""
+        grid = mirrored(grid, sample["label"].shape)
+        ndim = len(self.patch)
+        low = grid.reshape(-1, ndim).amin(0).floor()
+        high = grid.reshape(-1, ndim).amax(0).ceil()
+        box = tuple(slice(int(a), int(b) + 1) for a, b in zip(low, high, strict=True))
+        image = rescale(sample["image"][(slice(None), *box)], *sample["range"])
+        inner = tuple(slice(m, m + p) for m, p in zip(self.margin, self.patch, strict=True))
+        grid = (grid - low).to(self.device)
+
+        nearest = tuple(grid[inner].round().long().unbind(-1))
+        image = sample_patch(torch.from_numpy(image).to(self.device), grid)
+        label = torch.from_numpy(sample["label"][box].astype(np.int64)).to(self.device)[nearest]
+        if "ignore" not in sample:
+            return image, label, torch.zeros_like(label, dtype=torch.bool)
+        return image, label, torch.from_numpy(sample["ignore"][box]).to(self.device)[nearest]

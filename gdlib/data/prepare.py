@@ -14,7 +14,7 @@ import numpy as np
 from skimage.segmentation import relabel_sequential
 
 from gdlib import io
-from gdlib.data.files import SPLITS
+from gdlib.data.files import SPLITS, check_label, check_shapes
 from gdlib.io import DataError, Sample
 from gdlib.registry import SOURCES
 
@@ -41,8 +41,8 @@ def prepare(
         channels: of every image.
 
     Returns:
-        For each split the file attributes: `samples`, `instances`, `empty_labels`, `types`, `sha256` (of names and
-        content), `source`, `options`, `provenance`, `channels`, `axes`, `split`.
+        For each split the file attributes: `samples`, `instances`, `empty_labels`, `ignored` (voxels), `types`, `sha256` (of
+        names and content), `source`, `options`, `provenance`, `channels`, `axes`, `split`.
 
     Raises:
         DataError: for input that cannot be used.
@@ -83,13 +83,13 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
 
     Args:
         sample: image (C, [Z,] Y, X) of any real type, label ([Z,] Y, X) of any integer type, not negative. A label
-            without an instance is fine.
+            without an instance is fine. `ignore`, if there is one, boolean, of the label's shape.
         channels: C expected.
         min_size: n smallest side lengths in pixels, n = 2 or 3.
 
     Returns:
         The sample with its label numbered 1, 2, ... in uint32 and its image in uint8, uint16 or, from any other type,
-        float32.
+        float32; without `ignore` where that is False everywhere.
     """
     image, label = sample.image, sample.label
     name = sample.attrs.get("source", sample.id)
@@ -100,10 +100,7 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
             f"{name}: the image has {image.shape[0]} channels, but the dataset says {channels}; "
             "convert the image or correct `channels`"
         )
-    if image.shape[1:] != label.shape:
-        raise DataError(
-            f"{name}: the image has {image.shape[1:]} pixels, its label {label.shape}; give both the same shape"
-        )
+    check_shapes(name, image.shape[1:], label.shape)
     if label.ndim != len(min_size):
         raise DataError(f"{name}: the image has {label.ndim} axes, but the dataset {len(min_size)}; convert the image")
     if any(side < least for side, least in zip(label.shape, min_size, strict=True)):
@@ -111,10 +108,21 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
             f"{name}: the image of {label.shape} pixels is smaller than the patch {tuple(min_size)}; "
             "choose a smaller patch or leave the image out"
         )
-    if not np.issubdtype(label.dtype, np.integer):
-        raise DataError(f"{name}: the label has type {label.dtype}; store it as integers, one number per instance")
-    if label.min() < 0:
-        raise DataError(f"{name}: the label has negative numbers; use 0 for background and number instances from 1")
+    check_label(name, label)
+    ignore = sample.ignore
+    if ignore is not None:
+        if ignore.shape != label.shape or ignore.dtype != bool:
+            raise DataError(
+                f"{name}: what to ignore is {ignore.shape} of type {ignore.dtype}; it must be boolean and of the label's "
+                f"shape {label.shape}"
+            )
+        if ignore.all():
+            raise DataError(f"{name}: every pixel is to be ignored; leave the image out")
+    size = sample.attrs.get("voxel_size_nm", label.shape)
+    if len(size) != label.ndim:
+        raise DataError(
+            f"{name}: the voxel size {list(size)} has {len(size)} numbers; give one for each of {label.ndim} axes"
+        )
     # Readers give what the file has: big-endian numbers, memory that must not be written to (skimage needs to).
     image = image.astype(image.dtype.newbyteorder("="), copy=False)
     label = np.require(label, label.dtype.newbyteorder("="), "W")
@@ -125,7 +133,10 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
             image = image.astype(np.float32)
         if not np.isfinite(image).all():
             raise DataError(f"{name}: the image has NaN or infinite pixels; replace them by numbers")
-    return replace(sample, image=image, label=relabel_sequential(label)[0].astype(np.uint32))
+    if label.ndim == 3 and image.min() == image.max():
+        raise DataError(f"{name}: all voxels of the image are {image.flat[0]}; export the volume again")
+    ignore = ignore if ignore is not None and ignore.any() else None
+    return replace(sample, image=image, label=relabel_sequential(label)[0].astype(np.uint32), ignore=ignore)
 
 
 def _checked(
@@ -143,7 +154,7 @@ class _Tally:
     """Counts samples on their way to the file."""
 
     def __init__(self) -> None:
-        self.samples = self.instances = self.empty = 0
+        self.samples = self.instances = self.empty = self.ignored = 0
         self.types: Counter[str] = Counter()
         self.hash = hashlib.sha256()
 
@@ -153,10 +164,12 @@ class _Tally:
             self.samples += 1
             self.instances += instances
             self.empty += instances == 0
+            self.ignored += 0 if sample.ignore is None else int(sample.ignore.sum())
             self.types[str(sample.image.dtype)] += 1
             self.hash.update(f"{sample.id} {sample.image.dtype} {sample.image.shape}\n".encode())
-            for array in (sample.image, sample.label):
-                self.hash.update(np.ascontiguousarray(array).data)
+            for array in (sample.image, sample.label, sample.ignore):
+                if array is not None:
+                    self.hash.update(np.ascontiguousarray(array).data)
             yield sample
 
     def attrs(self) -> dict[str, Any]:
@@ -164,10 +177,12 @@ class _Tally:
             "samples": self.samples,
             "instances": self.instances,
             "empty_labels": self.empty,
+            "ignored": self.ignored,
             "types": ", ".join(f"{name}: {count}" for name, count in sorted(self.types.items())),
             "sha256": self.hash.hexdigest(),
         }
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in sorted(self.types.items()))
-        return f"{self.samples} images ({types}), {self.instances} instances, {self.empty} empty labels"
+        ignored = f", {self.ignored:,d} ignored voxels" if self.ignored else ""
+        return f"{self.samples} images ({types}), {self.instances} instances, {self.empty} empty labels{ignored}"

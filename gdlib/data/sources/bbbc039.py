@@ -49,7 +49,7 @@ def _read(root: Path, ids: list[str], min_area: int) -> Iterator[Sample]:
     for name in ids:
         mask = read_image(root / "masks" / f"{name}.png")
         source = f"images/{name}.tif"
-        yield Sample(name, read_image(root / source), decode(mask[0], min_area), {"source": source})
+        yield Sample(name, read_image(root / source), decode(mask[0], min_area), attrs={"source": source})
 
 
 def decode(code: np.ndarray, min_area: int) -> np.ndarray:

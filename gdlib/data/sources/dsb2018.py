@@ -48,4 +48,4 @@ def _read(folder: Path, ids: list[str]) -> Iterator[Sample]:
                 raise DataError(f"{mask}: the mask is {inside.shape} pixels, its image {label.shape}; get it again")
             label[inside & (label == 0)] = number
         # The channels repeat the same grey value.
-        yield Sample(name, image[:1], label, {"source": f"stage1_train/{name}/images/{name}.png"})
+        yield Sample(name, image[:1], label, attrs={"source": f"stage1_train/{name}/images/{name}.png"})

@@ -1,7 +1,8 @@
-"""Own data: a folder with `images/` and `labels/`, PNG or TIFF, one label file for each image file and of equal name.
+"""Own data: a folder with `images/` and `labels/`, PNG, TIFF or HDF5, one label file per image file and of equal name.
 
 A label file holds one integer per pixel: 0 = background, any other number = one instance. The endings may differ:
-`a.png` goes with `a.tif`. Grey and colour images, 2D or 3D.
+`a.png` goes with `a.tif`. Grey and colour images, 2D or 3D; axes in the order z, y, x. The voxel size is the attribute
+`resolution` (nm) or `element_size_um` of the arrays of an HDF5 file, or an option.
 
 Splits: if `train.txt`, `val.txt` and `test.txt` lie beside the two folders, they say which images (one name per line)
 go where, and an image on no list is left out. Otherwise the SHA-256 of its name puts each image at a place between 0
@@ -10,24 +11,48 @@ others are added or removed. The one exception is for very few images: a split t
 largest split, the image whose place is nearest to its own range, until an image of its own arrives.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gdlib.data.files import SPLITS, Splits, existing_folder, find_files, read_image, read_label, read_list
+from gdlib.data.files import (
+    HDF5_SUFFIXES,
+    SPLITS,
+    Splits,
+    existing_folder,
+    find_files,
+    open_volume,
+    read_image,
+    read_label,
+    read_list,
+    voxel_size,
+)
 from gdlib.io import DataError, Sample
 
 __all__ = ["folder"]
 
 
-def folder(root: Path | None, *, channels: int = 1, val_fraction: float = 0.2, test_fraction: float = 0.2) -> Splits:
+def folder(
+    root: Path | None,
+    *,
+    channels: int = 1,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    image_dataset: str | None = None,
+    label_dataset: str | None = None,
+    voxel_size_nm: Sequence[float] | None = None,
+) -> Splits:
     """Read a folder of images and labels.
 
     Args:
         root: folder with `images` and `labels`, and split lists if wanted.
-        channels: of every image; only needed where a TIFF does not say which axis its channels are on.
+        channels: of every image; only needed where a file does not say which axis its channels are on.
         val_fraction: expected part of the images for validation; unused with split lists.
         test_fraction: expected part of the images for testing; unused with split lists.
+        image_dataset: path of the image inside HDF5 files, e.g. `volumes/raw`; not needed where they hold one array.
+        label_dataset: the same for labels.
+        voxel_size_nm: one number per axis ([Z,] Y, X), instead of what HDF5 files say.
 
     Returns:
         For each split the samples: image (C, [Z,] Y, X) and label ([Z,] Y, X) as stored.
@@ -48,15 +73,40 @@ def folder(root: Path | None, *, channels: int = 1, val_fraction: float = 0.2, t
     else:
         split_names = _split(list(images), val_fraction, test_fraction)
     return {
-        split: _read(root, [(images[name], labels[name]) for name in names], channels)
+        split: _read(
+            root,
+            [(images[name], labels[name]) for name in names],
+            channels,
+            image_dataset,
+            label_dataset,
+            voxel_size_nm,
+        )
         for split, names in split_names.items()
     }
 
 
-def _read(root: Path, pairs: list[tuple[Path, Path]], channels: int) -> Iterator[Sample]:
+def _read(
+    root: Path,
+    pairs: list[tuple[Path, Path]],
+    channels: int,
+    image_dataset: str | None,
+    label_dataset: str | None,
+    size: Sequence[float] | None,
+) -> Iterator[Sample]:
     for image, label in pairs:
         attrs = {"source": image.relative_to(root).as_posix()}
-        yield Sample(image.stem, read_image(image, channels), read_label(label), attrs)
+        if found := size or _stored_size((image, image_dataset), (label, label_dataset)):
+            attrs["voxel_size_nm"] = [float(side) for side in found]
+        yield Sample(
+            image.stem, read_image(image, channels, image_dataset), read_label(label, label_dataset), attrs=attrs
+        )
+
+
+def _stored_size(*files: tuple[Path, str | None]) -> list[float] | None:
+    """Return the voxel size that the HDF5 files among these say."""
+    with contextlib.ExitStack() as stack:
+        opened = (open_volume(path, name) for path, name in files if path.suffix.lower() in HDF5_SUFFIXES)
+        return voxel_size(*(stack.enter_context(volume) for volume in opened))
 
 
 def _split(names: list[str], val_fraction: float, test_fraction: float) -> dict[str, list[str]]:

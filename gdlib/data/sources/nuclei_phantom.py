@@ -80,7 +80,7 @@ def nuclei_phantom(
             )
             light = gaussian_filter(light, blur) + gaussian_filter(haze * (light + far), 10 * blur, truncate=2.5)
             image = _camera(rng, light * _illumination(rng, size, illumination), gain, read_noise)
-            yield Sample(f"{split}_{i:04d}", image[None], label, {"source": "nuclei_phantom"})
+            yield Sample(f"{split}_{i:04d}", image[None], label, attrs={"source": "nuclei_phantom"})
 
     return {split: samples(number, split) for number, split in enumerate(SPLITS)}
 
