@@ -12,21 +12,27 @@ of the table and one entry there. The rules that hold for all of them:
   the worst one for everything that counts objects or foreground (0; |DiC| is the number of objects). ARAND and VOI look
   only at pixels of label objects: without such pixels there is nothing to get wrong and they are 0, and a
   segmentation without objects is to them one segment that merges all. Every value is finite, no image is ever left out.
-* **Ignored** pixels (`ignore`) are removed first, as if the image had never had them.
+* **Ignored** pixels (`ignore`) are removed first, as if the image had never had them; their ids may even be negative.
+* **Borders** have no rule of their own: every pixel counts, but to ARAND and VOI those of label 0, which is what lies
+  between cells in many volumes. A margin around borders that shall not count is given as `ignore`.
 
 PAPER: the original code's AJI depends on the order of the ids, its means leave out images whose segmentation is empty,
 its best Dice takes the smallest id for the background, and one of its evaluation scripts calls object F1 "Dice" and
 pixel Dice "F1". Here AJI and SBD follow their definitions, all images count, and the names mean what they say.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 THRESHOLDS = (50, 60, 70, 80, 90)  # IoU in percent
+SLAB = 2**22  # pixels that are looked at together
+
+Volume = Any  # an array, or what gives one when it is sliced, as an HDF5 dataset does
 
 
 class Pairs(NamedTuple):
@@ -81,8 +87,10 @@ class Overlaps:
         return self.label_ids.size - 1, self.segmentation_ids.size - 1
 
 
-def overlaps(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None = None) -> Overlaps:
+def overlaps(label: Volume, segmentation: Volume, ignore: Volume | None = None) -> Overlaps:
     """Count the pixels that every label id shares with every segmentation id.
+
+    The maps are read in slabs along the first axis, so that little memory is needed whatever their size.
 
     Args:
         label: ([Z,] Y, X) ground truth, any integer type, 0 = background, ids need not be consecutive.
@@ -99,31 +107,50 @@ def overlaps(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | N
     >>> table.count.tolist(), table.pairs.iou.round(2).tolist()
     ([1, 1, 2], [0.67])
     """
-    label, segmentation = _integers(label, "label"), _integers(segmentation, "segmentation")
-    if label.shape != segmentation.shape:
-        raise ValueError(f"label has shape {label.shape} but segmentation has {segmentation.shape}")
-    if ignore is not None:
-        if np.shape(ignore) != label.shape:
-            raise ValueError(f"label has shape {label.shape} but ignore has {np.shape(ignore)}")
-        keep = ~np.asarray(ignore, dtype=bool)
-        label, segmentation = label[keep], segmentation[keep]
-    label, segmentation = label.ravel(), segmentation.ravel()
+    label, segmentation = (a if hasattr(a, "shape") else np.asarray(a) for a in (label, segmentation))
+    for name, other in (("segmentation", segmentation), ("ignore", ignore)):
+        if other is not None and np.shape(other) != label.shape:
+            raise ValueError(f"label has shape {label.shape} but {name} has {np.shape(other)}")
+    stored = (getattr(label, "chunks", None) or (1,))[0]  # what an HDF5 dataset unpacks together is read together
+    rows = max(1, SLAB // max(1, stored * math.prod(label.shape[1:]))) * stored
+    parts = []
+    for start in range(0, max(1, label.shape[0]), rows):
+        slab = slice(start, start + rows)
+        table = _table(*_runs(label[slab], segmentation[slab], None if ignore is None else ignore[slab]))
+        parts.append((table.label_ids[table.i], table.segmentation_ids[table.j], table.count))
+    return _table(*map(np.concatenate, zip(*parts, strict=True)))
 
-    # Along a row both maps are constant for long stretches: all that follows works on these runs, not on pixels.
-    change = label[1:] != label[:-1]
-    change |= segmentation[1:] != segmentation[:-1]
-    starts = np.concatenate([np.arange(min(1, label.size)), np.flatnonzero(change) + 1])
-    lengths = np.diff(starts, append=label.size)
-    label_ids, i = _distinct(label[starts])
-    segmentation_ids, j = _distinct(segmentation[starts])
+
+def _runs(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """Return the label id, the segmentation id and the length of every stretch along which both are constant."""
+    maps = {"label": _integers(label, "label").ravel(), "segmentation": _integers(segmentation, "segmentation").ravel()}
+    ignore = np.broadcast_to(False, maps["label"].size) if ignore is None else np.asarray(ignore, bool).ravel()
+    # Objects are wider than a pixel: all that follows works on runs, of which there are far fewer.
+    change = ignore[1:] != ignore[:-1]
+    for values in maps.values():
+        change |= values[1:] != values[:-1]
+    starts = np.concatenate([np.arange(min(1, ignore.size)), np.flatnonzero(change) + 1])
+    lengths = np.diff(starts, append=ignore.size)
+    kept = ~ignore[starts]
+    ids = {name: values[starts[kept]] for name, values in maps.items()}
+    for name, values in ids.items():
+        if values.dtype.kind == "i" and values.size and values.min() < 0:
+            raise ValueError(f"{name} has negative ids; pass such pixels as `ignore`")
+    return *ids.values(), lengths[kept]
+
+
+def _table(label: np.ndarray, segmentation: np.ndarray, length: np.ndarray) -> Overlaps:
+    """Sum the lengths of equal pairs of ids."""
+    label_ids, i = _distinct(label)
+    segmentation_ids, j = _distinct(segmentation)
     keys, key = _distinct(i * segmentation_ids.size + j)
-    count = _sums(key, lengths, keys.size)
+    count = _sums(key, length, keys.size)
     i, j = np.divmod(keys[count > 0], segmentation_ids.size)
     # uint64 holds every id, so that ids of both maps can stand in one array.
     return Overlaps(label_ids.astype(np.uint64), segmentation_ids.astype(np.uint64), i, j, count[count > 0])
 
 
-def evaluate(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None = None) -> dict[str, float]:
+def evaluate(label: Volume, segmentation: Volume, ignore: Volume | None = None) -> dict[str, float]:
     """Return every metric of one image.
 
     Args:
@@ -156,7 +183,7 @@ class Matches(NamedTuple):
     spurious: np.ndarray
 
 
-def match(label: np.ndarray, segmentation: np.ndarray, iou: float = 0.5, ignore: np.ndarray | None = None) -> Matches:
+def match(label: Volume, segmentation: Volume, iou: float = 0.5, ignore: Volume | None = None) -> Matches:
     """Match objects whose IoU is above a threshold.
 
     Args:
@@ -178,11 +205,11 @@ def match(label: np.ndarray, segmentation: np.ndarray, iou: float = 0.5, ignore:
 
 
 def errors(
-    label: np.ndarray,
-    segmentation: np.ndarray,
+    label: Volume,
+    segmentation: Volume,
     iou: float = 0.5,
     fraction: float = 0.5,
-    ignore: np.ndarray | None = None,
+    ignore: Volume | None = None,
 ) -> dict[str, list[int]]:
     """Say what went wrong with which object; each error is explained once.
 
@@ -230,8 +257,6 @@ def _integers(array: np.ndarray, name: str) -> np.ndarray:
         return array.view(np.uint8)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{name} must hold integer ids, not {array.dtype}")
-    if array.dtype.kind == "i" and array.size and array.min() < 0:
-        raise ValueError(f"{name} has negative ids; pass such pixels as `ignore`")
     return array
 
 

@@ -56,9 +56,9 @@ def tested() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def declared() -> dict[str, Requirement]:
-    """Dependencies of pyproject.toml."""
+    """Dependencies of pyproject.toml, and of the extra that the default study needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return {r.name: r for r in map(Requirement, project["dependencies"])}
+    return {r.name: r for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["em"])}
 
 
 @pytest.mark.parametrize("path", ENVS, ids=lambda path: path.stem)

@@ -2,14 +2,17 @@
 
 import itertools
 import math
+import tracemalloc
 from fractions import Fraction
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import adapted_rand_error, variation_of_information
 
+from gdlib import metrics
 from gdlib.metrics import METRICS, THRESHOLDS, errors, evaluate, is_better, match, overlaps
 
 HIGHER = [key for key, metric in METRICS.items() if metric.better == "higher"]
@@ -124,6 +127,18 @@ def test_arand_and_voi_agree_with_scikit_image(seed):
     scores = evaluate(label, segmentation)
     split, merge = variation_of_information(label, segmentation, ignore_labels=(0,))
     expected = [adapted_rand_error(label, segmentation, ignore_labels=(0,))[0], split, merge, split + merge]
+    assert [scores[key] for key in FOREGROUND_ONLY] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_arand_and_voi_in_3d_with_ignored_pixels_agree_with_scikit_image(seed):
+    """Pixels that do not count are those of label 0, which scikit-image leaves out, as we do."""
+    label, segmentation = random_pair(seed, (5, 13, 17), objects=9)
+    ignore = np.random.default_rng(seed).random(label.shape) < 0.2
+    scores = evaluate(label, segmentation, ignore)
+    without = np.where(ignore, 0, label)
+    split, merge = variation_of_information(without, segmentation, ignore_labels=(0,))
+    expected = [adapted_rand_error(without, segmentation, ignore_labels=(0,))[0], split, merge, split + merge]
     assert [scores[key] for key in FOREGROUND_ONLY] == pytest.approx(expected, abs=1e-12)
 
 
@@ -247,6 +262,53 @@ def test_table_counts_every_pixel():
     assert table.label_sizes.sum() == table.segmentation_sizes.sum() == table.count.sum() == label.size
 
 
+# --- Slabs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sections", [1, 2, 3, 4, 7, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_slabs_of_any_thickness_give_the_same_table(monkeypatch, seed, sections):
+    label, segmentation = random_pair(seed, (7, 11, 13), objects=9)
+    label, segmentation = renamed(label, seed), renamed(segmentation, seed + 1)
+    ignore = np.random.default_rng(seed).random(label.shape) < 0.3
+    ignore[2:4] = True  # a slab may hold nothing that counts
+    monkeypatch.setattr(metrics, "SLAB", 10**9)
+    whole = overlaps(label, segmentation, ignore)
+    monkeypatch.setattr(metrics, "SLAB", sections * 11 * 13 + 5)
+    table = overlaps(label, segmentation, ignore)
+    for name in ("label_ids", "segmentation_ids", "i", "j", "count"):
+        assert np.array_equal(getattr(table, name), getattr(whole, name)), name
+    assert table.count.sum() == np.count_nonzero(~ignore)
+
+
+@pytest.mark.parametrize("chunks", [True, None, (3, 4, 4)])
+def test_datasets_are_read_in_slabs(tmp_path, monkeypatch, chunks):
+    label, segmentation = random_pair(1, (7, 11, 13))
+    ignore = np.random.default_rng(1).random(label.shape) < 0.3
+    monkeypatch.setattr(metrics, "SLAB", 2 * 11 * 13)
+    with h5py.File(tmp_path / "maps.h5", "w") as file:
+        stored = [
+            file.create_dataset(name, data=array, chunks=chunks)
+            for name, array in {"label": label, "segmentation": segmentation, "ignore": ignore}.items()
+        ]
+        assert evaluate(*stored) == evaluate(label, segmentation, ignore)
+        assert evaluate(*stored[:2]) == evaluate(label, segmentation)
+        with pytest.raises(ValueError, match="shape"):
+            evaluate(stored[0], segmentation[1:])
+
+
+def test_memory_does_not_grow_with_the_volume():
+    def peak(sections):
+        label = np.kron(np.arange(1, 65, dtype=np.uint16).reshape(1, 8, 8), np.ones((sections, 64, 64), np.uint16))
+        tracemalloc.start()
+        evaluate(label, label, ignore=np.broadcast_to(False, label.shape))
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    assert peak(sections=96) < 1.2 * peak(sections=32)  # 25 and 8 million pixels
+
+
 # --- Stated rules ----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +346,13 @@ def test_ignored_pixels_are_as_if_they_were_not_there():
     assert evaluate(label, segmentation, ignore) == pytest.approx(expected, abs=1e-12)
     assert perfect(evaluate(label, segmentation, np.ones(label.shape, bool)))
     assert perfect(evaluate(label, np.where(label > 2, 0, label), ignore=label > 2))
+
+
+def test_ignored_pixels_may_have_any_id():
+    label, segmentation = np.array([[1, 1, -1, 2]]), np.array([[7, 7, 3, -5]])
+    assert perfect(evaluate(label, segmentation, np.array([[0, 0, 1, 1]])))
+    with pytest.raises(ValueError, match="segmentation has negative ids"):
+        evaluate(label, segmentation, np.array([[0, 0, 1, 0]]))
 
 
 @pytest.mark.parametrize(
