@@ -1,16 +1,22 @@
 """The command line: `gdlib segment`, `evaluate`, `info`, `models` for people, `gdlib step ...` for the workflow."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gdlib import __version__, io
+from gdlib.steps import BLOCK_HELP, add_steps, sides
 
 EXAMPLES = """examples:
   gdlib segment images/ --model weights.safetensors --out labels/
+  gdlib segment volume.h5:volumes/raw --model weights.safetensors --out labels/
   gdlib evaluate ground_truth/ labels/ --out scores.csv
   gdlib info weights.safetensors
   gdlib models
@@ -49,10 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     segment = commands.add_parser(
         "segment",
         help="find the objects in images",
-        description="Segment images with trained weights. Every image gives one TIFF of the same name in the output folder: "
-        "32-bit labels, 0 = background, 1, 2, ... = objects. It opens in napari and Fiji.",
+        description="Segment images and volumes of any size with trained weights. Every image gives one file of the same name "
+        "in the output folder, with 32-bit labels: 0 = background, 1, 2, ... = objects. PNG and TIFF give TIFF, which opens in "
+        "napari and Fiji; a dataset of an HDF5 file gives an HDF5 file with a dataset of the same name. A volume that was "
+        "stopped half-way goes on from there when the same command is given again.",
     )
-    segment.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG or TIFF files, or folders of them")
+    segment.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="PNG or TIFF files (stacks too), volume.h5:name/of/dataset, or folders of files",
+    )
     segment.add_argument(
         "--model", required=True, type=Path, metavar="FILE", help="weights.safetensors of a trained network"
     )
@@ -60,11 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     segment.add_argument("--precision", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     segment.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    segment.add_argument("--block", type=sides, metavar="SIDES", help=BLOCK_HELP)
     segment.add_argument(
-        "--block", type=int, default=1024, help="largest side computed at once, in pixels (default: 1024)"
+        "--segmenter", help="mutex_watershed, waterz or multicut (default: the one the weights were chosen with)"
     )
     segment.add_argument("--foreground-threshold", type=float, help="probability (default: tuned with the weights)")
     segment.add_argument("--min-size", type=int, help="pixels (default: tuned with the weights)")
+    segment.add_argument(
+        "--set",
+        type=_parameter,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other parameter of the segmenter, e.g. threshold=0.4 of waterz, beta=0.6 of multicut, stride=4 of "
+        "mutex_watershed; may be repeated",
+    )
     segment.set_defaults(function=_segment)
 
     evaluate = commands.add_parser(
@@ -74,8 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         + _metric_help(),
         formatter_class=raw,
     )
-    evaluate.add_argument("labels", type=Path, help="ground truth: a PNG or TIFF file, or a folder of them")
-    evaluate.add_argument("segmentations", type=Path, help="the same for what is to be judged")
+    evaluate.add_argument(
+        "labels", help="ground truth: a PNG or TIFF file, volume.h5:name/of/dataset, or a folder of files"
+    )
+    evaluate.add_argument("segmentations", help="the same for what is to be judged")
     evaluate.add_argument("--out", type=Path, metavar="CSV", help="where to write (default: the screen)")
     evaluate.set_defaults(function=_evaluate)
 
@@ -94,10 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         description="List every network of a catalogue with its parameters and multiply-accumulates.",
     )
     models.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
-    models.add_argument("--shape", type=int, nargs="+", default=[544, 544], help="image size (default: 544 544)")
+    models.add_argument(
+        "--shape", type=int, nargs="+", help="image size (default: 544 544, or 32 256 256 for networks of volumes)"
+    )
     models.set_defaults(function=_models)
-
-    from gdlib.steps import add_steps
 
     add_steps(commands)
     return parser
@@ -110,18 +135,25 @@ def _metric_help() -> str:
     return "\n\nmetrics:\n" + "\n".join(lines)
 
 
+def _parameter(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, int(value) if value.lstrip("-").isdecimal() else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" is not NAME=NUMBER') from None
+
+
 def _segment(arguments: argparse.Namespace) -> None:
-    import tifffile
-    from tqdm import tqdm
-
-    from gdlib.data.files import find_files, read_image
-    from gdlib.inference import Predictor
+    from gdlib.data.files import find_files, split_h5_path
+    from gdlib.inference import Predictor, assembled
     from gdlib.segmentation import segment
+    from gdlib.streaming import file_identity, predict_blocks
 
-    paths: list[Path] = []
+    paths: list[str] = []
     for path in arguments.images:
-        paths += find_files(path).values() if path.is_dir() else [path]
-    names = [path.stem for path in paths]
+        paths += map(str, find_files(Path(path)).values()) if Path(path).is_dir() else [path]
+    files = [split_h5_path(path)[0] for path in paths]
+    names = [file.stem for file in files]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise io.DataError(
@@ -130,44 +162,129 @@ def _segment(arguments: argparse.Namespace) -> None:
     predictor = Predictor.load(
         arguments.model, device=arguments.device, precision=arguments.precision, block=arguments.block
     )
-    parameters = dict(predictor.header["segmentation"])
+    segmenter, parameters = _segmenter(arguments, predictor.header)
+    weights = io.sha256(arguments.model)
+    for path, file in zip(paths, files, strict=True):
+        with _open_image(path, predictor.header["channels"]) as image:
+            target = _target(arguments.out, file, image)
+            partial = arguments.out / f".{file.stem}.partial"
+            try:
+                source = predictor.source(image)
+            except io.DataError as error:
+                raise io.DataError(f"{path}: {error}") from None
+            blocks = predict_blocks(predictor, {path: source}, partial, f"{weights} {file_identity(file)} {path}")
+            prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
+            offsets = predictor.header["offsets"]
+            label = segment(prediction.affinity, prediction.foreground, offsets, segmenter, **parameters)
+            _write_label(target, label, image)
+        partial.unlink()
+        print(f"{path}: {int(label.max())} objects")
+
+
+def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Choose how to segment: as the weights were tuned, but for what is given."""
+    from gdlib.registry import nearest
+    from gdlib.segmentation import defaults
+
+    tuned = header["segmentation"]
+    segmenter = arguments.segmenter or _main_segmenter(header)
+    valid = defaults(segmenter, len(header["offsets"][0]))
+    if segmenter not in tuned:
+        print(
+            f"{segmenter} was not tuned with these weights, only {', '.join(tuned)}: what is not given has its default value",
+            file=sys.stderr,
+        )
+    given = dict(arguments.set)
     for name in ("foreground_threshold", "min_size"):
         if getattr(arguments, name) is not None:
-            parameters[name] = getattr(arguments, name)
-    for path in tqdm(paths, unit="image", disable=None):
-        image = read_image(path, predictor.header["channels"])
-        try:
-            prediction = predictor(image)
-        except io.DataError as error:
-            raise io.DataError(f"{path}: {error}") from None
-        label = segment(prediction.affinity, prediction.foreground, predictor.header["offsets"], **parameters)
-        with io.atomic(arguments.out / f"{path.stem}.tif") as temporary:
+            given[name] = getattr(arguments, name)
+    for name in given:
+        if name not in valid:
+            raise ValueError(f'{segmenter} has no parameter "{name}": {nearest(name, list(valid))}')
+    return segmenter, tuned.get(segmenter, {}) | given
+
+
+def _main_segmenter(header: dict[str, Any]) -> str:
+    """The one the weights were chosen with; the order of `segmentation` is lost in the file."""
+    return header.get("run", {}).get("segmenters", list(header["segmentation"]))[0]
+
+
+@contextlib.contextmanager
+def _open_image(path: Path | str, channels: int) -> Iterator[Any]:
+    """Yield the array of an image file, or an open dataset of an HDF5 file, which is read piece by piece."""
+    from gdlib.data.files import open_volume, read_image
+
+    if _is_hdf5(path):
+        with open_volume(path) as volume:
+            yield volume
+    else:
+        yield read_image(path, channels)
+
+
+@contextlib.contextmanager
+def _open_label(path: Path | str) -> Iterator[Any]:
+    from gdlib.data.files import open_volume, read_label
+
+    if _is_hdf5(path):
+        with open_volume(path) as volume:
+            yield volume
+    else:
+        yield read_label(path)
+
+
+def _is_hdf5(path: Path | str) -> bool:
+    from gdlib.data.files import HDF5_SUFFIXES, split_h5_path
+
+    return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
+
+
+def _target(folder: Path, file: Path, image: Any) -> Path:
+    """Return where the label of an image goes; never over the image itself."""
+    import h5py
+
+    target = folder / f"{file.stem}{'.h5' if isinstance(image, h5py.Dataset) else '.tif'}"
+    if target.resolve() == file.resolve():
+        raise io.DataError(f"{file}: its label would be written over it; choose another folder for --out")
+    return target
+
+
+def _write_label(target: Path, label: np.ndarray, image: Any) -> None:
+    import tifffile
+
+    if target.suffix == ".tif":
+        with io.atomic(target) as temporary:
             tifffile.imwrite(temporary, label, compression="zlib", photometric="minisblack")
-        print(f"{path}: {int(label.max())} objects")
+        return
+    name = image.name.strip("/")
+    with io.create_h5(target) as file:
+        io.put(file, name, label, io.BLOCK if label.ndim == 3 else None)
+        for key in ("resolution", "offset", "element_size_um"):  # where the voxels are
+            if key in image.attrs:
+                file[name].attrs[key] = image.attrs[key]
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     import csv
 
-    from gdlib.data.files import find_files, read_label
+    from gdlib.data.files import find_files, split_h5_path
     from gdlib.metrics import evaluate
 
-    def files(path: Path) -> dict[str, Path]:
-        return find_files(path) if path.is_dir() else {path.stem: path}
+    def files(path: str) -> dict[str, Path | str]:
+        return find_files(Path(path)) if Path(path).is_dir() else {split_h5_path(path)[0].stem: path}
 
     labels, segmentations = files(arguments.labels), files(arguments.segmentations)
-    if arguments.labels.is_file() and arguments.segmentations.is_file():
+    if not any(Path(path).is_dir() for path in (arguments.labels, arguments.segmentations)):
         segmentations = dict(zip(labels, segmentations.values(), strict=True))
     for name, path in labels.items():
         if name not in segmentations:
             raise io.DataError(f'{path}: there is no segmentation called "{name}" in {arguments.segmentations}; add it')
     rows = []
     for name, path in labels.items():
-        label, segmentation = read_label(path), read_label(segmentations[name])
-        try:
-            scores = evaluate(label, segmentation)
-        except ValueError as error:
-            raise io.DataError(f"{path} and {segmentations[name]}: {error}") from None
+        with _open_label(path) as label, _open_label(segmentations[name]) as segmentation:
+            try:
+                scores = evaluate(label, segmentation)
+            except ValueError as error:
+                raise io.DataError(f"{path} and {segmentations[name]}: {error}") from None
         rows.append({"sample": name} | scores)
     keys = list(rows[0])
     mean = {"sample": "mean"} | {key: sum(row[key] for row in rows) / len(rows) for key in keys[1:]}
@@ -187,41 +304,66 @@ def _info(arguments: argparse.Namespace) -> None:
         return
     run = header["run"]
     terms = [f"{t['weight']:g} x {t['term']}{' (memory)' if t['memory'] else ''}" for t in run["terms"]]
-    lines: dict[str, Any] = {
-        "network": f"{run['network']} ({header['model']} {header['options']})",
-        "input": f"{header['channels']} channel(s), {len(header['offsets'][0])}D, percentiles "
-        f"{header['normalisation']['lower']} to {header['normalisation']['upper']} become 0 to 1",
-        "trained on": f"{run['dataset']}, {run['recipe']['steps']} steps of {run['recipe']['batch_size']} patches of "
-        f"{'x'.join(map(str, run['recipe']['patch']))} pixels, seed {run['seed']}",
-        "weights of": f"step {header['step']}, the best on the validation images",
-        "method": f"{run['method']}" + (f": supervised + {' + '.join(terms)}" if terms else ""),
-        "segmentation": ", ".join(f"{k} {v}" for k, v in header["segmentation"].items() if v is not None),
-        "validation": ", ".join(f"{k} {header['validation'][k]:.4f}" for k in ("aji", "pq", "f1_50", "dice")),
-        "made by": f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, {header['precision']}",
-    }
-    for key, value in lines.items():
+    ndim = len(header["offsets"][0])
+    shown = ("aji", "pq", "f1_50", "dice") if ndim == 2 else ("voi_split", "voi_merge", "voi", "arand")
+    lines = [
+        ("network", f"{run['network']} ({header['model']} {header['options']})"),
+        (
+            "input",
+            f"{header['channels']} channel(s), {ndim}D, percentiles {header['normalisation']['lower']} to "
+            f"{header['normalisation']['upper']} become 0 to 1",
+        ),
+        (
+            "trained on",
+            f"{run['dataset']}, {run['recipe']['steps']} steps of {run['recipe']['batch_size']} patches of "
+            f"{'x'.join(map(str, run['recipe']['patch']))} pixels, seed {run['seed']}",
+        ),
+        ("weights of", f"step {header['step']}, the best on the validation images"),
+        ("method", f"{run['method']}" + (f": supervised + {' + '.join(terms)}" if terms else "")),
+    ]
+    main = _main_segmenter(header)
+    for segmenter in sorted(header["segmentation"], key=lambda name: name != main):  # the main one first
+        parameters = ", ".join(f"{k} {v}" for k, v in header["segmentation"][segmenter].items())
+        scores = header["validation"].get(segmenter, {})
+        lines.append(("segmentation", f"{segmenter}: {parameters}"))
+        lines.append(("validation", f"{segmenter}: " + ", ".join(f"{k} {scores[k]:.4f}" for k in shown if k in scores)))
+    made = f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, {header['precision']}"
+    for key, value in [*lines, ("made by", made)]:
         print(f"{key:13} {value}")
 
 
 def _models(arguments: argparse.Namespace) -> None:
     import yaml
 
+    from gdlib import registry
     from gdlib.config import Config
+    from gdlib.models import build
     from gdlib.profile import count_macs, count_parameters
 
     try:
         config = Config.parse(yaml.safe_load(arguments.config.read_text()))
     except yaml.YAMLError as error:
         raise ValueError(f"{arguments.config}: not a YAML file: {error}") from None
-    shape = tuple(arguments.shape)
-    print(
-        f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs at ' + 'x'.join(map(str, shape)):>18}"
-    )
-    for role, networks in (("teacher", config.teachers), ("student", config.students)):
-        for name, network in networks.items():
+    networks = [
+        (role, name, network, registry.axes(network.model) or build(network.model, network.options).ndim)
+        for role, group in (("teacher", config.teachers), ("student", config.students))
+        for name, network in group.items()
+    ]
+    shapes = {2: (544, 544), 3: (32, 256, 256)}
+    if arguments.shape:
+        shapes = {len(arguments.shape): tuple(arguments.shape)}
+    known = sorted({ndim for *_, ndim in networks})
+    if not set(shapes) & set(known):
+        raise ValueError(
+            f"{arguments.config}: networks take images with {' or '.join(map(str, known))} axes, not {arguments.shape}"
+        )
+    print(f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs':>10} at")
+    for role, name, network, ndim in networks:
+        if shape := shapes.get(ndim):
             count = count_parameters(network.model, network.options)
             macs = count_macs(network.model, network.options, shape)
-            print(f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} {macs / 1e9:18.2f}")
+            size = "x".join(map(str, shape))
+            print(f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} {macs / 1e9:10.2f} {size}")
 
 
 if __name__ == "__main__":

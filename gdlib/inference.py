@@ -1,36 +1,45 @@
-"""From an image to affinities and foreground, by overlapping blocks that are blended as embeddings.
+"""From an image of any size to affinities and foreground, block by block, exactly as if it had been computed at once.
 
-Blending before affinities are computed leaves no seams: an affinity across a block border compares two blended vectors.
+An output pixel depends on the image within the `halo` of the network, and the output moves along when the image is moved by
+multiples of its `divisor`. So a block that starts at such a multiple and is computed with a halo of real context has the
+values of the whole image inside, and what was cut off spoils nothing. For the affinities of a block, the embedding is
+computed as far beyond it as the offsets reach. Nothing is blended, there are no seams, and memory depends on the block alone.
 """
 
 import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdlib import io, ops
-from gdlib.data.patches import normalise
+from gdlib.data.patches import intensity_range, rescale
 from gdlib.models import build, folded
+
+Box = tuple[slice, ...]
+BLOCK = {2: (1024, 1024), 3: (32, 256, 256)}  # pixels; larger ones waste less on context, where there is memory
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says about one image.
+    """What a network says about an image, or about a part of it.
 
     Attributes:
         affinity: (K, [Z,] Y, X) uint8, 255 a; negative cosines are 0.
         foreground: ([Z,] Y, X) uint8, 255 p.
-        embedding: (D, [Z,] Y, X) float32, raw.
+        embedding: (D, [Z,] Y, X) float32, raw; None unless it was asked for.
     """
 
     affinity: np.ndarray
     foreground: np.ndarray
-    embedding: np.ndarray
+    embedding: np.ndarray | None = None
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -58,16 +67,89 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def legal_shape(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the smallest output sides `k * divisor + remainder` of a network that are at least these."""
+    return tuple(
+        -(-max(n - r, 0 if r else 1) // d) * d + r
+        for n, d, r in zip(shape, network.divisor, network.remainder, strict=True)
+    )
+
+
+class Source:
+    """An image that is read and normalised in parts.
+
+    Args:
+        array: (C, [Z,] Y, X), an array, or a dataset on disk that is read by slices; such a dataset may also be ([Z,] Y, X)
+            where C is 1.
+        channels: C that the network wants.
+        ndim: number of axes that the network wants.
+        normalisation: keyword arguments of `intensity_range`; the range is that of the whole image.
+    """
+
+    def __init__(
+        self, array: np.ndarray | h5py.Dataset, channels: int, ndim: int, normalisation: Mapping[str, float]
+    ) -> None:
+        shape = tuple(array.shape)
+        if channels == 1 and len(shape) == ndim and not isinstance(array, np.ndarray):
+            array, shape = _OneChannel(array), (1, *shape)
+        if len(shape) != ndim + 1 or shape[0] != channels or 0 in shape or array.dtype.kind not in "buif":
+            raise io.DataError(
+                f"an image of shape {tuple(array.shape)} and type {array.dtype} does not fit this network, which wants "
+                f"real numbers, {channels} channel(s) and {ndim} axes of at least one pixel; convert the image or choose "
+                "another model"
+            )
+        self.array = array
+        self.shape = shape[1:]
+        self.normalisation = normalisation
+
+    @cached_property
+    def range(self) -> tuple[np.ndarray, np.ndarray]:
+        """What becomes 0 and 1, for each channel."""
+        return intensity_range(self.array, **self.normalisation)
+
+    def read(self, starts: Sequence[int], stops: Sequence[int]) -> np.ndarray:
+        """Return a box (C, *sides) float32, normalised; beyond its borders the image is mirrored, as often as needed."""
+        indices = [_mirror(np.arange(a, b), n) for a, b, n in zip(starts, stops, self.shape, strict=True)]
+        inside = tuple(slice(int(i.min()), int(i.max()) + 1) for i in indices)
+        image = self.array[(slice(None), *inside)]
+        for axis, (index, part) in enumerate(zip(indices, inside, strict=True), start=1):
+            if len(index) != image.shape[axis] or index[0] != part.start:
+                image = image.take(index - part.start, axis)
+        with np.errstate(all="ignore"):
+            image = rescale(image, *self.range)
+        if not np.isfinite(image).all():
+            raise io.DataError("the image has NaN or infinite pixels; replace them by numbers")
+        return image
+
+
+class _OneChannel:
+    """A view of a dataset without a channel axis as one that has it."""
+
+    def __init__(self, array: h5py.Dataset) -> None:
+        self.array = array
+        self.shape = (1, *array.shape)
+        self.dtype = array.dtype
+
+    def __getitem__(self, key: tuple[int | slice, ...]) -> np.ndarray:
+        return self.array[key[1:]] if isinstance(key[0], int) else self.array[key[1:]][None]
+
+
+def _mirror(index: np.ndarray, n: int) -> np.ndarray:
+    """Fold indices into [0, n) as a mirror at the centres of the first and the last pixel does."""
+    index = np.abs(index) % max(1, 2 * n - 2)
+    return np.where(index < n, index, 2 * n - 2 - index)
+
+
 class Predictor:
     """A trained network, ready to use on images of any size.
 
     Args:
         network: with its weights; a copy is made, so that it can go on training.
-        header: of its weights file: channels, offsets, normalisation, segmentation.
+        header: of its weights file: channels, offsets, normalisation.
         device: name, or `auto`.
         precision: name of a torch type, or `auto`.
-        block: largest side, in pixels, that is computed in one pass.
-        halo: context, in pixels, added on each side of a block; neighbours are blended over it.
+        block: largest sides, in pixels, that are predicted in one pass (one number, or one per axis); the context comes on
+            top. The result does not depend on it. `BLOCK` if left out.
     """
 
     def __init__(
@@ -77,16 +159,22 @@ class Predictor:
         *,
         device: str | torch.device = "auto",
         precision: str = "auto",
-        block: int = 1024,
-        halo: int = 64,
+        block: int | Sequence[int] | None = None,
     ) -> None:
         self.device = choose_device(str(device))
         self.dtype = choose_precision(precision, self.device)
-        layout = {"memory_format": torch.channels_last} if network.ndim == 2 else {}
-        self.network = folded(network).to(self.device, **layout)
+        # As in training: per-pixel vectors are then contiguous, and most convolutions faster.
+        self.layout = torch.channels_last if network.ndim == 2 else torch.channels_last_3d
+        if self.device.type == "mps":
+            self.layout = torch.contiguous_format
+        self.network = folded(network).to(self.device, memory_format=self.layout)
         self.header = header
-        self.block = block
-        self.halo = halo
+        ndim = network.ndim
+        sides = BLOCK[ndim] if block is None else (block,) * ndim if isinstance(block, int) else tuple(block)
+        if len(sides) != ndim or min(sides) < 1:
+            raise ValueError(f"a block of {sides} pixels does not fit this network: give one side, or {ndim}, above 0")
+        self.block = sides
+        self.is_default = block is None
 
     @classmethod
     def load(cls, weights: Path | str, **kwargs: Any) -> "Predictor":
@@ -96,109 +184,124 @@ class Predictor:
         network.load_state_dict(state)
         return cls(network, header, **kwargs)
 
-    @torch.inference_mode()
-    def __call__(self, image: np.ndarray) -> Prediction:
+    def __call__(self, image: np.ndarray | h5py.Dataset, *, keep_embedding: bool = False) -> Prediction:
         """Predict one image.
 
         Args:
-            image: (C, [Z,] Y, X), intensities as recorded.
-        """
-        channels, ndim = self.header["channels"], self.network.ndim
-        if image.ndim != ndim + 1 or len(image) != channels:
-            raise io.DataError(
-                f"an image of shape {image.shape} does not fit this network, which wants {channels} channel(s) and "
-                f"{ndim} axes; convert the image or choose another model"
-            )
-        data = torch.from_numpy(normalise(image, **self.header["normalisation"]))
-        embedding, foreground = self.embed(data)
-        affinity = ops.affinities(ops.unit(ops.rows(embedding[None])), self.header["offsets"])[0]
-        return Prediction(
-            (affinity.clamp_(0, 1) * 255).round_().to(torch.uint8).cpu().numpy(),
-            (foreground.sigmoid() * 255).round().to(torch.uint8).cpu().numpy(),
-            embedding.cpu().numpy(),
-        )
+            image: (C, [Z,] Y, X), intensities as recorded; an array, or a dataset on disk (see `Source`).
+            keep_embedding: return the embedding too, which is D times four times as large as an image of 8 bits.
 
-    def embed(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the blended embedding (D, *shape) and the foreground logit (*shape), both float32.
+        Raises:
+            DataError: for an image that the network cannot take.
+        """
+        source = self.source(image)
+        everything = tuple(slice(0, n) for n in source.shape)
+        kept = everything if keep_embedding else None
+        return assembled(source.shape, ((box, self.predict(source, box, kept)) for box in self.blocks(source.shape)))
+
+    def source(self, image: np.ndarray | h5py.Dataset) -> Source:
+        """Return an image as this network sees it; for the arguments see `__call__`."""
+        return Source(image, self.header["channels"], self.network.ndim, self.header["normalisation"])
+
+    def block_sides(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the sides of the blocks an image is cut into, nearly equal and multiples of the network's divisor.
+
+        Where nobody chose a block, an image no larger than one with its context is one block: it takes no more memory.
+        """
+        padded = [side + 2 * halo for side, halo in zip(self.block, self.network.halo, strict=True)]
+        if self.is_default and math.prod(shape) <= math.prod(padded):
+            return tuple(shape)
+        sides = []
+        for n, side, d in zip(shape, self.block, self.network.divisor, strict=True):
+            count = -(-n // max(d, side // d * d))
+            sides.append(-(-n // (count * d)) * d)
+        return tuple(sides)
+
+    def blocks(self, shape: Sequence[int]) -> list[Box]:
+        """Return the blocks of an image, in array order; together they cover each pixel once."""
+        cuts = (
+            [slice(k, min(k + side, n)) for k in range(0, n, side)]
+            for n, side in zip(shape, self.block_sides(shape), strict=True)
+        )
+        return list(itertools.product(*cuts))
+
+    @torch.inference_mode()
+    def predict(self, source: Source, box: Box, kept: Box | None = None) -> Prediction:
+        """Predict one part of an image.
 
         Args:
-            image: (C, *shape), normalised.
+            source: the image.
+            box: the part, one slice per axis.
+            kept: where the embedding is wanted; that of the intersection with the box is returned.
         """
-        shape = image.shape[1:]
-        pieces = [self._pieces(n) for n in shape]
-        if all(len(axis) == 1 for axis in pieces):
-            return self._forward(image)
-        total: Tensor | None = None
-        for corner in itertools.product(*pieces):
-            box = tuple(slice(start, stop) for start, stop in corner)
-            embedding, foreground = self._forward(image[(slice(None), *box)])
-            piece = torch.cat([embedding, foreground[None], torch.ones_like(foreground)[None]])
-            for axis, ((start, stop), n) in enumerate(zip(corner, shape, strict=True)):
-                ramp = self._ramp(start, stop, n).reshape(-1, *(1,) * (len(shape) - 1 - axis))
-                piece *= ramp.to(piece)
-            if total is None:
-                total = piece.new_zeros(len(piece), *shape)
-            total[(slice(None), *box)] += piece
-        total[:-1] /= total[-1]
-        return total[:-2], total[-2]
+        offsets = self.header["offsets"]
+        low = [min(0, *o) for o in zip(*offsets, strict=True)]
+        high = [max(0, *o) for o in zip(*offsets, strict=True)]
+        reach = tuple(
+            slice(max(0, s.start + a), min(n, s.stop + b))
+            for s, a, b, n in zip(box, low, high, source.shape, strict=True)
+        )
+        inner = relative(box, reach)
+        embedding, foreground = self.embed(source, reach)
+        unit = ops.unit(ops.rows(embedding[None]))
+        affinity = np.empty((len(offsets), *(s.stop - s.start for s in box)), np.uint8)
+        for k, offset in enumerate(offsets):  # one after the other: all at once would be the largest array of all
+            affinity[k] = _as_uint8(ops.affinities(unit, [offset])[0, 0][inner])
+        wanted = None
+        if kept is not None:
+            wanted = embedding[(slice(None), *relative(intersection(box, kept), reach))].cpu().numpy()
+        return Prediction(affinity, _as_uint8(foreground[inner].sigmoid()), wanted)
 
-    def _pieces(self, n: int) -> list[tuple[int, int]]:
-        """Cut an axis into overlapping pieces of at most `block` pixels; all starts are multiples of the pooling."""
-        if n <= self.block:
-            return [(0, n)]
-        divisor = self.network.divisor
-        inner = max(divisor, (self.block - 2 * self.halo) // divisor * divisor)
-        count = max(1, -(-(n - 2 * self.halo) // inner))
-        return [(k * inner, min(n, (k + 1) * inner + 2 * self.halo)) for k in range(count)]
+    @torch.inference_mode()
+    def embed(self, source: Source, box: Box) -> tuple[Tensor, Tensor]:
+        """Return embedding (D, *sides) and foreground logit (*sides) of one part of an image, float32, on the device."""
+        network = self.network
+        whole = legal_shape(network, source.shape)
+        context = [halo - margin for halo, margin in zip(network.halo, network.margin, strict=True)]
+        # All cuts are where the network may be cut; a side on the border of the image is what the network makes of it.
+        starts = [max(0, s.start - c) // d * d for s, c, d in zip(box, context, network.divisor, strict=True)]
+        sides = legal_shape(network, [s.stop + c - a for s, c, a in zip(box, context, starts, strict=True)])
+        stops = [min(a + side, n) for a, side, n in zip(starts, sides, whole, strict=True)]
+        image = source.read(
+            [a - m for a, m in zip(starts, network.margin, strict=True)],
+            [b + m for b, m in zip(stops, network.margin, strict=True)],
+        )
+        embedding, foreground = self.forward(torch.from_numpy(image))
+        inner = relative(box, tuple(slice(a, b) for a, b in zip(starts, stops, strict=True)))
+        return embedding[(slice(None), *inner)], foreground[inner]
 
-    def _ramp(self, start: int, stop: int, n: int) -> Tensor:
-        """Blending weight along one axis: 1 inside, falling linearly to 0 over the inner half of the overlap with a neighbour.
-
-        The outer quarter of the overlap, half a halo wide, counts nothing: there the network sees the cut.
-        """
-        weight = torch.ones(stop - start)
-        width = min(2 * self.halo, stop - start)
-        slope = (2 * (torch.arange(width) + 0.5) / max(width, 1) - 0.5).clamp(0, 1)
-        if start > 0:
-            weight[:width] *= slope
-        if stop < n:
-            weight[len(weight) - width :] *= slope.flip(0)
-        return weight
-
-    def _forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        shape = image.shape[1:]
-        padding = [(-n) % self.network.divisor for n in shape]
-        x = image[None].to(self.device)
-        if any(padding):
-            mode = "reflect" if all(p < n for p, n in zip(padding, shape, strict=True)) else "replicate"
-            x = F.pad(x, [side for p in reversed(padding) for side in (0, p)], mode=mode)
-        if self.network.ndim == 2:
-            x = x.contiguous(memory_format=torch.channels_last)
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return embedding and foreground logit of a normalised image (C, *sides) whose sides the network can take."""
+        x = image[None].to(self.device).contiguous(memory_format=self.layout)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.network(x)
-        inner = tuple(slice(n) for n in shape)
-        return output.embedding[0].float()[(slice(None), *inner)], output.foreground[0, 0].float()[inner]
+        return output.embedding[0].float(), output.foreground[0, 0].float()
 
 
-def predict_split(
-    predictor: Predictor, data: Path | str, out: Path | str, *, weights_sha256: str, keep_embeddings: int = 0
-) -> None:
-    """Predict every sample of a split and write the predictions file.
+def _as_uint8(share: Tensor) -> np.ndarray:
+    return (share.clamp(0, 1) * 255).round_().to(torch.uint8).cpu().numpy()
 
-    Args:
-        predictor: the network.
-        data: samples `.h5`.
-        out: predictions `.h5`.
-        weights_sha256: of the weights file, kept as an attribute.
-        keep_embeddings: for so many samples, the first by name, the embedding is kept too (float16), for figures.
-    """
-    kept = io.sample_ids(data)[:keep_embeddings]
-    attrs = {key: predictor.header[key] for key in ("offsets", "segmentation")}
-    with io.create_h5(out, **attrs, kept=kept, weights_sha256=weights_sha256) as file:
-        for sample in io.read_samples(data):
-            prediction = predictor(sample.image)
-            group = file.create_group(sample.id)
-            io.put(group, "affinity", prediction.affinity)
-            io.put(group, "foreground", prediction.foreground)
-            if sample.id in kept:
-                io.put(group, "embedding", prediction.embedding.astype(np.float16))
+
+def relative(box: Box, frame: Box) -> Box:
+    """Return a box as seen from the corner of another."""
+    return tuple(slice(s.start - f.start, s.stop - f.start) for s, f in zip(box, frame, strict=True))
+
+
+def intersection(box: Box, other: Box) -> Box:
+    """Return what two boxes share; without a common pixel, a box of size 0."""
+    both = ((max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, other, strict=True))
+    return tuple(slice(start, max(start, stop)) for start, stop in both)
+
+
+def assembled(shape: Sequence[int], parts: Iterable[tuple[Box, Prediction]]) -> Prediction:
+    """Put the blocks of an image together; where blocks have an embedding, it is of the whole block."""
+    out: dict[str, np.ndarray] = {}
+    for box, part in parts:
+        for name, array in vars(part).items():
+            if array is not None:
+                leading = array.shape[: array.ndim - len(shape)]
+                if name not in out:
+                    out[name] = np.empty((*leading, *shape), array.dtype)
+                out[name][(..., *box)] = array
+    return Prediction(**out)

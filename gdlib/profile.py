@@ -3,14 +3,18 @@
 import resource
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdlib.inference import Predictor, choose_device
+from gdlib.inference import Predictor, choose_device, legal_shape
 from gdlib.models import build
+
+PATIENCE = 60_000  # ms
 
 
 def count_parameters(model: str, options: dict[str, Any]) -> dict[str, int]:
@@ -28,16 +32,24 @@ def count_macs(model: str, options: dict[str, Any], shape: tuple[int, ...]) -> i
     Args:
         model: registry name.
         options: of the network.
-        shape: ([Z,] Y, X); sides are rounded up to what the network takes.
+        shape: ([Z,] Y, X) of the output; sides are rounded up to what the network can make.
     """
     with torch.device("meta"):
         network = build(model, options).eval()
-        if len(shape) != network.ndim:
-            raise ValueError(f'network "{model}" takes images with {network.ndim} axes, not {tuple(shape)}')
-        padded = [-(-n // network.divisor) * network.divisor for n in shape]
+        _check_axes(model, network, shape)
         with FlopCounterMode(display=False) as counter:
-            network(torch.empty(1, options.get("in_channels", 1), *padded))
+            network(torch.empty(1, options.get("in_channels", 1), *_input_shape(network, shape)))
     return counter.get_total_flops() // 2
+
+
+def _input_shape(network: nn.Module, shape: Sequence[int]) -> list[int]:
+    """What the network reads to make an output of at least this shape; the context of a block is not counted."""
+    return [n + 2 * m for n, m in zip(legal_shape(network, shape), network.margin, strict=True)]
+
+
+def _check_axes(model: str, network: nn.Module, shape: Sequence[int]) -> None:
+    if len(shape) != network.ndim:
+        raise ValueError(f'network "{model}" takes images with {network.ndim} axes, not {tuple(shape)}')
 
 
 def profile(
@@ -51,35 +63,41 @@ def profile(
 ) -> dict[str, Any]:
     """Measure one network on one image size, batch 1. Weights are random: they do not change the cost.
 
+    An image that is larger than a block is predicted block by block, so that what counts is one block; `image_shape` says
+    which it was.
+
     Args:
         model: registry name.
         options: of the network.
         shape: ([Z,] Y, X) in pixels.
         device: name, or `auto`.
         precision: name of a torch type, or `auto`.
-        repeats: timed passes, after two that are not.
+        repeats: timed passes, after two that are not; fewer, but at least three, where they take longer than `PATIENCE`.
 
     Returns:
-        `parameters`, `macs`, `latency_ms` (median) and `latency_ms_p90` of the network alone, from the normalised image to the
-        embedding; `peak_memory_mib` (of the device, or the growth of the process on a CPU); device, threads, precision.
+        `parameters`; `image_shape` and, for this shape, `macs`, `latency_ms` (median) and `latency_ms_p90` of the network
+        alone, from the normalised image to the embedding, and `peak_memory_mib` (of the device, or the growth of the process
+        on a CPU); device, threads, precision.
     """
     target = choose_device(device)
-    header = {"channels": options.get("in_channels", 1)}
-    predictor = Predictor(build(model, options), header, device=target, precision=precision)
-    image = torch.from_numpy(np.random.default_rng(0).random((header["channels"], *shape), np.float32))
+    network = build(model, options)
+    _check_axes(model, network, shape)
+    predictor = Predictor(network, {}, device=target, precision=precision)
+    shape = tuple(min(pair) for pair in zip(shape, predictor.block, strict=True))
+    sides = (options.get("in_channels", 1), *_input_shape(network, shape))
+    image = torch.from_numpy(np.random.default_rng(0).random(sides, np.float32))
     cuda = target.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(target)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
-    with torch.inference_mode():
-        for k in range(repeats + 2):
-            start = time.perf_counter()
-            predictor.embed(image)
-            if cuda:
-                torch.cuda.synchronize(target)
-            if k >= 2:
-                times.append(1e3 * (time.perf_counter() - start))
+    while len(times) < repeats + 2 and (len(times) < 5 or sum(times) < PATIENCE):
+        start = time.perf_counter()
+        predictor.forward(image)
+        if cuda:
+            torch.cuda.synchronize(target)
+        times.append(1e3 * (time.perf_counter() - start))
+    times = times[2:]
     peak = (
         torch.cuda.max_memory_allocated(target) / 2**20
         if cuda

@@ -7,6 +7,21 @@ from pathlib import Path
 
 from gdlib import io
 
+BLOCK_HELP = (
+    "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster where there is memory for "
+    "it, the result is the same (default: 1024 in 2D, 32x256x256 in 3D)"
+)
+
+
+def sides(text: str) -> int | tuple[int, ...]:
+    """Read side lengths: one number for all axes, or one for each.
+
+    >>> sides("1024"), sides("32x256x256")
+    (1024, (32, 256, 256))
+    """
+    numbers = tuple(int(part) for part in text.split("x"))
+    return numbers[0] if len(numbers) == 1 else numbers
+
 
 def add_steps(commands: argparse._SubParsersAction) -> None:
     """Add `gdlib step` and its own commands to the command line."""
@@ -27,6 +42,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     text = {"required": True, "metavar": "JSON", "type": json.loads}
     threads = {"type": int, "metavar": "N", "help": "CPU threads"}
     device = {"default": "auto", "help": "auto, cpu, cuda, ..."}
+    segmenter = {"required": True, "metavar": "NAME", "help": "mutex_watershed, waterz or multicut"}
     add(
         "prepare", _prepare, "Check the images of a dataset and write its train, val and test samples.",
         dataset=text, root={"type": Path, "metavar": "DIR"}, train=file, val=file, test=file,
@@ -40,12 +56,21 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     add(
         "predict", _predict, "Predict affinities and foreground of a split.",
         weights=file, data=file, out=file, keep_embeddings={"type": int, "default": 0}, threads=threads, device=device,
+        block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP},
     )  # fmt: skip
     add(
         "segment", _segment, "Turn predictions into instances.",
-        predictions=file, out=file, override={**text, "required": False, "default": {}}, threads=threads,
+        predictions=file, out=file, segmenter=segmenter, override={**text, "required": False, "default": {}},
+        threads=threads,
     )  # fmt: skip
-    add("evaluate", _evaluate, "Compute every metric of a split.", data=file, segmentation=file, out=file, run=text)
+    add(
+        "evaluate", _evaluate, "Compute every metric of a split.",
+        data=file, segmentation=file, out=file, run=text, segmenter=segmenter,
+    )  # fmt: skip
+    add(
+        "baselines", _baselines, "Compute every metric of segmentations that need no network.",
+        dataset={"required": True, "metavar": "NAME"}, val=file, test=file, out=file,
+    )  # fmt: skip
     add(
         "profile", _profile, "Measure parameters, operations, latency and memory of a network.",
         spec=text, data=file, out=file, threads=threads, device=device,
@@ -78,13 +103,16 @@ def _train(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         max_seconds=arguments.max_seconds,
     )
-    print("validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in ("aji", "pq", "f1_50", "dice")))
+    print(
+        "validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in ("aji", "pq", "f1_50", "dice", "arand", "voi"))
+    )
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from gdlib.inference import Predictor, predict_split
+    from gdlib.inference import Predictor
+    from gdlib.streaming import predict_split
 
-    predictor = Predictor.load(arguments.weights, device=arguments.device)
+    predictor = Predictor.load(arguments.weights, device=arguments.device, block=arguments.block)
     predict_split(
         predictor,
         arguments.data,
@@ -100,40 +128,61 @@ def _segment(arguments: argparse.Namespace) -> None:
     from gdlib.segmentation import segment
 
     attrs = io.read_attrs(arguments.predictions)
-    parameters = attrs["segmentation"] | arguments.override
+    if not {"offsets", "segmentation", "weights_sha256"} <= set(attrs):
+        raise io.DataError(f"{arguments.predictions}: this is no predictions file; make one with `gdlib step predict`")
+    tuned = attrs["segmentation"]
+    if arguments.segmenter not in tuned and not arguments.override:
+        raise io.DataError(
+            f'{arguments.predictions}: the parameters of "{arguments.segmenter}" were not tuned with these weights, only those '
+            f"of {', '.join(tuned)}; choose one of them, or give parameters"
+        )
+    parameters = tuned.get(arguments.segmenter, {}) | arguments.override
 
     def work(sample: str):
         affinity = io.read_array(arguments.predictions, sample, "affinity")
         foreground = io.read_array(arguments.predictions, sample, "foreground")
-        return sample, segment(affinity, foreground, attrs["offsets"], **parameters)
+        return sample, segment(affinity, foreground, attrs["offsets"], arguments.segmenter, **parameters)
 
     samples = io.sample_ids(arguments.predictions)
-    with (
-        io.create_h5(arguments.out, parameters=parameters, weights_sha256=attrs["weights_sha256"]) as file,
-        ThreadPoolExecutor(arguments.threads or 1) as pool,
-    ):
+    about = {"segmenter": arguments.segmenter, "parameters": parameters, "weights_sha256": attrs["weights_sha256"]}
+    with io.create_h5(arguments.out, **about) as file, ThreadPoolExecutor(arguments.threads or 1) as pool:
         for sample, label in pool.map(work, samples):
-            io.put(file.create_group(sample), "label", label)
+            io.put(file.create_group(sample), "label", label, io.BLOCK if label.ndim == 3 else None)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from gdlib.metrics import evaluate
 
     run = arguments.run
+    identity = (run["dataset"], run["network"], run["method"], run["seed"], arguments.segmenter)
     rows = []
-    for sample in io.read_samples(arguments.data):
-        scores = evaluate(sample.label, io.read_array(arguments.segmentation, sample.id, "label"))
-        rows += [
-            (run["dataset"], run["network"], run["method"], run["seed"], sample.id, key, value)
-            for key, value in scores.items()
-        ]
+    with io.open_h5(arguments.data) as samples, io.open_h5(arguments.segmentation) as found:
+        for name, sample in samples.items():
+            if f"{name}/label" not in found:
+                raise io.DataError(f'{arguments.segmentation}: there is no segmentation of "{name}"; segment again')
+            try:  # as datasets: they are read piece by piece
+                scores = evaluate(sample["label"], found[name]["label"], sample.get("ignore"))
+            except ValueError as error:
+                raise io.DataError(f'{arguments.segmentation}: sample "{name}": {error}; segment again') from None
+            rows += [(*identity, name, key, value) for key, value in scores.items()]
     io.write_rows(arguments.out, io.METRIC_COLUMNS, rows)
+
+
+def _baselines(arguments: argparse.Namespace) -> None:
+    from gdlib.baselines import evaluate_baselines
+
+    rows = []
+    for split in ("val", "test"):
+        rows += [(arguments.dataset, split, *row) for row in evaluate_baselines(getattr(arguments, split))]
+    io.write_rows(arguments.out, ("dataset", "split", "baseline", "sample", "metric", "value"), rows)
 
 
 def _profile(arguments: argparse.Namespace) -> None:
     from gdlib.profile import profile
 
     spec = arguments.spec
-    first = next(io.read_samples(arguments.data))
-    result = profile(spec["model"], spec["options"], first.label.shape, device=arguments.device)
+    first = io.sample_ids(arguments.data)[0]
+    with io.open_h5(arguments.data) as file:
+        shape = file[first]["label"].shape
+    result = profile(spec["model"], spec["options"], shape, device=arguments.device)
     io.write_text(arguments.out, json.dumps({**spec, **result}, indent=2, sort_keys=True) + "\n")

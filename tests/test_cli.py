@@ -8,19 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
+import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
+from torch import nn
 
 from gdlib import io
 from gdlib.cli import main
 from gdlib.config import TEACHER, Config
 from gdlib.metrics import METRICS, evaluate
+from gdlib.models import Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("prepare", "train", "predict", "segment", "evaluate", "profile")
+STEPS = ("prepare", "train", "predict", "segment", "evaluate", "baselines", "profile")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +52,7 @@ def refusal(capsys):
         capsys.readouterr()
         run(*arguments, code=1)
         captured = capsys.readouterr()
-        lines = [line for line in captured.err.splitlines() if "image/s" not in line and line.strip()]
+        lines = [line for line in captured.err.splitlines() if line.strip()]
         assert len(lines) == 1, captured.err
         assert lines[0].startswith("gdlib: error: ")
         assert len(lines[0]) > len("gdlib: error: ") + 10
@@ -75,10 +80,10 @@ def by_hand(teacher):
 
     predictor = Predictor.load(teacher, device="cpu", precision="float32")
 
-    def make(image, **parameters):
+    def make(image, segmenter="mutex_watershed", **parameters):
         prediction = predictor(image)
-        parameters = predictor.header["segmentation"] | parameters
-        return segment(prediction.affinity, prediction.foreground, predictor.header["offsets"], **parameters)
+        parameters = predictor.header["segmentation"].get(segmenter, {}) | parameters
+        return segment(prediction.affinity, prediction.foreground, predictor.header["offsets"], segmenter, **parameters)
 
     return make
 
@@ -97,7 +102,7 @@ def test_segment_writes_labels_that_equal_the_python_calls(teacher, images, by_h
     assert first.dtype == second.dtype == np.uint32
     assert np.array_equal(first, by_hand(squares(50)[0]))
     assert np.array_equal(second, by_hand(squares(51, (33, 70))[0].astype(np.uint16) * 100))
-    assert evaluate(squares(50)[1], first)["aji"] > 0.9
+    assert evaluate(squares(50)[1], first)["aji"] > 0.8
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
         f"{images / 'first.png'}: {first.max()} objects",
@@ -117,15 +122,16 @@ def test_segment_takes_files_one_by_one_and_writes_what_viewers_open(teacher, im
     assert not [path for path in out.iterdir() if path.suffix != ".tif"]
 
 
-def test_segment_in_small_blocks_is_nearly_the_same(teacher, images, by_hand, squares, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", [16, "16x48"])
+def test_segment_in_small_blocks_is_the_same(teacher, images, by_hand, squares, tmp_path, monkeypatch, block):
     from gdlib.inference import Predictor
 
-    sizes, pieces = [], Predictor._pieces
-    monkeypatch.setattr(Predictor, "_pieces", lambda self, n: sizes.append(self.block) or pieces(self, n))
-    run(*segment_command(teacher, tmp_path, images / "second.tif", block=32))
-    assert set(sizes) == {32}
-    image = squares(51, (33, 70))[0]
-    assert evaluate(by_hand(image), tifffile.imread(tmp_path / "second.tif"))["aji"] > 0.97
+    seen, predict = [], Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda self, *args: seen.append(args[1]) or predict(self, *args))
+    run(*segment_command(teacher, tmp_path, images / "second.tif", block=block))
+    assert len(seen) == {16: 15, "16x48": 6}[block]
+    found = tifffile.imread(tmp_path / "second.tif")
+    assert np.array_equal(found, by_hand(squares(51, (33, 70))[0].astype(np.uint16) * 100))
 
 
 def test_segment_parameters_of_ones_own(teacher, images, by_hand, squares, tmp_path):
@@ -136,6 +142,17 @@ def test_segment_parameters_of_ones_own(teacher, images, by_hand, squares, tmp_p
     assert not np.array_equal(result, by_hand(image))
     run(*segment_command(teacher, tmp_path / "b", images / "first.png", min_size=0))
     assert np.array_equal(tifffile.imread(tmp_path / "b" / "first.tif"), by_hand(image, min_size=0))
+    command = segment_command(teacher, tmp_path / "c", images / "first.png", set="stride=3")
+    run(*command, "--set", "foreground_threshold=0.75")
+    expected = by_hand(image, stride=3, foreground_threshold=0.75)
+    assert np.array_equal(tifffile.imread(tmp_path / "c" / "first.tif"), expected)
+
+
+def test_segment_by_another_segmenter(teacher, images, by_hand, squares, tmp_path, capsys):
+    run(*segment_command(teacher, tmp_path / "a", images / "first.png", segmenter="multicut", set="beta=0.3"))
+    expected = by_hand(squares(50)[0], segmenter="multicut", beta=0.3)
+    assert np.array_equal(tifffile.imread(tmp_path / "a" / "first.tif"), expected)
+    assert "multicut was not tuned with these weights, only mutex_watershed" in capsys.readouterr().err
 
 
 def test_segment_refuses_with_one_line(teacher, images, refusal, tmp_path, squares):
@@ -158,9 +175,226 @@ def test_segment_refuses_with_one_line(teacher, images, refusal, tmp_path, squar
     assert '"first"' in refusal(*segment_command(teacher, out, good, tmp_path / "other" / "first.tif"))
     assert '"nonsense"' in refusal(*segment_command(teacher, out, good, device="nonsense"))
     assert '"int7"' in refusal(*segment_command(teacher, out, good, precision="int7"))
+    assert "waterz" in refusal(*segment_command(teacher, out, good, segmenter="watrz"))
+    line = refusal(*segment_command(teacher, out, good, set="strid=2"))
+    assert 'mutex_watershed has no parameter "strid": did you mean "stride"?' in line
+    assert "block" in refusal(*segment_command(teacher, out, good, block="8x8x8"))
+    assert "written over" in refusal(*segment_command(teacher, images, images / "second.tif"))
+    with pytest.raises(SystemExit):
+        main([str(part) for part in segment_command(teacher, out, good, set="stride")])
     assert not out.exists() or not list(out.iterdir())
     (tmp_path / "file").write_text("in the way")
     assert str(tmp_path / "file") in refusal(*segment_command(teacher, tmp_path / "file", good))
+
+
+class Volume(nn.Module):
+    """A network of volumes that needs no training: bright voxels of one brightness are one object."""
+
+    ndim = 3
+    divisor = (1, 2, 2)
+    remainder = margin = (0, 0, 0)
+    halo = (1, 1, 1)
+
+    def __init__(self):
+        super().__init__()
+        self.foreground = nn.Conv3d(1, 1, 1)  # only so that there is a weight
+
+    def forward(self, x):
+        kernel = torch.ones(1, 1, 3, 3, 3)
+        near = F.conv3d(x, kernel, padding=1) / F.conv3d(torch.ones_like(x), kernel, padding=1)
+        angle = 3 * near
+        return Embedding(torch.cat([angle.cos(), angle.sin(), angle], 1), 20 * (x - 0.1), {})
+
+
+VOLUME_OFFSETS = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [-2, 0, 0], [0, -5, 0], [0, 0, -5]]
+
+
+@pytest.fixture
+def volume_model(tmp_path):
+    """Return the weights file of `Volume`, tuned for two segmenters."""
+    tuned = {"multicut": {"beta": 0.5, "min_size": 3}, "mutex_watershed": {"foreground_threshold": 0.4, "min_size": 5}}
+    scores = dict.fromkeys(METRICS, 0.5)
+    header = {
+        "model": f"{__name__}:Volume",
+        "options": {},
+        "channels": 1,
+        "offsets": VOLUME_OFFSETS,
+        "normalisation": {"lower": 0.0, "upper": 100.0},
+        "segmentation": tuned,
+        "validation": {"multicut": scores | {"voi": 0.25}, "mutex_watershed": scores | {"voi": 0.75}},
+        "run": {
+            "dataset": "blocks",
+            "network": "volume",
+            "method": "none",
+            "seed": 0,
+            "segmenters": ["mutex_watershed", "multicut"],
+            "recipe": {"steps": 1, "batch_size": 1, "patch": [4, 8, 8]},
+            "terms": [],
+        },
+        **{key: "?" for key in ("gdlib", "torch", "device", "precision", "step")},
+    }
+    path = tmp_path / "volume.safetensors"
+    io.save_weights(path, Volume().state_dict(), header)
+    return path
+
+
+@pytest.fixture
+def volume(tmp_path):
+    """Return an HDF5 file with an image of boxes of different brightness, and the label of the boxes."""
+    label = np.zeros((10, 40, 44), np.uint32)
+    for number, (z, y, x) in enumerate(np.ndindex(2, 3, 3), start=1):
+        label[5 * z : 5 * z + 4, 13 * y : 13 * y + 11, 14 * x : 14 * x + 12] = number
+    image = np.append(0, 60 + 10 * np.random.default_rng(0).permutation(18)).astype(np.uint8)[label]
+    with h5py.File(tmp_path / "brain.h5", "w") as file:
+        raw = file.create_dataset("volumes/raw", data=image, chunks=(4, 16, 16))
+        raw.attrs["resolution"] = (40.0, 4.0, 4.0)
+        file["volumes/labels"] = label
+        file["note"] = np.zeros(3)
+    return tmp_path / "brain.h5", image, label
+
+
+@pytest.fixture
+def volume_by_hand(volume_model, volume):
+    """Return the label that the Python calls give for the volume."""
+    from gdlib.inference import Predictor
+    from gdlib.segmentation import segment
+
+    predictor = Predictor.load(volume_model, device="cpu", precision="float32")
+    prediction = predictor(volume[1][None])
+
+    def make(segmenter="mutex_watershed", **parameters):
+        parameters = predictor.header["segmentation"][segmenter] | parameters
+        return segment(prediction.affinity, prediction.foreground, VOLUME_OFFSETS, segmenter, **parameters)
+
+    return make
+
+
+def test_segment_a_dataset_of_an_hdf5_file(volume_model, volume, volume_by_hand, tmp_path, capsys):
+    path, _, label = volume
+    out = tmp_path / "labels"
+    run(*segment_command(volume_model, out, f"{path}:volumes/raw", block="4x16x16"))
+    assert [item.name for item in out.iterdir()] == ["brain.h5"]  # and nothing temporary
+    with h5py.File(out / "brain.h5") as file:
+        found = file["volumes/raw"]
+        assert found.dtype == np.uint32
+        assert found.chunks is not None
+        assert found.attrs["resolution"].tolist() == [40, 4, 4]
+        assert np.array_equal(found[()], volume_by_hand())  # of the main segmenter, which is not the first by name
+        assert evaluate(label, found[()])["aji"] > 0.9
+    assert capsys.readouterr().out == f"{path}:volumes/raw: {found_count(out)} objects\n"
+    run(*segment_command(volume_model, out, f"{path}:/volumes/raw", segmenter="multicut", min_size=0))
+    with h5py.File(out / "brain.h5") as file:
+        assert np.array_equal(file["volumes/raw"][()], volume_by_hand("multicut", min_size=0))
+
+
+def found_count(folder):
+    with h5py.File(folder / "brain.h5") as file:
+        return file["volumes/raw"][()].max()
+
+
+def test_segment_a_tiff_stack_and_a_file_with_one_dataset(volume_model, volume, volume_by_hand, tmp_path):
+    _, image, _ = volume
+    tifffile.imwrite(tmp_path / "stack.tif", image, photometric="minisblack")
+    run(*segment_command(volume_model, tmp_path / "a", tmp_path / "stack.tif", block=16))
+    assert np.array_equal(tifffile.imread(tmp_path / "a" / "stack.tif"), volume_by_hand())
+    (tmp_path / "files").mkdir()
+    with h5py.File(tmp_path / "files" / "one.hdf5", "w") as file:
+        file["image"] = image[None]  # channels first is fine too
+    run(*segment_command(volume_model, tmp_path / "a", tmp_path / "files"))
+    with h5py.File(tmp_path / "a" / "one.h5") as file:
+        assert np.array_equal(file["image"][()], volume_by_hand())
+
+
+def test_a_volume_that_was_stopped_goes_on(volume_model, volume, volume_by_hand, tmp_path, monkeypatch):
+    from gdlib.inference import Predictor
+
+    path, _, _ = volume
+    out = tmp_path / "labels"
+    command = segment_command(volume_model, out, f"{path}:volumes/raw", block="4x16x16")
+    done, predict = [], Predictor.predict
+
+    def stopped(self, *args):
+        if len(done) == 10:
+            raise KeyboardInterrupt
+        done.append(args)
+        return predict(self, *args)
+
+    monkeypatch.setattr(Predictor, "predict", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(*command)
+    assert [item.name for item in out.iterdir()] == [".brain.partial"]
+    done.clear()
+    monkeypatch.setattr(Predictor, "predict", lambda self, *args: done.append(args) or predict(self, *args))
+    run(*command)
+    assert len(done) == 3 * 3 * 3 - 10
+    assert [item.name for item in out.iterdir()] == ["brain.h5"]
+    with h5py.File(out / "brain.h5") as file:
+        assert np.array_equal(file["volumes/raw"][()], volume_by_hand())
+
+
+def test_volumes_that_cannot_be_segmented(volume_model, volume, teacher, refusal, tmp_path):
+    path, image, _ = volume
+    out = tmp_path / "labels"
+    line = refusal(*segment_command(volume_model, out, f"{path}:volumes/rwa"))
+    assert all(part in line for part in (str(path), '"volumes/rwa"', "volumes/raw (10, 40, 44)", "volumes/labels"))
+    line = refusal(*segment_command(volume_model, out, path))
+    assert "volumes/raw (10, 40, 44)" in line
+    assert str(tmp_path / "no.h5") in refusal(*segment_command(volume_model, out, tmp_path / "no.h5:a"))
+    line = refusal(*segment_command(teacher, out, f"{path}:volumes/raw"))
+    assert all(part in line for part in (f"{path}:volumes/raw", "(10, 40, 44)", "2 axes"))
+    tifffile.imwrite(tmp_path / "section.tif", image[0])
+    line = refusal(*segment_command(volume_model, out, tmp_path / "section.tif"))
+    assert all(part in line for part in ("section.tif", "(1, 40, 44)", "3 axes"))
+    (tmp_path / "text.h5").write_text("nothing")
+    assert str(tmp_path / "text.h5") in refusal(*segment_command(volume_model, out, tmp_path / "text.h5:a"))
+    assert "written over" in refusal(*segment_command(volume_model, tmp_path, f"{path}:volumes/raw"))
+    with h5py.File(tmp_path / "empty.h5", "w") as file:
+        file["raw"] = np.zeros((0, 4, 4), np.uint8)
+        file["nan"] = np.full((4, 4, 4), np.nan, np.float32)
+    assert "at least one pixel" in refusal(*segment_command(volume_model, out, tmp_path / "empty.h5:raw"))
+    line = refusal(*segment_command(volume_model, out, tmp_path / "empty.h5:nan"))
+    assert all(part in line for part in ("empty.h5:nan", "NaN"))
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_volume_of_a_single_voxel_is_fine(volume_model, tmp_path):
+    tifffile.imwrite(
+        tmp_path / "one.tif", np.ones((1, 1, 1), np.uint8), photometric="minisblack", metadata={"axes": "ZYX"}
+    )
+    run(*segment_command(volume_model, tmp_path / "out", tmp_path / "one.tif"))
+
+
+def test_evaluate_datasets_of_hdf5_files(volume, tmp_path, capsys):
+    path, _, label = volume
+    worse = np.where(label == 3, 2, label)
+    with h5py.File(tmp_path / "found.h5", "w") as file:
+        file["main"] = worse
+    run("evaluate", f"{path}:volumes/labels", f"{tmp_path}/found.h5:main")
+    expected = evaluate(label, worse)
+    check_table(capsys.readouterr().out, {"brain": expected, "mean": expected})
+    tifffile.imwrite(tmp_path / "found.tif", worse)
+    run("evaluate", f"{path}:volumes/labels", tmp_path / "found.tif")
+    check_table(capsys.readouterr().out, {"brain": expected, "mean": expected})
+
+
+def test_evaluate_refuses_datasets(volume, refusal):
+    path, *_ = volume
+    line = refusal("evaluate", f"{path}:volumes/lbls", f"{path}:volumes/labels")
+    assert all(part in line for part in (str(path), '"volumes/lbls"', "volumes/labels (10, 40, 44)"))
+    assert "volumes/raw" in refusal("evaluate", f"{path}:volumes/labels", path)
+
+
+def test_info_of_several_segmenters(volume_model, capsys):
+    run("info", volume_model)
+    lines = capsys.readouterr().out.splitlines()
+    about = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("segmentation", "validation"))]
+    assert about == [
+        "mutex_watershed: foreground_threshold 0.4, min_size 5",
+        "mutex_watershed: voi_split 0.5000, voi_merge 0.5000, voi 0.7500, arand 0.5000",
+        "multicut: beta 0.5, min_size 3",
+        "multicut: voi_split 0.5000, voi_merge 0.5000, voi 0.2500, arand 0.5000",
+    ]
+    assert any("3D" in line for line in lines)
 
 
 @pytest.fixture
@@ -232,7 +466,7 @@ def test_info(teacher, capsys, refusal, tmp_path):
     header = io.read_header(teacher)
     for part in ("resunet_4", "squares", "40 steps", "32x32", "seed 0", f"step {header['step']}", "gdlib"):
         assert part in text
-    assert f"aji {header['validation']['aji']:.4f}" in text
+    assert f"mutex_watershed: aji {header['validation']['mutex_watershed']['aji']:.4f}" in text
     run("info", teacher, "--json")
     assert json.loads(capsys.readouterr().out) == header
     (tmp_path / "text.safetensors").write_text("nothing")
@@ -240,7 +474,8 @@ def test_info(teacher, capsys, refusal, tmp_path):
         assert str(wrong) in refusal("info", wrong)
 
 
-def test_models(capsys, catalogue, refusal, tmp_path):
+def test_models(capsys, raw, refusal, tmp_path):
+    catalogue = raw
     run("models", "--config", ROOT / "config.yaml")
     lines = capsys.readouterr().out.splitlines()
     table = {line.split()[0]: line.split()[1:] for line in lines[1:]}
@@ -249,12 +484,20 @@ def test_models(capsys, catalogue, refusal, tmp_path):
     assert table["resunet"][0] == "teacher"
     small, large = (int(table[name][1].replace(",", "")) for name in ("resunet_tiny", "resunet"))
     assert 100 * small < large
-    macs = float(table["resunet"][3])
+    macs, shape = table["resunet"][3:]
+    assert shape == "544x544"
     run("models", "--config", ROOT / "config.yaml", "--shape", 272, 272)
     quarter = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
-    assert float(quarter["resunet"][3]) == pytest.approx(macs / 4, rel=1e-3)
+    assert float(quarter["resunet"][3]) == pytest.approx(float(macs) / 4, rel=1e-3)
+    catalogue["teachers"]["volumes"] = {"model": "mala", "options": {"widths": [12, 60, 300, 1500]}}
+    (tmp_path / "volumes.yaml").write_text(yaml.safe_dump(catalogue))
+    run("models", "--config", tmp_path / "volumes.yaml", "--shape", 25, 56, 56)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    # The original's 84,020,644 parameters and 206.7 GMACs, and the foreground head.
+    assert ["volumes", "teacher", "84,020,657", "13", "206.65", "25x56x56"] in lines
+    assert all(line[-1] == "25x56x56" for line in lines)
     assert "missing.yaml" in refusal("models", "--config", tmp_path / "missing.yaml")
-    assert "2 axes" in refusal("models", "--config", ROOT / "config.yaml", "--shape", 64)
+    assert "2 or 3 axes" in refusal("models", "--config", ROOT / "config.yaml", "--shape", 64)
     (tmp_path / "bad.yaml").write_text("a: [1\nb: }")
     assert "bad.yaml" in refusal("models", "--config", tmp_path / "bad.yaml")
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(catalogue | {"stdy": "quick"}))
@@ -352,7 +595,7 @@ def tiny(raw):
         },
         "offsets": [[-1, 0], [0, -1], [-3, 0], [0, -3], [-9, 0], [0, -9]],
         "patch": [48, 48],
-        "segmentation": {"min_size": 12},
+        "segmentation": {"mutex_watershed": {"min_size": 12}},
     }
     raw["teachers"]["big"] = {"model": "resunet", "options": {"widths": [4, 4, 8, 8, 8], "embedding_dim": 8}}
     raw["students"]["small"] = {"model": "resunet", "options": {"widths": [2, 2, 4, 4, 4], "embedding_dim": 8}}
@@ -418,7 +661,8 @@ def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
         )
         common = ["--weights", folder / "weights.safetensors", "--data", data["test"], "--device", "cpu"]
         run("step", "predict", *common, "--out", predictions, "--keep-embeddings", 1)
-        override = dump(tiny.datasets[name].segmentation, exclude_none=True)
+        override = json.dumps(tiny.datasets[name].segmentation["mutex_watershed"])
+        segmenter = ["--segmenter", "mutex_watershed"]
         run(
             "step",
             "segment",
@@ -430,15 +674,18 @@ def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
             override,
             "--threads",
             2,
+            *segmenter,
         )
         identity = {"dataset": name, "network": network, "method": method, "seed": seed}
+        columns = identity | {"segmenter": "mutex_watershed"}
         evaluation = ["--data", data["test"], "--segmentation", segmentation, "--run", json.dumps(identity)]
-        run("step", "evaluate", *evaluation, "--out", metrics)
+        run("step", "evaluate", *evaluation, "--out", metrics, *segmenter)
 
         kept = [sample for sample in io.sample_ids(data["test"]) if "embedding" in arrays(predictions, sample)]
         assert kept == io.sample_ids(data["test"])[:1]
         attrs = io.read_attrs(segmentation)
-        assert attrs["parameters"] == header["segmentation"] | {"min_size": 12}
+        assert attrs["segmenter"] == "mutex_watershed"
+        assert attrs["parameters"] == header["segmentation"]["mutex_watershed"] | {"min_size": 12}
         assert attrs["weights_sha256"] == io.sha256(folder / "weights.safetensors")
         with metrics.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -446,7 +693,7 @@ def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
         truth = {sample.id: sample.label for sample in io.read_samples(data["test"])}
         assert len(rows) == len(truth) * len(METRICS)
         for row in rows:
-            assert {key: row[key] for key in identity} == {key: str(value) for key, value in identity.items()}
+            assert {key: row[key] for key in columns} == {key: str(value) for key, value in columns.items()}
             found = io.read_array(segmentation, row["sample"], "label")
             assert found.dtype == np.uint32
             assert float(row["value"]) == pytest.approx(evaluate(truth[row["sample"]], found)[row["metric"]], rel=1e-8)
@@ -471,7 +718,8 @@ def test_segmenting_again_gives_the_same_bytes_with_any_number_of_threads(teache
     assert io.sha256(tmp_path / "p.h5") == io.sha256(tmp_path / "q.h5")
     for name, threads in (("a", 1), ("b", 3)):
         out = tmp_path / f"{name}.h5"
-        run("step", "segment", "--predictions", tmp_path / "p.h5", "--out", out, "--threads", threads)
+        command = ["step", "segment", "--predictions", tmp_path / "p.h5", "--out", out, "--threads", threads]
+        run(*command, "--segmenter", "mutex_watershed")
     assert io.sha256(tmp_path / "a.h5") == io.sha256(tmp_path / "b.h5")
 
 
@@ -504,9 +752,97 @@ def test_steps_refuse_with_one_line(tiny, teacher, splits, refusal, tmp_path):
     predict = ["step", "predict", "--weights", teacher, "--out", out, "--device", "cpu", "--data"]
     assert str(missing) in refusal(*predict, missing)
     run = json.dumps({"dataset": "d", "network": "n", "method": "m", "seed": 0})
-    evaluation = ["step", "evaluate", "--data", splits["test"], "--run", run, "--out", out]
+    evaluation = ["step", "evaluate", "--data", splits["test"], "--run", run, "--out", out, "--segmenter", "waterz"]
     assert str(splits["val"]) in refusal(*evaluation, "--segmentation", splits["val"])
+    segmentation = ["step", "segment", "--out", out, "--segmenter", "waterz", "--predictions"]
+    line = refusal(*segmentation, splits["test"])
+    assert str(splits["test"]) in line
+    assert "no predictions file" in line
+    assert str(missing) in refusal(*segmentation, missing)
     dataset = json.dumps({"source": "nucle_phantom", "options": {}, "channels": 1, "patch": [8, 8]})
     files = [f"--{split}={tmp_path / split}.h5" for split in ("train", "val", "test")]
     assert "nuclei_phantom" in refusal("step", "prepare", "--dataset", dataset, *files)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def volume_split(volume, tmp_path):
+    """Return a samples file with one volume, a part of which does not count."""
+    _, image, label = volume
+    ignore = np.zeros(label.shape, bool)
+    ignore[:5] = True
+    io.write_samples(tmp_path / "test.h5", [io.Sample("brain", image[None], label, ignore)])
+    return tmp_path / "test.h5"
+
+
+def test_the_steps_of_a_volume(volume_split, volume, volume_model, volume_by_hand, refusal, tmp_path):
+    predictions, out = tmp_path / "p.h5", tmp_path / "s.h5"
+    common = ["--weights", volume_model, "--data", volume_split, "--device", "cpu"]
+    run("step", "predict", *common, "--out", predictions, "--keep-embeddings", 1, "--block", "4x16x16")
+    assert arrays(predictions, "brain") == {"affinity", "foreground", "embedding"}
+    assert io.read_attrs(predictions)["segmentation"] == io.read_header(volume_model)["segmentation"]
+    command = ["step", "segment", "--predictions", predictions, "--out", out, "--segmenter"]
+    run(*command, "multicut", "--override", '{"min_size": 0}')
+    found = io.read_array(out, "brain", "label")
+    assert np.array_equal(found, volume_by_hand("multicut", min_size=0))
+    about = {
+        "segmenter": "multicut",
+        "parameters": {"beta": 0.5, "min_size": 0},
+        "weights_sha256": io.sha256(volume_model),
+    }
+    assert io.read_attrs(out) == about
+
+    identity = json.dumps({"dataset": "d", "network": "n", "method": "m", "seed": 3})
+    evaluation = ["step", "evaluate", "--data", volume_split, "--run", identity, "--segmenter", "multicut"]
+    run(*evaluation, "--segmentation", out, "--out", tmp_path / "m.csv")
+    with (tmp_path / "m.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {tuple(row[key] for key in io.METRIC_COLUMNS[:6]) for row in rows} == {
+        ("d", "n", "m", "3", "multicut", "brain")
+    }
+    expected = evaluate(volume[2][5:], found[5:])  # the rest does not count
+    assert {row["metric"]: float(row["value"]) for row in rows} == pytest.approx(expected, rel=1e-8)
+    assert expected != evaluate(volume[2], found)
+
+    line = refusal(*command, "waterz")
+    assert all(part in line for part in (str(predictions), '"waterz"', "multicut", "mutex_watershed"))
+    with h5py.File(out, "r+") as file:
+        del file["brain/label"]
+        file["brain/label"] = found[1:]
+    line = refusal(*evaluation, "--segmentation", out, "--out", tmp_path / "m2.csv")
+    assert all(part in line for part in (str(out), '"brain"', "(9, 40, 44)"))
+
+
+def test_the_profile_of_a_volume_is_that_of_a_block(volume_split, tmp_path, monkeypatch):
+    from gdlib import inference
+    from gdlib.profile import count_macs
+
+    monkeypatch.setitem(inference.BLOCK, 3, (4, 16, 64))
+    spec = {"model": "resunet3d", "options": {"widths": [1, 1, 1, 1, 1]}}
+    out = tmp_path / "profile.json"
+    run("step", "profile", "--spec", json.dumps(spec), "--data", volume_split, "--out", out, "--device", "cpu")
+    profile = json.loads(out.read_text())
+    assert profile["image_shape"] == [4, 16, 44]
+    assert profile["macs"] == count_macs(spec["model"], spec["options"], (4, 16, 44)) > 0
+
+
+def test_baselines(volume_split, splits, refusal, tmp_path):
+    from gdlib.baselines import BASELINES
+
+    out = tmp_path / "baselines.csv"
+    run("step", "baselines", "--dataset", "d", "--val", volume_split, "--test", splits["test"], "--out", out)
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == ("dataset", "split", "baseline", "sample", "metric", "value")
+    assert {row["dataset"] for row in rows} == {"d"}
+    assert {row["baseline"] for row in rows} == set(BASELINES)
+    assert {(row["split"], row["sample"]) for row in rows} == {("val", "brain"), ("test", "test0"), ("test", "test1")}
+    value = next(row["value"] for row in rows if row["baseline"] == "one_segment" and row["metric"] == "arand")
+    sample = next(io.read_samples(volume_split))
+    expected = evaluate(sample.label[5:], np.ones_like(sample.label[5:]))["arand"]
+    assert float(value) == pytest.approx(expected)
+    missing = tmp_path / "missing.h5"
+    line = refusal(
+        "step", "baselines", "--dataset", "d", "--val", missing, "--test", missing, "--out", tmp_path / "x.csv"
+    )
+    assert str(missing) in line

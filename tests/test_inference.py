@@ -1,29 +1,39 @@
-"""Prediction in blocks equals prediction in one pass; images of any size; what does not fit is one sentence."""
+"""Prediction in blocks equals the network's own output for the whole image; images of any size; what was killed goes on."""
 
 import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdlib import io, ops
+from gdlib import io, streaming
 from gdlib.data.patches import normalise
-from gdlib.inference import Predictor, choose_device, choose_precision, predict_split
-from gdlib.metrics import evaluate
+from gdlib.inference import Predictor, choose_device, choose_precision, legal_shape
 from gdlib.models import Embedding, build
-from gdlib.segmentation import segment
+from gdlib.streaming import file_identity, predict_blocks, predict_split
 
+ROOT = Path(__file__).resolve().parents[1]
 OFFSETS = [[-1, 0], [0, -1], [-3, 0], [0, -3], [-9, 0], [0, -9]]
-HEADER = {"channels": 1, "offsets": OFFSETS, "normalisation": {"lower": 0.0, "upper": 100.0}}
+OFFSETS_3D = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [-2, 0, 0], [0, -9, 0], [0, 0, 7], [2, -3, 4]]
+HEADER = {"channels": 1, "normalisation": {"lower": 0.0, "upper": 100.0}}
 
 
 class ConvNet(nn.Module):
     """Four 3x3 convolutions with zero padding: the network sees 4 pixels far, and it sees where an image is cut."""
 
-    divisor = 4
     ndim = 2
+    divisor = halo = (4, 4)
+    remainder = margin = (0, 0)
     convolution = nn.Conv2d
 
     def __init__(self, *, in_channels=1, seed=0):
@@ -46,189 +56,272 @@ class ConvNet3D(ConvNet):
     """The same in 3D."""
 
     ndim = 3
-
+    divisor = (1, 4, 4)
+    halo = (4, 4, 4)
+    remainder = margin = (0, 0, 0)
     convolution = nn.Conv3d
 
 
-class Blurry(nn.Module):
-    """A known function of the pixels, blurred with zero padding: direction = brightness, foreground = not black.
+class Valid(nn.Module):
+    """A U-Net of one level without padding that pools by 3 within the section: what it makes is smaller than what it reads."""
 
-    Equal brightness is equal direction wherever the pixel is; at a cut that is not blended away, length and foreground fade.
-    """
-
-    divisor = 4
     ndim = 2
+    divisor, remainder = (3, 3), (1, 1)
+    margin = halo = (5, 5)
+    convolution = nn.Conv2d
+    pool = 3
+
+    def __init__(self, *, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.down, self.bottom = self.convolution(1, 6, 3), self.convolution(6, 6, 3)
+            self.up, self.head = self.convolution(12, 6, 3), self.convolution(6, 5, 1)
 
     def forward(self, x):
-        near = F.conv2d(x, torch.ones(1, 1, 5, 5) / 25, padding=2)
-        angle = 2 * torch.pi * x
-        bias = torch.full_like(x, 0.5)  # the cut turns the vectors as well
-        embedding = torch.cat([angle.cos() * (1 + near), angle.sin() * (1 + near), bias * near], 1)
-        return Embedding(embedding, 20 * (x > 0.02) - 10 + near, {})
+        skip = torch.tanh(2 * self.down(x))
+        x = (F.max_pool2d if self.ndim == 2 else F.max_pool3d)(skip, self.pool)
+        x = torch.tanh(2 * self.bottom(x))
+        x = F.interpolate(x, scale_factor=self.pool, mode="nearest")
+        starts = [(n - m) // 2 for n, m in zip(skip.shape[2:], x.shape[2:], strict=True)]
+        skip = skip[(..., *(slice(s, s + m) for s, m in zip(starts, x.shape[2:], strict=True)))]
+        x = self.head(torch.tanh(2 * self.up(torch.cat([x, skip], 1))))
+        return Embedding(x[:, :4], x[:, 4:], {})
 
 
-def predictor(network, block=10_000, halo=16, **header):
-    return Predictor(network, HEADER | header, device="cpu", precision="float32", block=block, halo=halo)
+class Valid3D(Valid):
+    """The same in 3D; sections are not pooled."""
+
+    ndim = 3
+    divisor, remainder = (1, 3, 3), (0, 1, 1)
+    margin = halo = (3, 5, 5)
+    convolution = nn.Conv3d
+    pool = (1, 3, 3)
 
 
-def embed(network, image, **kwargs):
+def trained(name, **options):
+    """A network of the package as if it had been trained: no statistics of a batch normalisation are 0 or 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build(name, options).eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+    return network
+
+
+def predictor(network, block=10_000, **header):
+    offsets = {"offsets": OFFSETS if network.ndim == 2 else OFFSETS_3D}
+    return Predictor(network, HEADER | offsets | header, device="cpu", precision="float32", block=block)
+
+
+def whole(network, image):
+    """One call of the network on the mirrored image, nothing else: embedding and foreground logit."""
+    sides = [
+        next(n for n in range(1, 10_000) if n >= side and n >= d * (r == 0) and n % d == r % d)
+        for side, d, r in zip(image.shape[1:], network.divisor, network.remainder, strict=True)
+    ]
+    pad = [(m, m + n - side) for n, side, m in zip(sides, image.shape[1:], network.margin, strict=True)]
+    x = torch.from_numpy(np.pad(normalise(image, **HEADER["normalisation"]), [(0, 0), *pad], mode="reflect"))
     with torch.inference_mode():
-        embedding, foreground = predictor(network, **kwargs).embed(torch.from_numpy(image))
-    assert embedding.dtype == foreground.dtype == torch.float32
-    return torch.cat([embedding, foreground[None]])
+        embedding, foreground, _ = copy.deepcopy(network).eval()(x[None])
+    assert list(embedding.shape[2:]) == sides
+    inner = tuple(slice(n) for n in image.shape[1:])
+    return embedding[0][(slice(None), *inner)].numpy(), foreground[0, 0][inner].numpy()
+
+
+def check(prediction, network, image, tolerance=1e-5):
+    """Compare a prediction with the network's own output and with the formula of affinities, pixel pair by pixel pair."""
+    embedding, foreground = whole(network, image)
+    scale = np.abs(embedding).max()
+    np.testing.assert_allclose(prediction.embedding, embedding, rtol=tolerance, atol=tolerance * scale)
+    probability = 255 / (1 + np.exp(-foreground.astype(float)))
+    assert prediction.foreground.dtype == prediction.affinity.dtype == np.uint8
+    assert np.abs(prediction.foreground - probability).max() <= 0.5 + 0.01
+    unit = (embedding / np.maximum(np.linalg.norm(embedding, axis=0), 1e-12)).astype(float)
+    offsets = OFFSETS if image.ndim == 3 else OFFSETS_3D
+    assert len(prediction.affinity) == len(offsets)
+    clipped = 0
+    for affinity, offset in zip(prediction.affinity, offsets, strict=True):
+        # The neighbour of each pixel by plain indices; outside the image there is none.
+        index = np.stack(np.meshgrid(*map(np.arange, image.shape[1:]), indexing="ij"))
+        there = index + np.reshape(offset, (-1,) + (1,) * (image.ndim - 1))
+        inside = ((there >= 0) & (there < np.reshape(image.shape[1:], (-1,) + (1,) * (image.ndim - 1)))).all(0)
+        neighbour = unit[(slice(None), *np.where(inside, there, 0))]
+        cosine = np.where(inside, (unit * neighbour).sum(0), 0)
+        clipped += np.count_nonzero(cosine < 0)
+        assert np.abs(affinity - 255 * np.clip(cosine, 0, 1)).max() <= 0.5 + 0.01
+        assert not affinity[~inside].any()
+    return clipped
 
 
 def noise(*shape, seed=0):
-    return np.random.default_rng(seed).random((1, *shape), np.float32)
+    return np.random.default_rng(seed).integers(0, 256, (1, *shape)).astype(np.uint8)
 
 
-@pytest.mark.parametrize(
-    ("block", "halo"),
-    [(64, 16), (64, 8), (80, 16), (128, 32), (148, 16), (149, 16), (40, 16), (16, 16), (8, 16), (64, 9)],
-)
-def test_blocks_equal_one_pass(block, halo):
-    image = noise(150, 171)
-    torch.testing.assert_close(
-        embed(ConvNet(), image, block=block, halo=halo), embed(ConvNet(), image), atol=2e-6, rtol=1e-5
-    )
+PLAIN = {
+    "padded": (ConvNet(), (61, 50), [64, 16, 4, 1, (7, 100), (100, 24)]),
+    "valid": (Valid(), (40, 47), [64, 12, 3, 1, (7, 100), (100, 25)]),
+    "padded 3D": (ConvNet3D(), (9, 21, 30), [16, (4, 8, 12), (1, 16, 4), (100, 100, 8)]),
+    "valid 3D": (Valid3D(), (8, 20, 25), [16, (3, 6, 9), (1, 12, 100), (100, 3, 12)]),
+}
 
 
-def test_blocks_equal_one_pass_in_3d():
-    image = noise(21, 45, 50)
-    whole = embed(ConvNet3D(), image)
-    torch.testing.assert_close(embed(ConvNet3D(), image, block=32, halo=8), whole, atol=2e-6, rtol=1e-5)
+@pytest.mark.parametrize("kind", PLAIN)
+def test_blocks_equal_one_call_of_the_network(kind):
+    network, shape, blocks = PLAIN[kind]
+    image = noise(*shape)
+    negative = check(predictor(network)(image, keep_embedding=True), network, image)
+    assert negative > 0 or kind != "padded"  # some cosines were clipped
+    for block in blocks:
+        tool = predictor(network, block=block)
+        assert len(tool.blocks(shape)) > 1 or block in (16, 64)
+        check(tool(image, keep_embedding=True), network, image)
 
 
-def test_without_halo_blocks_do_differ():
-    image = noise(150, 171)
-    assert (embed(ConvNet(), image, block=64, halo=0) - embed(ConvNet(), image)).abs().max() > 0.05
+REAL = {
+    "resunet": (trained("resunet", widths=[4, 4, 6, 8, 8]), (150, 270), [112, (64, 300)]),
+    "resunet3d": (
+        trained("resunet3d", widths=[2, 2, 3, 4, 4], embedding_dim=4),
+        (11, 40, 133),
+        [(4, 48, 64), (2, 64, 300)],
+    ),
+    "mala": (trained("mala", widths=[2, 2, 3, 4], embedding_dim=4), (3, 30, 40), [(2, 27, 54)]),
+}
 
 
-def test_blocks_are_close_to_one_pass_for_resunet():
-    torch.manual_seed(0)
-    network = build("resunet", {"widths": [4, 4, 8, 8, 8]}).eval()
-    image = noise(200, 333)
-    whole, blocks = embed(network, image), embed(network, image, block=192, halo=64)
-    assert (blocks - whole).abs().max() < 5e-3 * whole.abs().max()
+@pytest.mark.parametrize("kind", REAL)
+def test_the_networks_of_this_package_are_exact_too(kind):
+    network, shape, blocks = REAL[kind]
+    image = noise(*shape)
+    for block in blocks:
+        tool = predictor(network, block=block)
+        assert len(tool.blocks(shape)) > 1
+        check(tool(image, keep_embedding=True), network, image)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 15, 16, 17, 31, 33, 63, 64, 65, 100, 128, 129])
-@pytest.mark.parametrize("other", [7, 64, 65])
-def test_any_size(size, other):
-    for shape in ((size, other), (other, size)):
+@pytest.mark.parametrize("kind", ["padded", "padded 3D"])
+def test_with_too_little_context_blocks_do_differ(kind):
+    """The comparison sees a halo that is one pixel too small."""
+    network, shape, _ = PLAIN[kind]
+    narrow = copy.deepcopy(network)
+    narrow.halo = tuple(h - 1 for h in network.halo)
+    narrow.divisor = (1,) * network.ndim  # else the context is rounded up to the halo again
+    exact = copy.deepcopy(narrow)
+    exact.halo = network.halo
+    image = noise(*shape)
+    check(predictor(exact, block=16)(image, keep_embedding=True), exact, image)
+    with pytest.raises(AssertionError):
+        check(predictor(narrow, block=16)(image, keep_embedding=True), exact, image)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9, 16, 17, 33])
+@pytest.mark.parametrize("network", [ConvNet(), Valid()], ids=["padded", "valid"])
+def test_any_size(network, size):
+    for shape in ((size, 7), (13, size)):
         image = noise(*shape)
-        whole, blocks = embed(ConvNet(), image), embed(ConvNet(), image, block=64, halo=16)
-        assert whole.shape == blocks.shape == (5, *shape)
-        torch.testing.assert_close(blocks, whole, atol=2e-6, rtol=1e-5)
-        if not any(n % ConvNet.divisor for n in shape):
-            with torch.inference_mode():
-                direct = torch.cat(ConvNet()(torch.from_numpy(image)[None])[:2], 1)[0]
-            torch.testing.assert_close(whole, direct, atol=2e-6, rtol=1e-5)
+        for block in (1000, 8):
+            check(predictor(network, block=block)(image, keep_embedding=True), network, image)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (16, 16), (17, 15), (48, 49)])
-@pytest.mark.parametrize("block", [32, 1024])
-def test_resunet_takes_any_size(shape, block):
-    network = build("resunet", {"widths": [2, 2, 2, 2, 2], "embedding_dim": 4})
-    prediction = predictor(network, block=block, halo=8)(noise(*shape))
-    assert prediction.affinity.shape == (len(OFFSETS), *shape)
-    assert prediction.foreground.shape == shape
-    assert prediction.embedding.shape == (4, *shape)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 8), (2, 3, 2), (3, 4, 30), (9, 2, 4)])
+@pytest.mark.parametrize("network", [ConvNet3D(), Valid3D()], ids=["padded", "valid"])
+def test_volumes_smaller_than_the_margin(network, shape):
+    image = noise(*shape)
+    for block in (1000, 2):
+        check(predictor(network, block=block)(image, keep_embedding=True), network, image)
 
 
-@pytest.mark.parametrize(("block", "halo", "n"), [(64, 64, 100), (64, 64, 65), (64, 64, 128), (20, 30, 61), (1, 0, 9)])
-def test_a_halo_wider_than_the_block(block, halo, n):
-    image = noise(n, 8)
-    halo_is_enough = halo >= 8
-    whole, blocks = embed(ConvNet(), image), embed(ConvNet(), image, block=block, halo=halo)
-    assert blocks.shape == whole.shape
-    assert blocks.isfinite().all()
-    if halo_is_enough:
-        torch.testing.assert_close(blocks, whole, atol=2e-6, rtol=1e-5)
+def test_mala_mirrors_a_volume_of_few_sections_again_and_again():
+    network = REAL["mala"][0]
+    image = noise(3, 20, 12)
+    check(predictor(network)(image, keep_embedding=True), network, image)
 
 
-def test_no_pass_is_larger_than_a_block(monkeypatch):
+@pytest.mark.parametrize("network", [ConvNet(), Valid(), ConvNet3D(), Valid3D()], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("block", [1, 10, 30, 1000])
+def test_blocks_cover_the_image_once_and_none_is_larger_than_asked(network, block):
+    shape = (37, 50, 23)[-network.ndim :]
+    tool = predictor(network, block=block)
+    count = np.zeros(shape, int)
+    for box in tool.blocks(shape):
+        count[box] += 1
+        for part, d in zip(box, network.divisor, strict=True):
+            assert part.start % d == 0
+            assert part.stop - part.start <= max(block, d)
+    assert (count == 1).all()
+
+
+@pytest.mark.parametrize("network", [ConvNet(), Valid3D()], ids=["padded", "valid"])
+def test_what_the_network_reads_depends_on_the_block_alone(network, monkeypatch):
     seen = []
-    tiles = predictor(ConvNet(), block=64, halo=11)
-    forward = tiles._forward
-    monkeypatch.setattr(tiles, "_forward", lambda image: seen.append(image.shape[1:]) or forward(image))
-    with torch.inference_mode():
-        tiles.embed(torch.from_numpy(noise(200, 60)))
-        assert len(seen) > 3
-        assert max(max(shape) for shape in seen) <= 64
-        seen.clear()
-        tiles.embed(torch.from_numpy(noise(64, 64)))
-        assert seen == [(64, 64)]
-        seen.clear()
-        tiles.embed(torch.from_numpy(noise(65, 64)))
-        assert len(seen) == 2
+    tool = predictor(network, block=12)
+    forward = tool.forward
+    monkeypatch.setattr(tool, "forward", lambda image: seen.append(image.shape[1:]) or forward(image))
+    tool(noise(*(100,) * network.ndim if network.ndim == 2 else (20, 40, 50)))
+    offsets = np.array(OFFSETS if network.ndim == 2 else OFFSETS_3D)
+    reach = np.maximum(offsets.max(0), 0) - np.minimum(offsets.min(0), 0)
+    limit = 12 + reach + 2 * np.array(network.halo) + 2 * np.array(network.divisor) + np.array(network.remainder)
+    assert len(seen) > 10
+    assert (np.array(seen) <= limit).all()
 
 
-def across_borders(shape, block, halo):
-    """A crowd of touching objects, one over every place where a block begins or ends; neighbours differ in brightness."""
-    tiles = predictor(Blurry(), block=block, halo=halo)
-    index = []
-    for n in shape:
-        cuts = {side for piece in tiles._pieces(n) for side in piece} - {0, n}
-        assert len(cuts) > 3
-        starts = [k for k in range(3, n - 3, 11) if all(abs(k - cut) > 2 for cut in cuts)]
-        index.append(np.searchsorted(starts, np.arange(n), side="right"))
-        assert all(index[-1][cut - 1] == index[-1][cut] > 0 for cut in cuts)
-    row, column = np.meshgrid(*index, indexing="ij")
-    label = np.where((row > 0) & (column > 0), row * 1000 + column, 0)
-    brightness = 60 * (1 + 2 * (row % 2) + (column + row // 2) % 2)
-    hole = (row * column) % 7 == 6  # some background in between
-    label[hole] = 0
-    return np.where(label > 0, brightness, 0).astype(np.uint8)[None], label
+def test_legal_shape():
+    assert legal_shape(Valid3D(), (5, 1, 2)) == (5, 1, 4)
+    assert legal_shape(Valid3D(), (1, 56, 55)) == (1, 58, 55)
+    assert legal_shape(ConvNet(), (1, 8)) == (4, 8)
+    assert legal_shape(REAL["mala"][0], (25, 56, 57)) == (25, 56, 83)
 
 
-@pytest.mark.parametrize(("block", "halo"), [(64, 16), (48, 8), (96, 32)])
-def test_no_seams(block, halo):
-    image, label = across_borders((200, 230), block, halo)
-    whole = predictor(Blurry())(image)
-    blocks = predictor(Blurry(), block=block, halo=halo)(image)
-    for name in ("affinity", "foreground"):
-        difference = getattr(blocks, name).astype(int) - getattr(whole, name)
-        assert np.abs(difference).max() <= 1, name  # one step of 255 where float32 rounds the other way
-        assert np.count_nonzero(difference) < 1e-3 * difference.size, name
-    segmentations = [segment(p.affinity, p.foreground, OFFSETS, min_size=0) for p in (whole, blocks)]
-    assert np.array_equal(*segmentations)
-    assert evaluate(label, segmentations[1])["aji"] == 1
-    # The same picture put together from blocks without a halo has seams: this test would see them.
-    bare = predictor(Blurry(), block=block, halo=0)(image)
-    assert np.abs(bare.affinity.astype(int) - whole.affinity).max() > 3
+@pytest.mark.parametrize("block", [0, -1, (16,), (8, 8, 8)])
+def test_a_block_that_does_not_fit(block):
+    with pytest.raises(ValueError, match="block"):
+        predictor(ConvNet(), block=block)
 
 
-def test_affinities_and_foreground_are_rounded_to_uint8():
-    image = noise(20, 23)
-    prediction = predictor(ConvNet())(image)
-    with torch.inference_mode():
-        embedding, foreground = predictor(ConvNet()).embed(torch.from_numpy(normalise(image, 0, 100)))
-    assert np.array_equal(prediction.embedding, embedding.numpy())
-    assert prediction.embedding.dtype == np.float32
-    unit = embedding / embedding.norm(dim=0)
-    assert prediction.affinity.dtype == prediction.foreground.dtype == np.uint8
-    clipped = 0
-    for k, offset in enumerate(OFFSETS):
-        here, there = ops.overlap(offset, (20, 23))
-        cosine = (unit[(slice(None), *here)] * unit[(slice(None), *there)]).sum(0).numpy()
-        clipped += np.count_nonzero(cosine < 0)
-        exact = 255 * np.clip(cosine, 0, 1)
-        assert np.abs(prediction.affinity[k][here] - exact).max() <= 0.5 + 1e-4
-        outside = np.ones((20, 23), bool)
-        outside[here] = False
-        assert not prediction.affinity[k][outside].any()
-    assert clipped > 0
-    probability = 255 / (1 + np.exp(-foreground.numpy().astype(float)))
-    assert np.abs(prediction.foreground - probability).max() <= 0.5 + 1e-4
-
-
-@pytest.mark.parametrize("shape", [(3, 32, 32), (32, 32), (2, 1, 32, 32), (1, 4, 32, 32), (0, 32, 32)])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (1, 4, 32, 32), (0, 32, 32), (1, 0, 32), (32, 32)])
 def test_an_image_that_does_not_fit_is_one_sentence(shape):
     with pytest.raises(io.DataError, match="1 channel") as caught:
         predictor(ConvNet())(np.zeros(shape, np.uint8))
     assert str(shape) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_pixels_that_are_no_numbers():
+    with pytest.raises(io.DataError, match="complex"):
+        predictor(ConvNet())(np.zeros((1, 9, 9), np.complex64))
+    for value in (np.nan, np.inf, -np.inf):
+        image = np.random.default_rng(0).random((1, 30, 30), np.float32)
+        image[0, 7, 20] = value
+        with pytest.raises(io.DataError, match="NaN or infinite"):
+            predictor(ConvNet(), block=8)(image)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+@pytest.mark.parametrize("channel", [True, False])
+def test_a_dataset_on_disk_is_the_same_as_an_array(tmp_path, dtype, channel):
+    image = noise(9, 21, 30).astype(dtype) * (50 if dtype != np.uint8 else 1)
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        dataset = file.create_dataset("v", data=image if channel else image[0], chunks=True)
+        found = predictor(ConvNet3D(), block=(4, 12, 16))(dataset)
+    expected = predictor(ConvNet3D())(image)
+    assert np.array_equal(found.affinity, expected.affinity)
+    assert np.array_equal(found.foreground, expected.foreground)
+
+
+def test_intensities_are_those_of_the_whole_image():
+    """A dark corner stays dark, though the block it is in has nothing else."""
+    image = noise(40, 40).astype(np.uint16) * 100
+    image[:, :16, :16] //= 50
+    check(predictor(ConvNet(), block=8)(image, keep_embedding=True), ConvNet(), image)
+
+
+def test_the_embedding_is_only_kept_where_it_is_wanted():
+    image = noise(20, 23)
+    assert predictor(ConvNet())(image).embedding is None
+    assert predictor(ConvNet())(image, keep_embedding=True).embedding.dtype == np.float32
 
 
 def test_channels_are_those_of_the_header():
@@ -248,7 +341,7 @@ def test_only_relative_brightness_matters(dtype):
 
 
 def test_a_flat_image_gives_finite_numbers():
-    prediction = predictor(ConvNet())(np.full((1, 20, 20), 7, np.uint16))
+    prediction = predictor(ConvNet())(np.full((1, 20, 20), 7, np.uint16), keep_embedding=True)
     assert np.isfinite(prediction.embedding).all()
 
 
@@ -286,7 +379,8 @@ def test_device_names():
 def test_lower_precision_is_close(precision):
     image = noise(40, 40)
     exact = predictor(ConvNet())(image)
-    rough = Predictor(ConvNet(), HEADER, device="cpu", precision=precision)(image)
+    header = HEADER | {"offsets": OFFSETS}
+    rough = Predictor(ConvNet(), header, device="cpu", precision=precision)(image, keep_embedding=True)
     assert rough.embedding.dtype == np.float32
     difference = np.abs(rough.affinity.astype(int) - exact.affinity)
     assert difference.max() > 0
@@ -311,15 +405,260 @@ def test_predictions_file(teacher, splits, tmp_path):
             assert np.array_equal(array, getattr(prediction, name))
     kept = io.read_array(out, "test0", "embedding")
     assert kept.dtype == np.float16
-    np.testing.assert_allclose(kept, tool(next(io.read_samples(splits["test"])).image).embedding, rtol=2e-3, atol=1e-3)
+    expected = tool(next(io.read_samples(splits["test"])).image, keep_embedding=True).embedding
+    np.testing.assert_allclose(kept, expected, rtol=2e-3, atol=1e-3)
     with pytest.raises(io.DataError, match="embedding"):
         io.read_array(out, "test1", "embedding")
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.h5"]
 
 
 def test_weights_of_a_network_of_ones_own(tmp_path):
-    header = HEADER | {"model": f"{__name__}:ConvNet", "options": {"seed": 3}, "segmentation": {}}
+    header = HEADER | {"offsets": OFFSETS, "model": f"{__name__}:ConvNet", "options": {"seed": 3}, "segmentation": {}}
     io.save_weights(tmp_path / "w.safetensors", ConvNet(seed=5).state_dict(), header)
     loaded = Predictor.load(tmp_path / "w.safetensors", device="cpu", precision="float32")
     image = noise(16, 16)
-    assert np.array_equal(loaded(image).embedding, predictor(ConvNet(seed=5))(image).embedding)
-    assert not np.array_equal(loaded(image).embedding, predictor(ConvNet(seed=3))(image).embedding)
+    assert np.array_equal(loaded(image).affinity, predictor(ConvNet(seed=5))(image).affinity)
+    assert not np.array_equal(loaded(image).affinity, predictor(ConvNet(seed=3))(image).affinity)
+
+
+# --- Volumes as files, and what was killed --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def volumes(tmp_path):
+    """Return a samples file with two volumes, of 8 and of 4 blocks."""
+    samples = [io.Sample(n, noise(*shape, seed=i), np.zeros(shape, np.uint32)) for i, (n, shape) in enumerate(SHAPES)]
+    io.write_samples(tmp_path / "samples.h5", samples)
+    return tmp_path / "samples.h5"
+
+
+SHAPES = (("a", (8, 22, 30)), ("b", (4, 18, 27)))
+BLOCK = (4, 12, 16)
+
+
+def volume_tool(network=None, **kwargs):
+    return predictor(network or ConvNet3D(), **{"block": BLOCK, "segmentation": {}, **kwargs})
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def count_blocks(monkeypatch, tool, limit=100):
+    """Return a list that grows with every predicted block; the process "ends" before the one after `limit`."""
+    done, predict = [], tool.predict
+
+    def counting(*args):
+        if len(done) == limit:
+            raise Killed
+        done.append(args[1])
+        return predict(*args)
+
+    monkeypatch.setattr(tool, "predict", counting)
+    return done
+
+
+def test_volumes_are_predicted_block_by_block(volumes, tmp_path, monkeypatch):
+    out = tmp_path / "p.h5"
+    monkeypatch.setattr(streaming, "KEPT_PIXELS", 3 * 22 * 30 + 5)
+    tool = volume_tool()
+    blocks = count_blocks(monkeypatch, tool)
+    predict_split(tool, volumes, out, weights_sha256="w", keep_embeddings=1)
+    assert len(blocks) == 12
+    for sample in io.read_samples(volumes):
+        expected = predictor(ConvNet3D())(sample.image, keep_embedding=True)
+        assert np.array_equal(io.read_array(out, sample.id, "affinity"), expected.affinity)
+        assert np.array_equal(io.read_array(out, sample.id, "foreground"), expected.foreground)
+        if sample.id == "a":
+            with h5py.File(out) as file:
+                kept = file["a/embedding"]
+                assert kept.attrs["origin"].tolist() == [2, 0, 0]
+                assert kept.shape == (4, 3, 22, 30)  # three sections in the middle, across two layers of blocks
+                np.testing.assert_allclose(kept[()], expected.embedding[:, 2:5], rtol=2e-3, atol=1e-3)
+                assert "embedding" not in file["b"]
+
+
+def test_chunks_fit_into_blocks(volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK_PIXELS", 100)
+    predict_split(volume_tool(), volumes, tmp_path / "p.h5", weights_sha256="w")
+    with h5py.File(tmp_path / "p.h5") as file:
+        chunks = file["a/affinity"].chunks
+        assert chunks[0] == 1
+        assert np.prod(chunks) <= 100
+        assert all(
+            side % chunk == 0 for side, chunk in zip(volume_tool().block_sides((8, 22, 30)), chunks[1:], strict=True)
+        )
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 11])
+@pytest.mark.parametrize("torn", [0, 1, 1000])
+def test_what_was_killed_goes_on(volumes, tmp_path, monkeypatch, limit, torn):
+    predict_split(volume_tool(), volumes, tmp_path / "once.h5", weights_sha256="w", keep_embeddings=2)
+    out, partial = tmp_path / "p.h5", tmp_path / ".p.h5.partial"
+    with monkeypatch.context() as patch:
+        tool = volume_tool()
+        count_blocks(patch, tool, limit)
+        with pytest.raises(Killed):
+            predict_split(tool, volumes, out, weights_sha256="w", keep_embeddings=2)
+    assert not out.exists()
+    lost = 0
+    if torn and limit:  # the last block was being written
+        os.truncate(partial, partial.stat().st_size - torn)
+        lost = 1
+    tool = volume_tool()
+    blocks = count_blocks(monkeypatch, tool)
+    predict_split(tool, volumes, out, weights_sha256="w", keep_embeddings=2)
+    assert len(blocks) == 12 - limit + lost
+    assert io.sha256(out) == io.sha256(tmp_path / "once.h5")
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("change", ["weights", "data", "block", "kept", "offsets", "garbage"])
+def test_blocks_of_something_else_are_not_used(volumes, tmp_path, monkeypatch, change):
+    out, partial = tmp_path / "p.h5", tmp_path / ".p.h5.partial"
+    with monkeypatch.context() as patch:
+        tool = volume_tool()
+        count_blocks(patch, tool, 5)
+        with pytest.raises(Killed):
+            predict_split(tool, volumes, out, weights_sha256="w")
+    if change == "data":
+        os.utime(volumes, ns=(1, 1))
+    if change == "garbage":
+        partial.write_bytes(b"nothing of ours" * 1000)
+    options = {"offsets": {"offsets": OFFSETS_3D[:3]}, "block": {"block": (8, 12, 16)}}.get(change, {})
+    tool = volume_tool(**options)
+    blocks = count_blocks(monkeypatch, tool)
+    weights, kept = "v" if change == "weights" else "w", 1 if change == "kept" else 0
+    predict_split(tool, volumes, out, weights_sha256=weights, keep_embeddings=kept)
+    assert len(blocks) == (8 if change == "block" else 12)
+    predict_split(volume_tool(**options), volumes, tmp_path / "q.h5", weights_sha256=weights, keep_embeddings=kept)
+    assert io.sha256(out) == io.sha256(tmp_path / "q.h5")
+
+
+SLOW = """
+import sys, time, torch
+from test_inference import ConvNet3D, volume_tool
+from gdlib.streaming import predict_split
+
+tool = volume_tool()
+predict = tool.predict
+tool.predict = lambda *args: (time.sleep(0.2), predict(*args))[1]
+predict_split(tool, sys.argv[1], sys.argv[2], weights_sha256="w")
+"""
+
+
+def python(code, *arguments, **environment):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, stdout=subprocess.PIPE)
+
+
+def test_a_process_that_is_really_killed(volumes, tmp_path, monkeypatch):
+    out, partial = tmp_path / "p.h5", tmp_path / ".p.h5.partial"
+    slow = python(SLOW, volumes, out)
+    deadline = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size > 40_000):  # two blocks or more
+        assert slow.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(io.DataError, match="another process"):
+        predict_split(volume_tool(), volumes, out, weights_sha256="w")
+    slow.send_signal(signal.SIGKILL)
+    slow.communicate()
+    assert not out.exists()
+    tool = volume_tool()
+    blocks = count_blocks(monkeypatch, tool)
+    predict_split(tool, volumes, out, weights_sha256="w")
+    assert 0 < len(blocks) <= 10
+    predict_split(volume_tool(), volumes, tmp_path / "once.h5", weights_sha256="w")
+    assert io.sha256(out) == io.sha256(tmp_path / "once.h5")
+
+
+def test_a_refusal_leaves_nothing_behind(volumes, tmp_path):
+    out = tmp_path / "new" / "p.h5"
+    with pytest.raises(io.DataError, match=r'samples.h5: sample "a".*2 axes'):
+        predict_split(predictor(ConvNet(), segmentation={}), volumes, out, weights_sha256="w")
+    image = np.ones((1, 8, 20, 20), np.float32)
+    image[0, 7, 19, 19] = np.nan
+    io.write_samples(tmp_path / "nan.h5", [io.Sample("x", image, np.zeros((8, 20, 20), np.uint32))])
+    with pytest.raises(io.DataError, match="NaN"):
+        predict_split(volume_tool(), tmp_path / "nan.h5", out, weights_sha256="w")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["raw"] = np.zeros((4, 4, 4))
+    with pytest.raises(io.DataError, match=r"other.h5.*not a samples file"):
+        predict_split(volume_tool(), tmp_path / "other.h5", out, weights_sha256="w")
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_blocks_come_back_in_order(volumes, tmp_path):
+    tool = volume_tool()
+    image = next(io.read_samples(volumes)).image
+    parts = list(predict_blocks(tool, {"x": tool.source(image)}, tmp_path / "partial", "me"))
+    assert [box for _, box, _ in parts] == tool.blocks(image.shape[1:])
+    assert {name for name, _, _ in parts} == {"x"}
+    assert all(part.embedding is None for _, _, part in parts)
+    assert (tmp_path / "partial").exists()  # the caller removes it
+
+
+def test_identity_of_a_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("x")
+    first = file_identity(path)
+    assert file_identity(path) == first
+    path.write_text("xy")
+    assert file_identity(path) != first
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+import h5py, numpy as np
+from gdlib import io
+from gdlib.data import patches
+from test_inference import Memory, predictor
+from gdlib.streaming import predict_split
+
+patches.SLAB = 2**18  # volumes are smaller here than what else is looked at at once
+tool = predictor(Memory(), block=(16, 64, 64), segmentation={}, offsets=[[-1, 0, 0], [0, -1, 0], [0, 0, -3]])
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+folder = Path(sys.argv[1])
+peaks = []
+for number, shape in enumerate(json.loads(sys.argv[2])):
+    data = folder / f"{number}.h5"
+    with h5py.File(data, "w") as file:
+        image = file.create_dataset("v/image", (1, *shape), np.uint8, chunks=(1, 16, 64, 64))
+        for z in range(0, shape[0], 16):
+            image[0, z : z + 16] = np.random.default_rng(z).integers(0, 255, (16, *shape[1:]))
+    predict_split(tool, data, folder / f"p{number}.h5", weights_sha256="w")
+    peaks.append(peak())
+print(json.dumps(peaks))
+"""
+
+
+class Memory(ConvNet3D):
+    """One convolution: fast enough for a large volume."""
+
+    halo = (1, 1, 1)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = self.layers[:1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+def test_memory_does_not_grow_with_the_volume(tmp_path):
+    shapes = [(16, 128, 128), (64, 192, 192), (256, 192, 192)]
+    # What is freed goes back at once, so that the peak is what was in use.
+    process = python(
+        MEMORY, tmp_path, json.dumps(shapes), MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"
+    )
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    small, medium, large = json.loads(out)
+    # The medium volume is 2 MiB, the large one 9 MiB, and its predictions 36 MiB: in memory, they would be seen.
+    assert large - medium < 8
+    assert medium - small < 20
