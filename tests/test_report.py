@@ -15,8 +15,8 @@ from scipy import stats
 
 from gdlib import io
 from gdlib.config import TEACHER
-from gdlib.metrics import METRICS, evaluate
-from gdlib.report import charts, figures, pictures, style, summary, tables
+from gdlib.metrics import METRICS, evaluate, overlaps
+from gdlib.report import charts, figures, neurons, pictures, style, summary, surfaces, tables, volumes
 
 ROOT = Path(__file__).parents[1]
 DATASET, LARGE, SMALL = "cells_1", "large", "small"
@@ -24,10 +24,10 @@ TITLES = {DATASET: "Cells & co", LARGE: "Large", SMALL: "Small"}
 LAYOUT = {"keys": ["aji", "voi"], "main": "aji", "titles": TITLES, "budget": "100 steps"}
 
 
-def frame(values, metric="aji"):
+def frame(values, metric="aji", segmenter="mutex_watershed"):
     """Make metrics from {(method, seed): values per image}."""
     rows = [
-        (DATASET, LARGE if method == TEACHER else SMALL, method, seed, f"i{k}", metric, float(value))
+        (DATASET, LARGE if method == TEACHER else SMALL, method, seed, segmenter, f"i{k}", metric, float(value))
         for (method, seed), images in values.items()
         for k, value in enumerate(images)
     ]
@@ -50,6 +50,22 @@ def profile(network, scale):
     }  # fmt: skip
 
 
+def em_study(segmenters=("waterz", "multicut"), images=3):
+    """Make metrics of volumes, where lower is better and the order of methods depends on the segmenter."""
+    rng = np.random.default_rng(1)
+    frames = []
+    for k, segmenter in enumerate(segmenters):
+        level = {TEACHER: 0.3, "none": 0.9, "igd": 0.7 - 0.1 * k, "grd": 0.6 + 0.2 * k}
+        for metric in ("voi_split", "voi"):
+            runs = {
+                (m, s): level[m] + rng.normal(0, 0.02, images)
+                for m in level
+                for s in ((0,) if m == TEACHER else (0, 1))
+            }
+            frames.append(frame(runs, metric, segmenter))
+    return pd.concat(frames, ignore_index=True).assign(dataset="tissue")
+
+
 PROFILES = {(DATASET, LARGE): profile(LARGE, 50), (DATASET, SMALL): profile(SMALL, 1)}
 
 
@@ -62,7 +78,7 @@ def blobs(seed=0, shape=(48, 64)):
         label[((y - cy) ** 2 + (x - cx) ** 2 < 36) & (label == 0)] = k
     image = np.where(label > 0, 200, 30) + rng.normal(0, 10, shape)
     return io.Sample(
-        "s0", np.clip(image, 0, 255).astype(np.uint8)[None], label, {"voxel_size_nm": np.array([500.0, 500.0])}
+        "s0", np.clip(image, 0, 255).astype(np.uint8)[None], label, attrs={"voxel_size_nm": np.array([500.0, 500.0])}
     )
 
 
@@ -73,6 +89,29 @@ def faulty(label):
     out[label == 2] = 1
     out[:34][label[:34] == 4] = 7
     out[40:46, 2:8] = 9
+    return out
+
+
+def tubes(ignore=False):
+    """Make a volume of four tubes that run through its sections; the voxels are three times as deep as they are wide."""
+    rng = np.random.default_rng(5)
+    z, y, x = np.indices((14, 40, 48))
+    label = np.zeros(z.shape, np.uint32)
+    for k, (cy, cx, slope) in enumerate([(9, 9, 0.4), (28, 12, -0.5), (12, 34, 0.3), (30, 36, 0.0)], start=1):
+        label[((y - cy - slope * z) ** 2 + (x - cx) ** 2 < 40) & (label == 0)] = k
+    label[:5][label[:5] == 4] = 0
+    image = np.clip(np.where(label > 0, 190, 60) + rng.normal(0, 12, label.shape), 0, 255).astype(np.uint8)[None]
+    attrs = {"voxel_size_nm": [30.0, 10.0, 10.0]}
+    return io.Sample("v0", image, label, x >= 44 if ignore else None, attrs)
+
+
+def entangled(label):
+    """Merge 2 into 1, cut 3 between sections 7 and 8, take a tenth from 4, and miss it in the last section."""
+    out = label.copy()
+    out[label == 2] = 1
+    out[8:][label[8:] == 3] = 5
+    out[6][label[6] == 4] = 6
+    out[13][label[13] == 4] = 0
     return out
 
 
@@ -106,12 +145,24 @@ def files(tmp_path_factory):
         embedding = np.random.default_rng(k).normal(size=(5, *sample.label.shape)) + sample.label
         with io.create_h5(predictions[-1], kept=["s0"]) as file:
             io.put(file.create_group("s0"), "embedding", embedding.astype(np.float16))
+    volume, cubes = tubes(), []
+    io.write_samples(root / "volumes.h5", [volume])
+    for method in methods:
+        cubes.append(root / f"{method}_cubes.h5")
+        with io.create_h5(cubes[-1]) as file:
+            io.put(file.create_group("v0"), "label", entangled(volume.label) if method == "none" else volume.label)
     common = {"titles": TITLES, "dpi": 80, "metric": "aji", "methods": methods, "sample": 0, "crop": 32, "runs": runs}
     inputs = {"metrics": metrics, "profiles": profiles, "histories": histories, "data": root / "test.h5"}
     inputs |= {"segmentations": segmentations, "predictions": predictions}
-    inputs = {key: [str(p) for p in value] if isinstance(value, list) else str(value) for key, value in inputs.items()}
+    text = lambda one: [str(p) for p in one] if isinstance(one, list) else str(one)  # noqa: E731
+    inputs = {key: text(value) for key, value in inputs.items()}
+    of_volumes = inputs | {"data": text(root / "volumes.h5"), "segmentations": text(cubes)}
     return {
-        name: (inputs, common | ({"metrics": ["aji", "voi"]} if name == "methods" else {})) for name in figures.FIGURES
+        name: (
+            of_volumes if name == "neurons" else inputs,
+            common | ({"metrics": ["aji", "voi"]} if name == "methods" else {}),
+        )
+        for name in figures.FIGURES
     }
 
 
@@ -120,12 +171,12 @@ def files(tmp_path_factory):
 
 def test_summary_is_mean_over_images_then_seeds():
     out = summary.summarise(frame({(TEACHER, 0): [0.8, 1.0], ("none", 0): [0.2, 0.4], ("none", 1): [0.6, 0.8]}))
-    assert tuple(out.columns) == ("dataset", "student", "method", "metric", "mean", "std", "n")
+    assert tuple(out.columns) == ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n")
     teacher, none = out.itertuples(index=False)
-    assert teacher[:5] == (DATASET, LARGE, TEACHER, "aji", pytest.approx(0.9))
+    assert teacher[:6] == (DATASET, LARGE, TEACHER, "mutex_watershed", "aji", pytest.approx(0.9))
     assert np.isnan(teacher.std)
     assert teacher.n == 1
-    assert none[1:] == (SMALL, "none", "aji", pytest.approx(0.5), pytest.approx(np.sqrt(0.08)), 2)
+    assert none[1:] == (SMALL, "none", "mutex_watershed", "aji", pytest.approx(0.5), pytest.approx(np.sqrt(0.08)), 2)
 
 
 def test_gap_closed_in_closed_form():
@@ -174,6 +225,37 @@ def test_p_without_differences_is_one():
     assert summary.image_p([0.1 + 0.2 - 0.3, 0.0]) == 1  # rounding is no difference
 
 
+def test_one_image_has_no_p():
+    assert np.isnan(summary.image_p([0.3]))
+    assert np.isnan(summary.compare(study(images=1))["p"]).all()
+
+
+def test_every_segmenter_is_compared_with_its_own_student_and_teacher():
+    metrics = em_study()
+    rows = list(metrics.itertuples())
+
+    def mean(method, segmenter, seed):
+        found = [r.value for r in rows if (r.method, r.segmenter, r.seed, r.metric) == (method, segmenter, seed, "voi")]
+        return sum(found) / len(found)
+
+    out = summary.compare(metrics)
+    assert tuple(out.columns) == summary.COMPARISON_COLUMNS
+    assert len(out) == 2 * 2 * 2
+    table = out.query("metric == 'voi'").set_index(["method", "segmenter"])
+    for method in ("igd", "grd"):
+        for segmenter in ("waterz", "multicut"):
+            pairs = [mean(method, segmenter, seed) - mean("none", segmenter, seed) for seed in (0, 1)]
+            gap = mean(TEACHER, segmenter, 0) - (mean("none", segmenter, 0) + mean("none", segmenter, 1)) / 2
+            row = table.loc[(method, segmenter)]
+            assert row["difference"] == pytest.approx(sum(pairs) / 2)
+            assert row["gap_closed"] == pytest.approx(sum(pairs) / 2 / gap)
+            assert row["gap_closed"] > 0, "lower is better and every method is lower"
+    means = summary.summarise(metrics).set_index(["method", "segmenter", "metric"])["mean"]
+    assert means["grd", "multicut", "voi"] == pytest.approx(
+        (mean("grd", "multicut", 0) + mean("grd", "multicut", 1)) / 2
+    )
+
+
 def test_no_comparison_without_a_plain_student():
     assert summary.compare(study(methods=("igd", "grd"))).empty
 
@@ -197,6 +279,8 @@ def test_names_that_look_missing_are_names(tmp_path):
         (lambda m: pd.concat([m, m]), "hold the same run"),
         (lambda m: m.drop(index=5), "lacks values"),
         (lambda m: m[(m["method"] != "grd") | (m["metric"] != "voi")], "small/grd/seed0 lacks values"),
+        (lambda m: pd.concat([m, m[m["method"] == TEACHER].assign(segmenter="waterz")]), "seed0 lacks values.*waterz"),
+        (lambda m: pd.concat([m, m[m["method"] == "grd"]]), "small/grd/seed0/mutex_watershed"),
         (lambda m: m.assign(value=m["value"].where(m["value"] < 0.85)), "not a finite number"),
     ],
 )
@@ -258,6 +342,103 @@ def test_one_seed_has_no_deviation():
     assert "One seed" in text
 
 
+def test_every_segmenter_has_its_block_of_rows():
+    metrics = em_study()
+    text = tables.table_markdown(metrics, keys={"tissue": ["voi_split", "voi"]}, main={"tissue": "voi"})
+    header, _, *lines = cells(text)
+    assert header == ["network", "method", "VOI split ↓", "VOI ↓", "Δ VOI", "gap closed", "p"]
+    assert [line[1] for line in lines] == 2 * ["", "teacher", "student", "IGD", "IGD + AGD"]
+    assert [lines[0], lines[5]] == [["*waterz*", *[""] * 6], ["*multicut*", *[""] * 6]]
+    names = {"teacher": TEACHER, "student": "none", "IGD": "igd", "IGD + AGD": "grd"}
+    rows = list(metrics.itertuples())
+    for segmenter, block in (("waterz", lines[1:5]), ("multicut", lines[6:])):
+        for column, metric in ((2, "voi_split"), (3, "voi")):
+            shown = {}
+            for line in block:
+                values = {}
+                for r in rows:
+                    if (r.method, r.segmenter, r.metric) == (names[line[1]], segmenter, metric):
+                        values.setdefault(r.seed, []).append(r.value)
+                means = [sum(v) / len(v) for v in values.values()]
+                shown[line[1]] = sum(means) / len(means)
+                assert line[column].strip("*").startswith(f"{shown[line[1]]:.3f}")
+                assert ("±" in line[column]) == (len(means) == 2)
+            best = min(("student", "IGD", "IGD + AGD"), key=shown.__getitem__)
+            assert [line[1] for line in block if line[column].startswith("**")] == [best], "lower is better"
+    assert "best of each student in its block" in text
+    assert "cannot be below 0.250" in text  # 2 / 2**3
+    tex = tables.table_tex(metrics, keys=["voi_split", "voi"], main="voi")
+    assert tex.count(r"\multicolumn{7}{l}{\textit{") == 2
+
+
+def test_metrics_of_every_dataset_are_its_own():
+    both = pd.concat([study(), em_study(("waterz",), images=1)], ignore_index=True)
+    keys, main = {DATASET: ["aji"], "tissue": ["voi_split", "voi"]}, {DATASET: "aji", "tissue": "voi"}
+    budget = {DATASET: "9 steps", "tissue": "8 steps"}
+    text = tables.table_markdown(both, keys=keys, main=main, budget=budget)
+    planes, volume = text.split("## ")[1:]
+    assert "| network | method | AJI ↑ | Δ AJI | gap closed | p |" in planes
+    assert "| network | method | VOI split ↓ | VOI ↓ | Δ VOI | gap closed |\n" in volume, "one image has no p"
+    assert "9 steps" in planes
+    assert "8 steps" in volume
+    assert "waterz" not in text, "a dataset with one segmenter needs no name of it"
+    with pytest.raises(io.DataError, match="do not hold aji"):
+        tables.table_markdown(both, keys=keys | {"tissue": ["aji"]}, main=main)
+
+
+def test_teacher_stands_beside_trivial_baselines(tmp_path):
+    metrics = em_study()
+    rng = np.random.default_rng(2)
+    rows = [
+        ("tissue", split, name, f"i{k}", metric, rng.uniform(0.4, 20 if metric == "voi" else 2))
+        for split in ("val", "test") for name in ("one_segment", "components")
+        for k in range(3) for metric in ("voi_split", "voi")
+    ]  # fmt: skip
+    io.write_rows(tmp_path / "b.csv", summary.BASELINE_COLUMNS, rows)
+    scores = {"waterz": {"voi": 0.25, "voi_split": 0.125}, "multicut": {"voi": 0.75, "voi_split": 0.5}}
+    weights = []
+    for seed, factor in ((0, 1.0), (1, 3.0)):
+        weights.append(tmp_path / f"teacher{seed}.safetensors")
+        validation = {s: {key: factor * value for key, value in one.items()} for s, one in scores.items()}
+        io.save_weights(weights[-1], {}, {"run": {"dataset": "tissue"}, "validation": validation})
+    source = write_metrics(tmp_path / "m.csv", metrics)
+    out = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
+    layout = {"keys": ["voi_split", "voi"], "main": "voi", "titles": {"components": "threshold and components"}}
+    tables.write([source], [], **out, baselines=[tmp_path / "b.csv"], weights=weights, **layout)
+    text = out["markdown"].read_text()
+    body = text[text.index("Trivial baselines and the teacher") :]
+    header, _, *lines = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("|")
+    ]
+    columns = [("voi_split", "val"), ("voi_split", "test"), ("voi", "val"), ("voi", "test")]
+    assert header[1:] == ["VOI split ↓ val", "VOI split ↓ test", "VOI ↓ val", "VOI ↓ test"]
+    assert [line[0] for line in lines] == [
+        "one segment",
+        "threshold and components",
+        "teacher, waterz",
+        "teacher, multicut",
+    ]
+    for column, (metric, split) in enumerate(columns, start=1):
+        expected = []
+        for name in ("one_segment", "components"):
+            values = [row[5] for row in rows if (row[1], row[2], row[4]) == (split, name, metric)]
+            expected.append(sum(values) / len(values))
+        for segmenter in ("waterz", "multicut"):
+            values = [2 * scores[segmenter][metric]]  # mean of one and three times
+            if split == "test":
+                found = metrics.query("method == @TEACHER and segmenter == @segmenter and metric == @metric")
+                values = list(found["value"])
+            expected.append(sum(values) / len(values))
+        digits = 1 if max(expected) >= 10 else 3
+        assert [line[column] for line in lines] == [f"{value:.{digits}f}" for value in expected]
+    assert r"\shortstack[r]{VOI split $\downarrow$ \\ val}" in out["tex"].read_text()
+    tables.write([source], [], **out, **layout)
+    assert "Trivial" not in out["markdown"].read_text()
+    io.write_rows(tmp_path / "b.csv", summary.BASELINE_COLUMNS[1:], [])
+    with pytest.raises(io.DataError, match=r"b\.csv: the columns are split"):
+        summary.read_baselines([tmp_path / "b.csv"])
+
+
 def test_tex_is_escaped_and_well_formed():
     titles = TITLES | {SMALL: r"a_b & c% #1 {x} ~ ^ $ \ <|>"}
     text = tables.table_tex(study(), PROFILES, **(LAYOUT | {"titles": titles}))
@@ -286,7 +467,7 @@ def test_written_tables(files, tmp_path):
     assert first == {name: path.read_bytes() for name, path in paths.items()}
     lines = paths["summary"].read_text().splitlines()
     assert lines[0] == ",".join(summary.SUMMARY_COLUMNS)
-    assert lines[1] == f"{DATASET},{LARGE},{TEACHER},aji,0.9,,1"
+    assert lines[1] == f"{DATASET},{LARGE},{TEACHER},mutex_watershed,aji,0.9,,1"
     assert len(lines) == 1 + 4 * 2
     assert len(paths["comparison"].read_text().splitlines()) == 1 + 2 * 2
 
@@ -322,6 +503,14 @@ def texts(figure):
     return {text.get_text() for text in figure.findobj(Text)}
 
 
+def test_names_of_the_pipeline_have_their_titles():
+    from gdlib.baselines import BASELINES
+    from gdlib.segmentation import SEGMENTERS
+
+    assert {name: style.title(name) for name in BASELINES} == {name: one[0] for name, one in BASELINES.items()}
+    assert not any("_" in style.title(name) for name in (*BASELINES, *SEGMENTERS))
+
+
 def test_methods_look_the_same_everywhere():
     look = style.looks(["mine", TEACHER, "none", "grd", "other"], {"grd": "GRD"})
     assert look["grd"] == style.looks(["grd"])["grd"]._replace(title="GRD")
@@ -335,6 +524,15 @@ def test_methods_figure_shows_all():
     figure = charts.methods(metrics, ["aji", "voi", "aji"], TITLES)
     assert {"AJI ↑", "VOI ↓", "Small", "tiny", "IGD + AGD", "student"} <= texts(figure)
     assert len(charts.methods(study(seeds=(0,), teacher=None), ["aji"]).axes) == 1
+
+
+def test_figures_show_the_main_segmenter():
+    metrics = em_study()
+    only = metrics[metrics["segmenter"] == "waterz"]
+    costs = {LARGE: profile(LARGE, 50), SMALL: profile(SMALL, 1)}
+    for draw in (lambda m: charts.methods(m, ["voi"]), lambda m: charts.tradeoff(m, costs, "voi")):
+        drawn = [[line.get_xydata().tolist() for axis in draw(m).axes for line in axis.lines] for m in (metrics, only)]
+        assert drawn[0] == drawn[1]
 
 
 def test_figures_of_numbers_without_teacher_and_with_one_seed(tmp_path):
@@ -383,14 +581,233 @@ def test_panel_prints_the_metric_of_the_whole_image():
         assert figure.axes[0].images[0].get_array().shape == (min(48, side), min(64, side), 3)
 
 
-def test_volumes_are_shown_by_their_fullest_slice():
-    flat = blobs()
-    label = np.stack([flat.label * 0, flat.label, np.where(flat.label == 1, 1, 0)]).astype(np.uint32)
-    volume = io.Sample("v", np.repeat(flat.image[:, None], 3, axis=1), label)
-    figure = pictures.panel(volume, {"none": label * 0}, crop=16)
-    assert "AJI 0.000" in texts(figure)
-    shown = pictures.embeddings(volume, {TEACHER: np.random.default_rng(0).normal(size=(4, *label.shape))})
-    assert shown.axes[2].images[0].get_array().shape == (48, 64, 3)
+def test_planes_heed_what_is_ignored():
+    sample = blobs()
+    found = faulty(sample.label)
+    blind = io.Sample(sample.id, sample.image, sample.label, found != sample.label, sample.attrs)
+    assert "AJI 1.000" in texts(pictures.panel(blind, {"none": found}))
+
+
+def test_embeddings_of_a_volume_show_its_fullest_section():
+    sample = tubes()
+    shown = pictures.embeddings(sample, {TEACHER: np.random.default_rng(0).normal(size=(4, *sample.label.shape))})
+    section = max(range(14), key=lambda z: (sample.label[z] > 0).sum())
+    assert shown.axes[2].images[0].get_array().shape == (40, 48, 3)
+    np.testing.assert_array_equal(shown.axes[0].images[0].get_array(), pictures.grey(sample.image[:, section]))
+
+
+def test_embeddings_may_be_a_part_of_a_volume(tmp_path):
+    sample, origin, shape = tubes(), (5, 8, 4), (3, 20, 30)
+    part = tuple(slice(o, o + n) for o, n in zip(origin, shape, strict=True))
+    io.write_samples(tmp_path / "test.h5", [sample])
+    paths = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    for path in paths:
+        with io.create_h5(path, kept=["v0"]) as file:
+            group = file.create_group("v0")
+            io.put(group, "embedding", np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float16))
+            group["embedding"].attrs["origin"] = origin
+    inputs, params = {"data": tmp_path / "test.h5", "predictions": paths}, {"methods": [TEACHER, "none"]}
+    drawn = figures.FIGURES["embeddings"](inputs, params).axes[0].images[0].get_array()
+    choices = [pictures.grey(sample.image[:, z])[part[1:]] for z in range(5, 8)]
+    inside = [pictures.grey(sample.image[(slice(None), z, *part[1:])]) for z in range(5, 8)]
+    assert drawn.shape == (20, 30, 3) == choices[0].shape
+    assert any(np.array_equal(drawn, one) for one in inside)
+    import h5py
+
+    with h5py.File(paths[1], "r+") as file:
+        file["v0"]["embedding"].attrs["origin"] = (0, 0, 0)
+    with pytest.raises(io.DataError, match="another part of v0"):
+        figures.FIGURES["embeddings"](inputs, params)
+
+
+# --- Volumes -------------------------------------------------------------------------------------------------------------
+
+
+def overlap(label, segmentation, a, s):
+    return sum(
+        1 for v, w in zip(label.ravel().tolist(), segmentation.ravel().tolist(), strict=True) if (v, w) == (a, s)
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_voxel_has_its_mistake(seed):
+    rng = np.random.default_rng(seed)
+    label, found = rng.integers(0, 5, (2, 3, 6, 7)), rng.integers(0, 7, (2, 3, 6, 7))[0]
+    label = label[0]
+    kind = volumes.mistakes(label, found, overlaps(label, found))
+    shared = {(a, s): overlap(label, found, a, s) for a in range(1, 5) for s in range(1, 7)}
+    for place in np.ndindex(label.shape):
+        a, s = int(label[place]), int(found[place])
+        if a == 0:
+            assert kind[place] == 0
+        elif s == 0:
+            assert kind[place] == 3
+        else:
+            of_segment, of_object = [shared[b, s] for b in range(1, 5)], [shared[a, t] for t in range(1, 7)]
+            if of_segment.count(max(of_segment)) == of_object.count(max(of_object)) == 1:  # ties may go either way
+                assert kind[place] == (2 if shared[a, s] < max(of_segment) else shared[a, s] < max(of_object))
+
+
+def test_a_perfect_segmentation_has_no_mistakes_under_other_names():
+    label = tubes().label
+    assert not volumes.mistakes(label, (label * 7) % 29, overlaps(label, (label * 7) % 29)).any()
+
+
+def test_panel_of_a_volume_is_where_students_differ():
+    sample = tubes(ignore=True)
+    grd = sample.label.copy()
+    grd[9][sample.label[9] == 1] = 0  # the only difference of the students, in section 9
+    none = sample.label.copy()
+    none[:, :, 44:] = 9  # does not count
+    figure = volumes.panel(sample, {TEACHER: sample.label, "none": none, "grd": grd}, "voi", crop=20)
+    expected = evaluate(sample.label, grd, sample.ignore)["voi"]
+    assert {"xy\nsection 9", "VOI 0.000", f"VOI {expected:.3f}", "student", "teacher", "image"} <= texts(figure)
+    legend = {text.partition(":")[0] for text in texts(figure) if ":" in text}
+    assert legend == {"split", "merged", "missed"}
+    axes = [axis for axis in figure.axes if axis.images]
+    assert len(axes) == 2 * 5 + 2 * 3
+    # Half as deep as wide, in nm: 20 x 10 nm wide, 3 sections of 30 nm deep.
+    assert [axis.images[0].get_array().shape[:2] for axis in axes[:10:5]] == [(20, 20), (3, 20)]
+    assert [axis.get_aspect() for axis in axes[:10:5]] == [1, 3]
+
+
+def test_panel_of_a_volume_without_students_differences_or_voxel_size():
+    sample = tubes()
+    plain = io.Sample("v", sample.image, sample.label)
+    fullest = max(range(14), key=lambda z: (sample.label[z] > 0).sum())
+    for segmentations in ({TEACHER: sample.label}, {"none": sample.label}):
+        figure = volumes.panel(plain, segmentations)
+        assert any(text.startswith("xy") and text.endswith(str(fullest)) for text in texts(figure))
+        assert not any("µm" in text for text in texts(figure))
+    same = entangled(sample.label)
+    assert any("µm" in text for text in texts(volumes.panel(sample, {"none": same, "grd": same})))
+
+
+def test_segments_have_the_colour_of_their_object():
+    label = tubes().label
+    found = entangled(label)
+    colours = volumes.palette(4)
+    assert len({tuple(one) for one in colours}) == 5
+    own = volumes._colours_of(overlaps(label, found), colours, 6)
+    larger = 1 if (label == 1).sum() > (label == 2).sum() else 2
+    assert own[1].tolist() == colours[larger].tolist()
+    first, second = (3, 5) if (label[:8] == 3).sum() > (label[8:] == 3).sum() else (5, 3)
+    assert own[first].tolist() == colours[3].tolist()
+    assert own[second].tolist() == pytest.approx(0.45 * colours[3] + 0.55)
+
+
+def test_figures_of_volumes_from_files(files, tmp_path):
+    inputs, params = files["neurons"]
+    figures.draw("panel", inputs, params | {"metric": "voi"}, [tmp_path / "panel.png"])
+    figures.draw("neurons", inputs, params, [tmp_path / "neurons.png"])
+    assert min(path.stat().st_size for path in tmp_path.iterdir()) > 1000
+    with pytest.raises(io.DataError, match="no volumes"):
+        figures.draw("neurons", *files["panel"], [])
+
+
+def test_worst_merge_and_best_object_are_found_by_counting():
+    sample = tubes()
+    found = {TEACHER: sample.label, "none": entangled(sample.label), "grd": sample.label}
+    label = sample.label
+    # Segment 1 of the student joins 1 and 2: its first object is the larger.
+    sizes = {k: int((label == k).sum()) for k in (1, 2, 3, 4)}
+    first, other = sorted((1, 2), key=lambda k: -sizes[k])
+    tables_of = [overlaps(label, found[m]) for m in ("none", "grd")]
+    fit = {}
+    for k in (1, 2, 3, 4):
+        fit[k] = 0
+        for one in ("none", "grd"):
+            segment = max(range(1, 7), key=lambda s, one=one: ((label == k) & (found[one] == s)).sum())
+            both, either = (label == k) & (found[one] == segment), (label == k) | (found[one] == segment)
+            fit[k] += both.sum() / either.sum()
+    best = max((k for k in fit if k != first), key=fit.__getitem__)
+    assert neurons._examples(tables_of) == {"worst merge": first, "best of ten": best}
+    assert neurons._held(tables_of[0], first) == (1, {other: sizes[other]}, 1.0)
+    segment, joined, share = neurons._held(tables_of[0], 4)
+    assert (segment, joined) == (4, {})
+    assert share == pytest.approx(((label == 4) & (found["none"] == 4)).sum() / sizes[4])
+    shown = texts(neurons.neurons(sample, found))
+    assert {f"object {first}", f"object {best}", "100 % of it, with 1 other", "100 % of it", "worst merge"} <= shown
+
+
+def test_inaccurate_borders_join_nothing():
+    label = tubes().label
+    wide = label.copy()
+    y, x = np.nonzero(label[7] == 2)
+    wide[7, y.min(), x] = 1  # a few voxels of 2
+    assert neurons._held(overlaps(label, wide), 1)[1] == {}
+
+
+def test_neurons_that_are_missed_or_absent():
+    sample = tubes()
+    assert "missed" in texts(neurons.neurons(sample, {"none": sample.label * 0}))
+    empty = io.Sample("e", sample.image, sample.label * 0)
+    with pytest.raises(io.DataError, match='"e" has no objects'):
+        neurons.neurons(empty, {"none": empty.label})
+
+
+# --- Surfaces ------------------------------------------------------------------------------------------------------------
+
+
+def ball(radius=300.0, voxel=(30.0, 10.0, 10.0), centre=(420.0, 400.0, 380.0), shape=(28, 80, 80)):
+    """Make the mask of a ball; lengths in nm."""
+    z, y, x = ((np.arange(n) + 0.5) * v for n, v in zip(shape, voxel, strict=True))
+    square = (z[:, None, None] - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2 + (x - centre[2]) ** 2
+    return square < radius**2
+
+
+@pytest.mark.parametrize(("voxel", "shape"), [((30.0, 10.0, 10.0), (28, 80, 80)), ((10.0, 10.0, 10.0), (84, 80, 80))])
+@pytest.mark.parametrize("cell", [10.0, 24.0])
+def test_surface_of_a_ball(voxel, shape, cell):
+    points, normals = surfaces.surface(ball(voxel=voxel, shape=shape), voxel, cell)
+    away = points - np.array([420.0, 400.0, 380.0])
+    distance = np.linalg.norm(away, axis=1)
+    assert abs(distance.mean() - 300) < cell / 2
+    assert np.abs(distance - 300).max() < 1.5 * max(cell, voxel[0])
+    assert (np.einsum("nd,nd->n", normals, away) / distance).mean() > 0.97
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1, atol=1e-9)
+    assert np.abs(points.mean(axis=0) - [420, 400, 380]).max() < cell / 2
+
+
+def test_surface_closes_at_the_border_and_of_nothing_is_empty():
+    points, _ = surfaces.surface(np.ones((4, 10, 10), bool), (10.0, 10.0, 10.0), 10.0)
+    assert np.abs(points.min(axis=0)).max() < 6
+    assert np.abs(points.max(axis=0) - [40, 100, 100]).max() < 6
+    assert surfaces.surface(np.zeros((4, 10, 10), bool), (10.0, 10.0, 10.0), 10.0).points.shape == (0, 3)
+
+
+@pytest.mark.parametrize(("azimuth", "elevation"), [(0, 90), (30, 25), (210, 0), (300, 60)])
+def test_views_are_rotations_that_mirror_nothing(azimuth, elevation):
+    axes = surfaces.view(azimuth, elevation)
+    np.testing.assert_allclose(axes @ axes.T, np.eye(3), atol=1e-12)
+    # x to the right, y down and z away are right-handed, and so are right, up and towards the reader.
+    right, up, away = axes[:, ::-1]  # as (x, y, z)
+    np.testing.assert_allclose(np.cross(right, up), -away, atol=1e-12)
+    assert up[2] <= 1e-12, "the first section is on top"
+
+
+def test_picture_of_balls():
+    """From above, the picture is that of the sections; the nearer ball hides the other, and the area is that of a disc."""
+    mask = ball(voxel=(10.0, 10.0, 10.0), shape=(84, 80, 80), radius=150.0)
+    near = surfaces.surface(mask, (10.0, 10.0, 10.0), 10.0)
+    deep = near._replace(points=near.points + np.array([400.0, 100.0, 0.0]))
+    red, green = np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 0.0])
+    frame = (0.0, 800.0, -1000.0, 0.0)  # x, and y downwards
+    axes = surfaces.view(0, 90)
+    alone = surfaces.render([(near, red)], axes, frame, 5.0, 10.0)
+    assert alone.shape == (200, 160, 4)
+    covered = alone[..., 3].sum() * 25
+    assert covered == pytest.approx(np.pi * 150**2, rel=0.08)
+    y, x = (np.arange(n) * 5 + 2.5 for n in (200, 160))
+    weight = alone[..., 3] / alone[..., 3].sum()
+    assert (weight.sum(axis=1) @ y, weight.sum(axis=0) @ x) == (pytest.approx(400, abs=5), pytest.approx(380, abs=5))
+    for order in ([(near, red), (deep, green)], [(deep, green), (near, red)]):
+        both = surfaces.render(order, axes, frame, 5.0, 10.0)
+        assert both[80, 76, 0] > both[80, 76, 1], "the near ball is seen at its centre"
+        assert both[124, 76, 1] > both[124, 76, 0], "the far ball beside it"
+        assert both[0, 0, 3] == 0
+        assert both.min() >= 0
+        assert both.max() <= 1
 
 
 def test_window_stays_inside_and_finds_what_matters():

@@ -35,7 +35,7 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
     """Draw every method as mean, standard deviation and single seeds, one panel per metric.
 
     Args:
-        metrics: columns `io.METRIC_COLUMNS`, one dataset.
+        metrics: columns `io.METRIC_COLUMNS`, one dataset; only its main segmenter, the first, is shown.
         keys: metrics to show.
         titles: of networks and methods.
 
@@ -43,7 +43,7 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
         The figure, one column wide (one page with several students). Lines mark the teacher and the student without
         distillation. Axes need not start at zero.
     """
-    _one_dataset(metrics)
+    metrics = _shown(metrics)
     require(metrics, keys)
     look = looks(metrics["method"], titles)
     values = _seed_values(metrics)
@@ -128,7 +128,7 @@ def tradeoff(
     """Draw accuracy against the number of parameters and against latency.
 
     Args:
-        metrics: columns `io.METRIC_COLUMNS`, one dataset.
+        metrics: columns `io.METRIC_COLUMNS`, one dataset; only its main segmenter, the first, is shown.
         profiles: network to profile.
         key: metric of the vertical axis.
         titles: of networks and methods.
@@ -136,7 +136,7 @@ def tradeoff(
     Returns:
         The figure, one page wide. Methods of one student cost the same: they stand around a line at that cost.
     """
-    _one_dataset(metrics)
+    metrics = _shown(metrics)
     require(metrics, [key])
     look = looks(metrics["method"], titles)
     values = {
@@ -260,6 +260,8 @@ def _handle(look: Look, **changes: Any) -> Line2D:
     return Line2D([], [], label=look.title, **_marker(look) | changes)
 
 
-def _one_dataset(metrics: pd.DataFrame) -> None:
+def _shown(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the main segmenter, the first, of the one dataset."""
     if metrics["dataset"].nunique() != 1:
         raise io.DataError(f"a figure shows one dataset, not {', '.join(metrics['dataset'].unique())}")
+    return metrics[metrics["segmenter"] == metrics["segmenter"].iloc[0]]

@@ -1,14 +1,16 @@
 """Draw one figure of the report from the files of the pipeline."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from gdlib import io
-from gdlib.report import charts, pictures
+from gdlib.report import charts, neurons, pictures, volumes
 from gdlib.report.style import save
 from gdlib.report.summary import read_metrics, read_profiles
 
@@ -61,10 +63,17 @@ def _curves(inputs: Files, params: Params) -> Figure:
 
 def _panel(inputs: Files, params: Params) -> Figure:
     """Inputs: data, segmentations (list). Params: methods (one per segmentation), metric, sample (number), crop."""
-    sample = _sample(inputs["data"], params.get("sample", 0))
-    files = zip(params["methods"], inputs["segmentations"], strict=True)
-    segmentations = {method: io.read_array(path, sample.id, "label") for method, path in files}
-    return pictures.panel(sample, segmentations, params["metric"], params.get("titles"), params.get("crop"))
+    sample, segmentations = _segmented(inputs, params)
+    draw = volumes.panel if sample.label.ndim == 3 else pictures.panel
+    return draw(sample, segmentations, params["metric"], params.get("titles"), params.get("crop"))
+
+
+def _neurons(inputs: Files, params: Params) -> Figure:
+    """Inputs: data (volumes), segmentations (list). Params: methods (one per segmentation), sample (number)."""
+    sample, segmentations = _segmented(inputs, params)
+    if sample.label.ndim != 3:
+        raise io.DataError(f"{inputs['data']}: these are no volumes; neurons can be drawn in 3D only")
+    return neurons.neurons(sample, segmentations, params.get("titles"))
 
 
 def _embeddings(inputs: Files, params: Params) -> Figure:
@@ -76,18 +85,32 @@ def _embeddings(inputs: Files, params: Params) -> Figure:
             f"{inputs['predictions'][0]}: embeddings of {len(kept)} samples were kept, there is no number {number}"
         )
     sample = next(io.read_samples(inputs["data"], [kept[number]]))
-    files = zip(params["methods"], inputs["predictions"], strict=True)
-    vectors = {method: io.read_array(path, sample.id, "embedding") for method, path in files}
+    vectors, parts = {}, set()
+    for method, path in zip(params["methods"], inputs["predictions"], strict=True):
+        vectors[method] = io.read_array(path, sample.id, "embedding")
+        with io.open_h5(path) as file:
+            # Of a volume a part may have been kept; its first voxel is noted.
+            origin = file[sample.id]["embedding"].attrs.get("origin", np.zeros(sample.label.ndim))
+        parts.add(tuple((int(o), int(o) + n) for o, n in zip(origin, vectors[method].shape[1:], strict=True)))
+    if len(parts) > 1:
+        raise io.DataError(
+            f"{inputs['predictions'][0]}: other predictions kept another part of {sample.id}; predict again"
+        )
+    part = tuple(slice(*ends) for ends in parts.pop())
+    sample = replace(sample, image=sample.image[(slice(None), *part)], label=sample.label[part], ignore=None)
     return pictures.embeddings(sample, vectors, params.get("titles"), params.get("crop"))
 
 
-def _sample(path: Path | str, number: int) -> io.Sample:
-    ids = io.sample_ids(path)
+def _segmented(inputs: Files, params: Params) -> tuple[io.Sample, dict[str, np.ndarray]]:
+    """Read the sample to show, and its segmentations by method."""
+    ids, number = io.sample_ids(inputs["data"]), params.get("sample", 0)
     if number >= len(ids):
         raise io.DataError(
-            f"{path}: there are {len(ids)} samples, there is no number {number}; change plot.panel_sample"
+            f"{inputs['data']}: there are {len(ids)} samples, there is no number {number}; change plot.panel_sample"
         )
-    return next(io.read_samples(path, [ids[number]]))
+    sample = next(io.read_samples(inputs["data"], [ids[number]]))
+    files = zip(params["methods"], inputs["segmentations"], strict=True)
+    return sample, {method: io.read_array(path, sample.id, "label") for method, path in files}
 
 
 FIGURES: dict[str, Callable[[Files, Params], Figure]] = {
@@ -96,4 +119,5 @@ FIGURES: dict[str, Callable[[Files, Params], Figure]] = {
     "curves": _curves,
     "panel": _panel,
     "embeddings": _embeddings,
+    "neurons": _neurons,
 }

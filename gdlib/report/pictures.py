@@ -1,4 +1,4 @@
-"""Figures of images: segmentations with their errors, and embeddings as colours."""
+"""Figures of images: segmentations with their errors, and embeddings as colours (of volumes too)."""
 
 import colorsys
 from collections.abc import Mapping
@@ -33,8 +33,8 @@ def panel(
     """Draw image, ground truth and segmentations with their errors.
 
     Args:
-        sample: image (C, [Z,] Y, X) and label ([Z,] Y, X); of a volume, the slice with most foreground is shown.
-        segmentations: method to label ([Z,] Y, X), in the order of the panels.
+        sample: image (C, Y, X) and label (Y, X); for volumes see `gdlib.report.volumes`.
+        segmentations: method to label (Y, X), in the order of the panels.
         key: metric to print below each, of the whole image even where only a part is shown.
         titles: of methods.
         crop: side of the part to show, in pixels, where the students differ most; the whole image if left out.
@@ -42,29 +42,28 @@ def panel(
     Returns:
         The figure, one page wide.
     """
-    status = {method: _status(sample.label, segmentation) for method, segmentation in segmentations.items()}
-    plane = _plane(sample.label)
-    wrong = [_wrong(sample.label, segmentations[m], status[m])[plane] for m in segmentations if m != TEACHER]
+    status = {m: _status(sample.label, segmentation, sample.ignore) for m, segmentation in segmentations.items()}
+    wrong = [_wrong(sample.label, segmentations[m], status[m]) for m in segmentations if m != TEACHER]
     # Where students differ; if they do not, where they err; if they do not either, where the objects are.
     choices = [np.std(wrong, axis=0), np.mean(wrong, axis=0)] if wrong else []
-    box = window(next((choice for choice in choices if choice.any()), sample.label[plane] > 0), crop)
-    image, label = _grey(sample.image[(slice(None), *plane)])[box], sample.label[plane][box]
+    box = window(next((choice for choice in choices if choice.any()), sample.label > 0), crop)
+    image, label = grey(sample.image)[box], sample.label[box]
     with mpl.rc_context(STYLE):
         figure, axes = _canvas(2 + len(segmentations), label.shape, below=0.16)
-        _show_sample(axes, sample, plane, box)
+        _show_sample(axes, sample, (), box)
         for axis, (method, segmentation) in zip(axes[2:], segmentations.items(), strict=True):
-            _show(axis, 0.75 * image, title(method, titles))
-            axis.set_xlabel(f"{METRICS[key].title} {evaluate(sample.label, segmentation)[key]:.3f}", labelpad=3)
+            show(axis, 0.75 * image, title(method, titles))
+            axis.set_xlabel(
+                f"{METRICS[key].title} {evaluate(sample.label, segmentation, sample.ignore)[key]:.3f}", labelpad=3
+            )
             for name, colour in STATUS.items():
-                source = label if name == "missed" else segmentation[plane][box]
+                source = label if name == "missed" else segmentation[box]
                 shown = np.where(np.isin(source, status[method][name]), source, 0)
                 if name != "correct":
                     tint = np.zeros((*shown.shape, 4))
                     tint[shown > 0] = (*to_rgb(colour), 0.3)
                     axis.imshow(tint, interpolation="nearest")
-                _outline(
-                    axis, shown, colour, 0.5 if name == "correct" else 1.1, DASHES if name == "missed" else "solid"
-                )
+                outline(axis, shown, colour, 0.5 if name == "correct" else 1.1, DASHES if name == "missed" else "solid")
         handles = []
         for name, colour in STATUS.items():
             look = (1.0, "#9a9a9a") if name == "correct" else (2.2, colour)  # near-white lines need to be seen on paper
@@ -95,8 +94,8 @@ def embeddings(
             raise io.DataError(
                 f'the embedding of "{method}" has shape {vector.shape}, the image {sample.label.shape}; predict again'
             )
-    colours = embedding_colours(vectors)
     plane = _plane(sample.label)
+    colours = embedding_colours({method: vector[(slice(None), *plane)] for method, vector in vectors.items()})
     label = sample.label[plane]
     touching = (ndimage.maximum_filter(label, 3) != label) & (label > 0)
     box = window(touching if touching.any() else label > 0, crop)
@@ -104,7 +103,7 @@ def embeddings(
         figure, axes = _canvas(2 + len(vectors), label[box].shape)
         _show_sample(axes, sample, plane, box)
         for axis, (method, rgb) in zip(axes[2:], colours.items(), strict=True):
-            _show(axis, rgb[plane][box], title(method, titles))
+            show(axis, rgb[box], title(method, titles))
     return figure
 
 
@@ -164,7 +163,7 @@ def instance_colours(label: np.ndarray) -> np.ndarray:
     return np.array(table)[places.reshape(label.shape)]
 
 
-def _outline(axis: Axes, label: np.ndarray, colour: str, width: float, dashes: str | tuple = "solid") -> None:
+def outline(axis: Axes, label: np.ndarray, colour: str, width: float, dashes: str | tuple = "solid") -> None:
     """Draw the outlines of the objects of a plane, each for itself where they touch."""
     ids, dense = np.unique(label, return_inverse=True)
     dense = dense.reshape(label.shape) + (ids[0] != 0)
@@ -176,10 +175,10 @@ def _outline(axis: Axes, label: np.ndarray, colour: str, width: float, dashes: s
             drawn.set_in_layout(False)
 
 
-def _status(label: np.ndarray, segmentation: np.ndarray) -> dict[str, list[int]]:
+def _status(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None = None) -> dict[str, list[int]]:
     """Sort segmentation ids (for `missed`: label ids) by what went wrong with them, each into one group."""
-    wrong = errors(label, segmentation)
-    table = overlaps(label, segmentation)
+    wrong = errors(label, segmentation, ignore=ignore)
+    table = overlaps(label, segmentation, ignore)
     i, j, intersection = table.pairs[:3]
     mostly = intersection > 0.5 * table.segmentation_sizes[j]
     piece = table.segmentation_ids[j[mostly & np.isin(table.label_ids[i], wrong["split"])]].tolist()
@@ -205,7 +204,7 @@ def _plane(label: np.ndarray) -> tuple[int, ...]:
     return (int((label > 0).sum(axis=(1, 2)).argmax()),) if label.ndim == 3 else ()
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
+def grey(image: np.ndarray) -> np.ndarray:
     """(C, Y, X) to (Y, X, 3) in [0, 1], as seen: three channels are colours, others are averaged."""
     low, high = np.percentile(image, (0.5, 99.8), axis=(1, 2), keepdims=True)
     scaled = np.clip((image - low) / np.maximum(high - low, 1e-12), 0, 1)
@@ -224,9 +223,10 @@ def _canvas(count: int, shape: tuple[int, ...], below: float = 0.0) -> tuple[Fig
     return figure, axes[:count]
 
 
-def _show(axis: Axes, image: np.ndarray, name: str) -> None:
+def show(axis: Axes, image: np.ndarray, name: str, aspect: float = 1.0) -> None:
+    """Draw an image (Y, X, 3) without a frame; `aspect` is the height of a pixel over its width."""
     axis.set_axis_on()
-    axis.imshow(image, interpolation="nearest")
+    axis.imshow(image, interpolation="nearest", aspect=aspect)
     axis.set_autoscale_on(False)  # what is drawn on top does not move the borders
     axis.set_title(name, pad=3)
     axis.set_xticks([])
@@ -237,23 +237,32 @@ def _show(axis: Axes, image: np.ndarray, name: str) -> None:
 
 def _show_sample(axes: list[Axes], sample: io.Sample, plane: tuple[int, ...], box: Box) -> None:
     """Image and ground truth, the first two panels."""
-    image, label = _grey(sample.image[(slice(None), *plane)])[box], sample.label[plane]
-    _show(axes[0], image, "image")
-    _scale_bar(axes[0], sample, image.shape[:2])
-    _show(axes[1], 0.45 * image + 0.55 * instance_colours(label)[box], "ground truth")
-    _outline(axes[1], label[box], "white", 0.5)
+    image, label = grey(sample.image[(slice(None), *plane)])[box], sample.label[plane]
+    show(axes[0], image, "image")
+    scale_bar(axes[0], pixel_size(sample), image.shape[:2])
+    show(axes[1], 0.45 * image + 0.55 * instance_colours(label)[box], "ground truth")
+    outline(axes[1], label[box], "white", 0.5)
 
 
-def _scale_bar(axis: Axes, sample: io.Sample, shape: tuple[int, ...]) -> None:
-    """Draw a bar of a round length of about a quarter of the width, where the size of a pixel is known."""
-    if "voxel_size_nm" not in sample.attrs:
+def pixel_size(sample: io.Sample) -> float | None:
+    """Return the side of a pixel along x in nm, None if it is not known."""
+    return float(np.ravel(sample.attrs["voxel_size_nm"])[-1]) if "voxel_size_nm" in sample.attrs else None
+
+
+def scale_bar(
+    axis: Axes, nm: float | None, shape: tuple[int, ...], colour: str = "white", effects: list | None = None
+) -> None:
+    """Draw a bar of a round length of about a quarter of the width of an image, whose pixels are `nm` wide if that is known."""
+    if nm is None:
         return
-    pixel = float(np.ravel(sample.attrs["voxel_size_nm"])[-1]) / 1000  # µm
+    pixel = nm / 1000  # µm
     length = max(
         (n * 10.0**e for e in range(-3, 5) for n in (1, 2, 5) if n * 10.0**e <= 0.3 * shape[1] * pixel), default=None
     )
     if length is not None:
         y, x = 0.94 * shape[0], 0.05 * shape[1]
-        axis.plot([x, x + length / pixel], [y, y], color="white", linewidth=2, solid_capstyle="butt")
-        axis.text(x, y - 0.03 * shape[0], f"{length:g} µm", color="white", fontsize=6.5,
-                  path_effects=[withStroke(linewidth=1.5, foreground="black")])  # fmt: skip
+        axis.plot(
+            [x, x + length / pixel], [y, y], color=colour, linewidth=2, solid_capstyle="butt", path_effects=effects
+        )
+        around = withStroke(linewidth=1.5, foreground="black" if colour == "white" else "white")
+        axis.text(x, y - 0.03 * shape[0], f"{length:g} µm", color=colour, fontsize=6.5, path_effects=[around])

@@ -69,6 +69,13 @@ METHODS = {
     "rkd": Look("RKD", "#7B4FA3", "h"),
     "sp": Look("SPKD", "#A6761D", "<"),
 }
+NAMES = {  # of what is no method: segmenters (waterz and multicut are their own titles) and trivial baselines
+    "mutex_watershed": "mutex watershed",
+    "one_segment": "one segment",
+    "sections": "every section one segment",
+    "image_watershed": "watershed of the image",
+    "true_sections": "true sections, not linked",
+}
 SPARE = ("#B3A100", "#882255", "#999933", "#CC6677", "#44AA99", "#332288")
 
 
@@ -87,12 +94,12 @@ def looks(methods: Iterable[str], titles: Titles = None) -> dict[str, Look]:
 
 
 def title(name: str, titles: Titles = None) -> str:
-    """Return the title of a dataset, network or method; a name without a title is shown as it is.
+    """Return the title of a dataset, network, method, segmenter or baseline; a name without a title is shown as it is.
 
     >>> title("agd_intra"), title("resunet_tiny", {"resunet_tiny": "ResUNet-tiny"}), title("mine", {"mine": ""})
     ('AGD intra', 'ResUNet-tiny', 'mine')
     """
-    return (titles or {}).get(name) or (METHODS[name].title if name in METHODS else name)
+    return (titles or {}).get(name) or (METHODS[name].title if name in METHODS else NAMES.get(name, name))
 
 
 def metric_title(key: str) -> str:

@@ -18,11 +18,12 @@ from gdlib.config import TEACHER
 from gdlib.metrics import METRICS
 from gdlib.report.style import NONE
 
-SUMMARY_COLUMNS = ("dataset", "student", "method", "metric", "mean", "std", "n")
+SUMMARY_COLUMNS = ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n")
 COMPARISON_COLUMNS = (
-    *("dataset", "student", "method", "metric", "difference", "difference_std"),
+    *("dataset", "student", "method", "segmenter", "metric", "difference", "difference_std"),
     *("gap_closed", "gap_closed_std", "p", "seeds", "images"),
 )
+BASELINE_COLUMNS = ("dataset", "split", "baseline", "sample", "metric", "value")
 
 
 def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
@@ -35,28 +36,54 @@ def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
     for path in paths:
         # Only values can be missing: a sample may well be called "NA".
         frame = pd.read_csv(path, dtype={"sample": str}, keep_default_na=False, na_values={"value": ["", "nan"]})
-        if tuple(frame.columns) != io.METRIC_COLUMNS:
-            raise io.DataError(
-                f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(io.METRIC_COLUMNS)}"
-            )
-        if not np.isfinite(frame["value"]).all():
-            raise io.DataError(f"{path}: a value is not a finite number; evaluate this run again")
+        _check(path, frame, io.METRIC_COLUMNS)
         frames.append(frame)
     if not frames:
         raise io.DataError("there are no metrics to report; give at least one file")
     metrics = pd.concat(frames, ignore_index=True)
     twice = metrics[metrics.duplicated(list(io.METRIC_COLUMNS[:-1]))]
     if len(twice):
-        raise io.DataError(f"two metrics files hold the same run: {_run_name(twice.iloc[0])}; give each once")
+        row = twice.iloc[0]
+        raise io.DataError(f"two metrics files hold the same run: {_run_name(row)}/{row['segmenter']}; give each once")
     for dataset, block in metrics.groupby("dataset", sort=False):
-        images, keys = block["sample"].nunique(), block["metric"].nunique()
+        images, keys, segmenters = (block[column].nunique() for column in ("sample", "metric", "segmenter"))
         for _, run in block.groupby(["network", "method", "seed"], sort=False):
-            if len(run) != images * keys:
+            if len(run) != images * keys * segmenters:
                 raise io.DataError(
-                    f"{_run_name(run.iloc[0])} lacks values: other runs on {dataset} have {keys} metrics of {images} images; "
-                    "evaluate it again"
+                    f"{_run_name(run.iloc[0])} lacks values: other runs on {dataset} have {keys} metrics of {images} images "
+                    f"with {', '.join(block['segmenter'].unique())}; evaluate it again"
                 )
     return metrics
+
+
+def read_baselines(paths: Iterable[Path | str]) -> pd.DataFrame:
+    """Read the files of trivial baselines into one frame with the columns `BASELINE_COLUMNS`, in the order given."""
+    frames = [pd.DataFrame(columns=list(BASELINE_COLUMNS))]
+    for path in paths:
+        frame = pd.read_csv(path, dtype={"sample": str}, keep_default_na=False, na_values={"value": ["", "nan"]})
+        _check(path, frame, BASELINE_COLUMNS)
+        frames.append(frame)
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def read_validation(paths: Iterable[Path | str]) -> pd.DataFrame:
+    """Read from the headers of weights what was measured on validation images: dataset, segmenter, metric, value."""
+    rows = []
+    for path in paths:
+        header = io.read_header(path)
+        for segmenter, scores in header.get("validation", {}).items():
+            rows += [(header["run"]["dataset"], segmenter, metric, value) for metric, value in scores.items()]
+    return pd.DataFrame(rows, columns=["dataset", "segmenter", "metric", "value"])
+
+
+def _check(path: Path | str, frame: pd.DataFrame, columns: tuple[str, ...]) -> None:
+    """Stop with one clear sentence if columns or values are missing."""
+    if tuple(frame.columns) != columns:
+        raise io.DataError(
+            f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(columns)}; make it again"
+        )
+    if not np.isfinite(frame["value"]).all():
+        raise io.DataError(f"{path}: a value is not a finite number; evaluate this run again")
 
 
 def _run_name(row: pd.Series) -> str:
@@ -73,7 +100,8 @@ def measured_on(profiles: Iterable[Mapping[str, Any]]) -> str:
     """Say of what size the image was and what computed it, for all profiles together."""
     return "; ".join(
         dict.fromkeys(
-            f"{' × '.join(map(str, p['image_shape']))} pixels, {p['device']}, {p['threads']} thread{'s' * (p['threads'] != 1)}, "
+            f"{' × '.join(map(str, p['image_shape']))} {'pixels' if len(p['image_shape']) < 3 else 'voxels'}, {p['device']}, "
+            f"{p['threads']} thread{'s' * (p['threads'] != 1)}, "
             f"{p['precision']}, torch {p['torch']}"
             for p in profiles
         )
@@ -90,8 +118,8 @@ def require(metrics: pd.DataFrame, keys: Iterable[str]) -> None:
 
 
 def per_seed(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Average over images: one row per dataset, network, method, seed and metric."""
-    keys = ["dataset", "network", "method", "seed", "metric"]
+    """Average over images: one row per dataset, network, method, seed, segmenter and metric."""
+    keys = ["dataset", "network", "method", "seed", "segmenter", "metric"]
     return metrics.groupby(keys, sort=False, as_index=False)["value"].mean()
 
 
@@ -105,7 +133,7 @@ def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
         Columns `SUMMARY_COLUMNS`: `std` is the sample standard deviation over the `n` seeds (NaN for one seed). The teacher is
         a row like any other; `student` is then the teacher's network. Order of first appearance.
     """
-    groups = per_seed(metrics).groupby(["dataset", "network", "method", "metric"], sort=False)["value"]
+    groups = per_seed(metrics).groupby(["dataset", "network", "method", "segmenter", "metric"], sort=False)["value"]
     out = groups.agg(["mean", "std", "count"]).reset_index()
     out.columns = list(SUMMARY_COLUMNS)
     return out
@@ -140,7 +168,12 @@ def gap_closed(
 
 
 def image_p(difference: Sequence[float]) -> float:
-    """Two-sided p of the Wilcoxon signed-rank test that paired differences, one per image, are symmetric about 0."""
+    """Two-sided p of the Wilcoxon signed-rank test that paired differences, one per image, are symmetric about 0.
+
+    One image alone says nothing: NaN.
+    """
+    if len(difference) < 2:
+        return float("nan")
     difference = np.round(difference, 12)  # equal values must be equal after averaging over seeds too
     return float(stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
 
@@ -162,13 +195,16 @@ def compare(metrics: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     students = metrics[metrics["method"] != TEACHER]
-    for (dataset, student, metric), block in students.groupby(["dataset", "network", "metric"], sort=False):
+    keys = ["dataset", "network", "segmenter", "metric"]
+    for (dataset, student, segmenter, metric), block in students.groupby(keys, sort=False):
         values = {
             method: runs.pivot(index="sample", columns="seed", values="value")
             for method, runs in block.groupby("method", sort=False)
         }
         none = values.pop(NONE, None)
-        teacher = metrics.query("dataset == @dataset and method == @TEACHER and metric == @metric")
+        teacher = metrics.query(
+            "dataset == @dataset and method == @TEACHER and segmenter == @segmenter and metric == @metric"
+        )
         for method, table in values.items() if none is not None else ():
             seeds = table.columns.intersection(none.columns)
             if len(seeds) == 0:
@@ -180,5 +216,5 @@ def compare(metrics: pd.DataFrame) -> pd.DataFrame:
                 goal = per_seed(teacher)["value"].mean()
                 share = gap_closed(method_values.mean(), none_values.mean(), goal, METRICS[metric].better)
             numbers = (*_mean_std(pairs.mean()), *share, image_p(pairs.mean(axis=1)), len(seeds), len(pairs))
-            rows.append((dataset, student, method, metric, *numbers))
+            rows.append((dataset, student, method, segmenter, metric, *numbers))
     return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
