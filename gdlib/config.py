@@ -7,205 +7,19 @@ nothing else, so that an edit of the configuration re-runs exactly what depends 
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from gdlib import registry
+from gdlib.schema import Dataset, Network, Plot, PlotMetrics, Recipe, RunSpec, Section, Segmenter, Study, Term
 
 TEACHER = "teacher"  # the method name of every teacher run
-SPLITS = ("train", "val", "test")
+SEGMENTERS = get_args(Segmenter)
 
 
 class ConfigError(ValueError):
     """A mistake in the configuration, in one readable line."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Normalisation(Section):
-    """Intensities: these percentiles of each image and channel become 0 and 1."""
-
-    lower: float = Field(1.0, ge=0, lt=100)
-    upper: float = Field(99.8, gt=0, le=100)
-
-
-class Segmentation(Section):
-    """Fixed values for `gdlib.segmentation.segment` on test images, in place of those tuned on validation images."""
-
-    foreground_threshold: float | None = Field(None, gt=0, lt=1)
-    stride: int | None = Field(None, ge=1, description="of the grid of the mutex edges, in pixels")
-    min_size: int | None = Field(None, ge=0, description="smaller objects are removed, in pixels")
-
-
-class Dataset(Section):
-    """One dataset of the catalogue."""
-
-    title: str = Field("", description="name in tables and figures")
-    source: str = Field(description="a file stem of gdlib/data/sources, or package.module:function")
-    options: dict[str, Any] = {}
-    folder: str | None = Field(None, description="below one of `raw_folders`; none for synthetic data")
-    channels: int = Field(1, ge=1)
-    offsets: tuple[tuple[int, ...], ...] = Field(
-        min_length=1, description="of the affinities, in pixels; the first ndim are attractive"
-    )
-    patch: tuple[PositiveInt, ...] = Field(description="side lengths of training patches, in pixels")
-    normalisation: Normalisation = Normalisation()
-    segmentation: Segmentation = Segmentation()
-
-
-class Network(Section):
-    """A teacher or a student of the catalogue."""
-
-    title: str = ""
-    model: str = Field(description="a file stem of gdlib/models, or package.module:Class")
-    options: dict[str, Any] = {}
-    weights: str | None = Field(None, description="trained weights of your own; then it is not trained")
-
-
-class Term(Section):
-    """One weighted loss of a method."""
-
-    term: str = Field(description="a file stem of gdlib/distill/terms, or package.module:Class")
-    weight: float = Field(ge=0)
-    memory: bool = Field(False, description="compare with other images through the memory bank")
-    options: dict[str, Any] = {}
-
-    @property
-    def name(self) -> str:
-        """Unique name within a method, for logs: term, scope, options."""
-        parts = [self.term.rpartition(":")[2], *(str(v) for v in self.options.values() if isinstance(v, str))]
-        return "_".join([*parts, "inter"] if self.memory else parts)
-
-
-class Bank(Section):
-    """Memory bank; see `gdlib.distill.bank.MemoryBank`."""
-
-    capacity: int = Field(32, ge=1)
-    sample_size: int = Field(12, ge=1)
-    original_ring: bool = False
-
-
-class Geometry(Section):
-    """Geometric augmentation; see `gdlib.data.augment.sampling_grid`."""
-
-    flip: bool = True
-    rotate90: bool = True
-    scale: tuple[float, float] = (0.8, 1.25)
-    elastic: float = Field(2.0, ge=0)
-    elastic_spacing: int = Field(32, ge=4)
-    probability: float = Field(0.5, ge=0, le=1)
-
-
-class Intensity(Section):
-    """Intensity augmentation; see `gdlib.data.augment.augment_intensity`."""
-
-    contrast: float = Field(0.3, ge=0)
-    brightness: float = Field(0.1, ge=0)
-    gamma: float = Field(0.5, ge=0)
-    blur: float = Field(1.0, ge=0)
-    noise: float = Field(0.05, ge=0)
-    probability: float = Field(0.5, ge=0, le=1)
-
-
-class Augment(Section):
-    """Training augmentation."""
-
-    geometry: Geometry = Geometry()
-    intensity: Intensity = Intensity()
-
-
-class Optimizer(Section):
-    """Adam with or without decoupled weight decay."""
-
-    name: Literal["adamw", "adam"] = "adamw"
-    lr: float = Field(2e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(
-        1e-8, gt=0, description="PAPER: the original trains with 0.01, which sets the scale of all its weights"
-    )
-    weight_decay: float = Field(1e-4, ge=0)
-    amsgrad: bool = False
-
-
-class Recipe(Section):
-    """How a network is trained."""
-
-    steps: int = Field(gt=0, description="optimizer steps")
-    batch_size: int = Field(8, gt=0)
-    accumulate: int = Field(1, ge=1, description="batches per optimizer step")
-    patch: tuple[PositiveInt, ...] | None = Field(None, description="in pixels; the dataset's if left out")
-    optimizer: Optimizer = Optimizer()
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
-    clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; off if left out")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    validate_every: int = Field(gt=0, description="steps between validations")
-    validate_images: int = Field(8, ge=1, description="images of the validation split used while training")
-    save_every: int = Field(200, gt=0, description="steps between resumable states")
-    selection: str = Field("aji", description="validation metric that chooses weights and segmentation parameters")
-    terms: tuple[Term, ...] = (Term(term="supervised", weight=1.0), Term(term="foreground", weight=1.0))
-    augment: Augment = Augment()
-    bank: Bank = Bank()
-
-
-class Study(Section):
-    """A selection of the catalogue, and how large."""
-
-    title: str = ""
-    datasets: tuple[str, ...] = Field(min_length=1)
-    teacher: str
-    students: tuple[str, ...]
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    teacher_seeds: tuple[int, ...] = Field((0,), min_length=1, description="students learn from the first")
-    teacher_recipe: dict[str, Any] = Field({}, description="changes to recipes: teacher")
-    student_recipe: dict[str, Any] = Field({}, description="changes to recipes: student")
-
-
-class Plot(Section):
-    """Looks only: an edit here redraws figures and never retrains."""
-
-    dpi: int = Field(200, gt=0)
-    formats: tuple[Literal["png", "pdf", "svg"], ...] = ("png", "pdf")
-    metrics: tuple[str, ...] = ("aji", "pq", "f1_50", "f1_80")
-    main_metric: str = "aji"
-    table_metrics: tuple[str, ...] = ("aji", "dice", "f1_50", "pq")
-    panel_sample: int = Field(0, ge=0, description="which of the kept test images the image figures show")
-    panel_methods: tuple[str, ...] = ("none", "grd")
-    panel_crop: int | None = Field(None, gt=0, description="side of the shown crop, in pixels")
-
-
-class RunSpec(Section):
-    """All that one training needs to know; it travels as JSON and is kept in the header of the weights."""
-
-    dataset: str
-    network: str
-    method: str
-    seed: int
-    model: str
-    options: dict[str, Any]
-    channels: int
-    offsets: tuple[tuple[int, ...], ...]
-    normalisation: Normalisation
-    recipe: Recipe
-    terms: tuple[Term, ...] = Field(description="of the method, on top of the recipe's")
-
-    @property
-    def all_terms(self) -> tuple[Term, ...]:
-        """Supervision and distillation together."""
-        return (*self.recipe.terms, *self.terms)
-
-    @property
-    def patch(self) -> tuple[int, ...]:
-        """Side lengths of the training patches, in pixels."""
-        assert self.recipe.patch is not None
-        return self.recipe.patch
 
 
 class Config(Section):
@@ -253,23 +67,54 @@ class Config(Section):
         """Is this the name of a teacher?"""
         return network in self.teachers
 
+    def teacher_of(self, dataset: str) -> str:
+        """Return the teacher that the selected study uses on a dataset."""
+        return self._fitting(self.selected.teachers, dataset)[0]
+
+    def students_of(self, dataset: str) -> list[str]:
+        """Return the students that the selected study trains on a dataset."""
+        return self._fitting(self.selected.students, dataset)
+
+    def _fitting(self, networks: Iterable[str], dataset: str) -> list[str]:
+        """Those of these networks that take images with as many axes as the dataset has."""
+        return [n for n in networks if registry.axes(self.network(n).model) in (None, self.datasets[dataset].ndim)]
+
+    def shown(self, dataset: str) -> PlotMetrics:
+        """Return which metrics the report shows of a dataset."""
+        return self.plot if self.datasets[dataset].ndim == 2 else self.plot.volumes
+
     def runs(self) -> list[tuple[str, str, str, int]]:
         """Return (dataset, network, method, seed) of every run of the selected study; teachers first."""
         study = self.selected
         out: list[tuple[str, str, str, int]] = []
         for dataset in study.datasets:
-            out += [(dataset, study.teacher, TEACHER, seed) for seed in study.teacher_seeds]
-            out += [(dataset, s, m, seed) for s in study.students for m in study.methods for seed in study.seeds]
+            out += [(dataset, self.teacher_of(dataset), TEACHER, seed) for seed in study.teacher_seeds]
+            out += [(dataset, s, m, k) for s in self.students_of(dataset) for m in study.methods for k in study.seeds]
+        return out
+
+    def recipe(self, study: str, dataset: str, role: str) -> Recipe:
+        """Return a recipe with the changes of the dataset, of the study, and of the study for this dataset."""
+        *_, recipe = self._recipes(study, dataset, role).values()
+        return recipe if recipe.patch else recipe.model_copy(update={"patch": self.datasets[dataset].patch})
+
+    def _recipes(self, study: str, dataset: str, role: str) -> dict[str, Recipe]:
+        """Return the recipe after each place of the configuration that has a say in it, by place; the last one counts."""
+        chosen, recipe = self.studies[study], self.recipes[role]
+        out = {f"recipes.{role}": recipe}
+        for where, changes in (
+            (f"datasets.{dataset}.recipe", self.datasets[dataset].recipe),
+            (f"studies.{study}.{role}_recipe", chosen.teacher_recipe if role == TEACHER else chosen.student_recipe),
+            (f"studies.{study}.recipes.{dataset}.{role}", chosen.recipes.get(dataset, {}).get(role, {})),
+        ):
+            if changes:
+                with _within(where):
+                    recipe = out[where] = _merge(recipe, changes)
         return out
 
     def run(self, dataset: str, network: str, method: str, seed: int) -> RunSpec:
         """Gather what one training of the selected study needs."""
-        study = self.selected
         data, net = self.datasets[dataset], self.network(network)
-        changes = study.teacher_recipe if method == TEACHER else study.student_recipe
-        recipe = _merge(self.recipes["teacher" if method == TEACHER else "student"], changes)
-        if recipe.patch is None:
-            recipe = recipe.model_copy(update={"patch": data.patch})
+        recipe = self.recipe(self.study, dataset, "teacher" if method == TEACHER else "student")
         return RunSpec(
             dataset=dataset,
             network=network,
@@ -280,6 +125,8 @@ class Config(Section):
             channels=data.channels,
             offsets=data.offsets,
             normalisation=data.normalisation,
+            targets=data.targets,
+            segmenters=data.segmenters,
             recipe=recipe,
             terms=() if method == TEACHER else self.methods[method],
         )
@@ -307,6 +154,8 @@ class Config(Section):
                 registry.SOURCES.check(data.source, data.options)
                 if len({len(o) for o in data.offsets} | {len(data.patch)}) != 1:
                     raise registry.UnknownName("offsets and patch must have the same number of axes")
+                for segmenter, parameters in data.segmentation.items():
+                    _check_segmentation(segmenter, parameters, data.ndim)
         for group, networks in (("teachers", self.teachers), ("students", self.students)):
             for key, network in networks.items():
                 with _within(f"{group}.{key}"):
@@ -328,30 +177,43 @@ class Config(Section):
             if role not in self.recipes:
                 raise registry.UnknownName(f'the key "recipes.{role}" is missing')
             _check_recipe(f"recipes.{role}", self.recipes[role])
-        _check_metrics("plot.metrics", self.plot.metrics)
-        _check_metrics("plot.table_metrics", self.plot.table_metrics)
+            for key, data in self.datasets.items():
+                with _within(f"datasets.{key}.recipe"):
+                    recipe = _merge(self.recipes[role], data.recipe)
+                _check_recipe(f"datasets.{key}.recipe", recipe)
+        for where, shown in (("plot", self.plot), ("plot.volumes", self.plot.volumes)):
+            _check_metrics(f"{where}.metrics", shown.metrics)
+            _check_metrics(f"{where}.table_metrics", shown.table_metrics)
+            if shown.main_metric not in shown.metrics:
+                raise registry.UnknownName(f'{where}.main_metric: "{shown.main_metric}" is not among {where}.metrics')
         for method in self.plot.panel_methods:
             _check_name("plot.panel_methods", method, self.methods)
-        if self.plot.main_metric not in self.plot.metrics:
-            raise registry.UnknownName(f'plot.main_metric: "{self.plot.main_metric}" is not among plot.metrics')
 
     def _check_study(self, name: str) -> None:
         study = self.studies[name]
         for key, chosen, catalogue in (
             ("datasets", study.datasets, self.datasets),
-            ("teacher", (study.teacher,), self.teachers),
+            ("teacher", study.teachers, self.teachers),
             ("students", study.students, self.students),
             ("methods", study.methods, self.methods),
+            ("recipes", study.recipes, study.datasets),
         ):
             for one in chosen:
                 _check_name(f"studies.{name}.{key}", one, catalogue)
-        for role, changes in (("teacher", study.teacher_recipe), ("student", study.student_recipe)):
-            where = f"studies.{name}.{role}_recipe"
-            with _within(where):
-                recipe = _merge(self.recipes[role], changes)
-            _check_recipe(where, recipe)
-            if recipe.patch and any(len(self.datasets[d].patch) != len(recipe.patch) for d in study.datasets):
-                raise registry.UnknownName(f"{where}.patch: it must have as many axes as the datasets")
+        for dataset in study.datasets:
+            axes = self.datasets[dataset].ndim
+            for key, networks in (("teacher", study.teachers), ("students", study.students)):
+                if networks and not self._fitting(networks, dataset):
+                    raise registry.UnknownName(
+                        f'studies.{name}.{key}: none takes images with {axes} axes, as dataset "{dataset}" has; add one'
+                    )
+            for role in ("teacher", "student"):
+                recipes = self._recipes(name, dataset, role)
+                for where, recipe in recipes.items():
+                    _check_recipe(where, recipe)
+                if recipe.patch and len(recipe.patch) != axes:
+                    where = next(where for where, one in recipes.items() if one.patch == recipe.patch)
+                    raise registry.UnknownName(f'{where}.patch: it must have {axes} axes, as dataset "{dataset}" has')
 
 
 class _within:
@@ -390,6 +252,13 @@ def _check_terms(terms: tuple[Term, ...]) -> None:
         raise registry.UnknownName(f"two terms of one method look the same: {', '.join(names)}")
 
 
+def _check_segmentation(segmenter: str, parameters: Iterable[str], ndim: int) -> None:
+    from gdlib.segmentation import defaults
+
+    for parameter in parameters:
+        _check_name(f"segmentation.{segmenter}", parameter, defaults(segmenter, ndim))
+
+
 def _check_recipe(where: str, recipe: Recipe) -> None:
     with _within(f"{where}.terms"):
         _check_terms(recipe.terms)
@@ -411,7 +280,7 @@ def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") 
     """Turn one problem of a validation error into one line, with the nearest valid key for an unknown one."""
     # A misspelt key is also a missing one; what was written is the better hint.
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    place = [str(part) for part in problem["loc"]]
+    place = [str(part) for part in problem["loc"] if part not in ("[key]", "str", "int")]  # which are no keys
     where = ".".join(([prefix] if prefix else []) + place)
     if problem["type"] == "extra_forbidden":
         valid = _keys_at(model, place[:-1])

@@ -6,6 +6,7 @@ object in `__all__`: a class or a function. A plug-in that lives elsewhere is na
 
 import ast
 import difflib
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,12 @@ class Registry:
 
     def parameters(self, name: str) -> list[str]:
         """Return the option names of a plug-in: its keyword-only parameters, read from the source text."""
-        tree = ast.parse((self.folder / f"{name}.py").read_text())
-        public = _public_name(tree)
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and node.name == public:
-                return [argument.arg for argument in node.args.kwonlyargs]
-            if isinstance(node, ast.ClassDef) and node.name == public:
-                for item in node.body:
-                    if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-                        return [argument.arg for argument in item.args.kwonlyargs]
+        public = _public(self.folder / f"{name}.py")
+        if isinstance(public, ast.FunctionDef):
+            return [argument.arg for argument in public.args.kwonlyargs]
+        for item in public.body:
+            if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                return [argument.arg for argument in item.args.kwonlyargs]
         return []
 
     def get(self, name: str) -> Any:
@@ -82,11 +80,28 @@ class Registry:
         return getattr(module, module.__all__[0])
 
 
-def _public_name(tree: ast.Module) -> str:
+@functools.cache
+def _public(path: Path) -> ast.FunctionDef | ast.ClassDef:
+    """Return the syntax tree of the one object that a plug-in file lists in `__all__`."""
+    tree = ast.parse(path.read_text())
+    listed = _assigned(tree, "__all__")
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
-            return str(ast.literal_eval(node.value)[0])
-    raise UnknownName("a plug-in file needs `__all__` with exactly one name")
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and listed == [node.name]:
+            return node
+    raise UnknownName(f"{path}: a plug-in file needs `__all__` with exactly one name, of a class or a function in it")
+
+
+def _assigned(scope: ast.Module | ast.ClassDef, name: str) -> Any:
+    """Return the value of `name = value` in a module or class, None without one."""
+    for node in scope.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return ast.literal_eval(node.value)
+    return None
+
+
+def axes(network: str) -> int | None:
+    """Return the number of axes that a network takes, `ndim` of its class, from the source text; None if it lives elsewhere."""
+    return None if ":" in network else _assigned(_public(NETWORKS.folder / f"{network}.py"), "ndim")
 
 
 SOURCES = Registry("gdlib.data.sources", "data source")

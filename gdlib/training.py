@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from gdlib.distill.bank import MemoryBank
 from gdlib.inference import Predictor, choose_device, choose_precision
 from gdlib.metrics import is_better
 from gdlib.models import build, folded
-from gdlib.segmentation import DEFAULTS, score, tune
+from gdlib.segmentation import defaults, score, tune
 
 HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
 LOG_EVERY = 10  # steps; losses are averaged over them, so that nothing waits for the device at every step
@@ -62,7 +63,7 @@ def fit(
         max_seconds: stop and save the state after this time.
 
     Returns:
-        Mean validation metrics of the best weights.
+        Mean validation metrics of the best weights, with the first segmenter.
 
     Raises:
         Interrupted: on SIGTERM or after `max_seconds`.
@@ -71,16 +72,18 @@ def fit(
     recipe = spec.recipe
     # Validation first: a file that cannot be used must not cost a training.
     judge = Judge(spec, val, target)
+    trainer = _Trainer(spec, teacher, target)
     sampler = PatchSampler(
         train,
         patch=spec.patch,
+        margin=trainer.margin,
         batch_size=recipe.batch_size,
         normalisation=spec.normalisation.model_dump(),
         augment=recipe.augment.model_dump(),
+        border=spec.targets.border,
         seed=spec.seed,
         device=target,
     )
-    trainer = _Trainer(spec, teacher, target)
     resume = Path(state) / "resume.pt"
     fingerprint = _fingerprint(spec, train, val, teacher)
     if resume.exists():
@@ -121,12 +124,13 @@ def fit(
     trainer.deployed.load_state_dict(trainer.best_state)
     parameters, scores = judge.tune(trainer.deployed)
     header |= {"segmentation": parameters, "validation": scores}
-    io.save_weights(last, final, header | {"step": recipe.steps, "validation": trainer.last_scores})
+    main = {spec.segmenters[0]: trainer.last_scores}
+    io.save_weights(last, final, header | {"step": recipe.steps, "validation": main})
     io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
     print(f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted")
     io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
     resume.unlink(missing_ok=True)
-    return scores
+    return scores[spec.segmenters[0]]
 
 
 class Judge:
@@ -143,13 +147,28 @@ class Judge:
         self.some = [self.samples[i] for i in np.linspace(0, len(self.samples) - 1, count).round().astype(int)]
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
-        """Mean metrics on some images, with the default segmentation."""
-        return score(self._predict(network, self.some), [s.label for s in self.some], self.spec.offsets, DEFAULTS)
+        """Mean metrics on some images, with the default parameters of the first segmenter."""
+        segmenter = self.spec.segmenters[0]
+        parameters = defaults(segmenter, len(self.spec.patch))
+        predictions = self._predict(network, self.some)
+        labels, ignores = [s.label for s in self.some], [s.ignore for s in self.some]
+        return score(predictions, labels, self.spec.offsets, parameters, segmenter=segmenter, ignores=ignores)
 
-    def tune(self, network: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
-        """Choose segmentation parameters on the whole split; return them and the mean metrics with them."""
+    def tune(self, network: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+        """Choose the parameters of every segmenter on the whole split.
+
+        Returns:
+            By segmenter the parameters, and the mean metrics with them.
+        """
         predictions = self._predict(network, self.samples)
-        return tune(predictions, [s.label for s in self.samples], self.spec.offsets, self.spec.recipe.selection)
+        labels, ignores = [s.label for s in self.samples], [s.ignore for s in self.samples]
+        chosen = {
+            segmenter: tune(
+                predictions, labels, self.spec.offsets, self.spec.recipe.selection, segmenter=segmenter, ignores=ignores
+            )
+            for segmenter in self.spec.segmenters
+        }
+        return {name: c[0] for name, c in chosen.items()}, {name: c[1] for name, c in chosen.items()}
 
     def _predict(self, network: nn.Module, samples: list[io.Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
         header = self.spec.model_dump(mode="json", include={"channels", "offsets", "normalisation"})
@@ -171,16 +190,22 @@ class _Trainer:
         self.device = device
         self.dtype = choose_precision(recipe.precision, device)
         student = build(spec.model, spec.options)
-        if any(n % student.divisor for n in spec.patch):
-            raise ValueError(
-                f'a patch {spec.patch} does not fit "{spec.network}": choose multiples of {student.divisor}'
-            )
         terms = [(t.name, t.weight, build_term(t.term, t.memory, t.options)) for t in spec.all_terms]
         frozen = _load_teacher(teacher, spec) if any(term.needs_teacher for _, _, term in terms) else None
+        networks = [student] if frozen is None else [student, frozen]
+        for network in networks:
+            _check_patch(network, spec)
+        self.margin = [max(sides) for sides in zip(*(network.margin for network in networks), strict=True)]
         bank = MemoryBank(**recipe.bank.model_dump(), seed=spec.seed)
-        self.distiller = Distiller(student, frozen, terms, spec.offsets, bank).to(device)
-        if student.ndim == 2:  # per-pixel vectors are then contiguous, and convolutions faster
-            self.distiller.to(memory_format=torch.channels_last)
+        targets = spec.targets.model_dump(exclude={"border"})
+        # Per-pixel vectors are then contiguous, and convolutions faster.
+        self.layout = torch.channels_last if student.ndim == 2 else torch.channels_last_3d
+        if device.type == "mps":  # which gives wrong gradients for it
+            self.layout = torch.contiguous_format
+        levels = [t.level for t in spec.all_terms]
+        self.distiller = Distiller(student, frozen, terms, spec.offsets, bank, targets, levels).to(device)
+        for network in networks:
+            network.to(memory_format=self.layout)
         self.distiller.train()
         self.learnable = [p for p in self.distiller.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.learnable, recipe)
@@ -214,8 +239,7 @@ class _Trainer:
             group["lr"] = learning_rate(self.step, recipe)
         self.optimizer.zero_grad(set_to_none=True)
         for k, batch in enumerate(batches):
-            if self.device.type != "mps" and batch.image.ndim == 4:
-                batch = Batch(batch.image.contiguous(memory_format=torch.channels_last), batch.label, batch.ids)
+            batch = replace(batch, image=batch.image.contiguous(memory_format=self.layout))
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 total, losses = self.distiller(batch, self.step * recipe.accumulate + k)
             self.scaler.scale(total / recipe.accumulate).backward()
@@ -257,6 +281,7 @@ class _Trainer:
         parts = {
             "student": self.distiller.student,
             "terms": self.distiller.terms,
+            "projections": self.distiller.projections,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
             "average": self.average,
@@ -291,6 +316,17 @@ class _Trainer:
             setattr(self, name, content[name])
         torch.set_rng_state(content["rng"].cpu())
         print(f"resumed after step {self.step}", flush=True)
+
+
+def _check_patch(network: nn.Module, spec: RunSpec) -> None:
+    """Raise unless the network can make an output of the size of the patch."""
+    sides = zip(spec.patch, network.divisor, network.remainder, strict=False)
+    if len(spec.patch) != network.ndim or any((side - remainder) % divisor for side, divisor, remainder in sides):
+        plus = f" plus {tuple(network.remainder)}" if any(network.remainder) else ""
+        raise ValueError(
+            f'a patch {spec.patch} does not fit "{spec.network}" or its teacher: '
+            f"choose multiples of {tuple(network.divisor)}{plus}"
+        )
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

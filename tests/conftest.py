@@ -24,8 +24,15 @@ METHODS = {
         {"term": "igd", "weight": 0.1, "options": {"part": "edges"}},
         {"term": "igd", "weight": 1.0, "memory": True, "options": {"part": "edges"}},
     ],
+    "levels": [
+        {"term": "agd", "weight": 1.0, "level": "up3"},
+        {"term": "igd", "weight": 1.0, "level": "up3", "memory": True, "options": {"part": "edges"}},
+    ],
 }
-OFFSETS = ((-1, 0), (0, -1), (-3, 0), (0, -3), (-9, 0), (0, -9))
+OFFSETS = {
+    2: ((-1, 0), (0, -1), (-3, 0), (0, -3), (-9, 0), (0, -9)),
+    3: ((-1, 0, 0), (0, -1, 0), (0, 0, -1), (-2, 0, 0), (0, -3, 0), (0, 0, -3), (0, -9, 0), (0, 0, -9)),
+}
 
 
 def _squares(seed, shape=(40, 44), side=9, gap=3):
@@ -75,10 +82,21 @@ def raw(catalogue):
 
 @pytest.fixture(scope="session")
 def make_spec():
-    """Return `make(method="none", seed=0, widths=..., patch=..., **recipe)` -> RunSpec of a training that takes a second."""
+    """Return `make(method="none", seed=0, model="resunet", widths=..., patch=..., ..., **recipe)` -> RunSpec of a training
+    that takes a second."""
     from gdlib.config import RunSpec
 
-    def make(method="none", seed=0, widths=(2, 2, 4, 4, 4), patch=(32, 32), normalisation=None, **recipe):
+    def make(
+        method="none",
+        seed=0,
+        model="resunet",
+        widths=(2, 2, 4, 4, 4),
+        patch=(32, 32),
+        normalisation=None,
+        targets=None,
+        segmenters=("mutex_watershed",),
+        **recipe,
+    ):
         recipe = {
             "steps": 6,
             "batch_size": 2,
@@ -94,14 +112,16 @@ def make_spec():
         return RunSpec.model_validate(
             {
                 "dataset": "squares",
-                "network": f"resunet_{widths[0]}",
+                "network": f"{model}_{widths[0]}",
                 "method": method,
                 "seed": seed,
-                "model": "resunet",
+                "model": model,
                 "options": {"widths": list(widths), "in_channels": 1, "embedding_dim": 4},
                 "channels": 1,
-                "offsets": OFFSETS,
+                "offsets": OFFSETS[len(patch)],
                 "normalisation": normalisation or {},
+                "targets": targets or {},
+                "segmenters": segmenters,
                 "recipe": recipe,
                 "terms": METHODS[method],
             }

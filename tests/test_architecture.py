@@ -30,22 +30,26 @@ ALLOWED = {
     "gdlib.io": "",
     "gdlib.metrics": "",
     "gdlib.ops": "",
-    "gdlib.config": "gdlib.registry gdlib.metrics",
+    "gdlib.schema": "",
+    "gdlib.config": "gdlib.registry gdlib.schema gdlib.metrics gdlib.segmentation",
     "gdlib.segmentation": "gdlib.metrics",
+    "gdlib.baselines": "gdlib.io gdlib.metrics",
     "gdlib.models": "gdlib.registry",
     "gdlib.models.*": "gdlib.models gdlib.ops",
+    "gdlib.models.resunet3d": "gdlib.models.resunet",
     "gdlib.distill": "gdlib.ops gdlib.registry gdlib.models gdlib.distill.bank",  # of the models, the contract alone
     "gdlib.distill.bank": "",
     "gdlib.distill.terms": "",
     "gdlib.distill.terms.*": "gdlib.ops gdlib.distill gdlib.distill.bank",
     "gdlib.data": "",
     "gdlib.data.augment": "",
-    "gdlib.data.patches": "gdlib.io gdlib.data.augment gdlib.distill",  # of the distillation, the type of a batch
+    "gdlib.data.patches": "gdlib.io gdlib.ops gdlib.data.augment gdlib.distill",  # of the distillation, the type of a batch
     "gdlib.data.files": "gdlib.io gdlib.registry",
     "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data.files",
     "gdlib.data.sources": "",
     "gdlib.data.sources.*": "gdlib.io gdlib.registry gdlib.data.files",
     "gdlib.inference": "gdlib.io gdlib.ops gdlib.models gdlib.data.patches",
+    "gdlib.streaming": "gdlib.io gdlib.inference",
     "gdlib.training": "gdlib gdlib.config gdlib.io gdlib.ops gdlib.metrics gdlib.segmentation gdlib.models gdlib.distill "
     "gdlib.distill.bank gdlib.data.patches gdlib.inference",
     "gdlib.profile": "gdlib.models gdlib.inference",
@@ -57,7 +61,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|cli|steps|registry|config|io|metrics|segmentation|report(\..*)?"
+    r"gdlib(\.(__main__|cli|steps|registry|schema|config|io|metrics|segmentation|baselines|report(\..*)?"
     r"|data|data\.(files|prepare|sources(\..*)?)))?"
 )
 
@@ -201,8 +205,9 @@ PLUGINS = [(kind, name) for kind in (registry.SOURCES, registry.NETWORKS, regist
 
 
 def test_plug_ins_are_found():
-    assert {"bbbc039", "dsb2018", "folder", "nuclei_phantom"} <= set(registry.SOURCES.names())
-    assert {"resunet"} <= set(registry.NETWORKS.names())
+    sources = {"ac34", "bbbc039", "cremi", "dsb2018", "folder", "neurites_phantom", "nuclei_phantom"}
+    assert sources <= set(registry.SOURCES.names())
+    assert {"mala", "resunet", "resunet3d"} <= set(registry.NETWORKS.names())
     assert {"supervised", "foreground", "agd", "igd"} <= set(registry.TERMS.names())
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gdlib import registry
-from gdlib.config import TEACHER, Config, ConfigError, RunSpec
+from gdlib import registry, segmentation
+from gdlib.config import SEGMENTERS, TEACHER, Config, ConfigError, RunSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = tuple(yaml.safe_load((ROOT / "config.yaml").read_text())["studies"])
@@ -68,10 +68,58 @@ plot: {main_metric: aji, metrics: [aji, pq], panel_methods: [none, grd]}
 """
 
 
+# What a catalogue with volumes has more.
+VOLUMES = """
+studies:
+  both:
+    datasets: [nuclei_phantom, neurites, bbbc039]
+    teacher: [resunet_w16, cube_w8, resunet_w32, cube_w16]
+    students: [resunet_tiny, cube_tiny, cube_small]
+    methods: [none, grd]
+    seeds: [0, 1]
+    teacher_seeds: [4, 5]
+    teacher_recipe: {patch: [64, 64]}
+    student_recipe: {patch: [64, 64]}
+    recipes:
+      neurites:
+        teacher: {patch: [4, 32, 32]}
+        student: {patch: [8, 32, 32], steps: 7}
+  cubes:
+    datasets: [neurites]
+    teacher: cube_w16
+    students: [resunet_tiny, cube_tiny]
+    methods: [none]
+    seeds: [0]
+datasets:
+  neurites:
+    source: neurites_phantom
+    offsets: [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, 0, -9]]
+    patch: [8, 64, 64]
+    targets: {background_connected: false, per_offset: true, border: 1}
+    segmenters: [waterz, mutex_watershed]
+    segmentation: {waterz: {threshold: 0.4, min_size: 30}}
+    recipe: {batch_size: 2, selection: voi}
+teachers:
+  cube_w8: {model: resunet3d, options: {widths: [8, 16, 32, 64, 128]}}
+  cube_w16: {model: resunet3d, options: {widths: [16, 32, 64, 128, 256]}}
+students:
+  cube_tiny: {model: resunet3d}
+  cube_small: {model: mala}
+"""
+
+
 @pytest.fixture
 def raw():
     """Return a small catalogue to spoil."""
     return yaml.safe_load(SMALL)
+
+
+@pytest.fixture
+def volumes(raw):
+    """Return the small catalogue with volumes, its study `both` selected."""
+    for section, entries in yaml.safe_load(VOLUMES).items():
+        raw[section] |= entries
+    return raw | {"study": "both"}
 
 
 def at(raw, path):
@@ -113,7 +161,7 @@ def message(raw):
 
 
 def test_studies_of_the_catalogue(catalogue):
-    assert {"smoke", "quick", "nuclei"} <= set(STUDIES)
+    assert {"smoke", "quick", "nuclei", "neurons"} <= set(STUDIES)
     assert Config.parse(catalogue).study == "quick"
 
 
@@ -130,9 +178,12 @@ def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
     assert (
         len(runs)
         == len(set(runs))
-        == len(chosen.datasets)
-        * (len(chosen.teacher_seeds) + len(chosen.students) * len(chosen.methods) * len(chosen.seeds))
+        == sum(
+            len(chosen.teacher_seeds) + len(config.students_of(d)) * len(chosen.methods) * len(chosen.seeds)
+            for d in chosen.datasets
+        )
     )
+    assert {network for _, network, _, _ in runs} >= set(chosen.students)  # none is left out of all datasets
     for dataset, network, method, seed in runs:
         spec = config.run(dataset, network, method, seed)
         assert (spec.dataset, spec.network, spec.method, spec.seed) == (dataset, network, method, seed)
@@ -142,11 +193,20 @@ def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
         with torch.device("meta"):
             built = build(spec.model, spec.options)
         assert built.ndim == len(spec.patch)
-        assert not [n for n in spec.patch if n % built.divisor]
+        assert built.ndim == config.datasets[dataset].ndim
+        sides = zip(spec.patch, built.divisor, built.remainder, strict=True)
+        assert not [n for n, divisor, remainder in sides if (n - remainder) % divisor]
         names = [term.name for term in spec.all_terms]
         assert len(set(names)) == len(names) >= 2
         for term in spec.all_terms:
             build_term(term.term, term.memory, term.options)
+        for segmenter in spec.segmenters:
+            fixed = config.datasets[dataset].segmentation.get(segmenter, {})
+            assert fixed.keys() <= segmentation.defaults(segmenter, built.ndim).keys()
+
+
+def test_segmenters_are_those_there_are():
+    assert set(SEGMENTERS) == set(segmentation.SEGMENTERS)
 
 
 def test_every_source_takes_the_options_of_its_datasets(catalogue):
@@ -225,6 +285,86 @@ TYPOS = {
     "plot key": (rename("plot.main_metric", "mainmetric"), "plot.mainmetric", "main_metric"),
     "plot metric": (put("plot.metrics", ["aji", "f1_81"]), "plot.metrics", "f1_80"),
     "plot table metric": (put("plot.table_metrics", ["dise"]), "plot.table_metrics", "dice"),
+    "plot volumes": (put("plot.volumes", {"metrix": ["voi"]}), "plot.volumes.metrix", "metrics"),
+    "plot volumes metric": (put("plot.volumes", {"metrics": ["voii"]}), "plot.volumes.metrics", "voi"),
+    "plot volumes table": (
+        put("plot.volumes", {"table_metrics": ["voi_splt"]}),
+        "plot.volumes.table_metrics",
+        "voi_split",
+    ),
+    "plot volumes main": (
+        put("plot.volumes", {"main_metric": "aji"}),
+        "plot.volumes.main_metric",
+        "plot.volumes.metrics",
+    ),
+    "targets": (put("datasets.bbbc039.targets", {"boarder": 1}), "datasets.bbbc039.targets.boarder", "border"),
+    "segmenter": (put("datasets.bbbc039.segmenters", ["watrz"]), "datasets.bbbc039.segmenters.0", "'waterz'"),
+    "segmentation": (
+        put("datasets.bbbc039.segmentation", {"watrz": {"threshold": 0.5}}),
+        "datasets.bbbc039.segmentation.watrz: ",
+        "'waterz'",
+    ),
+    "segmentation, parameter": (
+        put("datasets.bbbc039.segmentation", {"multicut": {"betta": 0.5}}),
+        "datasets.bbbc039: segmentation.multicut",
+        "beta",
+    ),
+    "segmentation, parameter of another segmenter": (
+        put("datasets.bbbc039.segmentation", {"mutex_watershed": {"threshold": 0.5}}),
+        "datasets.bbbc039: segmentation.mutex_watershed",
+        "foreground_threshold",
+    ),
+    "augmentation of sections": (
+        put("recipes.student.augment", {"sections": {"mising": 0.1}}),
+        "recipes.student.augment.sections.mising",
+        "missing",
+    ),
+    "dataset recipe": (put("datasets.bbbc039.recipe", {"step": 3}), "datasets.bbbc039.recipe.step", "steps"),
+    "dataset recipe, metric": (
+        put("datasets.bbbc039.recipe", {"selection": "voii"}),
+        "datasets.bbbc039.recipe.selection",
+        "voi",
+    ),
+    "dataset recipe, term": (
+        put("datasets.bbbc039.recipe", {"terms": [{"term": "supervised", "weigth": 1}]}),
+        "datasets.bbbc039.recipe.terms.0.weigth",
+        "weight",
+    ),
+    "dataset recipe of a dataset that no study has": (
+        put("datasets.more", {"source": "bbbc039", "offsets": [[-1, 0]], "patch": [8, 8], "recipe": {"emma": 0.9}}),
+        "datasets.more.recipe.emma",
+        "ema",
+    ),
+    "study recipes, dataset": (
+        put("studies.quick.recipes", {"nuclei_phantm": {}}),
+        "studies.quick.recipes",
+        "nuclei_phantom",
+    ),
+    "study recipes, dataset of another study": (
+        put("studies.quick.recipes", {"bbbc039": {"teacher": {"steps": 3}}}),
+        "studies.quick.recipes",
+        "valid names: nuclei_phantom",
+    ),
+    "study recipes, role": (
+        put("studies.quick.recipes", {"nuclei_phantom": {"studnt": {"steps": 3}}}),
+        "studies.quick.recipes.nuclei_phantom.studnt: ",
+        "'student'",
+    ),
+    "study recipes, key": (
+        put("studies.quick.recipes", {"nuclei_phantom": {"student": {"optimizer": {"rl": 3}}}}),
+        "studies.quick.recipes.nuclei_phantom.student.optimizer.rl",
+        "lr",
+    ),
+    "study recipes, metric": (
+        put("studies.quick.recipes", {"nuclei_phantom": {"student": {"selection": "arnd"}}}),
+        "studies.quick.recipes.nuclei_phantom.student.selection",
+        "arand",
+    ),
+    "study, one of several teachers": (
+        put("studies.nuclei.teacher", ["resunet_w16", "resunet_w23"]),
+        "studies.nuclei.teacher",
+        "resunet_w32",
+    ),
     "plot main metric": (put("plot.main_metric", "f1_90"), "plot.main_metric", "plot.metrics"),
     "plot method": (put("plot.panel_methods", ["none", "grdd"]), "plot.panel_methods", "grd"),
     "study name": (put("study", "quik"), "study", "quick"),
@@ -259,7 +399,39 @@ MISTAKES = {
     "axes of a study's patch": (put("studies.nuclei.student_recipe.patch", [8, 64, 64]), "studies.nuclei"),
     "no offsets": (put("datasets.bbbc039.offsets", []), "datasets.bbbc039.offsets"),
     "empty patch": (put("datasets.bbbc039.patch", [0, 128]), "datasets.bbbc039.patch"),
-    "range of a stride": (put("datasets.bbbc039.segmentation", {"stride": 0}), "datasets.bbbc039.segmentation.stride"),
+    "segmentation without a segmenter": (
+        put("datasets.bbbc039.segmentation", {"stride": 2}),
+        "datasets.bbbc039.segmentation.stride",
+    ),
+    "a parameter that is no number": (
+        put("datasets.bbbc039.segmentation", {"mutex_watershed": {"stride": "two"}}),
+        "datasets.bbbc039.segmentation.mutex_watershed.stride: ",
+    ),
+    "no segmenter": (put("datasets.bbbc039.segmenters", []), "datasets.bbbc039.segmenters"),
+    "no teacher": (put("studies.quick.teacher", []), "studies.quick.teacher"),
+    "a teacher without a name": (put("studies.quick.teacher", ""), "studies.quick.teacher"),
+    "a number for a teacher": (put("studies.quick.teacher", 3), "studies.quick.teacher: "),
+    "negative border": (put("datasets.bbbc039.targets", {"border": -1}), "datasets.bbbc039.targets.border"),
+    "axes of a recipe's patch": (
+        put("recipes.teacher.patch", [8, 64, 64]),
+        "recipes.teacher.patch: it must have 2 axes",
+    ),
+    "axes of a dataset's patch": (
+        put("datasets.bbbc039.recipe", {"patch": [8, 64, 64]}),
+        'datasets.bbbc039.recipe.patch: it must have 2 axes, as dataset "bbbc039" has',
+    ),
+    "axes of a patch for one dataset": (
+        put("studies.quick.recipes", {"nuclei_phantom": {"student": {"patch": [64]}}}),
+        "studies.quick.recipes.nuclei_phantom.student.patch",
+    ),
+    "a word for a recipe": (
+        put("studies.quick.recipes", {"nuclei_phantom": {"student": "long"}}),
+        "studies.quick.recipes.nuclei_phantom.student: ",
+    ),
+    "no teacher for volumes": (
+        put("datasets.nuclei_phantom", {"source": "folder", "offsets": [[-1, 0, 0]], "patch": [8, 64, 64]}),
+        'studies.quick.teacher: none takes images with 3 axes, as dataset "nuclei_phantom" has',
+    ),
     "memory for a term without": (
         put("methods.more", [{"term": "supervised", "weight": 1, "memory": True}]),
         "methods.more",
@@ -285,7 +457,7 @@ def test_not_a_catalogue_at_all(content):
 
 def test_a_far_name_gets_the_list_of_valid_ones(raw):
     put("students.resunet_tiny.model", "zzz")(raw)
-    assert "valid names: resunet" in message(raw)
+    assert f"valid names: {', '.join(registry.NETWORKS.names())}" in message(raw)
 
 
 def test_a_plug_in_of_another_package_is_not_looked_for(raw):
@@ -332,6 +504,119 @@ def test_patch_is_the_studys_or_else_the_datasets(raw):
     config = Config.parse(raw)
     assert config.run("nuclei_phantom", "resunet_tiny", "none", 0).patch == (64, 96)
     assert config.run("nuclei_phantom", "resunet_w16", TEACHER, 0).patch == (128, 128)
+
+
+def test_networks_go_to_the_datasets_with_their_number_of_axes(volumes):
+    config = Config.parse(volumes)
+    students = {
+        "nuclei_phantom": ["resunet_tiny"],
+        "neurites": ["cube_tiny", "cube_small"],
+        "bbbc039": ["resunet_tiny"],
+    }
+    teachers = {"nuclei_phantom": "resunet_w16", "neurites": "cube_w8", "bbbc039": "resunet_w16"}  # the first that fits
+    expected = []
+    for dataset, mine in students.items():
+        assert config.teacher_of(dataset) == teachers[dataset]
+        assert config.students_of(dataset) == mine
+        expected += [(dataset, teachers[dataset], TEACHER, 4), (dataset, teachers[dataset], TEACHER, 5)]
+        expected += [(dataset, s, m, k) for s in mine for m in ("none", "grd") for k in (0, 1)]
+    assert config.runs() == expected
+    assert config.selected.teachers == ("resunet_w16", "cube_w8", "resunet_w32", "cube_w16")
+    one = Config.parse(volumes | {"study": "cubes"})
+    assert one.selected.teachers == ("cube_w16",)
+    assert one.runs() == [("neurites", "cube_w16", TEACHER, 0), ("neurites", "cube_tiny", "none", 0)]
+
+
+def test_a_network_of_another_package_fits_every_dataset(volumes):
+    put("teachers.own", {"model": "my.package:Net"})(volumes)
+    put("studies.both.teacher", ["own", "cube_w8"])(volumes)
+    config = Config.parse(volumes)
+    assert {config.teacher_of(dataset) for dataset in config.selected.datasets} == {"own"}
+
+
+def test_a_study_without_students_needs_none(volumes):
+    put("studies.both.students", [])(volumes)
+    assert {method for _, _, method, _ in Config.parse(volumes).runs()} == {TEACHER}
+
+
+def test_students_that_fit_no_dataset_are_told(volumes):
+    put("studies.both.students", ["resunet_tiny"])(volumes)
+    text = message(volumes)
+    assert 'studies.both.students: none takes images with 3 axes, as dataset "neurites" has' in text
+
+
+# Where a recipe is changed, from the weakest to the strongest.
+PLACES = [
+    "recipes.student",
+    "datasets.neurites.recipe",
+    "studies.both.student_recipe",
+    "studies.both.recipes.neurites.student",
+]
+
+
+@pytest.mark.parametrize("count", range(1, len(PLACES) + 1))
+def test_the_nearest_change_of_a_recipe_wins(volumes, count):
+    for k, place in enumerate(PLACES[:count]):
+        at(volumes, place)["clip"] = 10.0 + k  # all want it
+        at(volumes, place)["optimizer"] = (
+            {"betas": [0.5, 0.9]} if k == 0 else {["lr", "eps", "weight_decay"][k - 1]: 0.25}
+        )
+    recipe = Config.parse(volumes).run("neurites", "cube_tiny", "none", 0).recipe
+    assert recipe.clip == 9.0 + count
+    assert recipe.optimizer.betas == (0.5, 0.9)
+    assert [recipe.optimizer.lr, recipe.optimizer.eps, recipe.optimizer.weight_decay].count(0.25) == count - 1
+    # Changes of the dataset hold for its teacher and in other studies, those of a study nowhere else.
+    teacher = Config.parse(volumes).run("neurites", "cube_w8", TEACHER, 0).recipe
+    assert teacher.clip == (11.0 if count > 1 else None)
+    other = Config.parse(volumes | {"study": "cubes"}).run("neurites", "cube_tiny", "none", 0).recipe
+    assert other.clip == 10.0 + min(count - 1, 1)
+    flat = Config.parse(volumes).run("bbbc039", "resunet_tiny", "none", 0).recipe
+    assert flat.clip == (12.0 if count > 2 else 10.0)
+
+
+def test_recipes_of_one_dataset(volumes):
+    config = Config.parse(volumes)
+    assert config.run("nuclei_phantom", "resunet_tiny", "grd", 0).patch == (64, 64)
+    assert config.run("neurites", "cube_w8", TEACHER, 0).patch == (4, 32, 32)
+    student = config.run("neurites", "cube_tiny", "grd", 0)
+    assert (student.patch, student.recipe.steps) == ((8, 32, 32), 7)
+    assert (student.recipe.batch_size, student.recipe.selection) == (2, "voi")
+    assert config.run("nuclei_phantom", "resunet_tiny", "grd", 0).recipe.steps == 1000
+    assert config.recipe("cubes", "neurites", "teacher").patch == (8, 64, 64)  # the dataset's
+    del volumes["studies"]["both"]["recipes"]
+    text = message(volumes)
+    assert 'studies.both.teacher_recipe.patch: it must have 3 axes, as dataset "neurites" has' in text
+
+
+def test_targets_and_segmenters_reach_the_run(volumes):
+    config = Config.parse(volumes)
+    spec = config.run("neurites", "cube_tiny", "grd", 0)
+    assert spec.targets.model_dump() == {"background_connected": False, "per_offset": True, "border": 1}
+    assert spec.segmenters == ("waterz", "mutex_watershed")
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+    plain = config.run("bbbc039", "resunet_tiny", "grd", 0)
+    assert plain.targets.model_dump() == {"background_connected": True, "per_offset": False, "border": 0}
+    assert plain.segmenters == ("mutex_watershed",)
+
+
+def test_fixed_parameters_keep_their_type(volumes):
+    """A whole number stays one: sizes and strides are counted in pixels."""
+    fixed = Config.parse(volumes).datasets["neurites"].segmentation["waterz"]
+    assert fixed == {"threshold": 0.4, "min_size": 30}
+    assert [type(value) for value in fixed.values()] == [float, int]
+    assert json.loads(json.dumps(fixed)) == fixed
+
+
+def test_volumes_show_metrics_of_their_own(volumes):
+    config = Config.parse(volumes)
+    assert config.shown("bbbc039").main_metric == "aji"
+    assert config.shown("bbbc039").metrics == ("aji", "pq")
+    assert config.shown("neurites").main_metric == "voi"
+    default = config.shown("neurites")
+    put("plot.volumes", {"main_metric": "arand"})(volumes)  # the rest is as before, not that of images in 2D
+    changed = Config.parse(volumes).shown("neurites")
+    assert changed.model_copy(update={"main_metric": "voi"}) == default
+    assert changed.main_metric == "arand"
 
 
 def test_a_teacher_has_no_terms_of_a_method(raw):

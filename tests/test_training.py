@@ -1,5 +1,6 @@
 """The training loop: an interrupted run ends as if it had never been interrupted, and what is wrong is said in one sentence."""
 
+import itertools
 import math
 import pickle
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from gdlib.config import Recipe
 from gdlib.inference import Predictor
 from gdlib.metrics import METRICS
 from gdlib.models import Embedding
-from gdlib.segmentation import score
+from gdlib.segmentation import defaults, score
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = ("weights.safetensors", "last.safetensors", "history.csv")
@@ -25,6 +27,7 @@ RUNS = {
     "none": {"method": "none"},
     "grd": {"method": "grd"},
     "grd, ema, accumulation, clipping": FULL,
+    "levels": {"method": "levels", "ema": 0.9},
     "none, bfloat16, adam": {
         "precision": "bfloat16",
         "optimizer": {"name": "adam", "amsgrad": True},
@@ -46,21 +49,33 @@ class Touch:
 class PlainNet(nn.Module):
     """No normalisation, so that a batch of four is the mean of two batches of two."""
 
-    divisor = 1
     ndim = 2
+    divisor = (1, 1)
+    remainder = margin = (0, 0)
+    halo = (1, 1)
 
-    def __init__(self, *, in_channels=1):
+    def __init__(self, *, in_channels=1, embedding_dim=6):
         super().__init__()
-        self.body = nn.Conv2d(in_channels, 6, 3, padding=1)
-        self.foreground = nn.Conv2d(6, 1, 1)
+        self.body = nn.Conv2d(in_channels, embedding_dim, 3, padding=1)
+        self.foreground = nn.Conv2d(embedding_dim, 1, 1)
 
     def forward(self, x):
         x = torch.tanh(self.body(x))
         return Embedding(x, self.foreground(x), {})
 
 
-def plain(spec):
-    return spec.model_copy(update={"model": f"{__name__}:PlainNet", "options": {"in_channels": 1}})
+class ValidNet(PlainNet):
+    """It loses its margin, as MALA does, but little of it."""
+
+    margin = halo = (2, 3)
+
+    def __init__(self, *, in_channels=1, embedding_dim=6):
+        super().__init__(in_channels=in_channels, embedding_dim=embedding_dim)
+        self.body = nn.Conv2d(in_channels, embedding_dim, (5, 7))
+
+
+def plain(spec, network="PlainNet", **options):
+    return spec.model_copy(update={"model": f"{__name__}:{network}", "options": {"in_channels": 1, **options}})
 
 
 def outputs(folder):
@@ -116,9 +131,10 @@ def test_a_run_ends_with_its_files(name, finished):
     assert not (folder / "state" / "resume.pt").exists()
     header = io.read_header(folder / "weights.safetensors")
     assert header["run"] == spec.model_dump(mode="json")
-    assert header["validation"] == scores
+    assert header["validation"] == {"mutex_watershed": scores}
     assert all(math.isfinite(value) for value in scores.values())
-    assert header["segmentation"].keys() == training.DEFAULTS.keys()
+    assert header["segmentation"].keys() == {"mutex_watershed"}
+    assert header["segmentation"]["mutex_watershed"].keys() == defaults("mutex_watershed", 2).keys()
     assert header["precision"] == spec.recipe.precision
     assert header["step"] in {step for step, _ in rows(folder, "val", "aji")} == {3, 6}
     assert io.read_header(folder / "last.safetensors")["step"] == 6
@@ -126,16 +142,27 @@ def test_a_run_ends_with_its_files(name, finished):
 
 
 def scores_of(weights, path):
-    """Use a weights file as a stranger would, with nothing but what is in it."""
+    """Use a weights file as a stranger would, with nothing but what is in it: mean metrics with every segmenter."""
     predictor = Predictor.load(weights, device="cpu", precision="float32")
     samples = list(io.read_samples(path))
     predictions = [predictor(sample.image) for sample in samples]
     pairs = [(p.affinity, p.foreground) for p in predictions]
-    return score(pairs, [s.label for s in samples], predictor.header["offsets"], predictor.header["segmentation"])
+    labels, ignores = [s.label for s in samples], [s.ignore for s in samples]
+    offsets = predictor.header["offsets"]
+    return {
+        segmenter: score(pairs, labels, offsets, parameters, segmenter=segmenter, ignores=ignores)
+        for segmenter, parameters in predictor.header["segmentation"].items()
+    }
+
+
+def assert_same_scores(one, other):
+    assert one.keys() == other.keys()
+    for segmenter, scores in one.items():
+        assert scores == pytest.approx(other[segmenter])
 
 
 def test_the_header_is_enough_to_use_the_weights(teacher, splits):
-    assert scores_of(teacher, splits["val"]) == pytest.approx(io.read_header(teacher)["validation"])
+    assert_same_scores(scores_of(teacher, splits["val"]), io.read_header(teacher)["validation"])
 
 
 def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, splits, tmp_path, monkeypatch):
@@ -156,8 +183,8 @@ def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, spl
     assert [value for _, value in rows(tmp_path, "val", "pq")] == [0.1, 0.9, 0.9, 0.5]
     # Tuned are the kept weights, not the last ones, and on the whole split, not on the images used while training.
     best, other = (scores_of(tmp_path / name, splits["val"]) for name in OUTPUTS[:2])
-    assert header["validation"] == pytest.approx(best)
-    assert best != pytest.approx(other)
+    assert_same_scores(header["validation"], best)
+    assert best["mutex_watershed"] != pytest.approx(other["mutex_watershed"])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -394,7 +421,7 @@ def test_loss_and_learning_rate_in_the_history(make_spec, train, teacher, tmp_pa
 def test_training_learns(teacher):
     losses = [value for _, value in rows(teacher.parent, "train", "loss")]
     assert losses[-1] < 0.6 * losses[0]
-    assert io.read_header(teacher)["validation"]["aji"] > 0.9
+    assert io.read_header(teacher)["validation"]["mutex_watershed"]["aji"] > 0.9
 
 
 def test_learning_rate():
@@ -452,7 +479,27 @@ def test_a_patch_larger_than_an_image(make_spec, train, splits, tmp_path):
 
 def test_a_patch_that_the_network_cannot_halve(make_spec, train, tmp_path):
     text = refusal(train, make_spec(patch=(32, 40)), tmp_path / "run", ValueError)
-    assert all(part in text for part in ("(32, 40)", "16"))
+    assert all(part in text for part in ("(32, 40)", '"resunet_2"', "multiples of (16, 16)"))
+    assert "plus" not in text
+
+
+def test_a_patch_for_a_network_that_loses_its_border(make_spec, train, tmp_path):
+    spec = make_spec(model="mala", widths=(1, 2, 2, 3), patch=(2, 32, 29))
+    text = refusal(train, spec, tmp_path / "run", ValueError)
+    assert all(part in text for part in ("(2, 32, 29)", "multiples of (1, 27, 27) plus (0, 2, 2)"))
+
+
+def test_a_patch_that_only_the_student_can_use(make_spec, train, teacher, tmp_path):
+    text = refusal(train, plain(make_spec("grd", patch=(30, 30))), tmp_path / "run", ValueError, teacher=teacher)
+    assert all(part in text for part in ("(30, 30)", "or its teacher", "multiples of (16, 16)"))
+
+
+def test_a_network_with_another_number_of_axes(make_spec, train, teacher, volume_splits, tmp_path):
+    flat = make_spec(model="resunet", patch=(4, 32, 32))
+    files = {split: volume_splits[split] for split in ("train", "val")}
+    assert "(16, 16)" in refusal(train, flat, tmp_path / "run", ValueError, **files)
+    student = make_spec("grd", model="resunet3d", patch=(4, 32, 32))
+    assert "(16, 16)" in refusal(train, student, tmp_path / "run", ValueError, teacher=teacher, **files)
 
 
 def test_a_split_without_images(make_spec, train, tmp_path):
@@ -466,6 +513,13 @@ def test_a_method_that_needs_a_teacher_without_one(make_spec, train, tmp_path):
     assert '"grd"' in refusal(train, make_spec("grd"), tmp_path / "run", ValueError)
     missing = tmp_path / "missing.safetensors"
     assert str(missing) in refusal(train, make_spec("grd"), tmp_path / "run", teacher=missing)
+
+
+def test_a_level_that_is_not_there(make_spec, train, teacher, tmp_path):
+    spec = make_spec("levels")
+    terms = tuple(term.model_copy(update={"level": "up9"}) for term in spec.terms)
+    text = refusal(train, spec.model_copy(update={"terms": terms}), tmp_path / "run", ValueError, teacher=teacher)
+    assert all(part in text for part in ('"up9"', "up1, up2, up3, up4"))
 
 
 def test_a_teacher_with_another_normalisation_or_other_channels(make_spec, train, teacher, tmp_path):
@@ -501,3 +555,167 @@ def test_the_teacher_does_not_change(make_spec, splits, teacher):
     assert all(torch.equal(before[name], after[name]) for name in before)
     learnable = {id(p) for p in trainer.learnable}
     assert learnable == {id(p) for p in trainer.distiller.student.parameters()}
+
+
+# --- Volumes --------------------------------------------------------------------------------------------------------
+
+VOLUME = {
+    "model": "resunet3d",
+    "patch": (4, 32, 32),
+    "steps": 4,
+    "validate_every": 4,
+    "targets": {"background_connected": False, "per_offset": True, "border": 1},
+    "segmenters": ("waterz", "mutex_watershed"),
+    "selection": "voi",
+    "augment": {
+        "geometry": {"rotate": 10.0, "misalign": 2.0},
+        "sections": {"contrast": 0.2, "motion": 3, "missing": 0.1},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def volume_splits(tmp_path_factory, squares):
+    """Return {split: samples file} of columns of squares: two volumes, one with a part that is ignored, and one."""
+    folder = tmp_path_factory.mktemp("volumes")
+    out = {}
+    for number, (split, count) in enumerate({"train": 2, "val": 1}.items()):
+        samples = []
+        for i in range(count):
+            sections = [squares(10 * number + i) for _ in range(6)]  # the same objects
+            noise = np.random.default_rng(number).integers(0, 20, (6, 40, 44))
+            image = np.stack([image for image, _ in sections], 1).clip(0, 235) + noise.astype(np.uint8)
+            label = np.stack([label for _, label in sections])
+            ignore = np.zeros(label.shape, bool)
+            ignore[:, :, 30:] = True
+            samples.append(io.Sample(f"{split}{i}", image, label, ignore=None if i else ignore))
+        out[split] = folder / f"{split}.h5"
+        io.write_samples(out[split], samples, split=split)
+    return out
+
+
+@pytest.fixture(scope="module")
+def train_volume(train, volume_splits):
+    """Return `train` on the volumes."""
+    return lambda spec, folder, **kwargs: train(spec, folder, **volume_splits, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def volume_runs(tmp_path_factory, make_spec, train_volume):
+    """Return {name: (spec, metrics, folder)} of a teacher in 3D and of the student that learnt from it."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("teacher", "student")}
+    first = make_spec("teacher", widths=(3, 3, 4, 4, 5), **VOLUME)
+    second = make_spec("grd", **VOLUME)
+    weights = folders["teacher"] / "weights.safetensors"
+    return {
+        "teacher": (first, train_volume(first, folders["teacher"]), folders["teacher"]),
+        "student": (second, train_volume(second, folders["student"], teacher=weights), folders["student"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_a_run_on_volumes_ends_with_its_files(name, volume_runs, volume_splits):
+    spec, scores, folder = volume_runs[name]
+    header = io.read_header(folder / "weights.safetensors")
+    assert header["run"] == spec.model_dump(mode="json")
+    assert header["segmentation"].keys() == header["validation"].keys() == {"waterz", "mutex_watershed"}
+    for segmenter, parameters in header["segmentation"].items():
+        assert parameters.keys() == defaults(segmenter, 3).keys()
+    assert header["validation"]["waterz"] == scores  # the first of `run: segmenters` is the main one
+    assert all(math.isfinite(v) for one in header["validation"].values() for v in one.values())
+    assert list(io.read_header(folder / "last.safetensors")["validation"]) == ["waterz"]
+    assert_same_scores(scores_of(folder / "weights.safetensors", volume_splits["val"]), header["validation"])
+    names = {term.name for term in spec.all_terms}
+    assert all(value > 0 for term in names for _, value in rows(folder, "train", f"loss/{term}"))
+    assert [step for step, _ in rows(folder, "val", "voi")] == [4]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_on_volumes_is_resumed_bit_for_bit(step, volume_runs, train_volume, tmp_path, monkeypatch):
+    spec, scores, whole = volume_runs["student"]
+    weights = volume_runs["teacher"][2] / "weights.safetensors"
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(training.Interrupted):
+            train_volume(spec, tmp_path, teacher=weights)
+    assert_nothing_written(tmp_path)
+    assert train_volume(spec, tmp_path, teacher=weights) == scores
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def test_a_file_that_stays_on_disk_trains_the_same(volume_runs, train_volume, tmp_path, monkeypatch):
+    spec, scores, whole = volume_runs["teacher"]
+    monkeypatch.setattr("gdlib.data.patches.IN_MEMORY", 0)
+    assert train_volume(spec, tmp_path) == scores
+    assert outputs(tmp_path) == outputs(whole)
+
+
+def test_what_is_ignored_does_not_matter_for_the_validation(make_spec, volume_runs, volume_splits, tmp_path):
+    """Whatever the label says there; neither while training nor in the choice of parameters."""
+    spec, _, folder = volume_runs["teacher"]
+    network = training.build(spec.model, spec.options)
+    network.load_state_dict(io.load_weights(folder / "weights.safetensors")[0])
+    judged = []
+    for change in (False, True):
+        (sample,) = io.read_samples(volume_splits["val"])
+        label = np.where(sample.ignore & change, 99, sample.label).astype(np.uint32)
+        io.write_samples(tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label, ignore=sample.ignore)])
+        judge = training.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
+        judged.append((judge(network), judge.tune(network)))
+    assert judged[0] == judged[1]
+    io.write_samples(tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label)])
+    judge = training.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
+    assert judge(network) != judged[0][0]
+
+
+def test_mala_learns_from_mala(make_spec, train_volume, volume_splits, tmp_path):
+    """Valid convolutions: of 30 x 241 x 241 voxels, the volume continued by reflection, it says something about 2 x 29 x 29."""
+    options = VOLUME | {"model": "mala", "patch": (2, 29, 29), "steps": 2, "validate_every": 2, "batch_size": 1}
+    options |= {"segmenters": ("mutex_watershed",), "save_every": 10}
+    for method, widths in (("teacher", (2, 2, 2, 3)), ("grd", (1, 2, 2, 3))):
+        spec = make_spec(method, widths=widths, **options)
+        kwargs = {} if method == "teacher" else {"teacher": tmp_path / "teacher" / "weights.safetensors"}
+        scores = train_volume(spec, tmp_path / method, **kwargs)
+        weights = tmp_path / method / "weights.safetensors"
+        assert_same_scores(scores_of(weights, volume_splits["val"]), {"mutex_watershed": scores})
+        start = training.build(spec.model, spec.options)  # of another seed, but the biases start at 0
+        state = io.load_weights(tmp_path / method / "last.safetensors")[0]
+        assert all(state[name].abs().max() > 0 for name, p in start.named_parameters() if p.abs().max() == 0)
+        losses = [v for term in spec.all_terms for _, v in rows(tmp_path / method, "train", f"loss/{term.name}")]
+        assert len(losses) == len(spec.all_terms)
+        assert all(0 <= v < math.inf for v in losses)
+
+
+def test_the_sampler_gets_the_margin_and_the_border(make_spec, train, splits, teacher, tmp_path, monkeypatch):
+    """The larger margin of student and teacher, per axis; the label is that of a student without a margin."""
+    asked = []
+    original = training.PatchSampler
+
+    def recorded(*args, **kwargs):
+        asked.append(original(*args, **kwargs))
+        return asked[-1]
+
+    monkeypatch.setattr(training, "PatchSampler", recorded)
+    targets = {"border": 2}
+    for network, folder in (("ValidNet", "valid"), ("PlainNet", "plain")):
+        spec = plain(make_spec("grd", targets=targets), network, embedding_dim=4)
+        train(spec, tmp_path / folder, teacher=teacher)
+    valid, same = (one.batch(3) for one in asked)
+    assert valid.image.shape == (2, 1, 36, 38)
+    assert same.image.shape == (2, 1, 32, 32)
+    assert valid.label.shape == same.label.shape == (2, 32, 32)
+    for label in (valid.label, same.label):  # no two objects within two pixels
+        for dy, dx in itertools.product(range(3), range(-2, 3)):
+            a, b = label[:, : 32 - dy, max(0, -dx) : 32 - max(0, dx)], label[:, dy:, max(0, dx) : 32 + min(0, dx)]
+            assert not ((a != b) & (a > 0) & (b > 0)).any()
+    assert {one.border for one in asked} == {2}
+
+
+def test_targets_reach_the_loss(make_spec, splits):
+    losses = []
+    for targets in ({}, {"background_connected": False}, {"per_offset": True}):
+        spec = make_spec("none", targets=targets, warmup=0)
+        trainer = training._Trainer(spec, None, torch.device("cpu"))
+        trainer.advance(iter([sampler(spec, splits["train"]).batch(0)]))
+        losses.append(trainer.flush_losses())
+    assert len({round(loss, 4) for loss in losses}) == 3

@@ -26,13 +26,31 @@ SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 CATALOGUE = yaml.safe_load((ROOT / "config.yaml").read_text())
 
 DATA, TEACHER, STUDENT = "nuclei_phantom_small", "resunet_w8", "resunet_tiny"
-TEACHING, NONE, GRD = f"{TEACHER}/teacher/seed0", f"{STUDENT}/none/seed0", f"{STUDENT}/grd/seed0"
-FIGURES = ("methods", "tradeoff", "curves", "panel", "embeddings")
+VOLUMES, TEACHER_3D, STUDENT_3D = "neurites_phantom_small", "resunet3d_w8", "resunet3d_tiny"
+TEACHING, NONE, GRD = "teacher/seed0", "none/seed0", "grd/seed0"
+NETWORKS = {DATA: (TEACHER, STUDENT), VOLUMES: (TEACHER_3D, STUDENT_3D)}
+SEGMENTERS = {dataset: CATALOGUE["datasets"][dataset].get("segmenters", ["mutex_watershed"]) for dataset in NETWORKS}
+FIGURES = {
+    DATA: ("methods", "tradeoff", "curves", "panel", "embeddings"),
+    VOLUMES: ("methods", "tradeoff", "curves", "panel", "embeddings", "neurons"),
+}
+STEPS = ("Train", "Predict", "Segment", "Evaluate")
 
 
-def jobs(*runs: str, steps: tuple[str, ...] = ("Train", "Predict", "Segment", "Evaluate")) -> set[str]:
+def run_of(dataset: str, run: str) -> str:
+    """Return what the workflow calls a run, e.g. `none/seed0`, of this dataset's student, or teacher."""
+    teacher, student = NETWORKS[dataset]
+    return f"{dataset}/{teacher if run.startswith('teacher') else student}/{run}"
+
+
+def jobs(*runs: str, steps: tuple[str, ...] = STEPS, datasets: tuple[str, ...] = (DATA, VOLUMES)) -> set[str]:
     """Return what the workflow calls these steps of these runs."""
-    return {f"{step} {DATA}/{run}" for step in steps for run in runs}
+    found = set()
+    for dataset in datasets:
+        for step in steps:
+            ways = [f" by {name}" for name in SEGMENTERS[dataset]] if step in ("Segment", "Evaluate") else [""]
+            found |= {f"{step} {run_of(dataset, run)}{way}" for run in runs for way in ways}
+    return found
 
 
 def snakemake(repository: Path, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -75,27 +93,36 @@ def smoke(tmp_path_factory) -> Path:
 def test_smoke_study_gives_tables_and_figures(smoke):
     results = smoke / "work" / "results" / "smoke"
     summary = (results / "summary.csv").read_text().splitlines()
-    assert summary[0] == "dataset,student,method,metric,mean,std,n"
-    assert {tuple(line.split(",")[:3]) for line in summary[1:]} == {
-        (DATA, TEACHER, "teacher"), (DATA, STUDENT, "none"), (DATA, STUDENT, "grd"),
-    }  # fmt: skip
-    assert "gap closed" in (results / "table.md").read_text()
+    assert summary[0] == "dataset,student,method,segmenter,metric,mean,std,n"
+    assert {tuple(line.split(",")[:4]) for line in summary[1:]} == {
+        (dataset, network, method, segmenter)
+        for dataset, (teacher, student) in NETWORKS.items()
+        for network, method in ((teacher, "teacher"), (student, "none"), (student, "grd"))
+        for segmenter in SEGMENTERS[dataset]
+    }
+    markdown = (results / "table.md").read_text()
+    assert markdown.count("gap closed") >= 2
+    assert "Trivial baselines and the teacher" in markdown
     assert "tabular" in (results / "table.tex").read_text()
-    for figure in FIGURES:
-        for ending in CATALOGUE["plot"]["formats"]:
-            assert (results / "figures" / DATA / f"{figure}.{ending}").stat().st_size > 1000
-    for run in (TEACHING, NONE, GRD):
-        names = {path.name for path in (results / "runs" / DATA / run).iterdir()}
-        assert names == {
-            "weights.safetensors", "last.safetensors", "history.csv", "predictions.h5", "segmentation.h5", "metrics.csv",
-        }  # fmt: skip
+    for dataset, figures in FIGURES.items():
+        for figure in figures:
+            for ending in CATALOGUE["plot"]["formats"]:
+                assert (results / "figures" / dataset / f"{figure}.{ending}").stat().st_size > 1000
+        for run in (TEACHING, NONE, GRD):
+            names = {path.name for path in (results / "runs" / run_of(dataset, run)).iterdir()}
+            files = {"weights.safetensors", "last.safetensors", "history.csv", "predictions.h5"}
+            assert names == files | set(SEGMENTERS[dataset])
+            for segmenter in SEGMENTERS[dataset]:
+                found = {path.name for path in (results / "runs" / run_of(dataset, run) / segmenter).iterdir()}
+                assert found == {"segmentation.h5", "metrics.csv"}
 
 
 def test_every_job_leaves_a_log_and_a_benchmark(smoke):
     results, logs = smoke / "work" / "results" / "smoke", smoke / "work" / "logs" / "smoke"
     benchmarks = {path.relative_to(results / "benchmarks").with_suffix("") for path in results.rglob("*.tsv")}
     assert benchmarks == {path.relative_to(logs).with_suffix("") for path in logs.rglob("*.log")}
-    assert len(benchmarks) == 4 * 3 + 2 + 1 + 5  # steps of runs, profiles, tables, figures
+    runs = sum(3 * (2 + 2 * len(segmenters)) for segmenters in SEGMENTERS.values())
+    assert len(benchmarks) == runs + 4 + 1 + 1 + sum(map(len, FIGURES.values()))  # profiles, baselines, tables, figures
 
 
 def test_second_run_does_nothing(smoke):
@@ -109,13 +136,13 @@ def test_report_holds_the_table_and_every_figure(smoke, tmp_path):
     result = snakemake(smoke / "repository", smoke / "work", "--config", "study=smoke", "--report", report)
     assert result.returncode == 0, result.stdout + result.stderr
     names = {Path(name).name for name in zipfile.ZipFile(report).namelist()}
-    assert {"table.md", *(f"{figure}.{CATALOGUE['plot']['formats'][0]}" for figure in FIGURES)} <= names
+    assert {"table.md", *(f"{figure}.{CATALOGUE['plot']['formats'][0]}" for figure in FIGURES[VOLUMES])} <= names
 
 
 def test_code_that_a_job_imports_is_its_input(smoke):
     """What trains must be complete: a module that is imported but not listed would leave old results after an edit."""
     # These do not change what is learned (judge), only carry it (io), or come in through the parameters (config).
-    judges_and_carriers = {"__init__", "config", "io", "registry", "inference", "segmentation", "metrics"}
+    judges_and_carriers = {"__init__", "config", "schema", "io", "registry", "inference", "segmentation", "metrics"}
     package = smoke / "repository" / "gdlib"
 
     def imported(path: Path) -> set[Path]:
@@ -172,40 +199,62 @@ def edit(module: str) -> Callable[[Path], dict[str, Any]]:
     return change
 
 
-def drawn(*figures: str) -> set[str]:
+def drawn(*figures: str, datasets: tuple[str, ...] = (DATA, VOLUMES)) -> set[str]:
     """Return what the workflow calls the jobs of these figures."""
-    return {f"Draw {figure} of {DATA}" for figure in figures}
+    return {f"Draw {figure} of {dataset}" for dataset in datasets for figure in figures if figure in FIGURES[dataset]}
 
 
 TABLES = {"Summarize the study"}
+ALL_FIGURES = drawn(*FIGURES[VOLUMES])
 NUMBERS = TABLES | drawn("methods", "tradeoff")  # what shows test metrics
+JUDGED = jobs(TEACHING, NONE, GRD, steps=("Evaluate",)) | NUMBERS
 # What is edited: (changes of the configuration, or a function that edits the repository; what runs again).
 CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set[str]]] = {
-    "plot option": ({"plot": {"dpi": 100}}, drawn(*FIGURES)),
-    "plotted metrics": ({"plot": {"metrics": ["aji", "dice"]}}, drawn("methods")),
+    "plot option": ({"plot": {"dpi": 100}}, ALL_FIGURES),
+    "plotted metrics": ({"plot": {"metrics": ["aji", "dice"]}}, drawn("methods", datasets=(DATA,))),
+    "plotted metrics of volumes": (
+        {"plot": {"volumes": {"metrics": ["voi", "arand"]}}},
+        drawn("methods", datasets=(VOLUMES,)),
+    ),
     "title of a dataset": ({"datasets": {DATA: {"title": "Small"}}}, TABLES),
     "segmentation parameter": (
-        {"datasets": {DATA: {"segmentation": {"min_size": 30}}}},
-        jobs(TEACHING, NONE, GRD, steps=("Segment", "Evaluate")) | NUMBERS | drawn("panel"),
+        {"datasets": {DATA: {"segmentation": {"mutex_watershed": {"min_size": 30}}}}},
+        jobs(TEACHING, NONE, GRD, steps=("Segment", "Evaluate"), datasets=(DATA,))
+        | TABLES
+        | drawn("methods", "tradeoff", "panel", datasets=(DATA,)),
     ),
     "weight of a method": (
         {"methods": {"grd": [{"term": "agd", "weight": 2.0, "memory": True}]}},
-        jobs(GRD) | TABLES | drawn(*FIGURES),
+        jobs(GRD) | TABLES | ALL_FIGURES,
     ),
-    "memory bank": ({"recipes": {"student": {"bank": {"capacity": 16}}}}, jobs(GRD) | TABLES | drawn(*FIGURES)),
+    "memory bank": ({"recipes": {"student": {"bank": {"capacity": 16}}}}, jobs(GRD) | TABLES | ALL_FIGURES),
+    "recipe of one dataset": (
+        {"studies": {"smoke": {"recipes": {VOLUMES: {"student": {"steps": 11}}}}}},
+        jobs(NONE, GRD, datasets=(VOLUMES,)) | TABLES | drawn(*FIGURES[VOLUMES], datasets=(VOLUMES,)),
+    ),
     "one more seed": (
         {"studies": {"smoke": {"seeds": [0, 1]}}},
-        jobs(f"{STUDENT}/none/seed1", f"{STUDENT}/grd/seed1") | NUMBERS | drawn("curves"),
+        jobs("none/seed1", "grd/seed1") | NUMBERS | drawn("curves"),
     ),
     "one more method": (
         {"studies": {"smoke": {"methods": ["none", "grd", "igd"]}}},
-        jobs(f"{STUDENT}/igd/seed0") | NUMBERS | drawn("curves"),
+        jobs("igd/seed0") | NUMBERS | drawn("curves"),
     ),
     "order of keys": (reorder, set()),
     "touched code": (touch_everything, set()),
-    "code of a loss term": (edit("distill/terms/igd.py"), jobs(GRD) | TABLES | drawn(*FIGURES)),
-    "code of the training loop": (edit("training.py"), jobs(TEACHING, NONE, GRD) | TABLES | drawn(*FIGURES)),
-    "code of the metrics": (edit("metrics.py"), jobs(TEACHING, NONE, GRD, steps=("Evaluate",)) | NUMBERS),
+    "code of a loss term": (edit("distill/terms/igd.py"), jobs(GRD) | TABLES | ALL_FIGURES),
+    "code of a network": (
+        edit("models/resunet3d.py"),
+        jobs(TEACHING, NONE, GRD, datasets=(VOLUMES,))
+        | {f"Profile {VOLUMES}/{network}" for network in NETWORKS[VOLUMES]}
+        | TABLES
+        | drawn(*FIGURES[VOLUMES], datasets=(VOLUMES,)),
+    ),
+    "code of the training loop": (edit("training.py"), jobs(TEACHING, NONE, GRD) | TABLES | ALL_FIGURES),
+    "code of the metrics": (
+        edit("metrics.py"),
+        JUDGED | {f"Evaluate trivial segmentations of {VOLUMES}"},
+    ),
 }
 
 
@@ -241,7 +290,7 @@ def test_a_teacher_of_ones_own_is_not_trained(tmp_path):
     result = dry_run(ROOT, tmp_path, changes)
     assert result.returncode == 0, result.stdout + result.stderr
     found = planned(result.stdout + result.stderr)
-    assert f"Train {DATA}/{TEACHING}" not in found
+    assert not jobs(TEACHING, steps=("Train",), datasets=(DATA,)) & found
     assert jobs(NONE, GRD) | jobs(TEACHING, steps=("Predict", "Segment", "Evaluate")) <= found
 
 
@@ -261,7 +310,8 @@ def test_a_typo_is_one_line(changes, message, tmp_path):
 
 
 def test_missing_data_is_one_line(tmp_path):
-    changes = {"study": "smoke", "studies": {"smoke": {"datasets": ["bbbc039"]}}, "raw_folders": ["nowhere"]}
+    changes = {"study": "smoke", "raw_folders": ["nowhere"]}
+    changes["studies"] = {"smoke": {"datasets": ["bbbc039"], "recipes": {}}}
     result = dry_run(ROOT, tmp_path, changes)
     assert result.returncode != 0
     assert "nowhere/bbbc039" in result.stderr.splitlines()[-1]
@@ -272,7 +322,8 @@ def test_prepared_data_need_no_raw_data(tmp_path):
     for split in ("train", "val", "test"):
         (tmp_path / "data" / "bbbc039").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / "bbbc039" / f"{split}.h5").touch()
-    changes = {"study": "smoke", "studies": {"smoke": {"datasets": ["bbbc039"]}}, "raw_folders": ["nowhere"]}
+    changes = {"study": "smoke", "raw_folders": ["nowhere"]}
+    changes["studies"] = {"smoke": {"datasets": ["bbbc039"], "recipes": {}}}
     result = dry_run(ROOT, tmp_path, changes)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Prepare bbbc039" not in planned(result.stdout + result.stderr)
@@ -282,10 +333,11 @@ def test_a_failing_job_shows_its_reason(tmp_path):
     for split in ("train", "val", "test"):
         (tmp_path / "data" / DATA).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / DATA / f"{split}.h5").write_text("not HDF5")
-    target = f"results/smoke/runs/{DATA}/{TEACHING}/weights.safetensors"
+    run = run_of(DATA, TEACHING)
+    target = f"results/smoke/runs/{run}/weights.safetensors"
     result = snakemake(ROOT, tmp_path, "--cores", "1", "--config", "study=smoke", "--", target)
     assert result.returncode != 0
-    log = tmp_path / "logs" / "smoke" / "train" / DATA / f"{TEACHING}.log"
+    log = tmp_path / "logs" / "smoke" / "train" / f"{run}.log"
     last = log.read_text().splitlines()[-1]
     assert last.startswith("gdlib: error:")
     assert "not a readable HDF5 file" in last

@@ -6,12 +6,13 @@ Snakemake re-runs a job when this text changes: an edit re-runs what depends on 
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
 
 from gdlib import registry
-from gdlib.config import TEACHER
+from gdlib.config import SEGMENTERS, TEACHER
 
 RESULTS = f"results/{CFG.study}"
 LOGS = f"logs/{CFG.study}"
@@ -20,11 +21,12 @@ DATA = "data/{dataset}"  # made once, shared by all studies
 ID = "{dataset}/{network}/{method}/seed{seed}"  # of a run
 RUN = f"{RESULTS}/runs/{ID}"
 NAME = ID.replace("{", "{wildcards.")  # the same in messages
+SEGMENTED = f"{RUN}/{{segmenter}}"  # a run's instances, by one way to find them
 PROFILE = f"{RESULTS}/profile/{{dataset}}/{{network}}.json"
 
 STUDY = CFG.selected
 PLOT = CFG.plot
-NETWORKS = [STUDY.teacher, *STUDY.students]
+VOLUMES = [dataset for dataset in STUDY.datasets if CFG.datasets[dataset].ndim == 3]
 KEPT = 4  # test images whose embeddings are kept; a plot option would predict again
 if PLOT.panel_sample >= KEPT:
     sys.exit(
@@ -60,6 +62,7 @@ wildcard_constraints:
     network="|".join(CFG.teachers | CFG.students),
     method="|".join([TEACHER, *CFG.methods]),
     seed=r"\d+",
+    segmenter="|".join(SEGMENTERS),
 
 
 def compact(value):
@@ -87,13 +90,21 @@ PREPARE_CODE = code("data/prepare.py", "data/files.py")
 TRAIN_CODE = code("training.py", "data/patches.py", "data/augment.py", "ops.py")
 TRAIN_CODE += code("models/__init__.py", "distill/__init__.py")
 MEMORY_CODE = code("distill/bank.py")
-PREDICT_CODE = code("inference.py", "models/__init__.py", "ops.py")
+PREDICT_CODE = code("inference.py", "streaming.py", "models/__init__.py", "ops.py")
+PREDICT_CODE += code("data/patches.py")
 REPORT_CODE = code(*sorted((registry.NETWORKS.folder.parent / "report").glob("*.py")))
 
 
 def plugin(kind, name):
-    """The file of a network, loss term or data source; a plug-in that lives elsewhere is not tracked."""
-    return [] if ":" in name else code(kind.folder / f"{name}.py")
+    """The file of a network, loss term or data source, and those of its kind that it builds on.
+
+    A plug-in that lives elsewhere is not tracked.
+    """
+    if ":" in name:
+        return []
+    file = kind.folder / f"{name}.py"
+    basis = re.findall(rf"^from {kind.package}\.(\w+) import", file.read_text(), re.M)
+    return code(file, *(kind.folder / f"{other}.py" for other in basis))
 
 
 def grow(amount):
@@ -159,15 +170,44 @@ def teacher_weights(wildcards):
     """What a student learns from; nothing if its method does not ask the teacher, so that it need not wait."""
     if not CFG.methods[wildcards.method]:
         return []
-    teacher = (wildcards.dataset, STUDY.teacher, TEACHER, STUDY.teacher_seeds[0])
-    given = CFG.network(STUDY.teacher).weights
-    return given or of_runs("weights.safetensors", [teacher])[0]
+    return teacher_files(wildcards.dataset)[0]
+
+
+def teacher_files(dataset):
+    """The weights of the teachers of a dataset: trained here, or given in the catalogue."""
+    name = CFG.teacher_of(dataset)
+    given = CFG.network(name).weights
+    runs = [(dataset, name, TEACHER, seed) for seed in STUDY.teacher_seeds]
+    return [given] if given else of_runs("weights.safetensors", runs)
 
 
 def of_runs(name, runs):
     """This file of each of these runs."""
     keys = ("dataset", "network", "method", "seed")
     return [f"{RUN}/{name}".format(**dict(zip(keys, run))) for run in runs]
+
+
+def metrics_of(runs):
+    """The metrics of these runs, by every segmenter of their dataset, its main one first."""
+    return [
+        of_runs(f"{segmenter}/metrics.csv", [run])[0]
+        for run in runs
+        for segmenter in CFG.datasets[run[0]].segmenters
+    ]
+
+
+def networks_of(dataset):
+    """The teacher and the students of a dataset."""
+    return [CFG.teacher_of(dataset), *CFG.students_of(dataset)]
+
+
+def profiles_of(*datasets):
+    """What the networks of these datasets cost."""
+    return [
+        PROFILE.format(dataset=dataset, network=network)
+        for dataset in datasets
+        for network in networks_of(dataset)
+    ]
 
 
 def runs_on(dataset):
@@ -183,9 +223,11 @@ def trained(runs):
 def shown_on(dataset):
     """The runs that stand for all in figures of images: the teacher and some methods of the first student."""
     methods = [method for method in PLOT.panel_methods if method in STUDY.methods]
-    teacher = (dataset, STUDY.teacher, TEACHER, STUDY.teacher_seeds[0])
+    teacher = (dataset, CFG.teacher_of(dataset), TEACHER, STUDY.teacher_seeds[0])
     return [teacher] + [
-        (dataset, STUDY.students[0], m, STUDY.seeds[0]) for m in methods
+        (dataset, CFG.students_of(dataset)[0], m, STUDY.seeds[0])
+        for m in methods
+        if CFG.students_of(dataset)
     ]
 
 
@@ -196,9 +238,9 @@ def titles(*groups):
     return {name: catalogue[name].title for name in names if catalogue[name].title}
 
 
-def budget():
+def budget(dataset):
     """How long the networks were trained, in words for the caption of a table."""
-    teacher, *_, student = (CFG.run(*run).recipe for run in runs_on(STUDY.datasets[0]))
+    teacher, *_, student = (CFG.run(*run).recipe for run in runs_on(dataset))
     return (
         f"training: teacher {teacher.steps} steps of {teacher.batch_size} patches,"
         f" students {student.steps} of {student.batch_size}"

@@ -4,14 +4,14 @@
 rule evaluate:
     input:
         data=f"{DATA}/test.h5",
-        segmentation=f"{RUN}/segmentation.h5",
+        segmentation=f"{SEGMENTED}/segmentation.h5",
         code=code("metrics.py"),
     output:
-        f"{RUN}/metrics.csv",
+        f"{SEGMENTED}/metrics.csv",
     log:
-        f"{LOGS}/evaluate/{ID}.log",
+        f"{LOGS}/evaluate/{ID}/{{segmenter}}.log",
     benchmark:
-        f"{BENCHMARKS}/evaluate/{ID}.tsv"
+        f"{BENCHMARKS}/evaluate/{ID}/{{segmenter}}.tsv"
     conda:
         "../../envs/gdlib.yaml"
     threads: 1
@@ -20,12 +20,44 @@ rule evaluate:
         mem_mb=grow(2000),
         runtime=grow(30),
     params:
-        run=lambda wildcards: compact({**wildcards, "seed": int(wildcards.seed)}),
+        run=lambda wildcards: compact(
+            {
+                "dataset": wildcards.dataset,
+                "network": wildcards.network,
+                "method": wildcards.method,
+                "seed": int(wildcards.seed),
+            }
+        ),
     message:
-        f"Evaluate {NAME}"
+        f"Evaluate {NAME} by {{wildcards.segmenter}}"
     shell:
         "python -m gdlib step evaluate --data {input.data} --segmentation {input.segmentation} --out {output}"
-        " --run {params.run:q} > {log} 2>&1"
+        " --run {params.run:q} --segmenter {wildcards.segmenter} > {log} 2>&1"
+
+
+rule baselines:
+    input:
+        val=f"{DATA}/val.h5",
+        test=f"{DATA}/test.h5",
+        code=code("baselines.py", "metrics.py"),
+    output:
+        f"{RESULTS}/baselines/{{dataset}}.csv",
+    log:
+        f"{LOGS}/baselines/{{dataset}}.log",
+    benchmark:
+        f"{BENCHMARKS}/baselines/{{dataset}}.tsv"
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=grow(4000),
+        runtime=grow(60),
+    message:
+        "Evaluate trivial segmentations of {wildcards.dataset}"
+    shell:
+        "python -m gdlib step baselines --dataset {wildcards.dataset} --val {input.val} --test {input.test}"
+        " --out {output} > {log} 2>&1"
 
 
 rule profile:

@@ -33,11 +33,11 @@ rule segment:
         predictions=f"{RUN}/predictions.h5",
         code=code("segmentation.py"),
     output:
-        f"{RUN}/segmentation.h5",
+        f"{SEGMENTED}/segmentation.h5",
     log:
-        f"{LOGS}/segment/{ID}.log",
+        f"{LOGS}/segment/{ID}/{{segmenter}}.log",
     benchmark:
-        f"{BENCHMARKS}/segment/{ID}.tsv"
+        f"{BENCHMARKS}/segment/{ID}/{{segmenter}}.tsv"
     conda:
         "../../envs/gdlib.yaml"
     threads: 1
@@ -47,12 +47,10 @@ rule segment:
         runtime=grow(60),
     params:
         override=lambda wildcards: compact(
-            CFG.datasets[wildcards.dataset].segmentation.model_dump(
-                mode="json", exclude_none=True
-            )
+            CFG.datasets[wildcards.dataset].segmentation.get(wildcards.segmenter, {})
         ),
     message:
-        f"Segment {NAME}"
+        f"Segment {NAME} by {{wildcards.segmenter}}"
     shell:
         "python -m gdlib step segment --predictions {input.predictions} --out {output}"
-        " --override {params.override:q} --threads {threads} > {log} 2>&1"
+        " --segmenter {wildcards.segmenter} --override {params.override:q} --threads {threads} > {log} 2>&1"

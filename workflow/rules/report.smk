@@ -4,18 +4,21 @@
 report: "../report/workflow.rst"
 
 
-FIGURES = expand(
-    f"{RESULTS}/figures/{{dataset}}/{{figure}}.{{format}}",
-    dataset=STUDY.datasets,
-    figure=["methods", "tradeoff", "curves", "panel", "embeddings"],
-    format=PLOT.formats,
-)
+FIGURES = [
+    f"{RESULTS}/figures/{dataset}/{name}.{ending}"
+    for dataset in STUDY.datasets
+    for name in ["methods", "tradeoff", "curves", "panel", "embeddings"]
+    + ["neurons"] * (CFG.datasets[dataset].ndim == 3)
+    for ending in PLOT.formats
+]
 
 
 rule summarize:
     input:
-        metrics=of_runs("metrics.csv", CFG.runs()),
-        profiles=expand(PROFILE, dataset=STUDY.datasets, network=NETWORKS),
+        metrics=metrics_of(CFG.runs()),
+        profiles=profiles_of(*STUDY.datasets),
+        baselines=expand(f"{RESULTS}/baselines/{{dataset}}.csv", dataset=VOLUMES),
+        weights=[file for dataset in VOLUMES for file in teacher_files(dataset)],
         code=REPORT_CODE,
     output:
         summary=f"{RESULTS}/summary.csv",
@@ -37,13 +40,13 @@ rule summarize:
     threads: 1
     resources:
         gpu=0,
-        mem_mb=1000,
+        mem_mb=grow(1000),
         runtime=10,
     params:
-        metrics=list(PLOT.table_metrics),
-        main=PLOT.main_metric,
-        titles=titles(STUDY.datasets, NETWORKS),
-        budget=budget(),
+        metrics={d: list(CFG.shown(d).table_metrics) for d in STUDY.datasets},
+        main={d: CFG.shown(d).main_metric for d in STUDY.datasets},
+        titles=titles(STUDY.datasets, *map(networks_of, STUDY.datasets)),
+        budget={dataset: budget(dataset) for dataset in STUDY.datasets},
     message:
         "Summarize the study"
     script:
@@ -52,8 +55,8 @@ rule summarize:
 
 rule figure_tradeoff:
     input:
-        metrics=lambda wildcards: of_runs("metrics.csv", runs_on(wildcards.dataset)),
-        profiles=expand(PROFILE, network=NETWORKS, allow_missing=True),
+        metrics=lambda wildcards: metrics_of(runs_on(wildcards.dataset)),
+        profiles=lambda wildcards: profiles_of(wildcards.dataset),
         code=REPORT_CODE,
     output:
         figure("tradeoff", "accuracy and cost"),
@@ -67,12 +70,12 @@ rule figure_tradeoff:
     threads: 1
     resources:
         gpu=0,
-        mem_mb=1000,
+        mem_mb=grow(1000),
         runtime=10,
     params:
         figure="tradeoff",
-        metric=PLOT.main_metric,
-        titles=titles(NETWORKS),
+        metric=lambda wildcards: CFG.shown(wildcards.dataset).main_metric,
+        titles=lambda wildcards: titles(networks_of(wildcards.dataset)),
         dpi=PLOT.dpi,
     message:
         "Draw tradeoff of {wildcards.dataset}"
@@ -83,7 +86,7 @@ rule figure_tradeoff:
 # What is not named in the rules below is as above; a parameter that a figure has no use for is set to None.
 use rule figure_tradeoff as figure_methods with:
     input:
-        metrics=lambda wildcards: of_runs("metrics.csv", runs_on(wildcards.dataset)),
+        metrics=lambda wildcards: metrics_of(runs_on(wildcards.dataset)),
         code=REPORT_CODE,
     output:
         figure("methods", "every method"),
@@ -94,7 +97,7 @@ use rule figure_tradeoff as figure_methods with:
     params:
         figure="methods",
         metric=None,
-        metrics=list(PLOT.metrics),
+        metrics=lambda wildcards: list(CFG.shown(wildcards.dataset).metrics),
     message:
         "Draw methods of {wildcards.dataset}"
 
@@ -124,7 +127,8 @@ use rule figure_tradeoff as figure_panel with:
     input:
         data=f"{DATA}/test.h5",
         segmentations=lambda wildcards: of_runs(
-            "segmentation.h5", shown_on(wildcards.dataset)
+            f"{CFG.datasets[wildcards.dataset].segmenters[0]}/segmentation.h5",
+            shown_on(wildcards.dataset),
         ),
         code=REPORT_CODE,
     output:
@@ -135,6 +139,7 @@ use rule figure_tradeoff as figure_panel with:
         f"{BENCHMARKS}/figures/{{dataset}}/panel.tsv"
     params:
         figure="panel",
+        ndim=lambda wildcards: CFG.datasets[wildcards.dataset].ndim,
         methods=lambda wildcards: [run[2] for run in shown_on(wildcards.dataset)],
         sample=PLOT.panel_sample,
         crop=PLOT.panel_crop,
@@ -163,3 +168,18 @@ use rule figure_tradeoff as figure_embeddings with:
         crop=PLOT.panel_crop,
     message:
         "Draw embeddings of {wildcards.dataset}"
+
+
+use rule figure_panel as figure_neurons with:
+    output:
+        figure("neurons", "neurons"),
+    log:
+        f"{LOGS}/figures/{{dataset}}/neurons.log",
+    benchmark:
+        f"{BENCHMARKS}/figures/{{dataset}}/neurons.tsv"
+    params:
+        figure="neurons",
+        methods=lambda wildcards: [run[2] for run in shown_on(wildcards.dataset)],
+        sample=PLOT.panel_sample,
+    message:
+        "Draw neurons of {wildcards.dataset}"

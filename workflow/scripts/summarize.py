@@ -14,4 +14,6 @@ tables.write(
     main=snakemake.params.main,
     titles=snakemake.params.titles,
     budget=snakemake.params.budget,
+    baselines=snakemake.input.baselines,
+    weights=snakemake.input.weights,
 )

@@ -1,0 +1,254 @@
+"""The sections of `config.yaml` as frozen, typed objects: every key, its default and what it means. Torch-free."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+Segmenter = Literal["mutex_watershed", "waterz", "multicut"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Normalisation(Section):
+    """Intensities: these percentiles of each image and channel become 0 and 1."""
+
+    lower: float = Field(1.0, ge=0, lt=100)
+    upper: float = Field(99.8, gt=0, le=100)
+
+
+class Targets(Section):
+    """What networks learn from a label."""
+
+    background_connected: bool = Field(
+        True, description="two background pixels are one object; off for EM, where the background is membrane"
+    )
+    per_offset: bool = Field(False, description="balance connected and separated pairs of every offset alone")
+    border: int = Field(
+        0, ge=0, description="pixels this near to another instance become background, in training alone"
+    )
+
+
+class Dataset(Section):
+    """One dataset of the catalogue."""
+
+    title: str = Field("", description="name in tables and figures")
+    source: str = Field(description="a file stem of gdlib/data/sources, or package.module:function")
+    options: dict[str, Any] = {}
+    folder: str | None = Field(None, description="below one of `raw_folders`; none for synthetic data")
+    channels: int = Field(1, ge=1)
+    offsets: tuple[tuple[int, ...], ...] = Field(
+        min_length=1, description="of the affinities, in pixels; the first ndim are attractive"
+    )
+    patch: tuple[PositiveInt, ...] = Field(description="side lengths of training patches, in pixels")
+    normalisation: Normalisation = Normalisation()
+    targets: Targets = Targets()
+    segmenters: tuple[Segmenter, ...] = Field(
+        ("mutex_watershed",), min_length=1, description="how affinities become instances; the first chooses weights"
+    )
+    segmentation: dict[Segmenter, dict[str, int | float]] = Field(
+        {}, description="fixed parameters of a segmenter on test images, in place of those tuned on validation images"
+    )
+    recipe: dict[str, Any] = Field({}, description="changes to both recipes for this dataset")
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of its images."""
+        return len(self.patch)
+
+
+class Network(Section):
+    """A teacher or a student of the catalogue."""
+
+    title: str = ""
+    model: str = Field(description="a file stem of gdlib/models, or package.module:Class")
+    options: dict[str, Any] = {}
+    weights: str | None = Field(None, description="trained weights of your own; then it is not trained")
+
+
+class Term(Section):
+    """One weighted loss of a method."""
+
+    term: str = Field(description="a file stem of gdlib/distill/terms, or package.module:Class")
+    weight: float = Field(ge=0)
+    memory: bool = Field(False, description="compare with other images through the memory bank")
+    level: str | None = Field(
+        None, description="feature map that is compared, by its name in both networks; else the embedding"
+    )
+    options: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Unique name within a method, for logs: term, scope, options."""
+        parts = [self.term.rpartition(":")[2], *(str(v) for v in self.options.values() if isinstance(v, str))]
+        parts += [self.level] if self.level else []
+        return "_".join([*parts, "inter"] if self.memory else parts)
+
+
+class Bank(Section):
+    """Memory bank; see `gdlib.distill.bank.MemoryBank`."""
+
+    capacity: int = Field(32, ge=1)
+    sample_size: int = Field(12, ge=1)
+    original_ring: bool = False
+
+
+class Geometry(Section):
+    """Geometric augmentation; see `gdlib.data.augment.sampling_grid`."""
+
+    flip: bool = True
+    rotate90: bool = True
+    scale: tuple[float, float] = (0.8, 1.25)
+    elastic: float = Field(2.0, ge=0)
+    elastic_spacing: int = Field(32, ge=4)
+    rotate: float = Field(0.0, ge=0, description="degrees")
+    misalign: float = Field(0.0, ge=0, description="pixels; volumes only")
+    probability: float = Field(0.5, ge=0, le=1)
+
+
+class Intensity(Section):
+    """Intensity augmentation; see `gdlib.data.augment.augment_intensity`."""
+
+    contrast: float = Field(0.3, ge=0)
+    brightness: float = Field(0.1, ge=0)
+    gamma: float = Field(0.5, ge=0)
+    blur: float = Field(1.0, ge=0)
+    noise: float = Field(0.05, ge=0)
+    probability: float = Field(0.5, ge=0, le=1)
+
+
+class Sections(Section):
+    """Augmentation of the sections of a volume; see `gdlib.data.augment.augment_sections`."""
+
+    contrast: float = Field(0.0, ge=0)
+    brightness: float = Field(0.0, ge=0)
+    blur: float = Field(0.0, ge=0)
+    motion: int = Field(0, ge=0)
+    missing: float = Field(0.0, ge=0, le=1)
+    probability: float = Field(0.1, ge=0, le=1)
+
+
+class Augment(Section):
+    """Training augmentation."""
+
+    geometry: Geometry = Geometry()
+    intensity: Intensity = Intensity()
+    sections: Sections = Sections()
+
+
+class Optimizer(Section):
+    """Adam with or without decoupled weight decay."""
+
+    name: Literal["adamw", "adam"] = "adamw"
+    lr: float = Field(2e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(
+        1e-8, gt=0, description="PAPER: the original trains with 0.01, which sets the scale of all its weights"
+    )
+    weight_decay: float = Field(1e-4, ge=0)
+    amsgrad: bool = False
+
+
+class Recipe(Section):
+    """How a network is trained."""
+
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_size: int = Field(8, gt=0)
+    accumulate: int = Field(1, ge=1, description="batches per optimizer step")
+    patch: tuple[PositiveInt, ...] | None = Field(None, description="in pixels; the dataset's if left out")
+    optimizer: Optimizer = Optimizer()
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; off if left out")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    validate_every: int = Field(gt=0, description="steps between validations")
+    validate_images: int = Field(8, ge=1, description="images of the validation split used while training")
+    save_every: int = Field(200, gt=0, description="steps between resumable states")
+    selection: str = Field("aji", description="validation metric that chooses weights and segmentation parameters")
+    terms: tuple[Term, ...] = (Term(term="supervised", weight=1.0), Term(term="foreground", weight=1.0))
+    augment: Augment = Augment()
+    bank: Bank = Bank()
+
+
+class Study(Section):
+    """A selection of the catalogue, and how large."""
+
+    title: str = ""
+    datasets: tuple[str, ...] = Field(min_length=1)
+    teacher: str | tuple[str, ...] = Field(
+        min_length=1, description="or several: a dataset takes the first for its number of axes"
+    )
+    students: tuple[str, ...] = Field(description="a dataset takes those for its number of axes")
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    teacher_seeds: tuple[int, ...] = Field((0,), min_length=1, description="students learn from the first")
+    teacher_recipe: dict[str, Any] = Field({}, description="changes to recipes: teacher")
+    student_recipe: dict[str, Any] = Field({}, description="changes to recipes: student")
+    recipes: dict[str, dict[Literal["teacher", "student"], dict[str, Any]]] = Field(
+        {}, description="more changes, by dataset and role"
+    )
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teacher, or the teachers."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+
+
+class PlotMetrics(Section):
+    """Which metrics are shown."""
+
+    metrics: tuple[str, ...] = ("aji", "pq", "f1_50", "f1_80")
+    main_metric: str = "aji"
+    table_metrics: tuple[str, ...] = ("aji", "dice", "f1_50", "pq")
+
+
+class PlotVolumes(PlotMetrics):
+    """Which metrics are shown of datasets in 3D."""
+
+    metrics: tuple[str, ...] = ("voi", "voi_split", "voi_merge", "arand")
+    main_metric: str = "voi"
+    table_metrics: tuple[str, ...] = ("voi_split", "voi_merge", "voi", "arand")
+
+
+class Plot(PlotMetrics):
+    """Looks only: an edit here redraws figures and never retrains. Its own metrics are those of datasets in 2D."""
+
+    dpi: int = Field(200, gt=0)
+    formats: tuple[Literal["png", "pdf", "svg"], ...] = ("png", "pdf")
+    volumes: PlotVolumes = PlotVolumes()
+    panel_sample: int = Field(0, ge=0, description="which of the kept test images the image figures show")
+    panel_methods: tuple[str, ...] = ("none", "grd")
+    panel_crop: int | None = Field(None, gt=0, description="side of the shown crop, in pixels")
+
+
+class RunSpec(Section):
+    """All that one training needs to know; it travels as JSON and is kept in the header of the weights."""
+
+    dataset: str
+    network: str
+    method: str
+    seed: int
+    model: str
+    options: dict[str, Any]
+    channels: int
+    offsets: tuple[tuple[int, ...], ...]
+    normalisation: Normalisation
+    targets: Targets
+    segmenters: tuple[Segmenter, ...]
+    recipe: Recipe
+    terms: tuple[Term, ...] = Field(description="of the method, on top of the recipe's")
+
+    @property
+    def all_terms(self) -> tuple[Term, ...]:
+        """Supervision and distillation together."""
+        return (*self.recipe.terms, *self.terms)
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Side lengths of the training patches, in pixels."""
+        assert self.recipe.patch is not None
+        return self.recipe.patch
