@@ -133,7 +133,7 @@ def test_wrong_levels_are_told():
     with pytest.raises(ValueError, match='no level "up9" in a ResUNet: it has up1, up2, up3, up4'):
         _distiller(["up9", None, None])
     supervised = [("supervised", 1.0, build_term("supervised", False, {}))]
-    with pytest.raises(ValueError, match="learns from one"):
+    with pytest.raises(ValueError, match='"supervised" learns from the label, not from a teacher'):
         Distiller(build("resunet", {}), None, supervised, OFFSETS[2], levels=["up1"])
 
 

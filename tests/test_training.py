@@ -697,14 +697,20 @@ def test_the_sampler_gets_the_margin_and_the_border(make_spec, train, splits, te
 
     monkeypatch.setattr(training, "PatchSampler", recorded)
     targets = {"border": 2}
-    for network, folder in (("ValidNet", "valid"), ("PlainNet", "plain")):
-        spec = plain(make_spec("grd", targets=targets), network, embedding_dim=4)
-        train(spec, tmp_path / folder, teacher=teacher)
-    valid, same = (one.batch(3) for one in asked)
-    assert valid.image.shape == (2, 1, 36, 38)
-    assert same.image.shape == (2, 1, 32, 32)
-    assert valid.label.shape == same.label.shape == (2, 32, 32)
-    for label in (valid.label, same.label):  # no two objects within two pixels
+    valid_teacher = tmp_path / "valid" / "weights.safetensors"
+    for method, network, folder, source in (
+        ("teacher", "ValidNet", "valid", None),
+        ("grd", "ValidNet", "both", valid_teacher),
+        ("grd", "ValidNet", "student", teacher),
+        ("grd", "PlainNet", "learner", valid_teacher),
+        ("grd", "PlainNet", "neither", teacher),
+    ):
+        spec = plain(make_spec(method, targets=targets, steps=2), network, embedding_dim=4)
+        train(spec, tmp_path / folder, teacher=source)
+    batches = [one.batch(3) for one in asked]
+    assert [batch.image.shape for batch in batches] == [(2, 1, 36, 38)] * 4 + [(2, 1, 32, 32)]
+    for label in (batch.label for batch in batches):  # no two objects within two pixels
+        assert label.shape == (2, 32, 32)
         for dy, dx in itertools.product(range(3), range(-2, 3)):
             a, b = label[:, : 32 - dy, max(0, -dx) : 32 - max(0, dx)], label[:, dy:, max(0, dx) : 32 + min(0, dx)]
             assert not ((a != b) & (a > 0) & (b > 0)).any()

@@ -213,6 +213,9 @@ class Distiller(nn.Module):
         self.teacher = teacher if any(term.needs_teacher for term in self.terms) else None
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
+        for name, level, term in zip(self.names, self.levels, self.terms, strict=True):
+            if level is not None and not term.needs_teacher:
+                raise ValueError(f'term "{name}" learns from the label, not from a teacher: it cannot have a level')
         self.projections = nn.ModuleDict()
         for level in filter(None, dict.fromkeys(self.levels)):
             mine, goal = _channels(student, level), _channels(teacher, level)
