@@ -196,7 +196,7 @@ class Config(Section):
             ("teacher", study.teachers, self.teachers),
             ("students", study.students, self.students),
             ("methods", study.methods, self.methods),
-            ("recipes", study.recipes, study.datasets),
+            ("recipes", study.recipes, self.datasets),
         ):
             for one in chosen:
                 _check_name(f"studies.{name}.{key}", one, catalogue)

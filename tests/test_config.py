@@ -340,11 +340,6 @@ TYPOS = {
         "studies.quick.recipes",
         "nuclei_phantom",
     ),
-    "study recipes, dataset of another study": (
-        put("studies.quick.recipes", {"bbbc039": {"teacher": {"steps": 3}}}),
-        "studies.quick.recipes",
-        "valid names: nuclei_phantom",
-    ),
     "study recipes, role": (
         put("studies.quick.recipes", {"nuclei_phantom": {"studnt": {"steps": 3}}}),
         "studies.quick.recipes.nuclei_phantom.studnt: ",

@@ -311,7 +311,7 @@ def test_a_typo_is_one_line(changes, message, tmp_path):
 
 def test_missing_data_is_one_line(tmp_path):
     changes = {"study": "smoke", "raw_folders": ["nowhere"]}
-    changes["studies"] = {"smoke": {"datasets": ["bbbc039"], "recipes": {}}}
+    changes["studies"] = {"smoke": {"datasets": ["bbbc039"]}}
     result = dry_run(ROOT, tmp_path, changes)
     assert result.returncode != 0
     assert "nowhere/bbbc039" in result.stderr.splitlines()[-1]
@@ -323,7 +323,7 @@ def test_prepared_data_need_no_raw_data(tmp_path):
         (tmp_path / "data" / "bbbc039").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / "bbbc039" / f"{split}.h5").touch()
     changes = {"study": "smoke", "raw_folders": ["nowhere"]}
-    changes["studies"] = {"smoke": {"datasets": ["bbbc039"], "recipes": {}}}
+    changes["studies"] = {"smoke": {"datasets": ["bbbc039"]}}
     result = dry_run(ROOT, tmp_path, changes)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Prepare bbbc039" not in planned(result.stdout + result.stderr)
