@@ -198,13 +198,14 @@ def augment_sections(
     device = image.device
     column = (batch, 1, sections, 1, 1)
 
+    # What happens is decided on the CPU, where it is drawn: nothing waits for the device.
     def draw(low: float, high: float) -> Tensor:
-        return _uniform(low, high, column, generator).to(device)
+        return _uniform(low, high, column, generator)
 
     def chance(p: float) -> Tensor:
-        return (torch.rand(column, generator=generator) < p).to(device)
+        return torch.rand(column, generator=generator) < p
 
-    image = image * draw(1 - contrast, 1 + contrast) + draw(-brightness, brightness)
+    image = image * draw(1 - contrast, 1 + contrast).to(device) + draw(-brightness, brightness).to(device)
     if blur > 0:
         sigma = (draw(0.0, blur) * chance(probability)).expand(batch, channels, sections, 1, 1)
         if sigma.any():
@@ -221,13 +222,14 @@ def augment_sections(
             section = F.conv2d(F.pad(section, border, mode="replicate"), kernel[None, None])
             image[at // sections, :, at % sections] = section[:, 0]
     if missing > 0:
-        image = torch.where(chance(missing), draw(0.0, 1.0), image)
+        image = torch.where(chance(missing).to(device), draw(0.0, 1.0).to(device), image)
     return image
 
 
 def _blur(image: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur in the last two axes with one sigma per patch; 0 leaves a patch as it is."""
     radius = max(1, math.ceil(3 * float(sigma.max())))
+    sigma = sigma.to(image.device)
     x = torch.arange(-radius, radius + 1, device=image.device)
     kernel = torch.exp(-0.5 * (x / sigma.clamp(min=0.05)[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)

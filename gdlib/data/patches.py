@@ -132,6 +132,7 @@ class PatchSampler:
                     "choose a smaller patch"
                 )
             self.samples.append({**arrays, "range": intensity_range(arrays["image"], **normalisation)})
+        self.ignores = any("ignore" in sample for sample in self.samples)
         if not self.samples:
             raise io.DataError(f"{path}: there is no image to train on; check the split lists")
 
@@ -144,13 +145,14 @@ class PatchSampler:
         shapes = torch.tensor([sample["label"].shape for sample in chosen])
         grid = sampling_grid(shapes, self.patch, generator, margin=self.margin, **self.augment["geometry"])
         patches = [self._cut(sample, g) for sample, g in zip(chosen, grid, strict=True)]
-        image, label, ignore = (torch.stack(parts) for parts in zip(*patches, strict=True))
+        image, label = (torch.stack([patch[k] for patch in patches]) for k in (0, 1))
+        ignore = torch.stack([patch[2] for patch in patches]) if self.ignores else None
         if self.border:
             label = ops.widen_borders(label, self.border)
         image = augment_intensity(image, generator, **self.augment["intensity"])
         if len(self.patch) == 3:
             image = augment_sections(image, generator, **self.augment["sections"])
-        return Batch(image, label, ids.to(self.device), ignore if ignore.any() else None)
+        return Batch(image, label, ids.to(self.device), ignore)
 
     def _cut(self, sample: Mapping[str, Any], grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read the box that holds all points of a grid, and resample it."""
@@ -166,6 +168,6 @@ class PatchSampler:
         nearest = tuple(grid[inner].round().long().unbind(-1))
         image = sample_patch(torch.from_numpy(image).to(self.device), grid)
         label = torch.from_numpy(sample["label"][box].astype(np.int64)).to(self.device)[nearest]
-        if "ignore" not in sample:
+        if "ignore" not in sample:  # but other samples may have it
             return image, label, torch.zeros_like(label, dtype=torch.bool)
         return image, label, torch.from_numpy(sample["ignore"][box]).to(self.device)[nearest]

@@ -155,10 +155,10 @@ def label_at(label: Tensor, shape: Sequence[int], stride: Sequence[int]) -> tupl
     """
     places, inner = [], []
     for n, m, s in zip(label.shape[1:], shape, stride, strict=True):
-        centre = (n - s * m) // 2 + (s - 1) // 2 + s * torch.arange(m, device=label.device)
-        inside = ((centre >= 0) & (centre < n)).nonzero()[:, 0]
-        places.append(centre[inside])
-        inner.append(slice(int(inside[0]), int(inside[-1]) + 1))
+        first = (n - s * m) // 2 + (s - 1) // 2  # centre of the first voxel
+        start, stop = max(0, -(first // s)), min(m, (n - 1 - first) // s + 1)
+        places.append(torch.arange(first + s * start, first + s * stop, s, device=label.device))
+        inner.append(slice(start, stop))
     return label[(slice(None), *torch.meshgrid(*places, indexing="ij"))], tuple(inner)
 
 
