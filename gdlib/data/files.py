@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -17,6 +17,7 @@ from gdlib.registry import nearest
 HDF5_SUFFIXES = (".h5", ".hdf", ".hdf5")
 SUFFIXES = (".png", ".tif", ".tiff", *HDF5_SUFFIXES)
 SPLITS = ("train", "val", "test")
+OVERLAPS = ("ignore", "first", "last")
 Splits = dict[str, Iterator[Sample]]
 
 
@@ -185,6 +186,43 @@ def split_components(label: np.ndarray) -> np.ndarray:
     return connected_regions(label, connectivity=1).astype(np.uint32)
 
 
+def read_masks(paths: Iterable[Path], shape: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield the masks of single instances, each True in one of them, after a look whether they have the image's shape.
+
+    Args:
+        paths: one file per instance; not 0 is inside.
+        shape: ([Z,] Y, X) of the image.
+    """
+    for path in paths:
+        inside = read_label(path) > 0
+        if inside.shape != tuple(shape):
+            raise DataError(f"{path}: the mask is {inside.shape} pixels, its image {tuple(shape)}; get it again")
+        yield inside
+
+
+def merge_masks(masks: Iterable[np.ndarray], shape: Sequence[int], overlap: str) -> tuple[np.ndarray, np.ndarray]:
+    """Make an instance map of masks that may overlap.
+
+    Args:
+        masks: ([Z,] Y, X) boolean, one per instance.
+        shape: of each.
+        overlap: what becomes of pixels of several masks: `"first"` and `"last"` give them to the first and last of these
+            masks, `"ignore"` to none, and marks them.
+
+    Returns:
+        ([Z,] Y, X) uint32 label, k for the k-th mask, and boolean `ignore`, True only where marked.
+    """
+    if overlap not in OVERLAPS:
+        raise DataError(f'there is no rule "{overlap}" for overlaps: {nearest(overlap, list(OVERLAPS))}')
+    label, ignore = np.zeros(shape, np.uint32), np.zeros(shape, bool)
+    for number, inside in enumerate(masks, start=1):
+        if overlap == "ignore":
+            ignore |= inside & (label > 0)
+        label[inside & (label == 0) if overlap == "first" else inside] = number
+    label[ignore] = 0
+    return label, ignore
+
+
 def read_list(path: Path) -> list[str]:
     """Return the names in a text file, one per line, without the ending of an image file."""
     if not path.is_file():
@@ -194,12 +232,16 @@ def read_list(path: Path) -> list[str]:
 
 
 def published_split(source: str, split: str) -> dict[str, list[str]]:
-    """Return the id lists of a split that comes with the package: `splits/<source>/<split>/{train,val,test}.txt`."""
+    """Return the id lists of a split that comes with the package: `splits/<source>/<split>/{train,val,test}.txt`.
+
+    A split may leave `train` to what else is there; then it has no such list.
+    """
     folder = Path(__file__).parent / "splits" / source
     known = sorted(path.name for path in folder.iterdir())
     if split not in known:
         raise DataError(f'data source "{source}" has no published split "{split}": {nearest(split, known)}')
-    return {name: read_list(folder / split / f"{name}.txt") for name in SPLITS}
+    lists = {name: folder / split / f"{name}.txt" for name in SPLITS}
+    return {name: read_list(path) for name, path in lists.items() if path.exists()}
 
 
 def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.ndarray, int | None]:

@@ -14,10 +14,16 @@ Splits:
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from gdlib.data.files import Splits, existing_folder, find_files, published_split, read_image, read_label
-from gdlib.io import DataError, Sample
+from gdlib.data.files import (
+    Splits,
+    existing_folder,
+    find_files,
+    merge_masks,
+    published_split,
+    read_image,
+    read_masks,
+)
+from gdlib.io import Sample
 
 __all__ = ["dsb2018"]
 
@@ -41,11 +47,7 @@ def _read(folder: Path, ids: list[str]) -> Iterator[Sample]:
     for name in ids:
         path = folder / name / "images" / f"{name}.png"
         image = read_image(path)
-        label = np.zeros(image.shape[1:], np.uint32)
-        for number, mask in enumerate(find_files(folder / name / "masks").values(), start=1):
-            inside = read_label(mask) > 0
-            if inside.shape != label.shape:
-                raise DataError(f"{mask}: the mask is {inside.shape} pixels, its image {label.shape}; get it again")
-            label[inside & (label == 0)] = number
+        masks = read_masks(find_files(folder / name / "masks").values(), image.shape[1:])
+        label, _ = merge_masks(masks, image.shape[1:], "first")
         # The channels repeat the same grey value.
         yield Sample(name, image[:1], label, attrs={"source": f"stage1_train/{name}/images/{name}.png"})

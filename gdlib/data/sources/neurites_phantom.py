@@ -15,7 +15,8 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.special import ndtr
 
-from gdlib.data.files import SPLITS, Splits, split_components
+from gdlib.data.files import Splits, split_components
+from gdlib.data.sources._phantom import phantom_splits
 from gdlib.io import DataError, Sample
 
 __all__ = ["neurites_phantom"]
@@ -100,27 +101,20 @@ def neurites_phantom(
     Returns:
         For each split the samples: image (1, Z, Y, X) uint8, label (Z, Y, X), every instance one 6-connected region.
     """
-    if set(volumes) != set(SPLITS):
-        raise DataError(
-            f"neurites_phantom: volumes must have one number each for {', '.join(SPLITS)}, not {dict(volumes)}"
-        )
-
     if len(size) != 3:
         raise DataError(f"neurites_phantom: size is {list(size)}; give three side lengths, z, y, x")
 
-    def samples(number: int, split: str) -> Iterator[Sample]:
-        for i in range(volumes[split]):
-            rng = np.random.default_rng([seed, number, i])
-            tubes = _tubes(rng, size, anisotropy, crowding, radius, drift, branching, organelles, vesicles)
-            shift = rng.normal(0, misalignment, (size[0], 2))
-            image, label = np.empty(size, np.uint8), np.empty(size, np.uint32)
-            for z, place in enumerate(_places(rng, size, anisotropy, drift, wobble, shift)):
-                light, label[z] = _section(rng, tubes, z, place, membrane)
-                image[z] = _microscope(rng, light, contrast, brightness, missing, blurred, blur, noise)
-            attrs = {"source": "neurites_phantom", "voxel_size_nm": [anisotropy * PIXEL_NM, PIXEL_NM, PIXEL_NM]}
-            yield Sample(f"{split}_{i:04d}", image[None], _large_components(label), attrs=attrs)
+    def make(rng: np.random.Generator, name: str) -> Sample:
+        tubes = _tubes(rng, size, anisotropy, crowding, radius, drift, branching, organelles, vesicles)
+        shift = rng.normal(0, misalignment, (size[0], 2))
+        image, label = np.empty(size, np.uint8), np.empty(size, np.uint32)
+        for z, place in enumerate(_places(rng, size, anisotropy, drift, wobble, shift)):
+            light, label[z] = _section(rng, tubes, z, place, membrane)
+            image[z] = _microscope(rng, light, contrast, brightness, missing, blurred, blur, noise)
+        attrs = {"source": "neurites_phantom", "voxel_size_nm": [anisotropy * PIXEL_NM, PIXEL_NM, PIXEL_NM]}
+        return Sample(name, image[None], _large_components(label), attrs=attrs)
 
-    return {split: samples(number, split) for number, split in enumerate(SPLITS)}
+    return phantom_splits("neurites_phantom", "volumes", volumes, seed, make)
 
 
 def _tubes(

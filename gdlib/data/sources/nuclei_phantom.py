@@ -7,15 +7,16 @@ projection, with faint borders between them. Light adds up where nuclei overlap;
 Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are made.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 from skimage.measure import label as connected_regions
 
-from gdlib.data.files import SPLITS, Splits
-from gdlib.io import DataError, Sample
+from gdlib.data.files import Splits
+from gdlib.data.sources._phantom import phantom_splits, uneven_light
+from gdlib.io import Sample
 
 __all__ = ["nuclei_phantom"]
 
@@ -69,20 +70,14 @@ def nuclei_phantom(
     Returns:
         For each split the samples: image (1, Y, X) uint16, label (Y, X), every instance one 4-connected region.
     """
-    if set(images) != set(SPLITS):
-        raise DataError(f"nuclei_phantom: images must have one number each for {', '.join(SPLITS)}, not {dict(images)}")
 
-    def samples(number: int, split: str) -> Iterator[Sample]:
-        for i in range(images[split]):
-            rng = np.random.default_rng([seed, number, i])
-            light, far, label = _scene(
-                rng, size, radius, count, touching, overlap, irregularity, texture, brightness, dim
-            )
-            light = gaussian_filter(light, blur) + gaussian_filter(haze * (light + far), 10 * blur, truncate=2.5)
-            image = _camera(rng, light * _illumination(rng, size, illumination), gain, read_noise)
-            yield Sample(f"{split}_{i:04d}", image[None], label, attrs={"source": "nuclei_phantom"})
+    def make(rng: np.random.Generator, name: str) -> Sample:
+        light, far, label = _scene(rng, size, radius, count, touching, overlap, irregularity, texture, brightness, dim)
+        light = gaussian_filter(light, blur) + gaussian_filter(haze * (light + far), 10 * blur, truncate=2.5)
+        image = _camera(rng, light * uneven_light(rng, size, illumination), gain, read_noise)
+        return Sample(name, image[None], label, attrs={"source": "nuclei_phantom"})
 
-    return {split: samples(number, split) for number, split in enumerate(SPLITS)}
+    return phantom_splits("nuclei_phantom", "images", images, seed, make)
 
 
 def _scene(
@@ -181,12 +176,6 @@ def _largest_regions(label: np.ndarray) -> np.ndarray:
     number = np.zeros(len(area), np.uint32)
     number[kept] = np.arange(1, len(kept) + 1)
     return number[regions]
-
-
-def _illumination(rng: np.random.Generator, size: Sequence[int], fall: float) -> np.ndarray:
-    """Return a smooth field (Y, X), 1 at a random brightest place and 1 - `fall` one field diagonal away from it."""
-    y, x = (np.linspace(0, 1, n) - c for n, c in zip(size, rng.uniform(0, 1, 2), strict=True))
-    return 1 - fall * np.hypot(y[:, None], x[None]) ** 2 / 2
 
 
 def _camera(rng: np.random.Generator, light: np.ndarray, gain: float, read_noise: float) -> np.ndarray:
