@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gdlib import ops
-from gdlib.distill import Batch, Distiller, Truth, View, build_term, see
+from gdlib.distill import Batch, Distiller, Term, Truth, View, build_term, see
 from gdlib.distill.bank import MemoryBank
 from gdlib.models import Embedding
 
@@ -474,10 +474,8 @@ def test_student_and_teacher_with_different_margins_say_something_about_the_same
     assert networks[0].conv.weight.grad.abs().max() > 0
 
 
-class Witness(nn.Module):
+class Witness(Term):
     """A term that keeps the truth it is given."""
-
-    needs_teacher, memory = False, False
 
     def forward(self, student, teacher, truth, memory):
         self.truth = truth

@@ -9,9 +9,10 @@ import yaml
 from torch import nn
 
 from gdlib.config import Config, ConfigError
-from gdlib.distill import Batch, Distiller, Truth, View, build_term, label_at
+from gdlib.distill import Batch, Distiller, Term, Truth, View, build_term, label_at
 from gdlib.distill.bank import MemoryBank
 from gdlib.models import Embedding, build
+from gdlib.registry import NETWORKS
 
 OFFSETS = {2: [(-1, 0), (0, -1), (-3, 0)], 3: [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, -3)]}
 
@@ -43,7 +44,7 @@ def test_label_of_a_voxel_is_that_at_its_centre(shape, maps, stride):
     assert [sorted(axis) for axis in seen] == [list(range(s.start, s.stop)) for s in inner]
 
 
-@pytest.mark.parametrize("name", ["resunet", "resunet3d", "mala"])
+@pytest.mark.parametrize("name", NETWORKS.names())
 def test_networks_tell_channels_and_strides_of_their_maps(name):
     network = build(name, {}).eval()
     patch = [2 * d + r for d, r in zip(network.divisor, network.remainder, strict=True)]
@@ -52,6 +53,7 @@ def test_networks_tell_channels_and_strides_of_their_maps(name):
         output = network(image)
     assert list(network.levels) == list(output.features)
     for level, (channels, stride) in network.levels.items():
+        assert level == f"stride{stride[-1]}"
         feature = output.features[level]
         assert feature.shape[1] == channels
         covered = [n * s for n, s in zip(feature.shape[2:], stride, strict=True)]
@@ -87,12 +89,12 @@ def _batch(step):
 
 
 def test_a_level_is_the_same_terms_on_projected_maps():
-    distiller = _distiller(["up3", "up3", "up3"], memory=False).eval()
+    distiller = _distiller(["stride2", "stride2", "stride2"], memory=False).eval()
     batch = _batch(0)
     _, losses = distiller(batch, 0)
     with torch.no_grad():
-        maps = [network(batch.image).features["up3"] for network in (distiller.student, distiller.teacher)]
-        weight = distiller.projections["up3"].weight
+        maps = [network(batch.image).features["stride2"] for network in (distiller.student, distiller.teacher)]
+        weight = distiller.projections["stride2"].weight
         maps[0] = torch.einsum("bchw,dc->bdhw", maps[0], weight)
         truth = Truth(batch.label[:, ::2, ::2], OFFSETS[2][:2])  # stride 2: of the two middle pixels the first
         student, teacher = (View(Embedding(one, None, {}), truth) for one in maps)
@@ -101,8 +103,8 @@ def test_a_level_is_the_same_terms_on_projected_maps():
 
 
 def test_projections_are_learned_and_only_where_channels_differ():
-    distiller = _distiller(["up3", None, "up4"])
-    assert set(distiller.projections) == {"up3", "up4"}
+    distiller = _distiller(["stride2", None, "stride1"])
+    assert set(distiller.projections) == {"stride2", "stride1"}
     for step in range(2):  # at the first the bank is empty
         total, _ = distiller(_batch(step), step)
     total.backward()
@@ -110,9 +112,52 @@ def test_projections_are_learned_and_only_where_channels_differ():
     assert all(p.grad is None for p in distiller.teacher.parameters())
     equal = build("resunet", {})
     same = Distiller(
-        equal, build("resunet", {}), [("agd", 1.0, build_term("agd", False, {}))], OFFSETS[2], levels=["up1"]
+        equal, build("resunet", {}), [("agd", 1.0, build_term("agd", False, {}))], OFFSETS[2], levels=["stride8"]
     )
     assert not same.projections
+
+
+def test_a_term_gets_the_map_projected_or_as_it_is():
+    student, teacher = build("resunet", {"widths": [2, 3, 4, 5, 6]}), build("resunet", {"widths": [3, 4, 5, 6, 7]})
+    names, levels = ["at", "fitnet", "at"], ["stride2", "stride2", "stride4"]
+    terms = [(f"{name}_{level}", 1.0, build_term(name, False, {})) for name, level in zip(names, levels, strict=True)]
+    distiller = Distiller(student, teacher, terms, OFFSETS[2], levels=levels).eval()
+    assert set(distiller.projections) == {"stride2"}
+    batch = _batch(0)
+    with torch.no_grad():
+        _, losses = distiller(batch, 0)
+        mine, goal = (network(batch.image).features for network in (student, teacher))
+        truth = Truth(batch.label[:, ::2, ::2], OFFSETS[2][:2])
+        projected = torch.einsum("bchw,dc->bdhw", mine["stride2"], distiller.projections["stride2"].weight)
+        for (name, _, term), level in zip(terms, levels, strict=True):
+            seen = projected if name.startswith("fitnet") else mine[level]
+            views = [View(Embedding(one, None, {}), truth) for one in (seen, goal[level])]
+            torch.testing.assert_close(losses[name], term(*views, truth, {}))
+
+
+class Attached(Term):
+    """A term that learns how long the student's vectors are to be, of a map it chooses itself."""
+
+    def attach(self, student, teacher):
+        self.seen = (student, teacher)
+        self.scale = nn.Linear(student.levels["stride4"][0], 1)
+
+    def forward(self, student, teacher, truth, memory):
+        rows = student.feature("stride4", (4, 4)).movedim(1, -1)
+        assert rows.shape[1:3] == (8, 8)
+        return self.scale(rows).square().mean()
+
+
+def test_a_term_makes_what_it_learns_once_it_knows_the_networks():
+    student, teacher = build("resunet", {}), build("resunet", {})
+    distiller = Distiller(student, teacher, [("attached", 1.0, Attached())], OFFSETS[2])
+    assert distiller.terms[0].seen == (student, teacher)
+    distiller(_batch(0), 0)[0].backward()
+    assert all(p.grad is not None for p in distiller.terms.parameters())
+    alone = Attached()
+    alone.needs_teacher = False
+    Distiller(student, None, [("attached", 1.0, alone)], OFFSETS[2])
+    assert alone.seen == (student, None)
 
 
 def test_memory_keeps_the_levels_apart():
@@ -120,31 +165,51 @@ def test_memory_keeps_the_levels_apart():
     both.terms.append(build_term("agd", True, {}))
     both.names.append("level")
     both.weights.append(1.0)
-    both.levels.append("up4")
-    both.projections["up4"] = nn.Linear(3, 4, bias=False)
+    both.levels.append("stride1")
+    both.projections["stride1"] = nn.Linear(3, 4, bias=False)
     alone = _distiller([None, None, None])
     for step in range(3):
         expected, got = alone(_batch(step), step)[1], both(_batch(step), step)[1]
         torch.testing.assert_close(got["agd_inter"], expected["agd_inter"])
-    assert set(both.bank.records) == {"agd_gram_1", "up4/agd_gram_1"}
+    assert set(both.bank.records) == {"agd_gram_1", "stride1/agd_gram_1"}
 
 
 def test_wrong_levels_are_told():
-    with pytest.raises(ValueError, match='no level "up9" in a ResUNet: it has up1, up2, up3, up4'):
-        _distiller(["up9", None, None])
+    with pytest.raises(ValueError, match='no level "stride9" in a ResUNet: it has stride8, stride4, stride2, stride1'):
+        _distiller(["stride9", None, None])
     supervised = [("supervised", 1.0, build_term("supervised", False, {}))]
     with pytest.raises(ValueError, match='"supervised" learns from the label, not from a teacher'):
-        Distiller(build("resunet", {}), None, supervised, OFFSETS[2], levels=["up1"])
+        Distiller(build("resunet", {}), None, supervised, OFFSETS[2], levels=["stride8"])
+    whole = [("response", 1.0, build_term("response", False, {}))]
+    with pytest.raises(ValueError, match='"response" compares the outputs as a whole'):
+        Distiller(build("resunet", {}), build("resunet", {}), whole, OFFSETS[2], levels=["stride8"])
+    student, flat = build("resunet3d", {}), build("resunet3d", {})
+    flat.pools = ((1, 2, 2),) * 4  # nothing is pooled in z
+    with pytest.raises(ValueError, match='level "stride8" of student and teacher differ in resolution'):
+        Distiller(student, flat, [("at", 1.0, build_term("at", False, {}))], OFFSETS[3], levels=["stride8"])
 
 
 def test_a_level_in_the_configuration():
     raw = yaml.safe_load(Path("config.yaml").read_text())
     raw["methods"]["levels"] = [
-        {"term": "agd", "weight": 1.0, "level": "up3"},
-        {"term": "agd", "weight": 1.0, "level": "up4"},
+        {"term": "agd", "weight": 1.0, "level": "stride2"},
+        {"term": "agd", "weight": 1.0, "level": "stride1"},
     ]
-    names = [term.name for term in Config.parse(raw).methods["levels"]]
-    assert names == ["agd_up3", "agd_up4"]
-    raw["methods"]["levels"][1]["levl"] = "up4"
+    names = [term.name for term in Config.parse(raw).methods["levels"].terms]
+    assert names == ["agd_stride2", "agd_stride1"]
+    raw["methods"]["levels"][1]["levl"] = "stride1"
     with pytest.raises(ConfigError, match='did you mean "level"'):
         Config.parse(raw)
+
+
+def test_of_several_names_the_first_that_both_networks_have():
+    student, teacher = (build("resunet", {"widths": widths}) for widths in ([2, 2, 4, 4, 4], [2, 4, 4, 6, 8]))
+    term = ("fitnet", 1.0, build_term("fitnet", False, {}))
+    for names, chosen in (
+        (["stride9", "stride8"], "stride8"),
+        (["stride2", "stride8"], "stride2"),
+        ("stride4", "stride4"),
+    ):
+        assert Distiller(student, teacher, [term], [(-1, 0), (0, -1)], levels=[names]).levels == [chosen]
+    with pytest.raises(ValueError, match='no level "stride9"'):
+        Distiller(student, teacher, [term], [(-1, 0), (0, -1)], levels=[["stride9", "stride27"]])

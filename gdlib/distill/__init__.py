@@ -27,12 +27,14 @@ class Batch:
         label: (B, [Z,] Y, X) int64, 0 = background.
         ids: (B,) int64 source images.
         ignore: (B, [Z,] Y, X) boolean, where the label is not known.
+        teacher: the teacher's output on these patches, if it is already known (`gdlib.cache`).
     """
 
     image: Tensor
     label: Tensor
     ids: Tensor
     ignore: Tensor | None = None
+    teacher: Embedding | None = None
 
 
 class Truth:
@@ -77,8 +79,10 @@ class Truth:
 
     @cached_property
     def instances_and_background(self) -> ops.Instances:
-        """Pixel-to-node map in which every background is a node too."""
-        return ops.Instances(self.label, background=True)
+        """Pixel-to-node map in which every background is a node too; what is not known belongs to none."""
+        if self.ignore is None:
+            return ops.Instances(self.label, background=True)
+        return ops.Instances((self.label + 1).masked_fill(self.ignore, 0))
 
 
 class View:
@@ -92,6 +96,12 @@ class View:
     def __init__(self, output: Embedding, truth: Truth) -> None:
         self.output = output
         self.truth = truth
+
+    def feature(self, level: str, stride: Sequence[int]) -> Tensor:
+        """(B, C, [Z,] Y, X) float32 feature map, of the voxels whose centres have a label."""
+        feature = self.output.features[level].float()
+        _, inner = label_at(self.truth.label, feature.shape[2:], stride)
+        return feature[(..., *inner)]
 
     @cached_property
     def rows(self) -> Tensor:
@@ -115,13 +125,27 @@ class View:
 
 
 class Term(nn.Module):
-    """One loss. Subclasses live one per file in `gdlib/distill/terms/`; their weight belongs to the method, not to them."""
+    """One loss. Subclasses live one per file in `gdlib/distill/terms/`; their weight belongs to the method, not to them.
+
+    Attributes:
+        needs_teacher: off for terms that learn from the label.
+        whole: it compares the outputs as a whole, not one map, and cannot have a level.
+        projected: at a level it gets the student's map with as many channels as the teacher's, by a learned projection; off for
+            terms that compare similarities alone.
+        levels: feature maps that it reads from `View.output` itself, as far as the networks have them.
+    """
 
     needs_teacher = True
+    whole = False
+    projected = True
+    levels: Sequence[str] = ()
 
     def __init__(self, memory: bool = False) -> None:
         super().__init__()
         self.memory = memory
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Make learned modules that depend on the networks; they are trained along, saved to resume, and never deployed."""
 
     def record(self, teacher: View) -> dict[str, Tensor]:
         """What the memory bank keeps of each teacher image: name to (B, ...) tensor. Only for terms with memory."""
@@ -185,10 +209,11 @@ class Distiller(nn.Module):
         offsets: of the affinities.
         bank: needed when a term has memory.
         targets: options of `Truth`.
-        levels: for every term the name of the feature map that it compares, None for the embedding. Where student and teacher
-            differ in channels there, a learned linear projection of the student's is trained along; it is used for nothing
-            else. PAPER: the original's projections are drawn anew at every step and never trained, and its labels cover another
-            field of view than its maps.
+        levels: for every term the name of the feature map that it compares, or several, of which the first that both networks
+            have is taken; None for the embedding. Where student and teacher differ in channels there, a learned linear
+            projection of the student's is trained along, one for all terms that want it; it is used for nothing else. PAPER:
+            the original's projections are drawn anew at every step and never trained, and its labels cover another field of
+            view than its maps.
     """
 
     def __init__(
@@ -199,7 +224,7 @@ class Distiller(nn.Module):
         offsets: ops.Offsets,
         bank: MemoryBank | None = None,
         targets: Mapping[str, bool] | None = None,
-        levels: Sequence[str | None] | None = None,
+        levels: Sequence[str | Sequence[str] | None] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -208,21 +233,27 @@ class Distiller(nn.Module):
         self.terms = nn.ModuleList(term for _, _, term in terms)
         self.offsets = offsets
         self.targets = dict(targets or {})
-        self.levels = list(levels or [None] * len(terms))
+        self.levels = [_common(level, student, teacher) for level in levels or [None] * len(terms)]
         self.bank = bank if any(term.memory for term in self.terms) else None
         self.teacher = teacher if any(term.needs_teacher for term in self.terms) else None
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
-        for name, level, term in zip(self.names, self.levels, self.terms, strict=True):
-            if level is not None and not term.needs_teacher:
-                raise ValueError(f'term "{name}" learns from the label, not from a teacher: it cannot have a level')
         self.projections = nn.ModuleDict()
-        for level in filter(None, dict.fromkeys(self.levels)):
-            mine, goal = _channels(student, level), _channels(teacher, level)
-            if student.levels[level][1] != teacher.levels[level][1]:
-                raise ValueError(f'level "{level}" of student and teacher differ in resolution; choose another level')
-            if mine != goal:
-                self.projections[level] = nn.Linear(mine, goal, bias=False)
+        for name, level, term in zip(self.names, self.levels, self.terms, strict=True):
+            if level is not None:
+                self._check_level(name, level, term, teacher)
+                mine, goal = student.levels[level][0], teacher.levels[level][0]
+                if term.projected and mine != goal and level not in self.projections:
+                    self.projections[level] = nn.Linear(mine, goal, bias=False)
+            term.attach(student, self.teacher)
+
+    def _check_level(self, name: str, level: str, term: Term, teacher: nn.Module | None) -> None:
+        if not term.needs_teacher:
+            raise ValueError(f'term "{name}" learns from the label, not from a teacher: it cannot have a level')
+        if term.whole:
+            raise ValueError(f'term "{name}" compares the outputs as a whole: it cannot have a level')
+        if _stride(self.student, level) != _stride(teacher, level):
+            raise ValueError(f'level "{level}" of student and teacher differ in resolution; choose another level')
 
     def train(self, mode: bool = True) -> "Distiller":
         """Set the mode of the student; the teacher always stays in evaluation mode."""
@@ -243,7 +274,7 @@ class Distiller(nn.Module):
         teacher, memory = None, {}
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = View(see(self.teacher, batch), truth)
+                teacher = View(batch.teacher or see(self.teacher, batch), truth)
         # Loss arithmetic is float32 whatever precision the networks run in.
         with torch.autocast(batch.image.device.type, enabled=False):
             views = {level: self._at(level, student, teacher) for level in self.levels}
@@ -252,35 +283,35 @@ class Distiller(nn.Module):
             losses = {}
             for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
                 mine = {key.removeprefix(f"{level}/"): record for key, record in memory.items()} if level else memory
-                losses[name] = term(*views[level], mine)
+                *seen, goal, truth = views[level]
+                losses[name] = term(seen[term.projected], goal, truth, mine)
             total = sum(weight * losses[name] for name, weight in zip(self.names, self.weights, strict=True))
         return total, losses
 
-    def _at(self, level: str | None, student: View, teacher: View | None) -> tuple[View, View | None, Truth]:
-        """Views of both networks, and the truth, at a feature map; affinities there are of nearest neighbours."""
+    def _at(self, level: str | None, student: View, teacher: View | None) -> tuple[View, View, View | None, Truth]:
+        """Views of the student as it is, of the student projected, and of the teacher, and the truth, at a feature map.
+
+        Affinities there are of nearest neighbours.
+        """
         truth = student.truth
         if level is None:
-            return student, teacher, truth
-        stride = self.student.levels[level][1]
-        nearest = self.offsets[: truth.label.ndim - 1]
-        maps, at_level = [], None
-        for view in (student, teacher):
-            feature = view.output.features[level].float()
-            label, inner = label_at(truth.label, feature.shape[2:], stride)
-            ignore = None if truth.ignore is None else label_at(truth.ignore, feature.shape[2:], stride)[0]
-            at_level = at_level or Truth(label, nearest, ignore=ignore, **self.targets)
-            maps.append(feature[(..., *inner)])
+            return student, student, teacher, truth
+        stride = _stride(self.student, level)
+        shape = student.output.features[level].shape[2:]
+        label, ignore = (None if x is None else label_at(x, shape, stride)[0] for x in (truth.label, truth.ignore))
+        at_level = Truth(label, self.offsets[: truth.label.ndim - 1], ignore=ignore, **self.targets)
+        maps = [student.feature(level, stride), teacher.feature(level, stride)]
         if level in self.projections:
-            maps[0] = self.projections[level](maps[0].movedim(1, -1)).movedim(-1, 1)
+            maps.insert(1, self.projections[level](maps[0].movedim(1, -1)).movedim(-1, 1))
         views = [View(Embedding(part, None, {}), at_level) for part in maps]
-        return views[0], views[1], at_level
+        return views[0], views[-2], views[-1], at_level
 
     @torch.no_grad()
-    def _recall(self, batch: Batch, views: Mapping[str | None, tuple[View, View, Truth]], step: int) -> Memory:
+    def _recall(self, batch: Batch, views: Mapping[str | None, tuple], step: int) -> Memory:
         records: Memory = {}
         for term, level in zip(self.terms, self.levels, strict=True):
             if term.memory:
-                mine = term.record(views[level][1])
+                mine = term.record(views[level][-2])
                 records.update({f"{level}/{key}": record for key, record in mine.items()} if level else mine)
         if self.bank.original_ring:  # PAPER: the original code enqueues first and so meets the current images again
             self.bank.enqueue(batch.ids, records)
@@ -290,12 +321,19 @@ class Distiller(nn.Module):
         return memory
 
 
-def _channels(network: nn.Module | None, level: str) -> int:
-    """Channels of a feature map."""
+def _common(names: str | Sequence[str] | None, *networks: nn.Module | None) -> str | None:
+    """The first of several names of feature maps that all networks have; if there is none, the first."""
+    if names is None or isinstance(names, str):
+        return names
+    return next((name for name in names if all(network and name in network.levels for network in networks)), names[0])
+
+
+def _stride(network: nn.Module | None, level: str) -> tuple[int, ...]:
+    """Stride of a feature map."""
     if network is None:
         raise ValueError(f'level "{level}" is compared with the teacher: it needs a term that learns from one')
     if level not in network.levels:
         raise ValueError(
             f'there is no level "{level}" in a {type(network).__name__}: it has {", ".join(network.levels)}'
         )
-    return network.levels[level][0]
+    return network.levels[level][1]

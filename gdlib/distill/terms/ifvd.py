@@ -1,0 +1,54 @@
+"""IFVD, intra-class feature variation: how far each pixel is from the mean of its class is what the teacher says."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdlib import ops
+from gdlib.distill import Term, Truth, View
+
+__all__ = ["IFVD"]
+
+
+def variation(rows: Tensor, classes: ops.Instances) -> Tensor:
+    """Cosine of every pixel's vector with the mean vector of its class: (B * pixels,), 0 for pixels without one.
+
+    Args:
+        rows: (B, [Z,] Y, X, D).
+        classes: of the same batch.
+    """
+    prototypes = F.pad(ops.unit(ops.pool_instances(rows, classes)), (0, 0, 0, 1))  # and a zero for pixels without
+    return (ops.unit(rows.reshape(-1, rows.shape[-1])) * prototypes.index_select(0, classes.index)).sum(1)
+
+
+def variation_loss(student: Tensor, teacher: Tensor, classes: ops.Instances) -> Tensor:
+    """`mean_b mean_p (m^S_p - m^T_p)^2` of the `variation` m, over the pixels p of image b that have a class.
+
+    Args:
+        student: (B, [Z,] Y, X, C).
+        teacher: (B, [Z,] Y, X, C'), no gradient.
+        classes: of the same batch.
+
+    Reference: Wang et al., Intra-class feature variation distillation for semantic segmentation, ECCV 2020, feature
+    variation maps.
+    """
+    squared = (variation(student, classes) - variation(teacher, classes)).square()
+    total = squared.reshape(classes.batch, -1).sum(1)
+    known = torch.zeros_like(total).index_add(0, classes.image, classes.size.to(total.dtype))
+    return (total / known.clamp(min=1)).mean()
+
+
+class IFVD(Term):
+    """`variation_loss`; a class is one instance, or the background, of one image.
+
+    PAPER: the original's classes are those of semantic segmentation, whose prototype joins all objects of a kind.
+    """
+
+    projected = False
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+        """Return the scalar loss."""
+        return variation_loss(student.rows, teacher.rows, truth.instances_and_background)
