@@ -4,10 +4,13 @@ An output pixel depends on the image within the `halo` of the network, and the o
 multiples of its `divisor`. So a block that starts at such a multiple and is computed with a halo of real context has the
 values of the whole image inside, and what was cut off spoils nothing. For the affinities of a block, the embedding is
 computed as far beyond it as the offsets reach. Nothing is blended, there are no seams, and memory depends on the block alone.
+
+A network in which every pixel sees all others, `halo` None, has no such blocks: it takes each image in one piece.
 """
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,7 +152,7 @@ class Predictor:
         device: name, or `auto`.
         precision: name of a torch type, or `auto`.
         block: largest sides, in pixels, that are predicted in one pass (one number, or one per axis); the context comes on
-            top. The result does not depend on it. `BLOCK` if left out.
+            top. The result does not depend on it. `BLOCK` if left out; without a limit where an image is taken in one piece.
     """
 
     def __init__(
@@ -170,7 +173,13 @@ class Predictor:
         self.network = folded(network).to(self.device, memory_format=self.layout)
         self.header = header
         ndim = network.ndim
-        sides = BLOCK[ndim] if block is None else (block,) * ndim if isinstance(block, int) else tuple(block)
+        if block is not None and network.halo is None:
+            raise ValueError(
+                "in this network every pixel sees the whole image, so that there are no blocks to compute one by one: leave the "
+                "block out, or choose another network for images that do not fit into memory"
+            )
+        default = (sys.maxsize,) * ndim if network.halo is None else BLOCK[ndim]
+        sides = default if block is None else (block,) * ndim if isinstance(block, int) else tuple(block)
         if len(sides) != ndim or min(sides) < 1:
             raise ValueError(f"a block of {sides} pixels does not fit this network: give one side, or {ndim}, above 0")
         self.block = sides
@@ -208,7 +217,8 @@ class Predictor:
 
         Where nobody chose a block, an image no larger than one with its context is one block: it takes no more memory.
         """
-        padded = [side + 2 * halo for side, halo in zip(self.block, self.network.halo, strict=True)]
+        halo = self.network.halo or (0,) * len(self.block)
+        padded = [side + 2 * h for side, h in zip(self.block, halo, strict=True)]
         if self.is_default and math.prod(shape) <= math.prod(padded):
             return tuple(shape)
         sides = []
@@ -257,7 +267,8 @@ class Predictor:
         """Return embedding (D, *sides) and foreground logit (*sides) of one part of an image, float32, on the device."""
         network = self.network
         whole = legal_shape(network, source.shape)
-        context = [halo - margin for halo, margin in zip(network.halo, network.margin, strict=True)]
+        halo = network.halo or source.shape  # None: all there is
+        context = [h - m for h, m in zip(halo, network.margin, strict=True)]
         # All cuts are where the network may be cut; a side on the border of the image is what the network makes of it.
         starts = [max(0, s.start - c) // d * d for s, c, d in zip(box, context, network.divisor, strict=True)]
         sides = legal_shape(network, [s.stop + c - a for s, c, a in zip(box, context, starts, strict=True)])

@@ -1,9 +1,10 @@
 """What a network costs: parameters, multiply-accumulates, latency, memory."""
 
+import math
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,15 @@ from gdlib.inference import Predictor, choose_device, legal_shape
 from gdlib.models import build
 
 PATIENCE = 60_000  # ms
+SIZES = {2: (544, 544), 3: (32, 256, 256)}  # pixels of the image that operations are counted on, by number of axes
+INTRODUCTION = """\
+# Networks of the catalogue
+
+Made by `gdlib networks > docs/networks.md`. GMACs: 10^9 multiply-accumulates, the products of attention among them, per million
+output pixels or voxels of an image of one channel, counted on 544 x 544, or 32 x 256 x 256; a network that loses margins reads
+more than that, and one of attention needs more per pixel the larger the image. Halo: pixels of context on each side that a
+block needs to be exact. Levels: feature maps that terms can compare, with their channels.
+"""
 
 
 def count_parameters(model: str, options: dict[str, Any]) -> dict[str, int]:
@@ -40,6 +50,26 @@ def count_macs(model: str, options: dict[str, Any], shape: tuple[int, ...]) -> i
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, options.get("in_channels", 1), *_input_shape(network, shape)))
     return counter.get_total_flops() // 2
+
+
+def network_table(networks: Iterable[tuple[str, str, str, str, dict[str, Any]]]) -> str:
+    """Return a Markdown page about some networks.
+
+    Args:
+        networks: name, title, role, model and options of each.
+    """
+    titles = ("name", "title", "role", "model", "parameters", "GMACs", "halo", "levels")
+    rows = [titles, ["---"] * 4 + ["---:"] * 2 + ["---"] * 2]
+    for name, title, role, model, options in networks:
+        with torch.device("meta"):
+            network = build(model, options)
+        shape = legal_shape(network, SIZES[network.ndim])
+        giga = count_macs(model, options, shape) / math.prod(shape) / 1e3  # 10^9 per 10^6 pixels
+        halo = " x ".join(map(str, network.halo)) if network.halo else "the whole image"
+        levels = ", ".join(f"{level} ({channels})" for level, (channels, _) in network.levels.items())
+        parameters = count_parameters(model, options)["total"]
+        rows.append((name, title, role, model, f"{parameters:,}", f"{giga:.2f}", halo, levels))
+    return INTRODUCTION + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _input_shape(network: nn.Module, shape: Sequence[int]) -> list[int]:

@@ -25,8 +25,8 @@ METHODS = {
         {"term": "igd", "weight": 1.0, "memory": True, "options": {"part": "edges"}},
     ],
     "levels": [
-        {"term": "agd", "weight": 1.0, "level": "up3"},
-        {"term": "igd", "weight": 1.0, "level": "up3", "memory": True, "options": {"part": "edges"}},
+        {"term": "agd", "weight": 1.0, "level": "stride2"},
+        {"term": "igd", "weight": 1.0, "level": "stride2", "memory": True, "options": {"part": "edges"}},
     ],
 }
 OFFSETS = {

@@ -20,6 +20,7 @@ from gdlib import io, streaming
 from gdlib.data.patches import normalise
 from gdlib.inference import Predictor, choose_device, choose_precision, legal_shape
 from gdlib.models import Embedding, build
+from gdlib.registry import NETWORKS
 from gdlib.streaming import file_identity, predict_blocks, predict_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +190,17 @@ REAL = {
         [(4, 48, 64), (2, 64, 300)],
     ),
     "mala": (trained("mala", widths=[2, 2, 3, 4], embedding_dim=4), (3, 30, 40), [(2, 27, 54)]),
+    "nestedunet": (trained("nestedunet", widths=[4, 4, 6, 8, 8]), (40, 330), [(40, 64)]),
+    # Longer than the halo of the last two of three blocks, so that they do not see everything.
+    "mobilenetv2": (trained("mobilenetv2"), (20, 300), [(20, 96)]),
+    "enet": (trained("enet"), (20, 1300), [(20, 440)]),
+    "erfnet": (trained("erfnet"), (20, 1300), [(20, 440)]),
+    "espnet": (trained("espnet"), (20, 1700), [(20, 560)]),
 }
+
+
+def test_every_network_that_has_blocks_is_here():
+    assert set(REAL) == {name for name in NETWORKS.names() if NETWORKS.get(name).halo}
 
 
 @pytest.mark.parametrize("kind", REAL)

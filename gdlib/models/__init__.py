@@ -8,8 +8,11 @@ The contract is `forward(image) -> Embedding` and six attributes of the class or
 | `divisor` | an image may be moved by multiples of it, and the output moves along |
 | `remainder` | legal output sides are `k * divisor + remainder` |
 | `margin` | pixels that the output is smaller than the image on each side: 0 for networks that pad |
-| `halo` | pixels of context that a block needs on each side: what is farther does not change it |
-| `levels` | by name of a feature map its channels and its stride, in pixels per axis |
+| `halo` | pixels of context that a block needs on each side: what is farther does not change it; None if every pixel sees all |
+| `levels` | by name of a feature map its channels and its stride, in pixels per axis, from coarse to fine |
+
+A level is named by its stride within the plane: `stride8` is the last map whose pixels are 8 image pixels apart in y and x,
+that of the decoder where there is one. So networks of any two kinds can be compared at the levels that both have.
 
 So a block with legal sides that starts at a multiple of `divisor` and comes with `halo` pixels of context has the same values as
 in the whole image at once. For networks that pad, `halo` is the radius of the receptive field of each pixel; a pixel within
@@ -17,8 +20,12 @@ a block of a network that does not may look beyond the nearer side of the block 
 """
 
 import copy
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -49,16 +56,73 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
     return NETWORKS.get(name)(**options)
 
 
+def normed(convolution: nn.Module, activation: nn.Module | None = None) -> nn.Sequential:
+    """Return a convolution, its batch normalisation and an activation, named so that `folded` finds them."""
+    parts = {"convolve": convolution, "convolve_norm": nn.BatchNorm2d(convolution.out_channels)}
+    return nn.Sequential(OrderedDict(parts if activation is None else parts | {"activate": activation}))
+
+
+def enlarged(x: Tensor, factor: int) -> Tensor:
+    """Return maps (B, C, Y, X) `factor` times as large, linear between the centres of pixels, which keep their places."""
+    return F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
+
+
+class Layer(NamedTuple):
+    """A layer along one axis, as far as it matters which pixels it looks at.
+
+    Attributes:
+        kernel: of a convolution or pool, padded by just so much that sides are divided by `stride`; where `up` is above 1, of a
+            transposed convolution.
+        stride: input pixels per output pixel.
+        dilation: of the kernel.
+        up: output pixels per input pixel; `stride` and `dilation` are 1 then.
+    """
+
+    kernel: int = 1
+    stride: int = 1
+    dilation: int = 1
+    up: int = 1
+
+    @classmethod
+    def linear(cls, factor: int) -> "Layer":
+        """Linear upsampling: each pixel looks at the two nearest centres, as in a transposed convolution of this kernel."""
+        return cls(2 * factor - factor % 2, up=factor)
+
+
+def radius(layers: Sequence[Layer]) -> int:
+    """Return how far a pixel sees along one axis, at the place within the product of all strides where that is farthest.
+
+    Args:
+        layers: from the image to the output; where ways through the network part, those of the way that sees most.
+    """
+    pixels = range(math.prod(layer.stride for layer in layers))
+    first, last = list(pixels), list(pixels)  # of what each of these sees, layer by layer back to the image
+    for kernel, stride, dilation, up in reversed(layers):
+        if up > 1:
+            padding = (kernel - up + 1) // 2
+            first = [-(-(k + padding - kernel + 1) // up) for k in first]
+            last = [(k + padding) // up for k in last]
+        else:
+            reach = dilation * (kernel - 1)
+            padding = (reach - stride + 2) // 2
+            first = [k * stride - padding for k in first]
+            last = [k * stride - padding + reach for k in last]
+    return max(max(pixel - a, b - pixel) for pixel, a, b in zip(pixels, first, last, strict=True))
+
+
 def folded(network: nn.Module) -> nn.Module:
     """Return a copy for inference: the same function with every batch normalisation merged into its convolution.
 
-    By the naming convention of this package, the normalisation of the convolution `x` is called `x_norm`.
+    By the naming convention of this package, the normalisation of the convolution `x` is called `x_norm`. A normalisation of
+    something else, as of maps of several origins, stays; it is a multiplication and an addition.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for block in list(network.modules()):
         for name, norm in list(block.named_children()):
             if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d) and name.endswith("_norm"):
-                convolution = name.removesuffix("_norm")
-                setattr(block, convolution, fuse_conv_bn_eval(getattr(block, convolution), norm))
+                key = name.removesuffix("_norm")
+                convolution = getattr(block, key)
+                transposed = isinstance(convolution, nn.ConvTranspose2d | nn.ConvTranspose3d)
+                setattr(block, key, fuse_conv_bn_eval(convolution, norm, transpose=transposed))
                 setattr(block, name, nn.Identity())
     return network

@@ -10,6 +10,8 @@ from gdlib.models import Embedding
 
 __all__ = ["MALA"]
 
+STRIDES = (27, 9, 3, 1)  # of the levels, in y and x
+
 
 class Pair(nn.Sequential):
     """Two valid 3x3x3 convolutions."""
@@ -51,7 +53,7 @@ class MALA(nn.Module):
         in_channels: channels of the image.
         embedding_dim: length D of the pixel vectors.
 
-    An image of 53 x 268 x 268 gives 25 x 56 x 56 voxels. Features are named as in the original: conv8, conv11, conv14, conv17.
+    An image of 53 x 268 x 268 gives 25 x 56 x 56 voxels. Its levels are called conv8, conv11, conv14 and conv17 in the original.
 
     Reference: Funke et al., Large scale image segmentation with structured loss based deep learning for connectome
     reconstruction, IEEE TPAMI 41(7), 2019; arXiv 2401.06370 for the widths of both networks.
@@ -88,7 +90,7 @@ class MALA(nn.Module):
     def levels(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Channels and stride of the feature maps, from coarse to fine."""
         channels = [pair[0].out_channels for pair in (self.bottom, *self.up)]
-        return {f"conv{8 + 3 * k}": (n, (1, 27 // 3**k, 27 // 3**k)) for k, n in enumerate(channels)}
+        return {f"stride{s}": (n, (1, s, s)) for n, s in zip(channels, STRIDES, strict=True)}
 
     def forward(self, x: Tensor) -> Embedding:
         """Map images (B, C, Z, Y, X) to embedding and foreground, 14 voxels smaller in z and 106 in y and x on each side."""
@@ -98,8 +100,7 @@ class MALA(nn.Module):
             skips.append(x)
             x = F.max_pool3d(x, (1, 3, 3))
         x = self.bottom(x)
-        features = {"conv8": x}
-        for level, (grow, pair) in enumerate(zip(self.grow, self.up, strict=True)):
-            x = pair(grow(x, skips[2 - level]))
-            features[f"conv{11 + 3 * level}"] = x
+        features = {f"stride{STRIDES[0]}": x}
+        for stride, grow, pair in zip(STRIDES[1:], self.grow, self.up, strict=True):
+            x = features[f"stride{stride}"] = pair(grow(x, skips.pop()))
         return Embedding(self.embedding(x), self.foreground(x), features)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdlib.models import Embedding
+from gdlib.models import Embedding, Layer, radius
 
 __all__ = ["ResUNet"]
 
@@ -104,25 +104,25 @@ class ResUNet(nn.Module):
 
     @property
     def halo(self) -> tuple[int, ...]:
-        """Radius of the receptive field of a pixel, at the place within the divisor where it is largest."""
-        radius = []
-        for axis, divisor in enumerate(self.divisor):
-            steps = [(pool[axis], kernel[axis] - 1) for pool, kernel in zip(self.pools, self.kernels, strict=True)]
-            first = list(range(divisor))  # of what each of these pixels looks at, layer by layer back to the image
-            for pool, block in steps:  # linear upsampling looks at the two nearest centres
-                first = [(2 * (k - block) + 1 - pool) // (2 * pool) for k in first]
-            for pool, block in [*reversed(steps), (1, steps[0][1])]:  # the last is the stem
-                first = [k * pool - block for k in first]
-            radius.append(max(pixel - k for pixel, k in enumerate(first)))
-        return tuple(radius)
+        """Radius of the receptive field of a pixel; a block is two convolutions."""
+
+        def layers(axis: int) -> list[Layer]:
+            steps = [
+                (pool[axis], [Layer(kernel[axis])] * 2) for pool, kernel in zip(self.pools, self.kernels, strict=True)
+            ]
+            down = [layer for pool, block in steps for layer in (*block, Layer(pool, pool))]
+            up = [layer for pool, block in reversed(steps) for layer in (Layer.linear(pool), *block)]
+            return [*steps[0][1], *down, *up]
+
+        return tuple(radius(layers(axis)) for axis in range(self.ndim))
 
     @property
     def levels(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Channels and stride of the feature maps, from coarse to fine."""
         out, stride = {}, self.divisor
-        for level, (block, pool) in enumerate(zip(self.up, reversed(self.pools), strict=True)):
+        for block, pool in zip(self.up, reversed(self.pools), strict=True):
             stride = tuple(n // p for n, p in zip(stride, pool, strict=True))
-            out[f"up{level + 1}"] = (block.leave.out_channels, stride)
+            out[f"stride{stride[-1]}"] = (block.leave.out_channels, stride)
         return out
 
     def forward(self, x: Tensor) -> Embedding:
@@ -133,7 +133,7 @@ class ResUNet(nn.Module):
             full = block(x)
             x = POOL[self.ndim](full, pool)
             skips.append(x if self.pooled_skips else full)
-        features = {}
+        features = []
         for level, (block, pool) in enumerate(zip(self.up, reversed(self.pools), strict=True)):
             if level > 0 and self.pooled_skips:
                 x = torch.cat([x, skips[3 - level]], 1)
@@ -141,5 +141,5 @@ class ResUNet(nn.Module):
             if level > 0 and not self.pooled_skips:
                 x = torch.cat([x, skips[3 - level]], 1)
             x = block(x)
-            features[f"up{level + 1}"] = x
-        return Embedding(self.embedding(x), self.foreground(x), features)
+            features.append(x)
+        return Embedding(self.embedding(x), self.foreground(x), dict(zip(self.levels, features, strict=True)))
