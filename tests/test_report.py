@@ -131,6 +131,8 @@ def files(tmp_path_factory):
         history += [(s, "val", "aji", 0.4 + s / 300 + seed / 50) for s in (50, 100)]
         histories.append(root / f"{method}{seed}_history.csv")
         io.write_rows(histories[-1], io.HISTORY_COLUMNS, history)
+    varied = root / "varied.csv"
+    write_metrics(varied, study(methods=("bank_size=8", "bank_size=16"), teacher=None))
     for (_, network), content in PROFILES.items():
         profiles.append(root / f"{network}.json")
         io.write_text(profiles[-1], json.dumps(content))
@@ -157,13 +159,10 @@ def files(tmp_path_factory):
     text = lambda one: [str(p) for p in one] if isinstance(one, list) else str(one)  # noqa: E731
     inputs = {key: text(value) for key, value in inputs.items()}
     of_volumes = inputs | {"data": text(root / "volumes.h5"), "segmentations": text(cubes)}
-    return {
-        name: (
-            of_volumes if name == "neurons" else inputs,
-            common | ({"metrics": ["aji", "voi"]} if name == "methods" else {}),
-        )
-        for name in figures.FIGURES
-    }
+    own_inputs = {"neurons": of_volumes, "ablation": inputs | {"metrics": [*inputs["metrics"], str(varied)]}}
+    both = {"metrics": ["aji", "voi"]}
+    own_params = {"methods": both, "ablation": both | {"ablation": "bank_size", "base": "grd"}}
+    return {name: (own_inputs.get(name, inputs), common | own_params.get(name, {})) for name in figures.FIGURES}
 
 
 # --- Numbers -------------------------------------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def test_comparison_agrees_with_scipy_and_with_the_means():
     table = metrics[metrics["metric"] == "aji"].pivot_table(index="sample", columns="method", values="value")
     for method in ("igd", "grd"):
         row = out.loc[(method, "aji")]
-        assert row["p"] == pytest.approx(stats.wilcoxon(table[method], table["none"]).pvalue)
+        assert row["p_images"] == pytest.approx(stats.wilcoxon(table[method], table["none"]).pvalue)
         gap = (mean[method, "aji"] - mean["none", "aji"]) / (mean[TEACHER, "aji"] - mean["none", "aji"])
         assert row["gap_closed"] == pytest.approx(gap)
         assert out.loc[(method, "voi"), "gap_closed"] == pytest.approx(gap)  # lower is better there
@@ -209,6 +208,7 @@ def test_comparison_agrees_with_scipy_and_with_the_means():
         pairs = (pairs[method] - pairs["none"]).dropna()
         assert row["difference"] == pytest.approx(pairs.mean())
         assert row["difference_std"] == pytest.approx(pairs.std(ddof=1))
+        assert row["p_seeds"] == pytest.approx(stats.ttest_1samp(pairs, 0).pvalue)
         assert (row["seeds"], row["images"]) == (3, 7)
 
 
@@ -227,7 +227,7 @@ def test_p_without_differences_is_one():
 
 def test_one_image_has_no_p():
     assert np.isnan(summary.image_p([0.3]))
-    assert np.isnan(summary.compare(study(images=1))["p"]).all()
+    assert np.isnan(summary.compare(study(images=1))[["p_images", "p_images_holm"]]).all(axis=None)
 
 
 def test_every_segmenter_is_compared_with_its_own_student_and_teacher():
@@ -306,16 +306,16 @@ def cells(markdown):
 def test_markdown_says_everything():
     text = tables.table_markdown(study(), PROFILES, **LAYOUT)
     header, _, teacher, none, _igd, grd = cells(text)
-    assert header == ["network", "method", "AJI ↑", "VOI ↓", "Δ AJI", "gap closed", "p"]
-    assert teacher == ["Large", "teacher", "0.900", "0.100", "", "", ""]
+    assert header == ["network", "method", "AJI ↑", "VOI ↓", "Δ AJI", "gap closed", "p (images)", "p (seeds)"]
+    assert teacher == ["Large", "teacher", "0.900", "0.100", "", "", "", ""]
     assert none[:2] == ["Small", "student"]
-    assert none[4:] == ["", "", ""]
+    assert none[4:] == ["", "", "", ""]
     assert grd[:2] == ["", "IGD + AGD"]
     assert all(re.fullmatch(r"\*\*0\.\d{3} ± 0\.\d{3}\*\*", cell) for cell in grd[2:4])
     assert "**" not in "".join(none + teacher)
     assert re.fullmatch(r"\+0\.\d{3} ± 0\.\d{3}", grd[4])
     assert re.fullmatch(r"\d+ ± \d+ %", grd[5])
-    assert grd[6] == "0.016"  # 2 / 2**7: all seven images agree
+    assert grd[6] == r"0.016\*"  # 2 / 2**7: all seven images agree; twice that is still below 0.05
     for fact in ("Cells & co", "test split", "7 images", "seeds 0, 1, 2", "100 steps", "A_100% CPU", "2 threads"):
         assert fact in text
     assert "0.300 (2 %)" in text  # parameters in millions, share of the teacher's
@@ -346,9 +346,9 @@ def test_every_segmenter_has_its_block_of_rows():
     metrics = em_study()
     text = tables.table_markdown(metrics, keys={"tissue": ["voi_split", "voi"]}, main={"tissue": "voi"})
     header, _, *lines = cells(text)
-    assert header == ["network", "method", "VOI split ↓", "VOI ↓", "Δ VOI", "gap closed", "p"]
+    assert header == ["network", "method", "VOI split ↓", "VOI ↓", "Δ VOI", "gap closed", "p (images)", "p (seeds)"]
     assert [line[1] for line in lines] == 2 * ["", "teacher", "student", "IGD", "IGD + AGD"]
-    assert [lines[0], lines[5]] == [["*waterz*", *[""] * 6], ["*multicut*", *[""] * 6]]
+    assert [lines[0], lines[5]] == [["*waterz*", *[""] * 7], ["*multicut*", *[""] * 7]]
     names = {"teacher": TEACHER, "student": "none", "IGD": "igd", "IGD + AGD": "grd"}
     rows = list(metrics.itertuples())
     for segmenter, block in (("waterz", lines[1:5]), ("multicut", lines[6:])):
@@ -365,10 +365,10 @@ def test_every_segmenter_has_its_block_of_rows():
                 assert ("±" in line[column]) == (len(means) == 2)
             best = min(("student", "IGD", "IGD + AGD"), key=shown.__getitem__)
             assert [line[1] for line in block if line[column].startswith("**")] == [best], "lower is better"
-    assert "best of each student in its block" in text
+    assert "Bold: best of each student in its block." in text
     assert "cannot be below 0.250" in text  # 2 / 2**3
     tex = tables.table_tex(metrics, keys=["voi_split", "voi"], main="voi")
-    assert tex.count(r"\multicolumn{7}{l}{\textit{") == 2
+    assert tex.count(r"\multicolumn{8}{l}{\textit{") == 2
 
 
 def test_metrics_of_every_dataset_are_its_own():
@@ -377,8 +377,10 @@ def test_metrics_of_every_dataset_are_its_own():
     budget = {DATASET: "9 steps", "tissue": "8 steps"}
     text = tables.table_markdown(both, keys=keys, main=main, budget=budget)
     planes, volume = text.split("## ")[1:]
-    assert "| network | method | AJI ↑ | Δ AJI | gap closed | p |" in planes
-    assert "| network | method | VOI split ↓ | VOI ↓ | Δ VOI | gap closed |\n" in volume, "one image has no p"
+    assert "| network | method | AJI ↑ | Δ AJI | gap closed | p (images) | p (seeds) |" in planes
+    assert "| network | method | VOI split ↓ | VOI ↓ | Δ VOI | gap closed | p (seeds) |\n" in volume, (
+        "one image has no p"
+    )
     assert "9 steps" in planes
     assert "8 steps" in volume
     assert "waterz" not in text, "a dataset with one segmenter needs no name of it"
@@ -400,7 +402,8 @@ def test_teacher_stands_beside_trivial_baselines(tmp_path):
     for seed, factor in ((0, 1.0), (1, 3.0)):
         weights.append(tmp_path / f"teacher{seed}.safetensors")
         validation = {s: {key: factor * value for key, value in one.items()} for s, one in scores.items()}
-        io.save_weights(weights[-1], {}, {"run": {"dataset": "tissue"}, "validation": validation})
+        run = {"dataset": "tissue", "network": "given weights know another name"}
+        io.save_weights(weights[-1], {}, {"run": run, "validation": validation})
     source = write_metrics(tmp_path / "m.csv", metrics)
     out = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
     layout = {"keys": ["voi_split", "voi"], "main": "voi", "titles": {"components": "threshold and components"}}
@@ -849,5 +852,5 @@ def test_missing_samples_and_shapes_are_named(files):
 
 def test_every_figure_has_a_caption_and_every_metric_an_arrow():
     captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
-    assert captions == {*figures.FIGURES, "table", "workflow"}
+    assert captions == {*figures.FIGURES, "table", "paper", "workflow"}
     assert all(style.metric_title(key)[-1] in "↑↓" for key in METRICS)

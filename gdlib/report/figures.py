@@ -50,6 +50,12 @@ def _methods(inputs: Files, params: Params) -> Figure:
     return charts.methods(read_metrics(inputs["metrics"]), params["metrics"], params.get("titles"))
 
 
+def _ablation(inputs: Files, params: Params) -> Figure:
+    """Inputs: metrics (list). Params: ablation (its name), base (method), metrics (list of keys)."""
+    metrics = read_metrics(inputs["metrics"])
+    return charts.ablation(metrics, params["ablation"], params["base"], params["metrics"], params.get("titles"))
+
+
 def _tradeoff(inputs: Files, params: Params) -> Figure:
     """Inputs: metrics (list), profiles (list, one per network). Params: metric."""
     profiles = {network: profile for (_, network), profile in read_profiles(inputs["profiles"]).items()}
@@ -115,6 +121,7 @@ def _segmented(inputs: Files, params: Params) -> tuple[io.Sample, dict[str, np.n
 
 FIGURES: dict[str, Callable[[Files, Params], Figure]] = {
     "methods": _methods,
+    "ablation": _ablation,
     "tradeoff": _tradeoff,
     "curves": _curves,
     "panel": _panel,

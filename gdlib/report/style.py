@@ -48,6 +48,7 @@ class Look(NamedTuple):
     colour: str
     marker: str = "o"
     line: str = "-"
+    hollow: bool = False
 
 
 # Colours of Okabe and Ito (told apart with every kind of colour vision). A hue is a family of methods; its intra and inter
@@ -64,13 +65,23 @@ METHODS = {
     "grd": Look("IGD + AGD", "#D55E00"),
     "grd_intra": Look("IGD + AGD intra", "#F0A36B", "s", (0, (4, 1))),
     "grd_inter": Look("IGD + AGD inter", "#8A3C00", "^", (0, (1, 1))),
+    "igd_nodes": Look("IGD nodes", "#9FB8D9", "P", (0, (4, 1))),
+    "igd_edges": Look("IGD edges", "#2F6FA8", "X", (0, (4, 1))),
+    "grd_original": Look("IGD + AGD, original code", "#FF7F50", "X", (0, (3, 1, 1, 1))),
     "at": Look("AT", "#CC79A7", "v"),
-    "kd": Look("KD", "#E69F00", "p"),
+    "response": Look("response KD", "#E69F00", "p"),
+    "fitnet": Look("FitNet", "#8C6D31", ">"),
     "rkd": Look("RKD", "#7B4FA3", "h"),
-    "sp": Look("SPKD", "#A6761D", "<"),
+    "spkd": Look("SPKD", "#B8557A", "<"),
+    "cwd": Look("CWD", "#17BECF", "P"),
+    "ifvd": Look("IFVD", "#9C9F00", "X"),
+    "skd": Look("structured KD", "#B39DDB", "d"),
+    "rekd": Look("ReKD", "#C51B7D", "8"),
+    "biskd": Look("BISKD", "#4B4E9F", "*"),
 }
 NAMES = {  # of what is no method: segmenters (waterz and multicut are their own titles) and trivial baselines
     "mutex_watershed": "mutex watershed",
+    "mutex_watershed_masked": "mutex watershed in the true foreground",
     "one_segment": "one segment",
     "sections": "every section one segment",
     "image_watershed": "watershed of the image",
@@ -79,27 +90,58 @@ NAMES = {  # of what is no method: segmenters (waterz and multicut are their own
 SPARE = ("#B3A100", "#882255", "#999933", "#CC6677", "#44AA99", "#332288")
 
 
+def named_teacher(method: str) -> str:
+    """Return the teacher that a method names; nothing for what was learned from the first teacher.
+
+    >>> named_teacher("grd@nestedunet"), named_teacher("grd")
+    ('nestedunet', '')
+    """
+    return method.partition("@")[2]
+
+
+def ablation_of(method: str) -> str:
+    """Return the ablation that a method is a value of; nothing for other methods.
+
+    >>> ablation_of("bank_size=8"), ablation_of("grd")
+    ('bank_size', '')
+    """
+    name, is_value, _ = method.partition("=")
+    return name if is_value else ""
+
+
 def looks(methods: Iterable[str], titles: Titles = None) -> dict[str, Look]:
-    """Return the look of every method; unknown ones are shown by their name, in spare colours by order of appearance."""
+    """Return the look of every method; unknown ones are shown by their name, in spare colours by order of appearance.
+
+    What was learned from another teacher looks like its method, but hollow.
+    """
+    own: dict[str, Look] = {}
     out: dict[str, Look] = {}
-    unknown = 0
     for method in dict.fromkeys(methods):
-        if method in METHODS:
-            look = METHODS[method]
-        else:
-            look = Look(method, SPARE[unknown % len(SPARE)], "X8>*"[unknown % 4], (0, (3, 1, 1, 1)))
-            unknown += 1
-        out[method] = look._replace(title=(titles or {}).get(method) or look.title)
+        base = method.partition("@")[0]
+        if base not in METHODS and base not in own:
+            k = len(own)
+            own[base] = Look(base, SPARE[k % len(SPARE)], "X8>*"[k % 4], (0, (3, 1, 1, 1)))
+        look = METHODS.get(base) or own[base]
+        out[method] = look._replace(title=title(method, titles), hollow=bool(named_teacher(method)))
     return out
 
 
 def title(name: str, titles: Titles = None) -> str:
-    """Return the title of a dataset, network, method, segmenter or baseline; a name without a title is shown as it is.
+    """Return the title of a dataset, network, method, segmenter, baseline or ablation; else the name as it is.
 
     >>> title("agd_intra"), title("resunet_tiny", {"resunet_tiny": "ResUNet-tiny"}), title("mine", {"mine": ""})
     ('AGD intra', 'ResUNet-tiny', 'mine')
+    >>> title("agd@nestedunet", {"nestedunet": "NestedUNet"}), title("bank_size=8", {"bank_size": "bank size K"})
+    ('AGD from NestedUNet', 'bank size K = 8')
     """
-    return (titles or {}).get(name) or (METHODS[name].title if name in METHODS else NAMES.get(name, name))
+    if known := (titles or {}).get(name):
+        return known
+    method, _, teacher = name.partition("@")
+    if teacher:
+        return f"{title(method, titles)} from {title(teacher, titles)}"
+    if ablation := ablation_of(name):
+        return f"{title(ablation, titles)} = {name.partition('=')[2]}"
+    return METHODS[name].title if name in METHODS else NAMES.get(name, name)
 
 
 def metric_title(key: str) -> str:

@@ -16,12 +16,12 @@ from scipy import stats
 from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.metrics import METRICS
-from gdlib.report.style import NONE
+from gdlib.report.style import NONE, ablation_of, named_teacher
 
 SUMMARY_COLUMNS = ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n")
 COMPARISON_COLUMNS = (
     *("dataset", "student", "method", "segmenter", "metric", "difference", "difference_std"),
-    *("gap_closed", "gap_closed_std", "p", "seeds", "images"),
+    *("gap_closed", "gap_closed_std", "p_images", "p_images_holm", "p_seeds", "p_seeds_holm", "seeds", "images"),
 )
 BASELINE_COLUMNS = ("dataset", "split", "baseline", "sample", "metric", "value")
 
@@ -67,13 +67,18 @@ def read_baselines(paths: Iterable[Path | str]) -> pd.DataFrame:
 
 
 def read_validation(paths: Iterable[Path | str]) -> pd.DataFrame:
-    """Read from the headers of weights what was measured on validation images: dataset, segmenter, metric, value."""
+    """Read from the headers of weights what was measured on validation images.
+
+    Returns:
+        Columns dataset, network, segmenter, metric, value.
+    """
     rows = []
     for path in paths:
         header = io.read_header(path)
         for segmenter, scores in header.get("validation", {}).items():
-            rows += [(header["run"]["dataset"], segmenter, metric, value) for metric, value in scores.items()]
-    return pd.DataFrame(rows, columns=["dataset", "segmenter", "metric", "value"])
+            run = header["run"]
+            rows += [(run["dataset"], run["network"], segmenter, metric, value) for metric, value in scores.items()]
+    return pd.DataFrame(rows, columns=["dataset", "network", "segmenter", "metric", "value"])
 
 
 def _check(path: Path | str, frame: pd.DataFrame, columns: tuple[str, ...]) -> None:
@@ -178,43 +183,77 @@ def image_p(difference: Sequence[float]) -> float:
     return float(stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
 
 
+def seed_p(difference: Sequence[float]) -> float:
+    """Two-sided p of the t test that paired differences, one per seed, have mean 0: would other seeds show the same?
+
+    One seed alone says nothing: NaN.
+    """
+    if len(difference) < 2:
+        return float("nan")
+    difference = np.round(difference, 12)
+    mean, error = difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference))
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * stats.t.sf(abs(mean) / error, len(difference) - 1))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Correct the p of several tests so that one false alarm among all of them is as rare as in one test.
+
+    Holm 1979, Scandinavian Journal of Statistics 6: the k-th smallest of n is multiplied by n + 1 - k, and none gets smaller
+    than one before it. NaN is no test.
+
+    >>> holm([0.01, 0.04, 0.03, float("nan")]).tolist()
+    [0.03, 0.06, 0.06, nan]
+    """
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]  # NaN comes last
+    out = np.full(p.size, np.nan)
+    out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(order.size, 0, -1)), 1)
+    return out
+
+
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
-def compare(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Compare every method with the same student trained without distillation.
+def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
+    """Compare every method with a method of reference of the same student.
 
     Args:
         metrics: columns `io.METRIC_COLUMNS`, as `read_metrics` returns them.
+        reference: usually the student trained without distillation.
 
     Returns:
-        Columns `COMPARISON_COLUMNS`. `difference` (method - none) and `gap_closed` (see there; the teacher is the mean over its
-        seeds) are means over the seeds that both have, with standard deviations of the pairs; `p` is `image_p` of the
-        per-image differences averaged over these seeds.
+        Columns `COMPARISON_COLUMNS`. `difference` (method - reference) and `gap_closed` (see there; the teacher is the one that
+        the method learned from, the mean over its seeds) are means over the seeds that both have, with standard deviations of
+        the pairs. `p_images` is `image_p` of the per-image differences averaged over these seeds, `p_seeds` is `seed_p` of
+        the per-seed differences averaged over images; `..._holm` is corrected for the methods that are compared with the
+        same student, those of an ablation among themselves.
     """
-    rows = []
-    students = metrics[metrics["method"] != TEACHER]
+    teachers = metrics[metrics["method"] == TEACHER]
+    first = teachers.groupby("dataset")["network"].first()
+    goals = per_seed(teachers).groupby(["dataset", "network", "segmenter", "metric"])["value"].mean()
     keys = ["dataset", "network", "segmenter", "metric"]
-    for (dataset, student, segmenter, metric), block in students.groupby(keys, sort=False):
+    rows = []
+    for (dataset, student, segmenter, metric), block in metrics[metrics["method"] != TEACHER].groupby(keys, sort=False):
         values = {
             method: runs.pivot(index="sample", columns="seed", values="value")
             for method, runs in block.groupby("method", sort=False)
         }
-        none = values.pop(NONE, None)
-        teacher = metrics.query(
-            "dataset == @dataset and method == @TEACHER and segmenter == @segmenter and metric == @metric"
-        )
-        for method, table in values.items() if none is not None else ():
-            seeds = table.columns.intersection(none.columns)
+        base = values.pop(reference, None)
+        for method, table in values.items() if base is not None else ():
+            seeds = table.columns.intersection(base.columns)
             if len(seeds) == 0:
                 continue
-            method_values, none_values = table[seeds], none[seeds]
-            pairs = method_values - none_values
-            share = (float("nan"), float("nan"))
-            if len(teacher):
-                goal = per_seed(teacher)["value"].mean()
-                share = gap_closed(method_values.mean(), none_values.mean(), goal, METRICS[metric].better)
-            numbers = (*_mean_std(pairs.mean()), *share, image_p(pairs.mean(axis=1)), len(seeds), len(pairs))
+            goal = goals.get((dataset, named_teacher(method) or first.get(dataset), segmenter, metric), float("nan"))
+            share = gap_closed(table[seeds].mean(), base[seeds].mean(), goal, METRICS[metric].better)
+            pairs = table[seeds] - base[seeds]
+            tests = image_p(pairs.mean(axis=1)), float("nan"), seed_p(pairs.mean()), float("nan")
+            numbers = (*_mean_std(pairs.mean()), *share, *tests, len(seeds), len(pairs))
             rows.append((dataset, student, method, segmenter, metric, *numbers))
-    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+    out = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+    family = [out[key] for key in ("dataset", "student", "segmenter", "metric")] + [out["method"].map(ablation_of)]
+    for test in ("p_images", "p_seeds") if rows else ():
+        out[f"{test}_holm"] = out.groupby(family)[test].transform(holm)
+    return out

@@ -1,8 +1,8 @@
-"""The tables of a paper, in Markdown and LaTeX: results of every method, and costs of the networks."""
+"""The tables of a study: results of every method, ablations, trivial baselines, and costs of the networks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,9 @@ import pandas as pd
 from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.metrics import METRICS
-from gdlib.report.style import NONE, Titles, metric_title, title
+from gdlib.report import markup
+from gdlib.report.markup import Cell, Table, number, p_value, significant
+from gdlib.report.style import NONE, Titles, ablation_of, metric_title, named_teacher, title
 from gdlib.report.summary import (
     compare,
     measured_on,
@@ -23,39 +25,8 @@ from gdlib.report.summary import (
 )
 
 NO_GAP = "¹"
+SIGNIFICANT = 0.05
 Profiles = Mapping[tuple[str, str], Mapping[str, Any]]
-
-
-class Cell(NamedTuple):
-    """Text of a table as it is read, before it is escaped."""
-
-    text: str
-    bold: bool = False
-
-
-class Table(NamedTuple):
-    """A table, ready to be written in any language. Rows are grouped by rules; a row of one cell is the title of a block."""
-
-    key: str
-    caption: str
-    header: list[str]  # may have line breaks
-    groups: list[list[list[Cell]]]
-    notes: list[str]
-    names: int  # columns that hold names; the others hold numbers
-
-
-def _number(mean: float, std: float = float("nan"), digits: int = 3, sign: str = "") -> str:
-    text = f"{mean:{sign}.{digits}f}" + (f" ± {std:.{digits}f}" if np.isfinite(std) else "")
-    return text.replace("-", "−")
-
-
-def _digits(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def result_tables(
@@ -66,20 +37,24 @@ def result_tables(
     main: str | Mapping[str, str],
     titles: Titles = None,
     budget: str | Mapping[str, str] = "",
+    ablations: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
     validation: pd.DataFrame | None = None,
 ) -> list[tuple[str, list[Table]]]:
     """Lay out the tables of all datasets; `table_markdown` and `table_tex` say what the arguments are.
 
     Returns:
-        For every dataset its title and its tables: results, trivial baselines where there are any, and costs of the networks
-        where there are profiles.
+        For every dataset its title and its tables: results, ablations, trivial baselines where there are any, and costs of the
+        networks where there are profiles.
     """
     out = []
     for dataset, runs in metrics.groupby("dataset", sort=False):
         shown, chief, training = (v[dataset] if isinstance(v, Mapping) else v for v in (keys, main, budget))
         require(runs, (*shown, chief))
-        tables = [_results(runs, chief, shown, titles, training)]
+        tables = [_results(runs, chief, shown, titles, training, ablations or {})]
+        for name in dict.fromkeys(filter(None, map(ablation_of, runs["method"].unique()))):
+            if base := (ablations or {}).get(name):
+                tables.append(_ablation(runs, name, base, chief, shown, titles))
         trivial = baselines[baselines["dataset"] == dataset] if baselines is not None else ()
         if len(trivial):
             known = validation[validation["dataset"] == dataset] if validation is not None else runs[:0]
@@ -92,87 +67,202 @@ def result_tables(
     return out
 
 
-def _results(runs: pd.DataFrame, main: str, keys: Sequence[str], titles: Titles, budget: str) -> Table:
-    """Lay out the results on one dataset, one block of rows per segmenter."""
+def metric_cells(
+    rows: pd.DataFrame, methods: Iterable[str], keys: Sequence[str], digits: Mapping[str, int]
+) -> dict[str, list[Cell]]:
+    """Return for every method the cells of its metrics; of several methods the best are bold.
+
+    Args:
+        rows: columns `summary.SUMMARY_COLUMNS`, of one network and segmenter.
+        methods: those that are compared.
+        keys: metrics.
+        digits: of every metric, after the point.
+    """
+    mean, std = (rows.pivot(index="method", columns="metric", values=value) for value in ("mean", "std"))
+    shown = [method for method in methods if method in mean.index]
+    out: dict[str, list[Cell]] = {method: [] for method in shown}
+    for key in keys:
+        values = mean.loc[shown, key]
+        best = values.max() if METRICS[key].better == "higher" else values.min()
+        for method, value in values.items():
+            d = digits[key]
+            top = len(shown) > 1 and f"{value:.{d}f}" == f"{best:.{d}f}"  # what reads the same is as good
+            out[method].append(Cell(number(value, std.loc[method, key], d), top))
+    return out
+
+
+def gap_cell(pair: pd.Series) -> Cell:
+    """Return the share of the gap that a method closes; `pair` is a row of `summary.compare`."""
+    share, spread = 100 * pair["gap_closed"], 100 * pair["gap_closed_std"]
+    return Cell(f"{number(share, spread, 0)} %" if np.isfinite(share) else NO_GAP)
+
+
+def p_cells(pair: pd.Series, tests: Iterable[str]) -> list[Cell]:
+    """Return p of some of the tests `images` and `seeds`, with a star for what stays significant after correction."""
+    return [Cell(p_value(pair[f"p_{test}"]) + "*" * bool(pair[f"p_{test}_holm"] < SIGNIFICANT)) for test in tests]
+
+
+def tests_of(runs: pd.DataFrame) -> list[str]:
+    """Return which tests the runs allow: over `images`, over `seeds`, both or none."""
+    students = runs[runs["method"] != TEACHER]
+    return [test for test, column in (("images", "sample"), ("seeds", "seed")) if students[column].nunique() > 1]
+
+
+def digits_of(rows: pd.DataFrame, keys: Iterable[str]) -> dict[str, int]:
+    """Return how many digits after the point the metrics of a summary have."""
+    return {key: 3 if rows[rows["metric"] == key]["mean"].abs().max() < 10 else 1 for key in keys}
+
+
+def description(runs: pd.DataFrame, titles: Titles, budget: str) -> str:
+    """Say what runs on one dataset have in common: dataset, split, images, seeds, training."""
     dataset, images = runs["dataset"].iloc[0], runs["sample"].nunique()
+    facts = [f"{title(dataset, titles)}, test split, {images} image{'s' * (images != 1)}"]
+    for role, chosen in (("students", runs["method"] != TEACHER), ("teacher", runs["method"] == TEACHER)):
+        if seeds := sorted(set(runs[chosen]["seed"])):
+            role += "s" * (role == "teacher" and runs[chosen]["network"].nunique() > 1)
+            facts.append(f"{role}: seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+    return "; ".join([*facts, budget] if budget else facts)
+
+
+def notes_on(runs: pd.DataFrame, difference: str = "") -> list[str]:
+    """Explain the numbers of a table of runs on one dataset and, if it has any, its differences and their tests.
+
+    Args:
+        runs: columns `io.METRIC_COLUMNS`.
+        difference: its name and what it is, `Δ AJI: difference to ...`.
+    """
+    notes, tests = [], tests_of(runs) if difference else ()
+    images, blocks = runs["sample"].nunique(), runs["segmenter"].nunique()
+    seeds = runs[runs["method"] != TEACHER]["seed"].nunique()
+    if blocks > 1:
+        notes.append("Blocks of rows: what makes objects of the affinities; the networks are the same.")
+    if max(seeds, runs[runs["method"] == TEACHER]["seed"].nunique()) > 1:
+        first = "Mean over images, then mean" if images > 1 else "Mean"
+        notes.append(f"{first} ± sample standard deviation over seeds.")
+    if seeds == 1:
+        notes.append("One seed: there is no standard deviation, and another seed may change the order.")
+    if images == 1:
+        notes.append("One image: there is no test over images, and another image may change the order.")
+    if difference:
+        notes.append(f"{difference}, paired by seed.")
+    name = difference.partition(":")[0]
+    if "images" in tests:
+        notes.append(
+            f"p (images): two-sided Wilcoxon signed-rank test of {name} over the {images} images (averaged over seeds); it "
+            "speaks of these trained networks, not of other seeds."
+            + (f" With {images} images it cannot be below {p_value(2 / 2**images)}." if images < 6 else "")
+        )
+    if "seeds" in tests:
+        notes.append(
+            f"p (seeds): two-sided paired t test of {name} over the {seeds} seeds (averaged over images)"
+            + ("; with so few, only large and steady differences show." if seeds < 6 else ".")
+        )
+    if tests:
+        of_ablations = ", those of an ablation among themselves" * any(map(ablation_of, runs["method"].unique()))
+        notes.append(
+            f"*: below {SIGNIFICANT} also after Holm's correction for the number of methods that are compared with one "
+            f"student{of_ablations}."
+        )
+    return notes
+
+
+def _results(
+    runs: pd.DataFrame, main: str, keys: Sequence[str], titles: Titles, budget: str, ablations: Mapping[str, str]
+) -> Table:
+    """Lay out the results on one dataset, one block of rows per segmenter; the values of an ablation are a block too."""
     rows, name = summarise(runs), METRICS[main].title
     paired = compare(runs[runs["metric"] == main]).set_index(["segmenter", "student", "method"])
-    digits = {key: 3 if rows[rows["metric"] == key]["mean"].abs().max() < 10 else 1 for key in (*keys, main)}
-    header = ["network", "method", *map(metric_title, keys), f"Δ {name}", "gap closed", *["p"] * (images > 1)]
+    digits, tests = digits_of(rows, (*keys, main)), tests_of(runs)
+    header = ["network", "method", *map(metric_title, keys), f"Δ {name}", "gap closed", *(f"p ({t})" for t in tests)]
     groups: list[list[list[Cell]]] = []
     blocks = rows.groupby("segmenter", sort=False)
     for segmenter, block in blocks:
         heading = [[Cell(title(segmenter, titles))]] if len(blocks) > 1 else []
         roles = block[block["method"] == TEACHER], block[block["method"] != TEACHER]
-        for student, runs_of in (item for role in roles for item in role.groupby("student", sort=False)):
-            mean, std = (runs_of.pivot(index="method", columns="metric", values=v) for v in ("mean", "std"))
-            methods = list(dict.fromkeys(runs_of["method"]))
-            methods.sort(key=lambda m: m != NONE)  # stable: the plain student first, the others as they came
+        for student, of_student in (item for role in roles for item in role.groupby("student", sort=False)):
+            for ablation, part in of_student.groupby(of_student["method"].map(ablation_of), sort=False):
+                group = []
+                if ablation:
+                    base = f" of {title(ablations[ablation], titles)}" if ablation in ablations else ""
+                    heading = [*heading, [Cell(f"ablation{base}: {title(ablation, titles)}")]]
+                # Stable: the plain student first, the others as they came.
+                methods = sorted(part["method"].unique(), key=lambda method: method != NONE)
+                for method, cells in metric_cells(part, methods, keys, digits).items():
+                    extra = [Cell("")] * (2 + len(tests))
+                    if (segmenter, student, method) in paired.index:
+                        pair = paired.loc[(segmenter, student, method)]
+                        difference = number(pair["difference"], pair["difference_std"], digits[main], "+")
+                        extra = [Cell(difference), gap_cell(pair), *p_cells(pair, tests)]
+                    names = Cell("" if group else title(student, titles)), Cell(title(method, titles))
+                    group.append([*names, *cells, *extra])
+                groups.append(heading + group)
+                heading = []
+
+    notes = notes_on(runs, f"Δ {name}: difference to the student without distillation" * (len(paired) > 0))
+    if len(paired):
+        several = any(len(row) == 1 for group in groups for row in group)
+        notes.insert(0, f"Bold: best of each student{' in its block' * several}.")
+        notes.append("Gap closed: (method − student) / (teacher − student)" + _own_teacher(runs) + ".")
+    if NO_GAP in (cell.text for group in groups for row in group for cell in row):
+        there_is = (runs["method"] == TEACHER).any()
+        why = "the teacher is not better than the plain student" if there_is else "there is no teacher"
+        notes.append(f"{NO_GAP} Not defined: {why}.")
+    return Table(runs["dataset"].iloc[0], f"{description(runs, titles, budget)}.", header, groups, notes, names=2)
+
+
+def _own_teacher(runs: pd.DataFrame) -> str:
+    return ", with the teacher that the method learned from" * any(map(named_teacher, runs["method"].unique()))
+
+
+def _ablation(runs: pd.DataFrame, ablation: str, base: str, main: str, keys: Sequence[str], titles: Titles) -> Table:
+    """Lay out one ablation on one dataset: every value of a setting of the method `base`, compared with that method."""
+    values = [method for method in runs["method"].unique() if ablation_of(method) == ablation]
+    runs = runs[runs["method"].isin([NONE, base, *values])]
+    rows, name, tests = summarise(runs), METRICS[main].title, tests_of(runs)
+    paired = compare(runs[(runs["metric"] == main) & (runs["method"] != NONE)], base)
+    paired = paired.set_index(["segmenter", "student", "method"])
+    digits = digits_of(rows, (*keys, main))
+    groups = []
+    blocks = rows.groupby("segmenter", sort=False)
+    for segmenter, block in blocks:
+        heading = [[Cell(title(segmenter, titles))]] if len(blocks) > 1 else []
+        for student, part in block.groupby("student", sort=False):
             group: list[list[Cell]] = []
-            for method in methods:
-                cells = [Cell(title(student, titles) if not group else ""), Cell(title(method, titles))]
-                for key in keys:
-                    best = mean[key].max() if METRICS[key].better == "higher" else mean[key].min()
-                    value, d = mean.loc[method, key], digits[key]
-                    # What reads the same is as good.
-                    top = len(methods) > 1 and f"{value:.{d}f}" == f"{best:.{d}f}"
-                    cells.append(Cell(_number(value, std.loc[method, key], d), top))
-                extra = ["", "", ""]
+            for method, cells in metric_cells(part, [NONE, base, *values], keys, digits).items():
+                extra = [Cell("")] * (1 + len(tests))
                 if (segmenter, student, method) in paired.index:
                     pair = paired.loc[(segmenter, student, method)]
-                    share, spread = 100 * pair["gap_closed"], 100 * pair["gap_closed_std"]
-                    extra = [
-                        _number(pair["difference"], pair["difference_std"], digits[main], "+"),
-                        f"{_number(share, spread, 0)} %" if np.isfinite(share) else NO_GAP,
-                        _p(pair["p"]),
-                    ]
-                group.append([*cells, *map(Cell, extra)][: len(header)])
+                    difference = number(pair["difference"], pair["difference_std"], digits[main], "+")
+                    extra = [Cell(difference), *p_cells(pair, tests)]
+                setting = method.partition("=")[2] if method in values else title(method, titles)
+                group.append([Cell("" if group else title(student, titles)), Cell(setting), *cells, *extra])
             groups.append(heading + group)
             heading = []
-
-    seeds = {
-        "students": sorted(set(runs[runs["method"] != TEACHER]["seed"])),
-        "teacher": sorted(set(runs[runs["method"] == TEACHER]["seed"])),
-    }
-    facts = [f"{title(dataset, titles)}, test split, {images} image{'s' * (images != 1)}"]
-    facts += [f"{role}: seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}" for role, s in seeds.items() if s]
-    caption = "; ".join([*facts, budget] if budget else facts) + "."
-    notes = []
-    if len(blocks) > 1:
-        notes.append("Blocks of rows: what makes objects of the affinities; the networks are the same.")
-    if any(len(s) > 1 for s in seeds.values()):
-        first = "Mean over images, then mean" if images > 1 else "Mean"
-        notes.append(f"{first} ± sample standard deviation over seeds.")
-    if len(seeds["students"]) == 1:
-        notes.append("One seed: there is no standard deviation, and another seed may change the order.")
-    if len(paired):
-        notes += [
-            f"Bold: best of each student{' in its block' * (len(blocks) > 1)}.",
-            f"Δ {name}: difference to the student without distillation, paired by seed.",
-            "Gap closed: (method − student) / (teacher − student).",
-        ]
-    if images == 1:
-        notes.append("One image: there is no test over images, and another image may change the order.")
-    if len(paired) and images > 1:
-        notes.append(
-            f"p: two-sided Wilcoxon signed-rank test of Δ {name} over the {images} images (averaged over seeds), not corrected "
-            "for the number of comparisons; it speaks of these trained networks, not of other seeds."
-            + (f" With {images} images it cannot be below {_p(2 / 2**images)}." if images < 6 else "")
-        )
-    if NO_GAP in (cell.text for group in groups for row in group for cell in row):
-        why = "the teacher is not better than the plain student" if seeds["teacher"] else "there is no teacher"
-        notes.append(f"{NO_GAP} Not defined: {why}.")
-    return Table(dataset, caption, header, groups, notes, names=2)
+    notes = notes_on(runs, f"Δ {name}: difference to {title(base, titles)}" * (len(paired) > 0))
+    header = ["network", title(ablation, titles), *map(metric_title, keys), f"Δ {name}", *(f"p ({t})" for t in tests)]
+    dataset = runs["dataset"].iloc[0]
+    caption = f"Ablation of {title(base, titles)} on {title(dataset, titles)}: {title(ablation, titles)}."
+    return Table(f"{dataset}-{ablation}", caption, header, groups, notes, names=2)
 
 
 def _baselines(
     runs: pd.DataFrame, trivial: pd.DataFrame, validation: pd.DataFrame, keys: Sequence[str], titles: Titles
 ) -> Table:
-    """Lay out what needs no network beside what the teacher gives, on the validation and test splits of one dataset."""
+    """Lay out what needs no network beside what the teachers give, on the validation and test splits of one dataset."""
     dataset, segmenters = runs["dataset"].iloc[0], runs["segmenter"].unique()
-    names = {s: title(TEACHER, titles) + f", {title(s, titles)}" * (len(segmenters) > 1) for s in segmenters}
+    networks = runs[runs["method"] == TEACHER]["network"].unique()
     teacher = pd.concat([validation.assign(split="val"), runs[runs["method"] == TEACHER].assign(split="test")])
-    teacher = teacher.assign(row=teacher["segmenter"].map(names)).dropna(subset="row")
+    names = {
+        (network, segmenter): title(TEACHER, titles)
+        + f" {title(network, titles)}" * (len(networks) > 1)
+        + f", {title(segmenter, titles)}" * (len(segmenters) > 1)
+        for network in networks
+        for segmenter in segmenters
+    }
+    if len(networks) == 1:  # given weights know another name of it
+        teacher = teacher.assign(network=networks[0])
+    of = zip(teacher["network"], teacher["segmenter"], strict=True)
+    teacher = teacher.assign(row=[names.get(one) for one in of]).dropna(subset="row")
     trivial = trivial.assign(row=[title(name, titles) for name in trivial["baseline"]])
     columns = pd.MultiIndex.from_product([keys, ("val", "test")])
     both = pd.concat([trivial, teacher])
@@ -184,7 +274,7 @@ def _baselines(
         digits = 1 if column.abs().max() >= 10 else 3
         for row in (row for group in groups for row in group):
             value = column[row[0].text]
-            row.append(Cell(_number(value, digits=digits) if np.isfinite(value) else "–"))
+            row.append(Cell(number(value, digits=digits) if np.isfinite(value) else "–"))
     return Table(
         f"{dataset}-baselines",
         f"Trivial baselines and the teacher on {title(dataset, titles)}; means over images, of the teacher over seeds too.",
@@ -209,9 +299,11 @@ def _costs(dataset: str, costs: Mapping[str, Mapping[str, Any]], teacher: str | 
         cells = [title(network, titles)]
         for key, factor in columns.values():
             value, whole = profile.get(key), costs.get(teacher, {}).get(key)
-            text = "–" if value is None else _digits(value * factor)
+            text = "–" if value is None else significant(value * factor)
             share = (
-                f" ({100 * value / whole:.2g} %)" if key in shares and value and whole and network != teacher else ""
+                f" ({_percent(100 * value / whole)} %)"
+                if key in shares and value and whole and network != teacher
+                else ""
             )
             cells.append(text + share)
         group.append([Cell(cell) for cell in cells])
@@ -219,6 +311,10 @@ def _costs(dataset: str, costs: Mapping[str, Mapping[str, Any]], teacher: str | 
         " In parentheses: share of the teacher's." if teacher in costs else ""
     )
     return Table(f"{dataset}-cost", caption, ["network", *columns], [group], [], names=1)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2g}" if share < 99.5 else f"{share:.0f}"
 
 
 def table_markdown(metrics: pd.DataFrame, profiles: Profiles | None = None, **layout: Any) -> str:
@@ -229,71 +325,16 @@ def table_markdown(metrics: pd.DataFrame, profiles: Profiles | None = None, **la
         profiles: (dataset, network) to profile; leave it out for no table of costs.
         layout: `keys`, the metrics to show, `main`, the metric of differences, gap and p, and `budget`, a text about the
             training for the caption: each for all datasets or, as a mapping, for every one of them; `titles` of datasets,
-            networks, methods, segmenters and baselines; `baselines` and `validation`, frames of `read_baselines` and
-            `read_validation`, for a table that sets the teacher beside trivial baselines.
+            networks, methods, segmenters, baselines and ablations; `ablations`, name to the method that is changed;
+            `baselines` and `validation`, frames of `read_baselines` and `read_validation`, for a table that sets the
+            teacher beside trivial baselines.
     """
-    parts = []
-    for heading, tables in result_tables(metrics, profiles, **layout):
-        parts.append(f"## {_markdown(heading)}")
-        for table in tables:
-            lines = [[_markdown(text.replace("\n", " ")) for text in table.header]]
-            lines.append(["---"] * table.names + ["---:"] * (len(table.header) - table.names))
-            for row in (row for group in table.groups for row in group):
-                cells = [f"**{_markdown(c.text)}**" if c.bold else _markdown(c.text) for c in row]
-                lines.append(cells if len(row) > 1 else [f"*{cells[0]}*", *[""] * (len(table.header) - 1)])
-            parts.append(_markdown(table.caption))
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-            if table.notes:
-                parts.append(_markdown(" ".join(table.notes)))
-    return "\n\n".join(parts) + "\n"
+    return markup.markdown(result_tables(metrics, profiles, **layout))
 
 
 def table_tex(metrics: pd.DataFrame, profiles: Profiles | None = None, **layout: Any) -> str:
     """Return the results as LaTeX tables (package `booktabs`); the arguments are those of `table_markdown`."""
-    parts = [r"% Needs \usepackage{booktabs}; read it with \input."]
-    for table in (table for _, tables in result_tables(metrics, profiles, **layout) for table in tables):
-        left, width = table.names, len(table.header)
-        body = [
-            " \\\\\n".join(
-                " & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.bold else _tex(c.text) for c in row)
-                if len(row) > 1
-                else rf"\multicolumn{{{width}}}{{l}}{{\textit{{{_tex(row[0].text)}}}}}"
-                for row in group
-            )
-            for group in table.groups
-        ]
-        parts.append("\n".join([
-            r"\begin{table*}[t]", r"\centering", r"\footnotesize",
-            rf"\caption{{{_tex(table.caption)}}}", rf"\label{{tab:{table.key}}}",
-            rf"\begin{{tabular}}{{{'l' * left}{'r' * (width - left)}}}", r"\toprule",
-            " & ".join(map(_tex_head, table.header)) + r" \\", r"\midrule",
-            " \\\\\n\\midrule\n".join(body) + r" \\", r"\bottomrule", r"\end{tabular}",
-            *([rf"\par\smallskip\raggedright {_tex(' '.join(table.notes))}"] if table.notes else []),
-            r"\end{table*}",
-        ]))  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-_MARKDOWN = str.maketrans({c: "\\" + c for c in "\\|*`"})
-_TEX = str.maketrans({
-    **{c: "\\" + c for c in "&%$#_{}"},
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": "$|$", "<": "$<$", ">": "$>$",
-    "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "Δ": r"$\Delta$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
-    "¹": "$^1$", "–": "--",
-})  # fmt: skip
-
-
-def _markdown(text: str) -> str:
-    return text.translate(_MARKDOWN)
-
-
-def _tex(text: str) -> str:
-    return text.translate(_TEX)
-
-
-def _tex_head(text: str) -> str:
-    lines = [_tex(line) for line in text.split("\n")]
-    return lines[0] if len(lines) == 1 else r"\shortstack[r]{" + r" \\ ".join(lines) + "}"
+    return markup.tex(result_tables(metrics, profiles, **layout))
 
 
 def write(
@@ -326,5 +367,6 @@ def write(
     for path, table in ((summary, summarise(frame)), (comparison, compare(frame))):
         rows = table.astype(object).where(table.notna(), "")  # an empty field where there is no number
         io.write_rows(path, table.columns, rows.itertuples(index=False))
-    io.write_text(markdown, table_markdown(frame, costs, **layout))
-    io.write_text(tex, table_tex(frame, costs, **layout))
+    found = result_tables(frame, costs, **layout)
+    io.write_text(markdown, markup.markdown(found))
+    io.write_text(tex, markup.tex(found))

@@ -1,5 +1,7 @@
 """Tables of the study and figures of each dataset. Nothing here is expensive: an edit of `plot` or of a title ends here."""
 
+import tomllib
+
 
 report: "../report/workflow.rst"
 
@@ -9,8 +11,18 @@ FIGURES = [
     for dataset in STUDY.datasets
     for name in ["methods", "tradeoff", "curves", "panel", "embeddings"]
     + ["neurons"] * (CFG.datasets[dataset].ndim == 3)
+    + [f"ablation_{ablation}" for ablation in ABLATIONS]
     for ending in PLOT.formats
 ]
+# What readers call the ablations; their methods are named after them.
+SETTINGS = {name: ABLATIONS[name]["title"] for name in sorted(ABLATIONS)}
+KNOWN = code("report/paper.toml")
+with open(KNOWN[0], "rb") as file:
+    in_paper = {
+        name for one in tomllib.load(file)["dataset"].values() for name in one["ours"]
+    }
+IN_PAPER = [dataset for dataset in STUDY.datasets if dataset in in_paper]
+PAPER = [f"{RESULTS}/paper.{ending}" for ending in ("md", "tex") if IN_PAPER]
 
 
 rule summarize:
@@ -45,12 +57,54 @@ rule summarize:
     params:
         metrics={d: list(CFG.shown(d).table_metrics) for d in STUDY.datasets},
         main={d: CFG.shown(d).main_metric for d in STUDY.datasets},
-        titles=titles(STUDY.datasets, *map(networks_of, STUDY.datasets)),
+        titles=titles(STUDY.datasets, *map(networks_of, STUDY.datasets)) | SETTINGS,
         budget={dataset: budget(dataset) for dataset in STUDY.datasets},
+        ablations={name: ABLATIONS[name]["method"] for name in sorted(ABLATIONS)},
     message:
         "Summarize the study"
     script:
         "../scripts/summarize.py"
+
+
+rule paper:
+    input:
+        metrics=[file for dataset in IN_PAPER for file in metrics_of(runs_on(dataset))],
+        profiles=profiles_of(*IN_PAPER),
+        weights=[
+            file
+            for dataset in IN_PAPER
+            for file in of_runs("weights.safetensors", trained(runs_on(dataset)))
+        ],
+        known=KNOWN,
+        code=REPORT_CODE,
+    output:
+        markdown=report(
+            f"{RESULTS}/paper.md",
+            caption="../report/paper.rst",
+            category="Tables",
+            labels={"table": "as in the paper"},
+        ),
+        tex=f"{RESULTS}/paper.tex",
+    log:
+        f"{LOGS}/paper.log",
+    benchmark:
+        f"{BENCHMARKS}/paper.tsv"
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=grow(1000),
+        runtime=10,
+    params:
+        main={dataset: CFG.shown(dataset).main_metric for dataset in IN_PAPER},
+        titles=titles(IN_PAPER, *map(networks_of, IN_PAPER)),
+        budget={dataset: budget(dataset) for dataset in IN_PAPER},
+    message:
+        "Lay out the tables of the paper"
+    script:
+        "../scripts/paper.py"
 
 
 rule figure_tradeoff:
@@ -100,6 +154,29 @@ use rule figure_tradeoff as figure_methods with:
         metrics=lambda wildcards: list(CFG.shown(wildcards.dataset).metrics),
     message:
         "Draw methods of {wildcards.dataset}"
+
+
+use rule figure_tradeoff as figure_ablation with:
+    input:
+        metrics=lambda wildcards: metrics_of(runs_on(wildcards.dataset)),
+        code=REPORT_CODE,
+    output:
+        figure("ablation_{ablation}", "ablation of {ablation}"),
+    log:
+        f"{LOGS}/figures/{{dataset}}/ablation_{{ablation}}.log",
+    benchmark:
+        f"{BENCHMARKS}/figures/{{dataset}}/ablation_{{ablation}}.tsv"
+    wildcard_constraints:
+        ablation="|".join(map(re.escape, ABLATIONS)),
+    params:
+        figure="ablation",
+        metric=None,
+        ablation=lambda wildcards: wildcards.ablation,
+        base=lambda wildcards: ABLATIONS[wildcards.ablation]["method"],
+        metrics=lambda wildcards: list(CFG.shown(wildcards.dataset).metrics),
+        titles=lambda wildcards: titles(networks_of(wildcards.dataset)) | SETTINGS,
+    message:
+        "Draw ablation {wildcards.ablation} of {wildcards.dataset}"
 
 
 use rule figure_tradeoff as figure_curves with:

@@ -14,6 +14,7 @@ tables.write(
     main=snakemake.params.main,
     titles=snakemake.params.titles,
     budget=snakemake.params.budget,
+    ablations=snakemake.params.ablations,
     baselines=snakemake.input.baselines,
     weights=snakemake.input.weights,
 )
