@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gdlib import __version__, io
+from gdlib.cache import source_of_patches
 from gdlib.config import Recipe, RunSpec
-from gdlib.data.patches import PatchSampler
 from gdlib.distill import Batch, Distiller, build_term
 from gdlib.distill.bank import MemoryBank
 from gdlib.inference import Predictor, choose_device, choose_precision
@@ -45,6 +45,8 @@ def fit(
     history: Path | str,
     state: Path | str,
     teacher: Path | str | None = None,
+    patches: Path | str | None = None,
+    taught: Path | str | None = None,
     device: str = "auto",
     max_seconds: float = math.inf,
 ) -> dict[str, float]:
@@ -59,6 +61,8 @@ def fit(
         history: CSV with every loss and validation metric.
         state: folder of `resume.pt`; emptied when training is complete.
         teacher: weights of the teacher, if a term needs one.
+        patches: file of `gdlib.cache.draw`, to train on these instead of on fresh ones.
+        taught: file of `gdlib.cache.teach`, instead of asking the teacher at every step; only with `patches`.
         device: name, or `auto`.
         max_seconds: stop and save the state after this time.
 
@@ -73,19 +77,9 @@ def fit(
     # Validation first: a file that cannot be used must not cost a training.
     judge = Judge(spec, val, target)
     trainer = _Trainer(spec, teacher, target)
-    sampler = PatchSampler(
-        train,
-        patch=spec.patch,
-        margin=trainer.margin,
-        batch_size=recipe.batch_size,
-        normalisation=spec.normalisation.model_dump(),
-        augment=recipe.augment.model_dump(),
-        border=spec.targets.border,
-        seed=spec.seed,
-        device=target,
-    )
+    sampler = source_of_patches(spec, train, trainer.margin, target, patches, taught, teacher)
     resume = Path(state) / "resume.pt"
-    fingerprint = _fingerprint(spec, train, val, teacher)
+    fingerprint = _fingerprint(spec, train, val, teacher) + f"/{patches is not None:d}{taught is not None:d}"
     if resume.exists():
         trainer.resume(resume, fingerprint)
 
@@ -296,6 +290,8 @@ class _Trainer:
         content = {name: part.state_dict() for name, part in self._state().items()}
         content |= {name: getattr(self, name) for name in self._PLAIN}
         content |= {"fingerprint": fingerprint, "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":  # where networks that drop channels at random draw from
+            content["rng_device"] = torch.cuda.get_rng_state(self.device)
         with io.atomic(path) as temporary:
             torch.save(content, temporary)
 
@@ -315,6 +311,8 @@ class _Trainer:
         for name in self._PLAIN:
             setattr(self, name, content[name])
         torch.set_rng_state(content["rng"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(content["rng_device"].cpu(), self.device)
         print(f"resumed after step {self.step}", flush=True)
 
 

@@ -517,9 +517,9 @@ def test_a_method_that_needs_a_teacher_without_one(make_spec, train, tmp_path):
 
 def test_a_level_that_is_not_there(make_spec, train, teacher, tmp_path):
     spec = make_spec("levels")
-    terms = tuple(term.model_copy(update={"level": "up9"}) for term in spec.terms)
+    terms = tuple(term.model_copy(update={"level": "stride9"}) for term in spec.terms)
     text = refusal(train, spec.model_copy(update={"terms": terms}), tmp_path / "run", ValueError, teacher=teacher)
-    assert all(part in text for part in ('"up9"', "up1, up2, up3, up4"))
+    assert all(part in text for part in ('"stride9"', "stride8, stride4, stride2, stride1"))
 
 
 def test_a_teacher_with_another_normalisation_or_other_channels(make_spec, train, teacher, tmp_path):

@@ -1,4 +1,8 @@
-"""Teachers and students. A teacher is a run without distillation terms: one command trains both."""
+"""Teachers and students. A teacher is a run without distillation terms: one command trains both.
+
+Where a study says `teacher_cache`, patches are drawn and shown to the teacher once; else every student draws its own and asks at
+every step.
+"""
 
 
 rule train_teacher:
@@ -25,26 +29,94 @@ rule train_teacher:
         runtime=grow(480),
     params:
         spec=train_spec,
-        teacher=[],
+        cached=[],
         # Nobody's output, so that a run that was stopped or killed goes on from there when it is started again.
         state=f"{RESULTS}/state/{ID}",
     message:
         f"Train {NAME}"
     shell:
-        "python -m gdlib step train --spec {params.spec:q} --train {input.train} --val {input.val} {params.teacher:q}"
+        "python -m gdlib step train --spec {params.spec:q} --train {input.train} --val {input.val} {params.cached:q}"
         " --weights {output.weights} --last {output.last} --history {output.history} --state {params.state}"
         " --threads {threads} ${{CLUSTER_JOB:+--max-seconds $(({resources.runtime} * 54))}} > {log} 2>&1"
+
+
+rule draw_patches:
+    input:
+        train=f"{DATA}/train.h5",
+        code=CACHE_CODE + code("data/patches.py", "data/augment.py", "ops.py"),
+    output:
+        PATCHES,
+    log:
+        f"{LOGS}/cache/{{dataset}}/seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/cache/{{dataset}}/seed{{seed}}.tsv"
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=grow(4000),
+        runtime=grow(120),
+    params:
+        drawing=lambda wildcards: compact(
+            draws(wildcards.dataset, wildcards.seed).drawing
+        ),
+        networks=lambda wildcards: compact(
+            [
+                {"model": network.model, "options": network.options}
+                for network in map(CFG.network, networks_of(wildcards.dataset))
+            ]
+        ),
+        batches=STUDY.teacher_cache,
+    message:
+        "Draw patches of {wildcards.dataset} for seed {wildcards.seed}"
+    shell:
+        "python -m gdlib step draw --drawing {params.drawing:q} --networks {params.networks:q} --train {input.train}"
+        " --out {output} --batches {params.batches} > {log} 2>&1"
+
+
+rule ask_teacher:
+    input:
+        teacher=lambda wildcards: weights_of(wildcards.dataset, wildcards.network)[0],
+        patches=PATCHES,
+        code=lambda wildcards: CACHE_CODE
+        + code("models/__init__.py")
+        + plugin(registry.NETWORKS, CFG.network(wildcards.network).model),
+    output:
+        TAUGHT,
+    log:
+        f"{LOGS}/cache/{{dataset}}/{{network}}/seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/cache/{{dataset}}/{{network}}/seed{{seed}}.tsv"
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: 8
+    resources:
+        gpu=GPU,
+        mem_mb=grow(6000),
+        runtime=grow(120),
+    params:
+        levels=lambda wildcards: levels_of(wildcards.dataset, wildcards.network),
+        precision=lambda wildcards: draws(
+            wildcards.dataset, wildcards.seed
+        ).recipe.precision,
+    message:
+        "Ask {wildcards.network} about patches of {wildcards.dataset} for seed {wildcards.seed}"
+    shell:
+        "python -m gdlib step teach --teacher {input.teacher:q} --patches {input.patches} --out {output}"
+        " --levels {params.levels} --precision {params.precision} --threads {threads} > {log} 2>&1"
 
 
 # What is not named here is the teacher's: outputs, command, and the parameters `spec` and `state`.
 use rule train_teacher as train_student with:
     input:
+        unpack(cached),
         train=f"{DATA}/train.h5",
         val=f"{DATA}/val.h5",
         code=train_code,
         teacher=teacher_weights,
     wildcard_constraints:
-        method="|".join(CFG.methods),
+        method="|".join(map(re.escape, METHODS)),
     # A student is too small to share: on a CPU, one thread each and many runs at once finish first.
     threads: 4 if GPU else 1
     resources:
@@ -52,4 +124,9 @@ use rule train_teacher as train_student with:
         mem_mb=grow(6000),
         runtime=grow(240),
     params:
-        teacher=lambda wildcards, input: option("--teacher", input.teacher),
+        batches=STUDY.teacher_cache,  # for Snakemake to compare; the file knows
+        cached=lambda wildcards, input: [
+            part
+            for name in ("teacher", "patches", "taught")
+            for part in option(f"--{name}", input.get(name))
+        ],

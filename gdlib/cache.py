@@ -1,0 +1,223 @@
+"""One teacher, many students: patches that are drawn once, and what a teacher says about each, in files.
+
+A study is a grid: the same seed gives every method the same patches, and a teacher says the same about them. So both are
+computed once; a student then trains at its own speed. The first pass through a file is what training without it would see, up
+to half precision; later passes show its patches in another order, mirrored and turned, and the teacher's output with them. A
+network is not exactly equivariant to that, which is the price of showing a patch more than once.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gdlib import io
+from gdlib.config import RunSpec
+from gdlib.data.patches import PatchSampler
+from gdlib.distill import Batch, see
+from gdlib.inference import choose_device, choose_precision
+from gdlib.models import Embedding, build, folded
+
+
+def draw(
+    drawing: Mapping[str, Any],
+    networks: Sequence[Mapping[str, Any]],
+    train: Path | str,
+    out: Path | str,
+    batches: int,
+) -> None:
+    """Draw the patches of all students of one dataset and seed.
+
+    Args:
+        drawing: of their runs; see `RunSpec`.
+        networks: `model` and `options` of every student and teacher; the largest margin counts.
+        train: samples `.h5`.
+        out: `.h5` with `image` (N, C, [Z,] Y, X) float32, `label` (N, [Z,] Y, X) int32, `ids` (N,) int64 and, where some labels
+            are not known, `ignore` (N, [Z,] Y, X) bool.
+        batches: how many steps of training they are for.
+    """
+    with torch.device("meta"):
+        margins = [build(network["model"], network["options"]).margin for network in networks]
+    margin = [max(sides) for sides in zip(*margins, strict=True)]
+    sampler, size = PatchSampler(train, **drawing, margin=margin), drawing["batch_size"]
+    with io.create_h5(out, drawing=drawing, train=io.sha256(train), batches=batches, margin=margin) as file:
+        for step in tqdm(range(batches), unit="batch", mininterval=20):
+            batch = sampler.batch(step)
+            parts = {"image": batch.image, "label": batch.label.int(), "ids": batch.ids, "ignore": batch.ignore}
+            for name, part in parts.items():
+                if part is not None:
+                    _rows(file, name, part, batches * size)[step * size : (step + 1) * size] = part.numpy()
+
+
+def teach(
+    teacher: Path | str,
+    patches: Path | str,
+    out: Path | str,
+    *,
+    levels: Sequence[str] = (),
+    batch_size: int = 8,
+    precision: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Ask a teacher about every patch of a file, once.
+
+    Args:
+        teacher: its weights.
+        patches: file of `draw`.
+        out: `.h5` with `embedding` (N, D, [Z,] Y, X) and `foreground` (N, 1, [Z,] Y, X), in half precision, and `features/...`,
+            the feature maps that the terms compare.
+        levels: names of these maps; those that the teacher does not have are left out.
+        batch_size: patches per pass.
+        precision: of the students' recipe.
+        device: name, or `auto`.
+
+    Raises:
+        gdlib.io.DataError: a value of the teacher is too large for half precision.
+    """
+    target = choose_device(device)
+    dtype = choose_precision(precision, target)
+    state, header = io.load_weights(teacher)
+    network = build(header["model"], header["options"])
+    network.load_state_dict(state)
+    levels = [level for level in levels if level in network.levels]
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[network.ndim]
+    network = folded(network).to(target, memory_format=layout)
+    with io.open_h5(patches) as file, io.create_h5(out, teacher=io.sha256(teacher)) as taught:
+        count = len(file["image"])
+        for first in tqdm(range(0, count, batch_size), unit="batch", mininterval=20):
+            rows = slice(first, min(count, first + batch_size))
+            image, label = (torch.from_numpy(file[name][rows]).to(target) for name in ("image", "label"))
+            with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
+                output = see(network, Batch(image.contiguous(memory_format=layout), label, label))
+            maps = {"embedding": output.embedding, "foreground": output.foreground}
+            for name, part in (maps | {f"features/{level}": output.features[level] for level in levels}).items():
+                part = part.half().contiguous().cpu()
+                if not torch.isfinite(part).all():
+                    raise io.DataError(
+                        f"{teacher}: a value of its {name} is too large for half precision: do not cache it"
+                    )
+                _rows(taught, name, part, count)[rows] = part.numpy()
+
+
+def _rows(file: h5py.File, name: str, part: Tensor, count: int) -> h5py.Dataset:
+    """Return the dataset with `count` rows like those of `part`, made on first use; it will be read row by row."""
+    if name not in file:
+        dtype = str(part.dtype).removeprefix("torch.")
+        file.create_dataset(name, (count, *part.shape[1:]), dtype, chunks=(1, *part.shape[1:]), track_times=False)
+    return file[name]
+
+
+class CachedPatches:
+    """Batches from files of `draw` and `teach`: like those of `PatchSampler` a pure function of (seed, step).
+
+    Args:
+        patches: file of `draw`.
+        taught: file of `teach` for these patches; without it, batches come without the teacher's output.
+        seed: of the run.
+        flip: mirror patches that are shown again.
+        rotate90: turn them.
+        device: where batches are returned.
+    """
+
+    def __init__(
+        self,
+        patches: Path | str,
+        taught: Path | str | None = None,
+        *,
+        seed: int,
+        flip: bool = True,
+        rotate90: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.attrs = io.read_attrs(patches)
+        self.file = h5py.File(patches, "r")
+        self.taught = h5py.File(taught, "r") if taught is not None else None
+        self.levels = sorted(self.taught.get("features", ())) if self.taught else []
+        self.margin = tuple(self.attrs["margin"])
+        self.batches = int(self.attrs["batches"])
+        self.batch_size = len(self.file["ids"]) // self.batches
+        self.seed, self.flip, self.rotate90 = seed, flip, rotate90
+        self.device = torch.device(device)
+
+    def batch(self, step: int) -> Batch:
+        """Return the patches of one step."""
+        turn, place = divmod(step, self.batches)
+        rows = torch.arange(place * self.batch_size, (place + 1) * self.batch_size)
+        moves: list[tuple[list[int], int]] = [([], 0)] * self.batch_size
+        if turn:
+            rows = torch.randperm(self.batches * self.batch_size, generator=self._generator(-turn))[rows]
+            generator = self._generator(step)
+            moves = [self._move(generator) for _ in range(self.batch_size)]
+
+        def read(file: h5py.File, name: str) -> Tensor:
+            parts = [torch.from_numpy(file[name][row]) for row in rows.tolist()]
+            return torch.stack([_moved(part, *move) for part, move in zip(parts, moves, strict=True)]).to(self.device)
+
+        ignore = read(self.file, "ignore") if "ignore" in self.file else None
+        ids = torch.from_numpy(self.file["ids"][:])[rows].to(self.device)
+        teacher = None
+        if self.taught is not None:
+            features = {level: read(self.taught, f"features/{level}") for level in self.levels}
+            teacher = Embedding(read(self.taught, "embedding"), read(self.taught, "foreground"), features)
+        return Batch(read(self.file, "image"), read(self.file, "label").long(), ids, ignore, teacher)
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 2_654_435_761 + number) % 2**32)
+
+    def _move(self, generator: torch.Generator) -> tuple[list[int], int]:
+        """Draw which axes are mirrored, counted from the last, and how many quarter turns are made in the plane."""
+        shape = self.file["label"].shape[1:]
+        coins = torch.randint(2, (len(shape),), generator=generator).tolist()
+        turns = int(torch.randint(4, (1,), generator=generator))
+        turns -= turns % 2 if shape[-1] != shape[-2] else 0
+        axes = [-1 - axis for axis, coin in enumerate(coins) if coin]
+        return axes if self.flip else [], turns if self.rotate90 else 0
+
+
+def _moved(part: Tensor, axes: list[int], turns: int) -> Tensor:
+    """Mirror a patch along its last axes and turn it; the vector of a pixel moves with it, unchanged."""
+    part = part.flip(axes) if axes else part
+    return torch.rot90(part, turns, (-2, -1)) if turns else part
+
+
+def source_of_patches(
+    spec: RunSpec,
+    train: Path | str,
+    margin: Sequence[int],
+    device: torch.device,
+    patches: Path | str | None = None,
+    taught: Path | str | None = None,
+    teacher: Path | str | None = None,
+) -> PatchSampler | CachedPatches:
+    """Return where the batches of a run come from.
+
+    Args:
+        spec: the run.
+        train: samples `.h5`.
+        margin: the largest of its networks.
+        device: where batches are returned.
+        patches: file of `draw`; without it patches are drawn as they are needed.
+        taught: file of `teach`.
+        teacher: the weights of the teacher that must have been asked.
+
+    Raises:
+        gdlib.io.DataError: the files were made for another run, or of another teacher.
+    """
+    if patches is None:
+        return PatchSampler(train, **spec.drawing, margin=margin, device=device)
+    if taught is not None and io.read_attrs(taught)["teacher"] != io.sha256(teacher):
+        raise io.DataError(f"{taught}: another teacher than {teacher} was asked; make it again")
+    geometry = spec.recipe.augment.geometry
+    cached = CachedPatches(
+        patches, taught, seed=spec.seed, flip=geometry.flip, rotate90=geometry.rotate90, device=device
+    )
+    drawn = {"train": cached.attrs["train"], "margin": list(cached.margin), **cached.attrs["drawing"]}
+    enough = [max(pair) for pair in zip(margin, cached.margin, strict=True)]
+    for key, mine in {"train": io.sha256(train), "margin": enough, **spec.drawing}.items():
+        if mine != drawn[key]:
+            raise io.DataError(f"{patches}: it was drawn with {key} {drawn[key]}, this run needs {mine}; make it again")
+    return cached
