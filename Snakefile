@@ -15,14 +15,13 @@ configfile: Path(workflow.basedir) / "config.yaml"
 
 try:
     CFG = Config.parse(config)
-    for dataset in CFG.selected.datasets:
-        if not Path(f"data/{dataset}/test.h5").exists():
-            CFG.raw_folder(dataset)
 except ConfigError as error:
     sys.exit(f"{error}")
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/raw.smk"
+include: "workflow/rules/download.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/predict.smk"
@@ -34,4 +33,5 @@ rule all:
     default_target: True
     input:
         rules.summarize.output,
+        PAPER,
         FIGURES,

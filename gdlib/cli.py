@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   gdlib evaluate ground_truth/ labels/ --out scores.csv
   gdlib info weights.safetensors
   gdlib models
+  gdlib download bbbc039
 """
 
 
@@ -124,6 +125,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     models.set_defaults(function=_models)
 
+    networks = commands.add_parser(
+        "networks",
+        help="describe the networks, as Markdown",
+        description="Describe every network of a catalogue as a Markdown page: parameters, operations, context, levels.",
+    )
+    networks.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    networks.set_defaults(function=_networks)
+
+    download = commands.add_parser(
+        "download",
+        help="fetch public data sets",
+        description="Fetch data sets of a catalogue from their official addresses, each into a folder of its own that is "
+        "complete or does not exist. A transfer that was stopped goes on when the same command is given again; what is there "
+        "is not fetched again. For data that cannot be downloaded freely, say how to get them.",
+    )
+    download.add_argument("names", nargs="+", metavar="NAME", help="dataset of the catalogue")
+    download.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="where the folders of the datasets go (default: the first of raw_folders)",
+    )
+    download.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    download.set_defaults(function=_download)
+
     add_steps(commands)
     return parser
 
@@ -184,10 +210,16 @@ def _segment(arguments: argparse.Namespace) -> None:
 def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Choose how to segment: as the weights were tuned, but for what is given."""
     from gdlib.registry import nearest
-    from gdlib.segmentation import defaults
+    from gdlib.segmentation import defaults, is_masked
 
     tuned = header["segmentation"]
     segmenter = arguments.segmenter or _main_segmenter(header)
+    if is_masked(segmenter):
+        usable = ", ".join(name for name in tuned if not is_masked(name)) or "mutex_watershed"
+        raise ValueError(
+            f"{segmenter} needs the foreground of a ground truth, which an image that is to be segmented does not have; "
+            f"choose --segmenter {usable}"
+        )
     valid = defaults(segmenter, len(header["offsets"][0]))
     if segmenter not in tuned:
         print(
@@ -332,18 +364,49 @@ def _info(arguments: argparse.Namespace) -> None:
         print(f"{key:13} {value}")
 
 
-def _models(arguments: argparse.Namespace) -> None:
+def _catalogue(path: Path) -> Any:
     import yaml
 
-    from gdlib import registry
     from gdlib.config import Config
+
+    try:
+        return Config.parse(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not a YAML file: {error}") from None
+
+
+def _download(arguments: argparse.Namespace) -> None:
+    from gdlib.config import ConfigError
+    from gdlib.data.download import download
+    from gdlib.registry import nearest
+
+    config = _catalogue(arguments.config)
+    if arguments.to:
+        config = config.model_copy(update={"raw_folders": (str(arguments.to),)})
+    for name in arguments.names:
+        if name not in config.datasets:
+            raise ValueError(
+                f'{arguments.config}: there is no dataset "{name}": {nearest(name, list(config.datasets))}'
+            )
+        files = config.datasets[name].download
+        try:
+            folder = config.raw_folder(name)
+        except ConfigError:
+            if not files:  # then it says how to get them
+                raise
+            folder = config.new_folder(name)
+        if files:
+            download(files, folder)
+        else:
+            print(f"{folder}: is already there" if folder else f"{name}: is made here, there is nothing to download")
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from gdlib import registry
     from gdlib.models import build
     from gdlib.profile import count_macs, count_parameters
 
-    try:
-        config = Config.parse(yaml.safe_load(arguments.config.read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{arguments.config}: not a YAML file: {error}") from None
+    config = _catalogue(arguments.config)
     networks = [
         (role, name, network, registry.axes(network.model) or build(network.model, network.options).ndim)
         for role, group in (("teacher", config.teachers), ("student", config.students))
@@ -364,6 +427,20 @@ def _models(arguments: argparse.Namespace) -> None:
             macs = count_macs(network.model, network.options, shape)
             size = "x".join(map(str, shape))
             print(f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} {macs / 1e9:10.2f} {size}")
+
+
+def _networks(arguments: argparse.Namespace) -> None:
+    from gdlib.profile import network_table
+
+    config = _catalogue(arguments.config)
+    groups = (("teacher", config.teachers), ("student", config.students))
+    print(
+        network_table(
+            (name, network.title, role, network.model, network.options)
+            for role, group in groups
+            for name, network in group.items()
+        )
+    )
 
 
 if __name__ == "__main__":

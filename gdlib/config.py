@@ -9,10 +9,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from gdlib import registry
-from gdlib.schema import Dataset, Network, Plot, PlotMetrics, Recipe, RunSpec, Section, Segmenter, Study, Term
+from gdlib.schema import (
+    Ablation,
+    Dataset,
+    Method,
+    Network,
+    Plot,
+    PlotMetrics,
+    Recipe,
+    RunSpec,
+    Section,
+    Segmenter,
+    Study,
+    Term,
+)
 
 TEACHER = "teacher"  # the method name of every teacher run
 SEGMENTERS = get_args(Segmenter)
@@ -26,14 +39,26 @@ class Config(Section):
     """The whole of `config.yaml`."""
 
     study: str
-    raw_folders: tuple[str, ...] = Field(("raw",), description="where datasets are looked for, in this order")
+    only: tuple[str, ...] = Field((), description="of the study's datasets these alone, a list or joined by commas")
+    raw_folders: tuple[str, ...] = Field(
+        ("raw",), min_length=1, description="where datasets are looked for, in this order; downloads go into the first"
+    )
+    download: bool = Field(
+        False, description="fetch what the study lacks and may be downloaded; nothing is fetched unasked"
+    )
     studies: dict[str, Study]
     datasets: dict[str, Dataset]
     teachers: dict[str, Network]
     students: dict[str, Network]
-    methods: dict[str, tuple[Term, ...]]
+    methods: dict[str, Method]
+    ablations: dict[str, Ablation] = {}
     recipes: dict[Literal["teacher", "student"], Recipe]
     plot: Plot = Plot()
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> "Config":
@@ -46,6 +71,8 @@ class Config(Section):
             config = cls.model_validate(raw)
             config._check_names()
             _check_name("study", config.study, config.studies)
+            for name in config.only:
+                _check_name("only", name, config.studies[config.study].datasets)
             for name in config.studies:
                 config._check_study(name)
         except ValidationError as error:
@@ -56,8 +83,15 @@ class Config(Section):
 
     @property
     def selected(self) -> Study:
-        """The study to run."""
-        return self.studies[self.study]
+        """The study to run, with those of its datasets that are."""
+        study = self.studies[self.study]
+        chosen = tuple(name for name in study.datasets if name in self.only)
+        return study.model_copy(update={"datasets": chosen}) if self.only else study
+
+    @property
+    def left_out(self) -> list[str]:
+        """The datasets of the study that are not run."""
+        return [name for name in self.studies[self.study].datasets if name not in self.selected.datasets]
 
     def network(self, name: str) -> Network:
         """Return a teacher or student of the catalogue."""
@@ -67,9 +101,15 @@ class Config(Section):
         """Is this the name of a teacher?"""
         return network in self.teachers
 
-    def teacher_of(self, dataset: str) -> str:
-        """Return the teacher that the selected study uses on a dataset."""
-        return self._fitting(self.selected.teachers, dataset)[0]
+    def teachers_of(self, dataset: str) -> list[str]:
+        """Return the teachers that the selected study uses on a dataset, the main one first."""
+        main = self._fitting(self.selected.teachers, dataset)[0]
+        more = self._fitting(self.selected.more_teachers, dataset)
+        return list(dict.fromkeys([main, *more]))
+
+    def teacher_of(self, dataset: str, method: str = TEACHER) -> str:
+        """Return the teacher of a method on a dataset: the one it names, or the main one."""
+        return method.partition("@")[2] or self.teachers_of(dataset)[0]
 
     def students_of(self, dataset: str) -> list[str]:
         """Return the students that the selected study trains on a dataset."""
@@ -78,6 +118,30 @@ class Config(Section):
     def _fitting(self, networks: Iterable[str], dataset: str) -> list[str]:
         """Those of these networks that take images with as many axes as the dataset has."""
         return [n for n in networks if registry.axes(self.network(n).model) in (None, self.datasets[dataset].ndim)]
+
+    def methods_of(self, dataset: str) -> list[str]:
+        """Return all methods of the selected study on a dataset: by name, with its other teachers, and of its ablations."""
+        study = self.selected
+        other = self.teachers_of(dataset)[1:]
+        more = [f"{m}@{teacher}" for teacher in other for m in study.methods if self.methods[m].terms]
+        return [*study.methods, *more, *(m for name in study.ablations for m in self.ablated(name))]
+
+    def ablated(self, ablation: str) -> list[str]:
+        """Return the names of the methods of an ablation, in the order of their values."""
+        return [f"{ablation}={_text(value)}" for value in self.ablations[ablation].values]
+
+    def method(self, name: str) -> Method:
+        """Return a method: of the catalogue, with or without the teacher it names, or of an ablation."""
+        name = name.partition("@")[0]
+        ablation, is_one, text = name.partition("=")
+        if not is_one:
+            return self.methods[name]
+        chosen = self.ablations[ablation]
+        value = next(v for v in chosen.values if _text(v) == text)
+        raw = self.methods[chosen.method].model_dump()
+        for key in chosen.keys:
+            _put(raw, key, value)
+        return Method.model_validate(raw)
 
     def shown(self, dataset: str) -> PlotMetrics:
         """Return which metrics the report shows of a dataset."""
@@ -88,8 +152,9 @@ class Config(Section):
         study = self.selected
         out: list[tuple[str, str, str, int]] = []
         for dataset in study.datasets:
-            out += [(dataset, self.teacher_of(dataset), TEACHER, seed) for seed in study.teacher_seeds]
-            out += [(dataset, s, m, k) for s in self.students_of(dataset) for m in study.methods for k in study.seeds]
+            out += [(dataset, t, TEACHER, seed) for t in self.teachers_of(dataset) for seed in study.teacher_seeds]
+            methods = self.methods_of(dataset)
+            out += [(dataset, s, m, k) for s in self.students_of(dataset) for m in methods for k in study.seeds]
         return out
 
     def recipe(self, study: str, dataset: str, role: str) -> Recipe:
@@ -114,7 +179,9 @@ class Config(Section):
     def run(self, dataset: str, network: str, method: str, seed: int) -> RunSpec:
         """Gather what one training of the selected study needs."""
         data, net = self.datasets[dataset], self.network(network)
+        chosen = Method() if method == TEACHER else self.method(method)
         recipe = self.recipe(self.study, dataset, "teacher" if method == TEACHER else "student")
+        recipe = _merge(recipe, chosen.recipe) if chosen.recipe else recipe
         return RunSpec(
             dataset=dataset,
             network=network,
@@ -128,30 +195,49 @@ class Config(Section):
             targets=data.targets,
             segmenters=data.segmenters,
             recipe=recipe,
-            terms=() if method == TEACHER else self.methods[method],
+            terms=chosen.terms,
         )
 
     def raw_folder(self, dataset: str) -> Path | None:
         """Return where the files of a dataset are, or None for synthetic data.
 
         Raises:
-            ConfigError: when the folder is in none of `raw_folders`.
+            ConfigError: when the folder is in none of `raw_folders`, or empty.
         """
         folder = self.datasets[dataset].folder
         if folder is None:
             return None
-        for base in self.raw_folders:
-            if (Path(base) / folder).is_dir():
-                return Path(base) / folder
+        places = [Path(base) / folder for base in self.raw_folders]
+        for place in places:
+            if place.is_dir() and any(place.iterdir()):
+                return place
         raise ConfigError(
-            f'config: dataset "{dataset}" needs the folder {" or ".join(str(Path(b) / folder) for b in self.raw_folders)}, '
-            "which does not exist; put the files there or add their place to raw_folders"
+            f'config: dataset "{dataset}" needs the folder {" or ".join(map(str, places))}, which does not exist or is empty; '
+            f"{self.how_to_get(dataset)}, or add their place to raw_folders"
         )
+
+    def new_folder(self, dataset: str) -> Path:
+        """Return where the files of a dataset go that is not there."""
+        return Path(self.raw_folders[0]) / (self.datasets[dataset].folder or "")
+
+    def how_to_get(self, dataset: str) -> str:
+        """Say how to get the files of a dataset that is not there, in half a sentence."""
+        data, folder = self.datasets[dataset], str(self.new_folder(dataset))
+        if data.by_hand:
+            return data.by_hand.replace("{folder}", folder)
+        if data.download:
+            hosts = sorted({file.url.split("/")[2] for file in data.download})
+            return f"`gdlib download {dataset}` fetches it from {' and '.join(hosts)} into {folder}"
+        return f"put the files into {folder}"
 
     def _check_names(self) -> None:
         for key, data in self.datasets.items():
             with _within(f"datasets.{key}"):
                 registry.SOURCES.check(data.source, data.options)
+                if data.download and (data.by_hand or not data.folder):
+                    raise registry.UnknownName("what is downloaded needs a `folder`, and is not got `by_hand`")
+                if len({file.name for file in data.download}) < len(data.download):
+                    raise registry.UnknownName("two files of `download` have the same name")
                 if len({len(o) for o in data.offsets} | {len(data.patch)}) != 1:
                     raise registry.UnknownName("offsets and patch must have the same number of axes")
                 for segmenter, parameters in data.segmentation.items():
@@ -170,9 +256,16 @@ class Config(Section):
             raise registry.UnknownName(f"{sorted(clash)[0]} is both a teacher and a student: rename one")
         if TEACHER in self.methods:
             raise registry.UnknownName(f'methods: the name "{TEACHER}" is taken by the teacher\'s own training')
-        for key, terms in self.methods.items():
+        for key, method in self.methods.items():
             with _within(f"methods.{key}"):
-                _check_terms(terms)
+                if set(key) & set("=@/"):
+                    raise registry.UnknownName('a name cannot have "=", "@" or "/" in it')
+                self._check_method(method)
+        for key, ablation in self.ablations.items():
+            _check_name(f"ablations.{key}.method", ablation.method, self.methods)
+            with _within(f"ablations.{key}"):
+                for name in self.ablated(key):
+                    self._check_method(self.method(name))
         for role in ("teacher", "student"):
             if role not in self.recipes:
                 raise registry.UnknownName(f'the key "recipes.{role}" is missing')
@@ -189,13 +282,20 @@ class Config(Section):
         for method in self.plot.panel_methods:
             _check_name("plot.panel_methods", method, self.methods)
 
+    def _check_method(self, method: Method) -> None:
+        _check_terms(method.terms)
+        if method.recipe:
+            _check_recipe("recipe", _merge(self.recipes["student"], method.recipe))
+
     def _check_study(self, name: str) -> None:
         study = self.studies[name]
         for key, chosen, catalogue in (
             ("datasets", study.datasets, self.datasets),
             ("teacher", study.teachers, self.teachers),
             ("students", study.students, self.students),
+            ("more_teachers", study.more_teachers, self.teachers),
             ("methods", study.methods, self.methods),
+            ("ablations", study.ablations, self.ablations),
             ("recipes", study.recipes, self.datasets),
         ):
             for one in chosen:
@@ -257,6 +357,27 @@ def _check_segmentation(segmenter: str, parameters: Iterable[str], ndim: int) ->
 
     for parameter in parameters:
         _check_name(f"segmentation.{segmenter}", parameter, defaults(segmenter, ndim))
+
+
+def _text(value: Any) -> str:
+    """A value as it is part of a method's name."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _put(method: dict[str, Any], key: str, value: Any) -> None:
+    """Set one value of a method, `recipe.(key)` or `terms.(name).(key)`, in its plain form."""
+    part, *path = key.split(".")
+    if part == "terms" and len(path) > 1:
+        names = {Term.model_validate(term).name: term for term in method["terms"]}
+        _check_name(f'key "{key}"', path[0], names)
+        place, path = names[path[0]], path[1:]
+    elif part == "recipe" and path:
+        place = method["recipe"]
+    else:
+        raise registry.UnknownName(f'key "{key}": write recipe.(key) or terms.(name of a term).(key)')
+    for step in path[:-1]:
+        place = place.setdefault(step, {})
+    place[path[-1]] = value
 
 
 def _check_recipe(where: str, recipe: Recipe) -> None:

@@ -55,17 +55,21 @@ class Registry:
         valid = self.parameters(name)
         for option in options or {}:
             if option not in valid:
-                raise UnknownName(f'{self.kind} "{name}" has no option "{option}": {nearest(option, valid)}')
+                raise UnknownName(f'{self.kind} "{name}" has no option "{option}": {nearest(option, list(valid))}')
 
-    def parameters(self, name: str) -> list[str]:
-        """Return the option names of a plug-in: its keyword-only parameters, read from the source text."""
+    def parameters(self, name: str) -> dict[str, Any]:
+        """Return the options of a plug-in, its keyword-only parameters, with their defaults; read from the source text.
+
+        The default is None where there is none, or where it is no plain value.
+        """
         public = _public(self.folder / f"{name}.py")
-        if isinstance(public, ast.FunctionDef):
-            return [argument.arg for argument in public.args.kwonlyargs]
-        for item in public.body:
-            if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-                return [argument.arg for argument in item.args.kwonlyargs]
-        return []
+        if isinstance(public, ast.ClassDef):
+            inits = [item for item in public.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+            if not inits:
+                return {}
+            public = inits[0]
+        pairs = zip(public.args.kwonlyargs, public.args.kw_defaults, strict=True)
+        return {argument.arg: _literal(default) for argument, default in pairs}
 
     def get(self, name: str) -> Any:
         """Import one plug-in and return its public object."""
@@ -89,6 +93,14 @@ def _public(path: Path) -> ast.FunctionDef | ast.ClassDef:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and listed == [node.name]:
             return node
     raise UnknownName(f"{path}: a plug-in file needs `__all__` with exactly one name, of a class or a function in it")
+
+
+def _literal(node: ast.expr | None) -> Any:
+    """Return the value of a plain expression, None of any other."""
+    try:
+        return None if node is None else ast.literal_eval(node)
+    except ValueError:
+        return None
 
 
 def _assigned(scope: ast.Module | ast.ClassDef, name: str) -> Any:

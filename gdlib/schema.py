@@ -2,9 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-Segmenter = Literal["mutex_watershed", "waterz", "multicut"]
+Segmenter = Literal["mutex_watershed", "waterz", "multicut", "mutex_watershed_masked"]
 
 
 class Section(BaseModel):
@@ -32,6 +32,24 @@ class Targets(Section):
     )
 
 
+class RemoteFile(Section):
+    """A file that may be downloaded freely; see `gdlib.data.download`."""
+
+    url: str = Field(pattern=r"^https?://\S+/[^/?#]+$", description="official address; its end is the name of the file")
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="left out where nobody knows it; never made up"
+    )
+    into: str | None = Field(
+        None, description="unpack this zip archive there, below the dataset's folder; `.` is that folder itself"
+    )
+    inside: str = Field("", description="only what is below this folder of the archive, and without it")
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.url.rpartition("/")[2]
+
+
 class Dataset(Section):
     """One dataset of the catalogue."""
 
@@ -39,6 +57,11 @@ class Dataset(Section):
     source: str = Field(description="a file stem of gdlib/data/sources, or package.module:function")
     options: dict[str, Any] = {}
     folder: str | None = Field(None, description="below one of `raw_folders`; none for synthetic data")
+    download: tuple[RemoteFile, ...] = Field((), description="what together makes the content of the folder")
+    by_hand: str = Field(
+        "",
+        description="in place of `download`, how one gets the files and what of them goes into the folder, as half a sentence",
+    )
     channels: int = Field(1, ge=1)
     offsets: tuple[tuple[int, ...], ...] = Field(
         min_length=1, description="of the affinities, in pixels; the first ndim are attractive"
@@ -75,8 +98,10 @@ class Term(Section):
     term: str = Field(description="a file stem of gdlib/distill/terms, or package.module:Class")
     weight: float = Field(ge=0)
     memory: bool = Field(False, description="compare with other images through the memory bank")
-    level: str | None = Field(
-        None, description="feature map that is compared, by its name in both networks; else the embedding"
+    level: str | tuple[str, ...] | None = Field(
+        None,
+        description="feature map that is compared, by its name in both networks, or several names, the first that both have; "
+        "else the embedding",
     )
     options: dict[str, Any] = {}
 
@@ -84,8 +109,31 @@ class Term(Section):
     def name(self) -> str:
         """Unique name within a method, for logs: term, scope, options."""
         parts = [self.term.rpartition(":")[2], *(str(v) for v in self.options.values() if isinstance(v, str))]
-        parts += [self.level] if self.level else []
+        parts += [self.level if isinstance(self.level, str) else self.level[0]] if self.level else []
         return "_".join([*parts, "inter"] if self.memory else parts)
+
+
+class Method(Section):
+    """What is added to the supervised loss; a list of terms alone is short for it."""
+
+    terms: tuple[Term, ...] = ()
+    recipe: dict[str, Any] = Field({}, description="changes to the student's recipe")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_terms(cls, value: Any) -> Any:
+        return {"terms": value} if isinstance(value, list | tuple) else value
+
+
+class Ablation(Section):
+    """One setting of a method at several values; each is a method of its own, named `ablation=value`."""
+
+    title: str = Field("", description="name in tables and figures")
+    method: str = Field(description="the method that is changed")
+    keys: tuple[str, ...] = Field(
+        min_length=1, description="what gets the value: recipe.(key), or terms.(name of a term).(key)"
+    )
+    values: tuple[bool | int | float | str, ...] = Field(min_length=1)
 
 
 class Bank(Section):
@@ -184,6 +232,15 @@ class Study(Section):
     )
     students: tuple[str, ...] = Field(description="a dataset takes those for its number of axes")
     methods: tuple[str, ...]
+    ablations: tuple[str, ...] = Field((), description="their methods are run too")
+    more_teachers: tuple[str, ...] = Field(
+        (), description="students learn from these too, by every method that asks a teacher: `method@teacher`"
+    )
+    teacher_cache: int | None = Field(
+        None,
+        gt=0,
+        description="batches of patches that are drawn and shown to the teacher once, for all students of a seed",
+    )
     seeds: tuple[int, ...]
     teacher_seeds: tuple[int, ...] = Field((0,), min_length=1, description="students learn from the first")
     teacher_recipe: dict[str, Any] = Field({}, description="changes to recipes: teacher")
@@ -252,3 +309,14 @@ class RunSpec(Section):
         """Side lengths of the training patches, in pixels."""
         assert self.recipe.patch is not None
         return self.recipe.patch
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """All that its training patches depend on besides the images: arguments of `gdlib.data.patches.PatchSampler`."""
+        recipe = self.recipe.model_dump(mode="json", include={"patch", "batch_size", "augment"})
+        return {
+            **recipe,
+            "normalisation": self.normalisation.model_dump(mode="json"),
+            "border": self.targets.border,
+            "seed": self.seed,
+        }

@@ -1,15 +1,18 @@
-"""From affinities to instances (numpy only, 2D and 3D): three segmenters, and how their parameters are chosen.
+"""From affinities to instances (numpy only, 2D and 3D): the segmenters, and how their parameters are chosen.
 
 | segmenter | what it does | what is left to choose |
 |---|---|---|
 | `mutex_watershed` | visits all edges, the strongest first: short ones attract with a, long ones repel with 1 - a | |
 | `waterz` | joins touching fragments, the pair of highest mean affinity first | where to stop: `threshold` |
 | `multicut` | cuts the graph of touching fragments where this costs least | what an edge of affinity 1/2 costs: `beta` |
+| `mutex_watershed_masked` | the mutex watershed, told by the ground truth what is foreground | |
 
 `waterz` and `multicut` use the affinities of nearest neighbours only, and start from the same fragments: a watershed in
-every section, in 2D the one there is. All three partition the foreground alone; a `foreground_threshold` of 0 makes
-everything foreground, as it should be where objects fill the whole image. A new segmenter is one function and one entry
-of `SEGMENTERS`, the dict at the end of this file.
+every section, in 2D the one there is. All partition the foreground alone; a `foreground_threshold` of 0 makes everything
+foreground, as it should be where objects fill the whole image. A segmenter whose name ends in `_masked` gets the foreground of
+the ground truth in place of the predicted one, as the Leaf Segmentation Challenge hands it out; it judges how objects are told
+apart, and cannot be used on images without ground truth. A new segmenter is one function and one entry of `SEGMENTERS`, the
+dict at the end of this file.
 """
 
 import contextlib
@@ -45,7 +48,8 @@ def segment(
 
     Args:
         affinity: (K, [Z,] Y, X), uint8 in [0, 255] or float in [0, 1]; the first n channels (n = number of axes) attract.
-        foreground: ([Z,] Y, X), same type, probability of "belongs to an object".
+        foreground: ([Z,] Y, X), same type, probability of "belongs to an object"; for a masked segmenter of any type, the truth,
+            0 outside of all objects.
         offsets: K displacements in array order.
         segmenter: a key of `SEGMENTERS`.
         parameters: of the segmenter; those left out have the values of `defaults`. They are
@@ -107,7 +111,7 @@ def tune(
         The parameters, and the mean of every metric with them.
     """
     ndim = labels[0].ndim
-    images = [_Image(*prediction, offsets, segmenter) for prediction in predictions]
+    images = list(_images(predictions, labels, offsets, segmenter))
     chosen = defaults(segmenter, ndim)
     best = _mean_scores(images, labels, ignores, chosen)
     for name, values in grid(segmenter, ndim).items():
@@ -131,8 +135,12 @@ def score(
 ) -> dict[str, float]:
     """Mean of every metric over images, for one choice of parameters; those left out have their default."""
     parameters = _known(segmenter, labels[0].ndim, parameters)
-    images = (_Image(*prediction, offsets, segmenter) for prediction in predictions)
-    return _mean_scores(images, labels, ignores, parameters)
+    return _mean_scores(_images(predictions, labels, offsets, segmenter), labels, ignores, parameters)
+
+
+def is_masked(segmenter: str) -> bool:
+    """Does this segmenter need the foreground of the ground truth?"""
+    return segmenter.endswith("_masked")
 
 
 class _Image:
@@ -151,6 +159,13 @@ class _Image:
             self.finish = self.prepare(*self.prediction, **slow)
             self.slow = slow
         return _without_small(self.finish(**parameters), min_fragment, min_size)
+
+
+def _images(
+    predictions: Sequence[Prediction], labels: Sequence[np.ndarray], offsets: Offsets, segmenter: str
+) -> Iterator[_Image]:
+    for (affinity, foreground), label in zip(predictions, labels, strict=True):
+        yield _Image(affinity, label > 0 if is_masked(segmenter) else foreground, offsets, segmenter)
 
 
 def _mean_scores(
@@ -222,6 +237,15 @@ def _mutex_watershed(
         strides = (1,) * (ndim - 2) + (int(stride),) * 2  # sections are few and far apart: none is left out
         label[box] = bic.segmentation.mutex_watershed(weight, offsets, ndim, strides=strides, mask=mask[box])
     return lambda: label
+
+
+def _mutex_watershed_masked(
+    affinity: np.ndarray, foreground: np.ndarray, offsets: Offsets, *, stride: int, exponent: float
+) -> Callable[[], np.ndarray]:
+    """Partition where the truth has objects."""
+    return _mutex_watershed(
+        affinity, foreground > 0, offsets, foreground_threshold=1.0, stride=stride, exponent=exponent
+    )
 
 
 def _waterz(
@@ -400,4 +424,9 @@ SEGMENTERS: dict[str, Segmenter] = {
     ),
     "waterz": Segmenter("waterz", _waterz, {"foreground_threshold": _FOREGROUND, "threshold": _THRESHOLD} | _SMALL),
     "multicut": Segmenter("multicut", _multicut, {"foreground_threshold": _FOREGROUND, "beta": _BETA} | _SMALL),
+    "mutex_watershed_masked": Segmenter(
+        "mutex watershed in the true foreground",
+        _mutex_watershed_masked,
+        {"stride": _STRIDE, "exponent": _EXPONENT} | _SMALL,
+    ),
 }

@@ -40,16 +40,34 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
 
     file = {"type": Path, "required": True, "metavar": "FILE"}
     text = {"required": True, "metavar": "JSON", "type": json.loads}
+    maybe = {"type": Path, "metavar": "FILE"}
     threads = {"type": int, "metavar": "N", "help": "CPU threads"}
     device = {"default": "auto", "help": "auto, cpu, cuda, ..."}
-    segmenter = {"required": True, "metavar": "NAME", "help": "mutex_watershed, waterz or multicut"}
+    segmenter = {
+        "required": True,
+        "metavar": "NAME",
+        "help": "mutex_watershed, waterz, multicut or mutex_watershed_masked",
+    }
+    add(
+        "download", _download, "Download the files of a dataset, all or none.",
+        files=text, folder={"type": Path, "required": True, "metavar": "DIR"},
+    )  # fmt: skip
     add(
         "prepare", _prepare, "Check the images of a dataset and write its train, val and test samples.",
         dataset=text, root={"type": Path, "metavar": "DIR"}, train=file, val=file, test=file,
     )  # fmt: skip
     add(
+        "draw", _draw, "Draw augmented patches for all students of one seed.",
+        drawing=text, networks=text, train=file, out=file, batches={"type": int, "required": True, "metavar": "N"},
+    )  # fmt: skip
+    add(
+        "teach", _teach, "Ask a teacher once about drawn patches.",
+        teacher=file, patches=file, out=file, levels={"nargs": "*", "default": [], "metavar": "NAME"},
+        precision={"default": "auto"}, threads=threads, device=device,
+    )  # fmt: skip
+    add(
         "train", _train, "Train a teacher or a student.",
-        spec=text, train=file, val=file, teacher={"type": Path, "metavar": "FILE"}, weights=file, last=file, history=file,
+        spec=text, train=file, val=file, teacher=maybe, patches=maybe, taught=maybe, weights=file, last=file, history=file,
         state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
         max_seconds={"type": float, "default": math.inf, "metavar": "S", "help": "stop, resumable, after this time"},
     )  # fmt: skip
@@ -61,6 +79,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     add(
         "segment", _segment, "Turn predictions into instances.",
         predictions=file, out=file, segmenter=segmenter, override={**text, "required": False, "default": {}},
+        data={"type": Path, "metavar": "FILE", "help": "samples, for a segmenter that needs the true foreground"},
         threads=threads,
     )  # fmt: skip
     add(
@@ -77,6 +96,13 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
 
 
+def _download(arguments: argparse.Namespace) -> None:
+    from gdlib.data.download import download
+    from gdlib.schema import RemoteFile
+
+    download([RemoteFile.model_validate(file) for file in arguments.files], arguments.folder)
+
+
 def _prepare(arguments: argparse.Namespace) -> None:
     from gdlib.data.prepare import prepare
 
@@ -84,6 +110,25 @@ def _prepare(arguments: argparse.Namespace) -> None:
     outputs = {split: getattr(arguments, split) for split in ("train", "val", "test")}
     prepare(
         dataset["source"], dataset["options"], arguments.root, outputs, tuple(dataset["patch"]), dataset["channels"]
+    )
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    from gdlib.cache import draw
+
+    draw(arguments.drawing, arguments.networks, arguments.train, arguments.out, arguments.batches)
+
+
+def _teach(arguments: argparse.Namespace) -> None:
+    from gdlib.cache import teach
+
+    teach(
+        arguments.teacher,
+        arguments.patches,
+        arguments.out,
+        levels=arguments.levels,
+        precision=arguments.precision,
+        device=arguments.device,
     )
 
 
@@ -96,6 +141,8 @@ def _train(arguments: argparse.Namespace) -> None:
         train=arguments.train,
         val=arguments.val,
         teacher=arguments.teacher,
+        patches=arguments.patches,
+        taught=arguments.taught,
         weights=arguments.weights,
         last=arguments.last,
         history=arguments.history,
@@ -125,8 +172,11 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _segment(arguments: argparse.Namespace) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from gdlib.segmentation import segment
+    from gdlib.segmentation import is_masked, segment
 
+    truth = arguments.data if is_masked(arguments.segmenter) else None
+    if is_masked(arguments.segmenter) and truth is None:
+        raise ValueError(f"{arguments.segmenter} needs the foreground of the ground truth; give the samples as --data")
     attrs = io.read_attrs(arguments.predictions)
     if not {"offsets", "segmentation", "weights_sha256"} <= set(attrs):
         raise io.DataError(f"{arguments.predictions}: this is no predictions file; make one with `gdlib step predict`")
@@ -140,7 +190,10 @@ def _segment(arguments: argparse.Namespace) -> None:
 
     def work(sample: str):
         affinity = io.read_array(arguments.predictions, sample, "affinity")
-        foreground = io.read_array(arguments.predictions, sample, "foreground")
+        if truth is None:
+            foreground = io.read_array(arguments.predictions, sample, "foreground")
+        else:
+            foreground = io.read_array(truth, sample, "label")
         return sample, segment(affinity, foreground, attrs["offsets"], arguments.segmenter, **parameters)
 
     samples = io.sample_ids(arguments.predictions)

@@ -37,6 +37,7 @@ ALLOWED = {
     "gdlib.models": "gdlib.registry",
     "gdlib.models.*": "gdlib.models gdlib.ops",
     "gdlib.models.resunet3d": "gdlib.models.resunet",
+    "gdlib.models.erfnet": "gdlib.models gdlib.models.enet",
     "gdlib.distill": "gdlib.ops gdlib.registry gdlib.models gdlib.distill.bank",  # of the models, the contract alone
     "gdlib.distill.bank": "",
     "gdlib.distill.terms": "",
@@ -46,12 +47,14 @@ ALLOWED = {
     "gdlib.data.patches": "gdlib.io gdlib.ops gdlib.data.augment gdlib.distill",  # of the distillation, the type of a batch
     "gdlib.data.files": "gdlib.io gdlib.registry",
     "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data.files",
+    "gdlib.data.download": "gdlib gdlib.io gdlib.schema",
     "gdlib.data.sources": "",
-    "gdlib.data.sources.*": "gdlib.io gdlib.registry gdlib.data.files",
+    "gdlib.data.sources.*": "gdlib.io gdlib.registry gdlib.data.files gdlib.data.sources._phantom",
     "gdlib.inference": "gdlib.io gdlib.ops gdlib.models gdlib.data.patches",
     "gdlib.streaming": "gdlib.io gdlib.inference",
-    "gdlib.training": "gdlib gdlib.config gdlib.io gdlib.ops gdlib.metrics gdlib.segmentation gdlib.models gdlib.distill "
-    "gdlib.distill.bank gdlib.data.patches gdlib.inference",
+    "gdlib.cache": "gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
+    "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.ops gdlib.metrics gdlib.segmentation gdlib.models "
+    "gdlib.distill gdlib.distill.bank gdlib.inference",
     "gdlib.profile": "gdlib.models gdlib.inference",
     "gdlib.report": "",
     "gdlib.report.*": "gdlib.io gdlib.metrics gdlib.config gdlib.report.*",
@@ -62,7 +65,7 @@ ALLOWED = {
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
     r"gdlib(\.(__main__|cli|steps|registry|schema|config|io|metrics|segmentation|baselines|report(\..*)?"
-    r"|data|data\.(files|prepare|sources(\..*)?)))?"
+    r"|data|data\.(files|prepare|download|sources(\..*)?)))?"
 )
 
 
@@ -207,7 +210,7 @@ PLUGINS = [(kind, name) for kind in (registry.SOURCES, registry.NETWORKS, regist
 def test_plug_ins_are_found():
     sources = {"ac34", "bbbc039", "cremi", "dsb2018", "folder", "neurites_phantom", "nuclei_phantom"}
     assert sources <= set(registry.SOURCES.names())
-    assert {"mala", "resunet", "resunet3d"} <= set(registry.NETWORKS.names())
+    assert {"mala", "mobilenetv2", "nestedunet", "resunet", "resunet3d", "segformer"} <= set(registry.NETWORKS.names())
     assert {"supervised", "foreground", "agd", "igd"} <= set(registry.TERMS.names())
 
 
@@ -223,10 +226,12 @@ def test_a_plug_in_file_has_one_public_name_with_options_by_keyword(kind, name):
     if kind is registry.SOURCES:
         assert next(iter(parameters)) == "root"
         del parameters["root"]
-    assert kind.parameters(name) == list(parameters)
+    read = kind.parameters(name)
+    assert list(read) == list(parameters)
     for parameter in parameters.values():
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
         assert parameter.default is not inspect.Parameter.empty
+        assert read[parameter.name] in (parameter.default, None)
 
 
 def test_a_plug_in_of_no_name_or_of_another_package():

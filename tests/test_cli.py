@@ -155,6 +155,15 @@ def test_segment_by_another_segmenter(teacher, images, by_hand, squares, tmp_pat
     assert "multicut was not tuned with these weights, only mutex_watershed" in capsys.readouterr().err
 
 
+def test_segment_needs_no_truth(teacher, images, refusal, tmp_path):
+    """Users' images have no ground truth, so a segmenter that wants its foreground is refused, tuned or not."""
+    command = segment_command(teacher, tmp_path / "a", images / "first.png", segmenter="mutex_watershed_masked")
+    line = refusal(*command)
+    assert "mutex_watershed_masked needs the foreground of a ground truth" in line
+    assert line.rstrip().endswith("choose --segmenter mutex_watershed")
+    assert not (tmp_path / "a").exists()
+
+
 def test_segment_refuses_with_one_line(teacher, images, refusal, tmp_path, squares):
     out = tmp_path / "labels"
     good = images / "first.png"
@@ -773,6 +782,22 @@ def volume_split(volume, tmp_path):
     ignore[:5] = True
     io.write_samples(tmp_path / "test.h5", [io.Sample("brain", image[None], label, ignore)])
     return tmp_path / "test.h5"
+
+
+def test_the_step_inside_the_true_foreground(teacher, splits, refusal, tmp_path):
+    predictions, out = tmp_path / "p.h5", tmp_path / "s.h5"
+    run("step", "predict", "--weights", teacher, "--data", splits["test"], "--out", predictions, "--device", "cpu")
+    command = ["step", "segment", "--predictions", predictions, "--out", out, "--segmenter", "mutex_watershed_masked"]
+    command += ["--override", '{"min_size": 0, "min_fragment": 0}']
+    assert "needs the foreground of the ground truth; give the samples as --data" in refusal(*command)
+    run(*command, "--data", splits["test"])
+    for sample in io.read_samples(splits["test"]):
+        found = io.read_array(out, sample.id, "label")
+        assert np.array_equal(found > 0, sample.label > 0)
+        assert found.max() > 1
+    line = refusal(*command, "--data", splits["val"])
+    assert str(splits["val"]) in line
+    assert 'no "label" of sample' in line
 
 
 def test_the_steps_of_a_volume(volume_split, volume, volume_model, volume_by_hand, refusal, tmp_path):

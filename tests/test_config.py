@@ -179,7 +179,8 @@ def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
         len(runs)
         == len(set(runs))
         == sum(
-            len(chosen.teacher_seeds) + len(config.students_of(d)) * len(chosen.methods) * len(chosen.seeds)
+            len(config.teachers_of(d)) * len(chosen.teacher_seeds)
+            + len(config.students_of(d)) * len(config.methods_of(d)) * len(chosen.seeds)
             for d in chosen.datasets
         )
     )
@@ -268,7 +269,7 @@ TYPOS = {
     ),
     "optimizer, name": (put("recipes.student.optimizer.name", "adamm"), "recipes.student.optimizer.name", "'adam'"),
     "bank": (put("recipes.student.bank", {"capasity": 3}), "recipes.student.bank.capasity", "capacity"),
-    "term key": (rename("methods.agd.0.weight", "wieght"), "methods.agd.0.wieght", "weight"),
+    "term key": (rename("methods.agd.0.weight", "wieght"), "methods.agd.terms.0.wieght", "weight"),
     "term name": (put("methods.agd.0.term", "adg"), "methods.agd", "agd"),
     "term option": (put("methods.agd.0.options", {"poool": 2}), "poool", "pool"),
     "model key": (rename("students.resunet_tiny.options", "option"), "students.resunet_tiny.option", "options"),
@@ -381,7 +382,7 @@ def test_a_typo_is_one_line_with_the_key_and_the_nearest_name(raw, spoil, key, s
 # Mistakes other than a wrong name; the message must name the key.
 MISTAKES = {
     "missing section": (lambda raw: raw.pop("methods"), '"methods" is missing'),
-    "missing key": (lambda raw: raw["methods"]["agd"][0].pop("weight"), "methods.agd.0.weight"),
+    "missing key": (lambda raw: raw["methods"]["agd"][0].pop("weight"), "methods.agd.terms.0.weight"),
     "missing recipe": (lambda raw: raw["recipes"].pop("teacher"), "recipes.teacher"),
     "wrong type": (put("recipes.teacher.steps", "many"), "recipes.teacher.steps"),
     "wrong range": (put("recipes.teacher.batch_size", 0), "recipes.teacher.batch_size"),
@@ -631,9 +632,10 @@ def test_raw_folder_is_the_first_that_exists(raw, tmp_path):
     text = str(caught.value)
     assert "\n" not in text
     assert all(name in text for name in ('"bbbc039"', str(tmp_path / "first" / "bbbc039"), "second", "raw_folders"))
-    (tmp_path / "second" / "bbbc039").mkdir(parents=True)
+    (tmp_path / "first" / "bbbc039").mkdir(parents=True)  # empty
+    (tmp_path / "second" / "bbbc039" / "images").mkdir(parents=True)
     assert config.raw_folder("bbbc039") == tmp_path / "second" / "bbbc039"
-    (tmp_path / "first" / "bbbc039").mkdir(parents=True)
+    (tmp_path / "first" / "bbbc039" / "images").mkdir()
     assert config.raw_folder("bbbc039") == tmp_path / "first" / "bbbc039"
 
 
@@ -650,3 +652,93 @@ def test_parsing_imports_no_torch():
 def test_nearest():
     assert registry.nearest("resnet", ["resunet", "enet"]) == 'did you mean "resunet"?'
     assert registry.nearest("zzz", ["b", "a"]) == "valid names: a, b"
+
+
+# A method with a recipe, ablations, and students of more than one teacher.
+MORE = """
+studies:
+  more:
+    datasets: [nuclei_phantom]
+    teacher: resunet_w16
+    more_teachers: [resunet_w32, resunet_w16]
+    students: [resunet_tiny]
+    methods: [none, grd]
+    ablations: [bank_size, both_weights]
+    seeds: [0]
+methods:
+  slow: {terms: [{term: agd, weight: 1.0}], recipe: {optimizer: {lr: 1.0e-4}}}
+ablations:
+  bank_size: {title: bank size K, method: grd, keys: [recipe.bank.capacity], values: [4, 32]}
+  both_weights: {method: grd, keys: [terms.agd.weight, terms.igd_edges_inter.weight], values: [0.5, 2]}
+  squared: {method: grd, keys: [terms.igd_nodes.options.power], values: [1, 2]}
+  flip: {method: slow, keys: [recipe.augment.geometry.flip], values: [true, false]}
+"""
+
+
+@pytest.fixture
+def more(raw):
+    for section, entries in yaml.safe_load(MORE).items():
+        raw.setdefault(section, {}).update(entries)
+    return raw | {"study": "more"}
+
+
+def weights(config, method):
+    spec = config.run("nuclei_phantom", "resunet_tiny", method, 0)
+    return {term.name: term.weight for term in spec.terms}
+
+
+def test_methods_of_a_study_with_ablations_and_more_teachers(more):
+    config = Config.parse(more)
+    assert config.methods_of("nuclei_phantom") == [
+        *("none", "grd", "grd@resunet_w32"),
+        *("bank_size=4", "bank_size=32", "both_weights=0.5", "both_weights=2"),
+    ]
+    teachers = [run for run in config.runs() if run[2] == TEACHER]
+    assert teachers == [("nuclei_phantom", name, TEACHER, 0) for name in ("resunet_w16", "resunet_w32")]
+    assert config.teacher_of("nuclei_phantom", "grd@resunet_w32") == "resunet_w32"
+    for method in ("none", "grd", "bank_size=4"):
+        assert config.teacher_of("nuclei_phantom", method) == "resunet_w16"
+
+
+def test_an_ablation_changes_what_it_names_and_nothing_else(more):
+    config = Config.parse(more)
+    base = config.run("nuclei_phantom", "resunet_tiny", "grd", 0)
+    bank = config.run("nuclei_phantom", "resunet_tiny", "bank_size=4", 0)
+    assert bank.recipe.bank.capacity == 4
+    assert bank.recipe.bank.sample_size == base.recipe.bank.sample_size
+    same = base.recipe.bank.model_copy(update={"capacity": 4})
+    assert bank.recipe == base.recipe.model_copy(update={"bank": same})
+    assert bank.terms == base.terms
+    assert weights(config, "grd") == {"agd": 1.0, "agd_inter": 1.0, "igd_nodes": 0.1, "igd_edges_inter": 1.0}
+    assert weights(config, "both_weights=2") == {"agd": 2, "agd_inter": 1.0, "igd_nodes": 0.1, "igd_edges_inter": 2}
+    squared = {v: config.method(f"squared={v}").terms[2] for v in (1, 2)}
+    assert {v: term.options for v, term in squared.items()} == {v: {"part": "nodes", "power": v} for v in (1, 2)}
+    still = config.run("nuclei_phantom", "resunet_tiny", "flip=false", 0)
+    assert not still.recipe.augment.geometry.flip
+    assert still.recipe.optimizer.lr == 1e-4
+    assert config.method("grd@resunet_w32") == config.method("grd")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    {
+        "recipe of a method": ("methods.slow.recipe", {"optimiser": {"lr": 1}}, "optimizer"),
+        "name of a method": ("methods.a=b", [], '"="'),
+        "base of an ablation": ("ablations.bank_size.method", "gdr", "grd"),
+        "key of an ablation": ("ablations.bank_size.keys", ["bank.capacity"], "write recipe."),
+        "term of an ablation": ("ablations.squared.keys", ["terms.igd_node.options.power"], "igd_nodes"),
+        "option of an ablation": ("ablations.squared.keys", ["terms.igd_nodes.options.powr"], "power"),
+        "value of an ablation": ("ablations.bank_size.values", [0], "greater than or equal to 1"),
+        "no value": ("ablations.bank_size.values", [], "ablations.bank_size.values"),
+        "ablation of a study": ("studies.more.ablations", ["bank_sise"], "bank_size"),
+        "another teacher": ("studies.more.more_teachers", ["resunet_w"], "resunet_w"),
+    }.values(),
+    ids=str,
+)
+def test_mistakes_in_ablations_are_one_line(more, path, value, words):
+    section, _, key = path.rpartition(".")
+    at(more, section)[key] = value
+    with pytest.raises(ConfigError) as error:
+        Config.parse(more)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

@@ -17,11 +17,12 @@ from scipy.ndimage import gaussian_filter
 from skimage.measure import label as connected_regions
 
 from gdlib import config, metrics, ops, segmentation
-from gdlib.segmentation import SEGMENTERS, defaults, grid, score, segment, tune
+from gdlib.segmentation import SEGMENTERS, defaults, grid, is_masked, score, segment, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW = Path(os.environ.get("GDLIB_RAW", ROOT.parent / "shared" / "data"))
 DEFAULTS, GRID = defaults("mutex_watershed", 2), grid("mutex_watershed", 2)
+PREDICTED = [name for name in SEGMENTERS if not is_masked(name)]  # those that are content with the predicted foreground
 PLAIN = {
     "foreground_threshold": 0.5,
     "stride": 1,
@@ -135,7 +136,7 @@ def test_a_mirrored_image_gives_mirrored_objects():
         assert same_partition(label, np.flip(result, axes))
 
 
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("segmenter", PREDICTED)
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_uint8_equals_float(ndim, segmenter):
     rng = np.random.default_rng(0)
@@ -161,7 +162,7 @@ def test_uint8_equals_float(ndim, segmenter):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("shape", [(9, 11), (3, 9, 11), (1, 1)])
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("segmenter", PREDICTED)
 def test_no_foreground(shape, dtype, segmenter):
     affinity = np.ones((len(OFFSETS[len(shape)]), *shape), dtype)
     result = segment(affinity, np.zeros(shape, dtype), OFFSETS[len(shape)], segmenter, foreground_threshold=0.5)
@@ -543,7 +544,7 @@ def test_fragments_give_the_truth_back_but_for_borders(seed, membrane, ndim, seg
     assert scores["arand"] < 0.02
 
 
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("segmenter", PREDICTED)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_volume_of_one_section_is_an_image(seed, segmenter):
     affinity, foreground, _ = noisy(seed, 2)
@@ -592,6 +593,7 @@ def test_nothing_joins_across_the_background():
     affinity[:] = 1  # all would be one, were it not for the gap
     for segmenter in SEGMENTERS:
         assert same_partition(label, segment(affinity, foreground, OFFSETS[2], segmenter))
+    for segmenter in PREDICTED:
         assert segment(affinity, foreground, OFFSETS[2], segmenter, foreground_threshold=0.0).max() == 1
 
 
@@ -637,7 +639,7 @@ def test_a_missing_package_is_one_clear_sentence():
 # --- Tuning of any segmenter -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("segmenter", PREDICTED)
 def test_tuning_is_a_search_along_one_parameter_after_the_other(segmenter):
     """The same search, with every image segmented anew for every choice."""
     images = [noisy(seed, 3) for seed in range(2)]
@@ -695,6 +697,35 @@ def test_ignored_pixels_do_not_count_in_tuning():
     assert tune([spurious], [label], OFFSETS[2], "pq", ignores=[ignore])[0] == DEFAULTS
 
 
+# --- Inside the true foreground --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_the_true_foreground_is_all_that_is_partitioned(ndim):
+    affinity, _, label = noisy(0, ndim)
+    parameters = {"min_fragment": 0, "min_size": 0}
+    result = segment(affinity, label, OFFSETS[ndim], "mutex_watershed_masked", **parameters)
+    assert_contract(result, label.shape)
+    np.testing.assert_array_equal(result > 0, label > 0)
+    parameters["foreground_threshold"] = 0.5
+    same = segment(affinity, (label > 0).astype(np.float32), OFFSETS[ndim], "mutex_watershed", **parameters)
+    np.testing.assert_array_equal(result, same)
+
+
+def test_scores_inside_the_true_foreground_ignore_the_predicted_one():
+    images = [noisy(seed, 2) for seed in range(2)]
+    good = [(affinity, foreground) for affinity, foreground, _ in images]
+    bad = [(affinity, np.roll(foreground, 3, axis=1)) for affinity, foreground in good]
+    labels = [label for *_, label in images]
+    parameters, scores = tune(bad, labels, OFFSETS[2], "sbd", "mutex_watershed_masked")
+    assert (parameters, scores) == tune(good, labels, OFFSETS[2], "sbd", "mutex_watershed_masked")
+    assert score(bad, labels, OFFSETS[2], parameters, "mutex_watershed_masked") == scores
+    assert parameters.keys() == DEFAULTS.keys() - {"foreground_threshold"}
+    _, plain = tune(bad, labels, OFFSETS[2], "sbd")
+    assert plain["dice"] < scores["dice"]
+    assert plain["sbd"] < scores["sbd"]
+
+
 # --- Real shapes -----------------------------------------------------------------------------------------------------
 
 
@@ -731,7 +762,7 @@ def disturbed(neurons):
     return [uncertain(neurons, 0.7, noise) for noise in (0.1, 0.4)]
 
 
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("segmenter", PREDICTED)
 def test_neurons_from_disturbed_affinities(neurons, disturbed, segmenter):
     parameters = {"foreground_threshold": 0.3}
     # The ids of a neuron may be of several pieces in the crop: even the truth is split a little.
@@ -749,7 +780,7 @@ def test_tuning_on_neurons_is_worth_it(neurons):
     assert tuned["voi"] < 0.9 * score([prediction], [crop], EM, {}, "waterz")["voi"]
 
 
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("segmenter", PREDICTED)
 def test_names_of_neurons_do_not_matter(neurons, segmenter):
     crop = neurons[:6]
     names = np.random.default_rng(1).permutation(np.arange(1, crop.max() + 1))

@@ -22,11 +22,24 @@ ID = "{dataset}/{network}/{method}/seed{seed}"  # of a run
 RUN = f"{RESULTS}/runs/{ID}"
 NAME = ID.replace("{", "{wildcards.")  # the same in messages
 SEGMENTED = f"{RUN}/{{segmenter}}"  # a run's instances, by one way to find them
+PATCHES = f"{RESULTS}/cache/{{dataset}}/seed{{seed}}.h5"
+TAUGHT = f"{RESULTS}/cache/{{dataset}}/{{network}}/seed{{seed}}.h5"
 PROFILE = f"{RESULTS}/profile/{{dataset}}/{{network}}.json"
 
 STUDY = CFG.selected
 PLOT = CFG.plot
 VOLUMES = [dataset for dataset in STUDY.datasets if CFG.datasets[dataset].ndim == 3]
+# Of the study on all its datasets, in the order of the configuration.
+METHODS = list(dict.fromkeys(m for d in STUDY.datasets for m in CFG.methods_of(d)))
+ABLATIONS = {
+    name: {
+        "title": CFG.ablations[name].title or name,
+        "method": CFG.ablations[name].method,
+        "values": list(CFG.ablations[name].values),
+        "methods": CFG.ablated(name),
+    }
+    for name in STUDY.ablations
+}
 KEPT = 4  # test images whose embeddings are kept; a plot option would predict again
 if PLOT.panel_sample >= KEPT:
     sys.exit(
@@ -60,7 +73,7 @@ shell.prefix(
 wildcard_constraints:
     dataset="|".join(CFG.datasets),
     network="|".join(CFG.teachers | CFG.students),
-    method="|".join([TEACHER, *CFG.methods]),
+    method="|".join(map(re.escape, [TEACHER, *METHODS])),
     seed=r"\d+",
     segmenter="|".join(SEGMENTERS),
 
@@ -89,6 +102,7 @@ PREPARE_CODE = code("data/prepare.py", "data/files.py")
 # Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
 TRAIN_CODE = code("training.py", "data/patches.py", "data/augment.py", "ops.py")
 TRAIN_CODE += code("models/__init__.py", "distill/__init__.py")
+CACHE_CODE = code("cache.py")
 MEMORY_CODE = code("distill/bank.py")
 PREDICT_CODE = code("inference.py", "streaming.py", "models/__init__.py", "ops.py")
 PREDICT_CODE += code("data/patches.py")
@@ -110,16 +124,6 @@ def plugin(kind, name):
 def grow(amount):
     """More of a resource at every attempt (see --retries)."""
     return lambda wildcards, attempt: amount * attempt
-
-
-def raw_files(wildcards):
-    """Everything below the raw folder but the hidden files that file browsers leave there."""
-    try:
-        root = CFG.raw_folder(wildcards.dataset)
-    except ConfigError as error:
-        return str(error)  # no such file: the prepared ones are used as they are
-    files = [path for path in root.rglob("[!.]*") if path.is_file()] if root else []
-    return sorted(map(str, files))
 
 
 def prepare_code(wildcards):
@@ -150,6 +154,8 @@ def train_code(wildcards):
     files = TRAIN_CODE + plugin(registry.NETWORKS, spec.model)
     if any(term.memory for term in spec.terms):
         files += MEMORY_CODE
+    if STUDY.teacher_cache is not None and wildcards.method != TEACHER:
+        files += CACHE_CODE
     for name in sorted({term.term for term in spec.all_terms}):
         files += plugin(registry.TERMS, name)
     return files
@@ -168,17 +174,66 @@ def weights(wildcards):
 
 def teacher_weights(wildcards):
     """What a student learns from; nothing if its method does not ask the teacher, so that it need not wait."""
-    if not CFG.methods[wildcards.method]:
+    if not CFG.method(wildcards.method).terms:
         return []
-    return teacher_files(wildcards.dataset)[0]
+    return weights_of(
+        wildcards.dataset, CFG.teacher_of(wildcards.dataset, wildcards.method)
+    )[0]
+
+
+def weights_of(dataset, teacher):
+    """The weights of a teacher, of all its seeds: trained here, or given in the catalogue."""
+    given = CFG.network(teacher).weights
+    runs = [(dataset, teacher, TEACHER, seed) for seed in STUDY.teacher_seeds]
+    return [given] if given else of_runs("weights.safetensors", runs)
 
 
 def teacher_files(dataset):
-    """The weights of the teachers of a dataset: trained here, or given in the catalogue."""
-    name = CFG.teacher_of(dataset)
-    given = CFG.network(name).weights
-    runs = [(dataset, name, TEACHER, seed) for seed in STUDY.teacher_seeds]
-    return [given] if given else of_runs("weights.safetensors", runs)
+    """The weights of all teachers of a dataset."""
+    return [
+        file for name in CFG.teachers_of(dataset) for file in weights_of(dataset, name)
+    ]
+
+
+def draws(dataset, seed):
+    """The run that stands for all students of a seed where their patches are drawn; None if all draw their own."""
+    if STUDY.teacher_cache is None:
+        return None
+    return CFG.run(dataset, CFG.students_of(dataset)[0], STUDY.methods[0], int(seed))
+
+
+def levels_of(dataset, teacher):
+    """The teacher's feature maps that some method of the study compares."""
+    found = set()
+    for method in CFG.methods_of(dataset):
+        if CFG.teacher_of(dataset, method) == teacher:
+            for term in CFG.method(method).terms:
+                own = {} if ":" in term.term else registry.TERMS.parameters(term.term)
+                found |= {*((own | term.options).get("levels") or ())}
+                found |= (
+                    {term.level}
+                    if isinstance(term.level, str)
+                    else {*(term.level or ())}
+                )
+    return sorted(found)
+
+
+def cached(wildcards):
+    """Patches drawn before, and the teacher's output on them, for the students that can use them."""
+    dataset, method = wildcards.dataset, wildcards.method
+    drawn = draws(dataset, wildcards.seed)
+    if drawn is None or CFG.method(method).recipe.keys() - {"bank"}:
+        return {}  # its own recipe means patches of its own
+    files = {"patches": PATCHES}
+    if CFG.method(method).terms:
+        files["taught"] = TAUGHT.replace("{network}", CFG.teacher_of(dataset, method))
+    # All that they depend on is among the student's own inputs and parameters, so students that are trained stay as they are when
+    # a file is made again for one that is new. For the same reason they are no temporary files: Snakemake would need them again
+    # for one more method, and then train every student again.
+    return {
+        name: ancient(path.format(dataset=dataset, seed=wildcards.seed))
+        for name, path in files.items()
+    }
 
 
 def of_runs(name, runs):
@@ -196,9 +251,15 @@ def metrics_of(runs):
     ]
 
 
+def true_foreground(wildcards):
+    """The ground truth, where a segmenter is told what is foreground."""
+    masked = wildcards.segmenter.endswith("_masked")
+    return f"{DATA}/test.h5".format(dataset=wildcards.dataset) if masked else []
+
+
 def networks_of(dataset):
-    """The teacher and the students of a dataset."""
-    return [CFG.teacher_of(dataset), *CFG.students_of(dataset)]
+    """The teachers and the students of a dataset."""
+    return [*CFG.teachers_of(dataset), *CFG.students_of(dataset)]
 
 
 def profiles_of(*datasets):
@@ -239,11 +300,17 @@ def titles(*groups):
 
 
 def budget(dataset):
-    """How long the networks were trained, in words for the caption of a table."""
-    teacher, *_, student = (CFG.run(*run).recipe for run in runs_on(dataset))
+    """How long the networks were trained, and what the study lacks, in words for the caption of a table."""
+    teacher, student = (
+        CFG.recipe(CFG.study, dataset, role) for role in ("teacher", "student")
+    )
+    cache = STUDY.teacher_cache
     return (
         f"training: teacher {teacher.steps} steps of {teacher.batch_size} patches,"
         f" students {student.steps} of {student.batch_size}"
+        + f", {cache} of them drawn, the others shown again"
+        * bool(cache and cache < student.steps)
+        + f"; left out of the study: {', '.join(CFG.left_out)}" * bool(CFG.left_out)
     )
 
 
@@ -254,7 +321,7 @@ def figure(name, title):
     ]
     shown = report(
         first,
-        caption=f"../report/{name}.rst",
+        caption=f"../report/{name.partition('_')[0]}.rst",
         category="Figures",
         subcategory="{dataset}",
         labels={"figure": title},

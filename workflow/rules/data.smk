@@ -26,7 +26,7 @@ rule prepare:
                 mode="json", include={"source", "options", "channels", "patch"}
             )
         ),
-        root=lambda wildcards: option("--root", CFG.raw_folder(wildcards.dataset)),
+        root=lambda wildcards: option("--root", raw_root(wildcards.dataset)),
     message:
         "Prepare {wildcards.dataset}"
     shell:

@@ -31,6 +31,7 @@ rule predict:
 rule segment:
     input:
         predictions=f"{RUN}/predictions.h5",
+        truth=true_foreground,
         code=code("segmentation.py"),
     output:
         f"{SEGMENTED}/segmentation.h5",
@@ -49,8 +50,9 @@ rule segment:
         override=lambda wildcards: compact(
             CFG.datasets[wildcards.dataset].segmentation.get(wildcards.segmenter, {})
         ),
+        truth=lambda wildcards, input: option("--data", input.truth),
     message:
         f"Segment {NAME} by {{wildcards.segmenter}}"
     shell:
         "python -m gdlib step segment --predictions {input.predictions} --out {output}"
-        " --segmenter {wildcards.segmenter} --override {params.override:q} --threads {threads} > {log} 2>&1"
+        " --segmenter {wildcards.segmenter} --override {params.override:q} {params.truth:q} --threads {threads} > {log} 2>&1"
