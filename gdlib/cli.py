@@ -123,15 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--shape", type=int, nargs="+", help="image size (default: 544 544, or 32 256 256 for networks of volumes)"
     )
-    models.set_defaults(function=_models)
-
-    networks = commands.add_parser(
-        "networks",
-        help="describe the networks, as Markdown",
-        description="Describe every network of a catalogue as a Markdown page: parameters, operations, context, levels.",
+    models.add_argument(
+        "--markdown", action="store_true", help="print a page with context and levels too, docs/networks.md"
     )
-    networks.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
-    networks.set_defaults(function=_networks)
+    models.set_defaults(function=_models)
 
     download = commands.add_parser(
         "download",
@@ -404,7 +399,7 @@ def _download(arguments: argparse.Namespace) -> None:
 def _models(arguments: argparse.Namespace) -> None:
     from gdlib import registry
     from gdlib.models import build
-    from gdlib.profile import count_macs, count_parameters
+    from gdlib.profile import count_macs, count_parameters, network_table
 
     config = _catalogue(arguments.config)
     networks = [
@@ -412,6 +407,9 @@ def _models(arguments: argparse.Namespace) -> None:
         for role, group in (("teacher", config.teachers), ("student", config.students))
         for name, network in group.items()
     ]
+    if arguments.markdown:
+        print(network_table((name, n.title, role, n.model, n.options) for role, name, n, _ in networks))
+        return
     shapes = {2: (544, 544), 3: (32, 256, 256)}
     if arguments.shape:
         shapes = {len(arguments.shape): tuple(arguments.shape)}
@@ -427,21 +425,3 @@ def _models(arguments: argparse.Namespace) -> None:
             macs = count_macs(network.model, network.options, shape)
             size = "x".join(map(str, shape))
             print(f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} {macs / 1e9:10.2f} {size}")
-
-
-def _networks(arguments: argparse.Namespace) -> None:
-    from gdlib.profile import network_table
-
-    config = _catalogue(arguments.config)
-    groups = (("teacher", config.teachers), ("student", config.students))
-    print(
-        network_table(
-            (name, network.title, role, network.model, network.options)
-            for role, group in groups
-            for name, network in group.items()
-        )
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -574,7 +574,7 @@ def test_every_plugin_file_exports_exactly_one_object(registry):
 
 @pytest.mark.parametrize(
     ("registry", "wrong", "right"),
-    [(NETWORKS, "resnet", "resunet"), (TERMS, "superviced", "supervised"), (TERMS, "ikd", "igd")],
+    [(NETWORKS, "resnet", "resunet"), (TERMS, "superviced", "supervised"), (TERMS, "igdd", "igd")],
 )
 def test_a_wrong_name_gives_the_nearest(registry, wrong, right):
     for act in (registry.get, registry.check):

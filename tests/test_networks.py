@@ -127,7 +127,7 @@ def test_page_about_the_networks_is_up_to_date():
     groups = (("teacher", config.teachers), ("student", config.students))
     rows = [(name, n.title, role, n.model, n.options) for role, group in groups for name, n in group.items()]
     page = (ROOT / "docs" / "networks.md").read_text()
-    assert page == network_table(rows) + "\n", "make it again: gdlib networks > docs/networks.md"
+    assert page == network_table(rows) + "\n", "make it again: gdlib models --markdown > docs/networks.md"
     for name, *_, model, options in rows:
         (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
         assert f"{sum(p.numel() for p in build(model, options).to('meta').parameters()):,}" in line

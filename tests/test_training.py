@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from gdlib import io, training
+from gdlib import cache, io, training
 from gdlib.config import Recipe
 from gdlib.inference import Predictor
 from gdlib.metrics import METRICS
@@ -94,14 +94,14 @@ def rows(folder, split=None, name=None):
 
 def stop_at(monkeypatch, batch, action):
     """Do something when the sampler is asked for this batch."""
-    original = training.PatchSampler.batch
+    original = cache.PatchSampler.batch
 
     def replacement(self, step):
         if step == batch:
             action()
         return original(self, step)
 
-    monkeypatch.setattr(training.PatchSampler, "batch", replacement)
+    monkeypatch.setattr(cache.PatchSampler, "batch", replacement)
 
 
 def assert_nothing_written(folder):
@@ -227,10 +227,10 @@ def test_kill_9_then_resume_is_bit_for_bit_the_same(name, finished, splits, teac
     command += [f"--{split}={splits[split]}" for split in ("train", "val")] + [f"--state={tmp_path / 'state'}"]
     command += [f"--{Path(file).stem}={tmp_path / file}" for file in OUTPUTS]
     killer = (
-        "import os, signal, sys; from gdlib import cli, training; batch = training.PatchSampler.batch\n"
+        "import os, signal, sys; from gdlib import cache, cli; batch = cache.PatchSampler.batch\n"
         "def deadly(self, step):\n"
         f"    return os.kill(os.getpid(), signal.SIGKILL) if step == {5 * spec.recipe.accumulate} else batch(self, step)\n"
-        "training.PatchSampler.batch = deadly; sys.exit(cli.main(sys.argv[1:]))"
+        "cache.PatchSampler.batch = deadly; sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run([sys.executable, "-c", killer, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -359,7 +359,7 @@ def test_methods_of_one_seed_start_from_the_same_network_and_see_the_same_patche
 
 
 def sampler(spec, path):
-    return training.PatchSampler(
+    return cache.PatchSampler(
         path,
         patch=spec.patch,
         batch_size=spec.recipe.batch_size,
@@ -395,9 +395,9 @@ def test_accumulation_is_the_mean_over_its_batches(make_spec, splits):
 
 def test_every_batch_has_its_own_number(make_spec, train, teacher, tmp_path, monkeypatch):
     seen = {"patches": [], "memory": []}
-    batch, sample = training.PatchSampler.batch, training.MemoryBank.sample
+    batch, sample = cache.PatchSampler.batch, training.MemoryBank.sample
     monkeypatch.setattr(
-        training.PatchSampler, "batch", lambda self, step: seen["patches"].append(step) or batch(self, step)
+        cache.PatchSampler, "batch", lambda self, step: seen["patches"].append(step) or batch(self, step)
     )
     monkeypatch.setattr(
         training.MemoryBank, "sample", lambda self, ids, step: seen["memory"].append(step) or sample(self, ids, step)
@@ -689,13 +689,13 @@ def test_mala_learns_from_mala(make_spec, train_volume, volume_splits, tmp_path)
 def test_the_sampler_gets_the_margin_and_the_border(make_spec, train, splits, teacher, tmp_path, monkeypatch):
     """The larger margin of student and teacher, per axis; the label is that of a student without a margin."""
     asked = []
-    original = training.PatchSampler
+    original = cache.PatchSampler
 
     def recorded(*args, **kwargs):
         asked.append(original(*args, **kwargs))
         return asked[-1]
 
-    monkeypatch.setattr(training, "PatchSampler", recorded)
+    monkeypatch.setattr(cache, "PatchSampler", recorded)
     targets = {"border": 2}
     valid_teacher = tmp_path / "valid" / "weights.safetensors"
     for method, network, folder, source in (

@@ -43,7 +43,11 @@ FETCHED = {
     if CFG.download and CFG.datasets[dataset].download
 }
 LACKING = [name for name in MISSING if CFG.datasets[name].folder not in FETCHED]
-if LACKING and not workflow.dryrun:
+# Snakemake knows only later whether it plans or runs.
+PLANNING = any(
+    re.fullmatch("--dry-?run|-[a-zA-Z]*n[a-zA-Z]*", word) for word in sys.argv
+)
+if LACKING and not PLANNING:
     sys.exit(advice(LACKING))
 if LACKING:
     print(f"{advice(LACKING)}\nPlanned as if all were there.", file=sys.stderr)

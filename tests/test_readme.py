@@ -1,0 +1,75 @@
+"""What the README says about images, a dataset, a student and a loss of one's own, done as it says."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+import yaml
+from test_workflow import PARTS, ROOT, snakemake
+
+README = (ROOT / "README.md").read_text()
+FILES = dict(re.findall(r"^`(gdlib/\S+\.py)`[^\n]*\n\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
+ENTRIES = re.findall(r"^```yaml\n(datasets:.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+FEW = {"batch_size": 2, "patch": [32, 32], "validate_every": 2}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return `add(entry)` -> folder with the project, what the README adds in files, and one of its configuration entries."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for part in PARTS:
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, folder / part)
+    for path, text in FILES.items():
+        assert not (folder / path).exists()
+        (folder / path).write_text(text)
+
+    def add(entry):
+        catalogue = yaml.safe_load((ROOT / "config.yaml").read_text())
+        offsets = catalogue["datasets"]["bbbc039"]["offsets"]
+        for section, more in yaml.safe_load(entry.replace("*nuclei_offsets", str(offsets))).items():
+            assert not more.keys() & catalogue[section].keys()
+            catalogue[section] |= more
+        for role, steps in (("teacher", 4), ("student", 2)):  # as said, but small
+            catalogue["recipes"][role] |= FEW | {"steps": steps}
+        (folder / "config.yaml").write_text(yaml.safe_dump(catalogue))
+        return folder
+
+    return add
+
+
+def test_the_recipes_are_there():
+    assert set(FILES) == {"gdlib/data/sources/pairs.py", "gdlib/models/plain.py", "gdlib/distill/terms/cosine.py"}
+    assert len(ENTRIES) == 2
+
+
+def test_a_dataset_a_student_and_a_loss_are_a_file_each_and_an_entry(project, squares, tmp_path):
+    folder = project(ENTRIES[1])
+    (folder / "raw" / "pairs").mkdir(parents=True)
+    for seed, name in enumerate(("a1", "a2", "b1", "c1")):
+        image, label = squares(seed, shape=(64, 64))
+        tifffile.imwrite(folder / "raw" / "pairs" / f"{name}.tif", image[0])
+        tifffile.imwrite(folder / "raw" / "pairs" / f"{name}.cells.tif", label.astype(np.uint16))
+    result = snakemake(folder, folder, "--cores", "1", "--config", "study=mine")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = (folder / "results" / "mine" / "summary.csv").read_text().splitlines()[1:]
+    methods = [("resunet_w8", "teacher"), ("plain", "none"), ("plain", "cosine")]
+    assert {tuple(row.split(",")[1:3]) for row in rows} == set(methods)
+
+
+def test_images_of_ones_own_in_two_folders(project, squares):
+    folder = project(ENTRIES[0])
+    for part in ("images", "labels"):
+        (folder / "raw" / "mycells" / part).mkdir(parents=True)
+    for seed in range(10):
+        image, label = squares(seed, shape=(128, 128))
+        tifffile.imwrite(folder / "raw" / "mycells" / "images" / f"{seed}.tif", image[0])
+        tifffile.imwrite(folder / "raw" / "mycells" / "labels" / f"{seed}.tif", label.astype(np.uint16))
+    weights = "results/mycells/runs/mycells/resunet_tiny/grd/seed0/weights.safetensors"
+    assert weights in README
+    result = snakemake(folder, folder, "--cores", "1", "--config", "study=mycells", "--", weights)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (folder / weights).exists()
