@@ -58,7 +58,7 @@ def teach(
     patches: Path | str,
     out: Path | str,
     *,
-    levels: Sequence[str] = (),
+    level: str | None = None,
     batch_size: int = 8,
     precision: str = "auto",
     device: str = "auto",
@@ -68,9 +68,8 @@ def teach(
     Args:
         teacher: its weights.
         patches: file of `draw`.
-        out: `.h5` with `embedding` (N, D, [Z,] Y, X) and `foreground` (N, 1, [Z,] Y, X), in half precision, and `features/...`,
-            the feature maps that the terms compare.
-        levels: names of these maps; those that the teacher does not have are left out.
+        out: `.h5` with, in half precision, `embedding` (N, D, [Z,] Y, X) and `foreground` (N, 1, [Z,] Y, X), or a feature map.
+        level: name of the feature map; of a teacher that does not have it nothing is written.
         batch_size: patches per pass.
         precision: of the students' recipe.
         device: name, or `auto`.
@@ -83,19 +82,19 @@ def teach(
     state, header = io.load_weights(teacher)
     network = build(header["model"], header["options"])
     network.load_state_dict(state)
-    levels = [level for level in levels if level in network.levels]
+    names = ["embedding", "foreground"] if level is None else [level] if level in network.levels else []
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}[network.ndim]
     network = folded(network).to(target, memory_format=layout)
     with io.open_h5(patches) as file, io.create_h5(out, teacher=io.sha256(teacher)) as taught:
-        count = len(file["image"])
+        count = len(file["image"]) if names else 0
         for first in tqdm(range(0, count, batch_size), unit="batch", mininterval=20):
             rows = slice(first, min(count, first + batch_size))
             image, label = (torch.from_numpy(file[name][rows]).to(target) for name in ("image", "label"))
             with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
                 output = see(network, Batch(image.contiguous(memory_format=layout), label, label))
-            maps = {"embedding": output.embedding, "foreground": output.foreground}
-            for name, part in (maps | {f"features/{level}": output.features[level] for level in levels}).items():
-                part = part.half().contiguous().cpu()
+            parts = output.features | {"embedding": output.embedding, "foreground": output.foreground}
+            for name in names:
+                part = parts[name].half().contiguous().cpu()
                 if not torch.isfinite(part).all():
                     raise io.DataError(
                         f"{teacher}: a value of its {name} is too large for half precision: do not cache it"
@@ -116,7 +115,7 @@ class CachedPatches:
 
     Args:
         patches: file of `draw`.
-        taught: file of `teach` for these patches; without it, batches come without the teacher's output.
+        taught: files of `teach` for these patches; without any, batches come without the teacher's output.
         seed: of the run.
         flip: mirror patches that are shown again.
         rotate90: turn them.
@@ -126,7 +125,7 @@ class CachedPatches:
     def __init__(
         self,
         patches: Path | str,
-        taught: Path | str | None = None,
+        taught: Sequence[Path | str] = (),
         *,
         seed: int,
         flip: bool = True,
@@ -135,8 +134,8 @@ class CachedPatches:
     ) -> None:
         self.attrs = io.read_attrs(patches)
         self.file = h5py.File(patches, "r")
-        self.taught = h5py.File(taught, "r") if taught is not None else None
-        self.levels = sorted(self.taught.get("features", ())) if self.taught else []
+        files = [h5py.File(path, "r") for path in taught]
+        self.taught = {name: file[name] for file in files for name in file}
         self.margin = tuple(self.attrs["margin"])
         self.batches = int(self.attrs["batches"])
         self.batch_size = len(self.file["ids"]) // self.batches
@@ -153,17 +152,16 @@ class CachedPatches:
             generator = self._generator(step)
             moves = [self._move(generator) for _ in range(self.batch_size)]
 
-        def read(file: h5py.File, name: str) -> Tensor:
-            parts = [torch.from_numpy(file[name][row]) for row in rows.tolist()]
+        def read(maps: h5py.Dataset) -> Tensor:
+            parts = [torch.from_numpy(maps[row]) for row in rows.tolist()]
             return torch.stack([_moved(part, *move) for part, move in zip(parts, moves, strict=True)]).to(self.device)
 
-        ignore = read(self.file, "ignore") if "ignore" in self.file else None
+        ignore = read(self.file["ignore"]) if "ignore" in self.file else None
         ids = torch.from_numpy(self.file["ids"][:])[rows].to(self.device)
-        teacher = None
-        if self.taught is not None:
-            features = {level: read(self.taught, f"features/{level}") for level in self.levels}
-            teacher = Embedding(read(self.taught, "embedding"), read(self.taught, "foreground"), features)
-        return Batch(read(self.file, "image"), read(self.file, "label").long(), ids, ignore, teacher)
+        features = {name: read(maps) for name, maps in self.taught.items()}
+        teacher = Embedding(features.pop("embedding", None), features.pop("foreground", None), features)
+        image, label = read(self.file["image"]), read(self.file["label"]).long()
+        return Batch(image, label, ids, ignore, teacher if self.taught else None)
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 2_654_435_761 + number) % 2**32)
@@ -190,7 +188,7 @@ def source_of_patches(
     margin: Sequence[int],
     device: torch.device,
     patches: Path | str | None = None,
-    taught: Path | str | None = None,
+    taught: Sequence[Path | str] = (),
     teacher: Path | str | None = None,
 ) -> PatchSampler | CachedPatches:
     """Return where the batches of a run come from.
@@ -201,7 +199,7 @@ def source_of_patches(
         margin: the largest of its networks.
         device: where batches are returned.
         patches: file of `draw`; without it patches are drawn as they are needed.
-        taught: file of `teach`.
+        taught: files of `teach`.
         teacher: the weights of the teacher that must have been asked.
 
     Raises:
@@ -209,8 +207,9 @@ def source_of_patches(
     """
     if patches is None:
         return PatchSampler(train, **spec.drawing, margin=margin, device=device)
-    if taught is not None and io.read_attrs(taught)["teacher"] != io.sha256(teacher):
-        raise io.DataError(f"{taught}: another teacher than {teacher} was asked; make it again")
+    for path in taught:
+        if io.read_attrs(path)["teacher"] != io.sha256(teacher):
+            raise io.DataError(f"{path}: another teacher than {teacher} was asked; make it again")
     geometry = spec.recipe.augment.geometry
     cached = CachedPatches(
         patches, taught, seed=spec.seed, flip=geometry.flip, rotate90=geometry.rotate90, device=device

@@ -41,6 +41,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     file = {"type": Path, "required": True, "metavar": "FILE"}
     text = {"required": True, "metavar": "JSON", "type": json.loads}
     maybe = {"type": Path, "metavar": "FILE"}
+    many = {**maybe, "nargs": "*", "default": []}
     threads = {"type": int, "metavar": "N", "help": "CPU threads"}
     device = {"default": "auto", "help": "auto, cpu, cuda, ..."}
     segmenter = {
@@ -62,12 +63,12 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add(
         "teach", _teach, "Ask a teacher once about drawn patches.",
-        teacher=file, patches=file, out=file, levels={"nargs": "*", "default": [], "metavar": "NAME"},
+        teacher=file, patches=file, out=file, level={"metavar": "NAME", "help": "a feature map"},
         precision={"default": "auto"}, threads=threads, device=device,
     )  # fmt: skip
     add(
         "train", _train, "Train a teacher or a student.",
-        spec=text, train=file, val=file, teacher=maybe, patches=maybe, taught=maybe, weights=file, last=file, history=file,
+        spec=text, train=file, val=file, teacher=maybe, patches=maybe, taught=many, weights=file, last=file, history=file,
         state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
         max_seconds={"type": float, "default": math.inf, "metavar": "S", "help": "stop, resumable, after this time"},
     )  # fmt: skip
@@ -126,7 +127,7 @@ def _teach(arguments: argparse.Namespace) -> None:
         arguments.teacher,
         arguments.patches,
         arguments.out,
-        levels=arguments.levels,
+        level=arguments.level,
         precision=arguments.precision,
         device=arguments.device,
     )

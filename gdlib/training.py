@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def fit(
     state: Path | str,
     teacher: Path | str | None = None,
     patches: Path | str | None = None,
-    taught: Path | str | None = None,
+    taught: Sequence[Path | str] = (),
     device: str = "auto",
     max_seconds: float = math.inf,
 ) -> dict[str, float]:
@@ -62,7 +62,7 @@ def fit(
         state: folder of `resume.pt`; emptied when training is complete.
         teacher: weights of the teacher, if a term needs one.
         patches: file of `gdlib.cache.draw`, to train on these instead of on fresh ones.
-        taught: file of `gdlib.cache.teach`, instead of asking the teacher at every step; only with `patches`.
+        taught: files of `gdlib.cache.teach`, instead of asking the teacher at every step; only with `patches`.
         device: name, or `auto`.
         max_seconds: stop and save the state after this time.
 
@@ -79,7 +79,7 @@ def fit(
     trainer = _Trainer(spec, teacher, target)
     sampler = source_of_patches(spec, train, trainer.margin, target, patches, taught, teacher)
     resume = Path(state) / "resume.pt"
-    fingerprint = _fingerprint(spec, train, val, teacher) + f"/{patches is not None:d}{taught is not None:d}"
+    fingerprint = _fingerprint(spec, train, val, teacher) + f"/{patches is not None:d}{len(taught)}"
     if resume.exists():
         trainer.resume(resume, fingerprint)
 

@@ -30,11 +30,13 @@ def load(path):
 def files(tmp_path_factory, make_spec, splits, teacher):
     """Patches of seed 0, the teacher's output on them, and the run that both are for."""
     folder, spec = tmp_path_factory.mktemp("cache"), make_spec("levels")
-    patches, taught = folder / "patches.h5", folder / "taught.h5"
+    patches = folder / "patches.h5"
     networks = [network_of(spec), {"model": "resunet", "options": load(teacher)[1]["options"]}]
     cache.draw(spec.drawing, networks, splits["train"], patches, BATCHES)
-    cache.teach(teacher, patches, taught, levels=["stride2", "stride64"], precision="float32", device="cpu")
-    return patches, taught, spec
+    taught = {level: folder / f"{level}.h5" for level in (None, "stride2", "stride64")}
+    for level, path in taught.items():  # it has no map at stride 64
+        cache.teach(teacher, patches, path, level=level, precision="float32", device="cpu")
+    return patches, list(taught.values()), spec
 
 
 def test_patches_are_those_of_the_sampler_and_the_teacher_is_asked_about_them(files, splits, teacher):
@@ -157,12 +159,12 @@ def test_files_of_another_run_or_teacher_are_refused(files, make_spec, train, te
     with pytest.raises(io.DataError, match="drawn with train"):
         train(make_spec("none"), tmp_path, patches=patches, train=splits["val"])
     other = tmp_path / "other.h5"
-    with h5py.File(taught) as old, h5py.File(other, "w") as new:
+    with h5py.File(taught[0]) as old, h5py.File(other, "w") as new:
         for name in old:
             old.copy(name, new)
         new.attrs["teacher"] = "0" * 64
     with pytest.raises(io.DataError, match=r"other.h5: another teacher than .* was asked"):
-        train(make_spec("grd"), tmp_path, patches=patches, taught=other, teacher=teacher)
+        train(make_spec("grd"), tmp_path, patches=patches, taught=[other], teacher=teacher)
 
 
 def test_values_too_large_for_half_precision_are_refused(files, teacher, tmp_path):
@@ -189,7 +191,7 @@ def test_volumes_and_ignored_voxels(make_spec, tmp_path):
         tmp_path / "teacher.safetensors", build(**{"name": "resunet3d", "options": spec.options}).state_dict(), network
     )
     cache.teach(tmp_path / "teacher.safetensors", tmp_path / "patches.h5", tmp_path / "taught.h5", device="cpu")
-    cached = cache.CachedPatches(tmp_path / "patches.h5", tmp_path / "taught.h5", seed=0)
+    cached = cache.CachedPatches(tmp_path / "patches.h5", [tmp_path / "taught.h5"], seed=0)
     sampler = PatchSampler(tmp_path / "train.h5", **spec.drawing)
     for step in range(4):
         batch = cached.batch(step)

@@ -33,8 +33,8 @@ def project(tmp_path):
         for section, more in yaml.safe_load(entry.replace("*nuclei_offsets", str(offsets))).items():
             assert not more.keys() & catalogue[section].keys()
             catalogue[section] |= more
-        for role, steps in (("teacher", 4), ("student", 2)):  # as said, but small
-            catalogue["recipes"][role] |= FEW | {"steps": steps}
+        for study in yaml.safe_load(entry.replace("*", ""))["studies"]:  # as said, but small
+            catalogue["studies"][study] |= {"teacher_recipe": FEW | {"steps": 4}, "student_recipe": FEW | {"steps": 2}}
         (folder / "config.yaml").write_text(yaml.safe_dump(catalogue))
         return folder
 

@@ -207,11 +207,15 @@ def drawn(*figures: str, datasets: tuple[str, ...] = (DATA, VOLUMES)) -> set[str
     return {f"Draw {figure} of {dataset}" for dataset in datasets for figure in figures if figure in FIGURES[dataset]}
 
 
-def caching(seed: int, *, draw: bool = True) -> set[str]:
-    """Return what the workflow calls the jobs of the teacher cache."""
+def caching(seed: int, *parts: str) -> set[str]:
+    """Return what the workflow calls the jobs of the teacher cache, for these parts of the teacher's output."""
     draws = {f"Draw patches of {dataset} for seed {seed}" for dataset in NETWORKS}
-    asks = {f"Ask {teacher} about patches of {dataset} for seed {seed}" for dataset, (teacher, _) in NETWORKS.items()}
-    return asks | draws if draw else asks
+    asks = {
+        f"Ask {teacher} for the {part} of patches of {dataset} for seed {seed}"
+        for dataset, (teacher, _) in NETWORKS.items()
+        for part in parts
+    }
+    return asks | draws if "embedding" in parts else asks
 
 
 TABLES = {"Summarize the study"}
@@ -244,11 +248,11 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
     ),
     "one more seed": (
         {"studies": {"smoke": {"seeds": [0, 1]}}},
-        jobs("none/seed1", "grd/seed1") | caching(1) | NUMBERS | drawn("curves"),
+        jobs("none/seed1", "grd/seed1") | caching(1, "embedding") | NUMBERS | drawn("curves"),
     ),
-    "a method that compares a feature map": (  # the teacher is asked for it, the students that do not need it stay
+    "a method that compares a feature map": (  # of the teacher's only this is asked for
         {"studies": {"smoke": {"methods": ["none", "grd", "fitnet"]}}},
-        jobs("fitnet/seed0") | caching(0, draw=False) | NUMBERS | drawn("curves"),
+        jobs("fitnet/seed0") | caching(0, "stride8", "stride9") | NUMBERS | drawn("curves"),
     ),
     "no cache": ({"studies": {"smoke": {"teacher_cache": None}}}, jobs(NONE, GRD) | TABLES | ALL_FIGURES),
     "one more method": (

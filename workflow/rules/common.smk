@@ -23,7 +23,7 @@ RUN = f"{RESULTS}/runs/{ID}"
 NAME = ID.replace("{", "{wildcards.")  # the same in messages
 SEGMENTED = f"{RUN}/{{segmenter}}"  # a run's instances, by one way to find them
 PATCHES = f"{RESULTS}/cache/{{dataset}}/seed{{seed}}.h5"
-TAUGHT = f"{RESULTS}/cache/{{dataset}}/{{network}}/seed{{seed}}.h5"
+TAUGHT = f"{RESULTS}/cache/{{dataset}}/{{network}}/{{part}}/seed{{seed}}.h5"
 PROFILE = f"{RESULTS}/profile/{{dataset}}/{{network}}.json"
 
 STUDY = CFG.selected
@@ -76,6 +76,7 @@ wildcard_constraints:
     method="|".join(map(re.escape, [TEACHER, *METHODS])),
     seed=r"\d+",
     segmenter="|".join(SEGMENTERS),
+    part=r"[a-z]\w*",
 
 
 def compact(value):
@@ -100,9 +101,9 @@ def code(*paths):
 
 PREPARE_CODE = code("data/prepare.py", "data/files.py")
 # Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
-TRAIN_CODE = code("training.py", "data/patches.py", "data/augment.py", "ops.py")
+TRAIN_CODE = code("training.py", "cache.py")
+TRAIN_CODE += code("data/patches.py", "data/augment.py", "ops.py")
 TRAIN_CODE += code("models/__init__.py", "distill/__init__.py")
-CACHE_CODE = code("cache.py")
 MEMORY_CODE = code("distill/bank.py")
 PREDICT_CODE = code("inference.py", "streaming.py", "models/__init__.py", "ops.py")
 PREDICT_CODE += code("data/patches.py")
@@ -154,8 +155,6 @@ def train_code(wildcards):
     files = TRAIN_CODE + plugin(registry.NETWORKS, spec.model)
     if any(term.memory for term in spec.terms):
         files += MEMORY_CODE
-    if STUDY.teacher_cache is not None and wildcards.method != TEACHER:
-        files += CACHE_CODE
     for name in sorted({term.term for term in spec.all_terms}):
         files += plugin(registry.TERMS, name)
     return files
@@ -202,37 +201,35 @@ def draws(dataset, seed):
     return CFG.run(dataset, CFG.students_of(dataset)[0], STUDY.methods[0], int(seed))
 
 
-def levels_of(dataset, teacher):
-    """The teacher's feature maps that some method of the study compares."""
+def parts_of(method):
+    """What its terms compare of a teacher's output: the embedding, with the foreground, and feature maps."""
     found = set()
-    for method in CFG.methods_of(dataset):
-        if CFG.teacher_of(dataset, method) == teacher:
-            for term in CFG.method(method).terms:
-                own = {} if ":" in term.term else registry.TERMS.parameters(term.term)
-                found |= {*((own | term.options).get("levels") or ())}
-                found |= (
-                    {term.level}
-                    if isinstance(term.level, str)
-                    else {*(term.level or ())}
-                )
+    for term in CFG.method(method).terms:
+        own = {} if ":" in term.term else registry.TERMS.parameters(term.term)
+        found |= {*((own | term.options).get("levels") or ())}
+        found |= (
+            {*term.level}
+            if isinstance(term.level, tuple)
+            else {term.level or "embedding"}
+        )
     return sorted(found)
 
 
 def cached(wildcards):
-    """Patches drawn before, and the teacher's output on them, for the students that can use them."""
-    dataset, method = wildcards.dataset, wildcards.method
-    drawn = draws(dataset, wildcards.seed)
-    if drawn is None or CFG.method(method).recipe.keys() - {"bank"}:
+    """Patches drawn before, and the teacher's output on them, for the students that can use them.
+
+    They are no temporary files: Snakemake would make them again for one more method, and then train every student again.
+    """
+    dataset, method, seed = wildcards.dataset, wildcards.method, wildcards.seed
+    if draws(dataset, seed) is None or CFG.method(method).recipe.keys() - {"bank"}:
         return {}  # its own recipe means patches of its own
-    files = {"patches": PATCHES}
-    if CFG.method(method).terms:
-        files["taught"] = TAUGHT.replace("{network}", CFG.teacher_of(dataset, method))
-    # All that they depend on is among the student's own inputs and parameters, so students that are trained stay as they are when
-    # a file is made again for one that is new. For the same reason they are no temporary files: Snakemake would need them again
-    # for one more method, and then train every student again.
+    network = CFG.teacher_of(dataset, method)
     return {
-        name: ancient(path.format(dataset=dataset, seed=wildcards.seed))
-        for name, path in files.items()
+        "patches": PATCHES.format(dataset=dataset, seed=seed),
+        "taught": [
+            TAUGHT.format(dataset=dataset, network=network, part=part, seed=seed)
+            for part in parts_of(method)
+        ],
     }
 
 

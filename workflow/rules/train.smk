@@ -43,7 +43,7 @@ rule train_teacher:
 rule draw_patches:
     input:
         train=f"{DATA}/train.h5",
-        code=CACHE_CODE + code("data/patches.py", "data/augment.py", "ops.py"),
+        code=code("cache.py", "data/patches.py", "data/augment.py", "ops.py"),
     output:
         PATCHES,
     log:
@@ -79,15 +79,14 @@ rule ask_teacher:
     input:
         teacher=lambda wildcards: weights_of(wildcards.dataset, wildcards.network)[0],
         patches=PATCHES,
-        code=lambda wildcards: CACHE_CODE
-        + code("models/__init__.py")
+        code=lambda wildcards: code("cache.py", "models/__init__.py")
         + plugin(registry.NETWORKS, CFG.network(wildcards.network).model),
     output:
         TAUGHT,
     log:
-        f"{LOGS}/cache/{{dataset}}/{{network}}/seed{{seed}}.log",
+        f"{LOGS}/cache/{{dataset}}/{{network}}/{{part}}/seed{{seed}}.log",
     benchmark:
-        f"{BENCHMARKS}/cache/{{dataset}}/{{network}}/seed{{seed}}.tsv"
+        f"{BENCHMARKS}/cache/{{dataset}}/{{network}}/{{part}}/seed{{seed}}.tsv"
     conda:
         "../../envs/gdlib.yaml"
     threads: 8
@@ -96,15 +95,17 @@ rule ask_teacher:
         mem_mb=grow(6000),
         runtime=grow(120),
     params:
-        levels=lambda wildcards: levels_of(wildcards.dataset, wildcards.network),
+        level=lambda wildcards: option(
+            "--level", wildcards.part if wildcards.part != "embedding" else None
+        ),
         precision=lambda wildcards: draws(
             wildcards.dataset, wildcards.seed
         ).recipe.precision,
     message:
-        "Ask {wildcards.network} about patches of {wildcards.dataset} for seed {wildcards.seed}"
+        "Ask {wildcards.network} for the {wildcards.part} of patches of {wildcards.dataset} for seed {wildcards.seed}"
     shell:
         "python -m gdlib step teach --teacher {input.teacher:q} --patches {input.patches} --out {output}"
-        " --levels {params.levels} --precision {params.precision} --threads {threads} > {log} 2>&1"
+        " {params.level} --precision {params.precision} --threads {threads} > {log} 2>&1"
 
 
 # What is not named here is the teacher's: outputs, command, and the parameters `spec` and `state`.
@@ -125,8 +126,7 @@ use rule train_teacher as train_student with:
         runtime=grow(240),
     params:
         batches=STUDY.teacher_cache,  # for Snakemake to compare; the file knows
-        cached=lambda wildcards, input: [
-            part
-            for name in ("teacher", "patches", "taught")
-            for part in option(f"--{name}", input.get(name))
-        ],
+        cached=lambda wildcards, input: option("--teacher", input.teacher)
+        + option("--patches", input.get("patches"))
+        + ["--taught"] * bool(input.get("taught"))
+        + list(input.get("taught", [])),
