@@ -219,6 +219,7 @@ def caching(seed: int, *parts: str) -> set[str]:
 
 
 TABLES = {"Summarize the study"}
+ASKED = caching(0, "embedding") - {f"Draw patches of {dataset} for seed 0" for dataset in NETWORKS}
 ALL_FIGURES = drawn(*FIGURES[VOLUMES])
 NUMBERS = TABLES | drawn("methods", "tradeoff")  # what shows test metrics
 JUDGED = jobs(TEACHING, NONE, GRD, steps=("Evaluate",)) | NUMBERS
@@ -238,7 +239,7 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
         | drawn("methods", "tradeoff", "panel", datasets=(DATA,)),
     ),
     "weight of a method": (
-        {"methods": {"grd": [{"term": "agd", "weight": 2.0, "memory": True}]}},
+        {"methods": {"grd": [term | {"weight": 2.0} for term in CATALOGUE["methods"]["grd"]]}},
         jobs(GRD) | TABLES | ALL_FIGURES,
     ),
     "memory bank": ({"recipes": {"student": {"bank": {"capacity": 16}}}}, jobs(GRD) | TABLES | ALL_FIGURES),
@@ -265,11 +266,12 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
     "code of a network": (
         edit("models/resunet3d.py"),
         jobs(TEACHING, NONE, GRD, datasets=(VOLUMES,))
+        | {asked for asked in ASKED if VOLUMES in asked}
         | {f"Profile {VOLUMES}/{network}" for network in NETWORKS[VOLUMES]}
         | TABLES
         | drawn(*FIGURES[VOLUMES], datasets=(VOLUMES,)),
     ),
-    "code of the training loop": (edit("training.py"), jobs(TEACHING, NONE, GRD) | TABLES | ALL_FIGURES),
+    "code of the training loop": (edit("training.py"), jobs(TEACHING, NONE, GRD) | ASKED | TABLES | ALL_FIGURES),
     "code of the metrics": (
         edit("metrics.py"),
         JUDGED | {f"Evaluate trivial segmentations of {VOLUMES}"},
