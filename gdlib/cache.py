@@ -25,23 +25,26 @@ from gdlib.models import Embedding, build, folded
 
 def draw(
     drawing: Mapping[str, Any],
-    networks: Sequence[Mapping[str, Any]],
     train: Path | str,
     out: Path | str,
     batches: int,
+    *,
+    margin: Sequence[int],
+    networks: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Draw the patches of all students of one dataset and seed.
 
     Args:
         drawing: of their runs; see `RunSpec`.
-        networks: `model` and `options` of every student and teacher; the largest margin counts.
         train: samples `.h5`.
         out: `.h5` with `image` (N, C, [Z,] Y, X) float32, `label` (N, [Z,] Y, X) int32, `ids` (N,) int64 and, where some labels
             are not known, `ignore` (N, [Z,] Y, X) bool.
         batches: how many steps of training they are for.
+        margin: the largest of the students and teachers.
+        networks: `model` and `options` of those that must be built to know it.
     """
     with torch.device("meta"):
-        margins = [build(network["model"], network["options"]).margin for network in networks]
+        margins = [margin, *(build(network["model"], network["options"]).margin for network in networks)]
     margin = [max(sides) for sides in zip(*margins, strict=True)]
     sampler, size = PatchSampler(train, **drawing, margin=margin), drawing["batch_size"]
     with io.create_h5(out, drawing=drawing, train=io.sha256(train), batches=batches, margin=margin) as file:
@@ -168,10 +171,10 @@ class CachedPatches:
 
     def _move(self, generator: torch.Generator) -> tuple[list[int], int]:
         """Draw which axes are mirrored, counted from the last, and how many quarter turns are made in the plane."""
-        shape = self.file["label"].shape[1:]
-        coins = torch.randint(2, (len(shape),), generator=generator).tolist()
+        shapes = self.file["label"].shape, self.file["image"].shape
+        coins = torch.randint(2, (len(self.margin),), generator=generator).tolist()
         turns = int(torch.randint(4, (1,), generator=generator))
-        turns -= turns % 2 if shape[-1] != shape[-2] else 0
+        turns -= turns % 2 if any(shape[-1] != shape[-2] for shape in shapes) else 0
         axes = [-1 - axis for axis, coin in enumerate(coins) if coin]
         return axes if self.flip else [], turns if self.rotate90 else 0
 

@@ -116,6 +116,11 @@ def axes(network: str) -> int | None:
     return None if ":" in network else _assigned(_public(NETWORKS.folder / f"{network}.py"), "ndim")
 
 
+def margin(network: str) -> tuple[int, ...] | None:
+    """Return the `margin` of a network's class in the same way, None too where it is computed."""
+    return None if ":" in network else _assigned(_public(NETWORKS.folder / f"{network}.py"), "margin")
+
+
 SOURCES = Registry("gdlib.data.sources", "data source")
 NETWORKS = Registry("gdlib.models", "network")
 TERMS = Registry("gdlib.distill.terms", "loss term")

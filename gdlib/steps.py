@@ -59,7 +59,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add(
         "draw", _draw, "Draw augmented patches for all students of one seed.",
-        drawing=text, networks=text, train=file, out=file, batches={"type": int, "required": True, "metavar": "N"},
+        drawing=text, margin=text, networks=text, train=file, out=file, batches={"type": int, "required": True, "metavar": "N"},
     )  # fmt: skip
     add(
         "teach", _teach, "Ask a teacher once about drawn patches.",
@@ -117,7 +117,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _draw(arguments: argparse.Namespace) -> None:
     from gdlib.cache import draw
 
-    draw(arguments.drawing, arguments.networks, arguments.train, arguments.out, arguments.batches)
+    draw(
+        arguments.drawing,
+        arguments.train,
+        arguments.out,
+        arguments.batches,
+        margin=arguments.margin,
+        networks=arguments.networks,
+    )
 
 
 def _teach(arguments: argparse.Namespace) -> None:

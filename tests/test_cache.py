@@ -11,12 +11,9 @@ from gdlib import cache, io
 from gdlib.data.patches import PatchSampler
 from gdlib.distill import see
 from gdlib.models import build, folded
+from gdlib.registry import NETWORKS, margin
 
 BATCHES = 6
-
-
-def network_of(spec):
-    return {"model": spec.model, "options": spec.options}
 
 
 def load(path):
@@ -31,8 +28,7 @@ def files(tmp_path_factory, make_spec, splits, teacher):
     """Patches of seed 0, the teacher's output on them, and the run that both are for."""
     folder, spec = tmp_path_factory.mktemp("cache"), make_spec("levels")
     patches = folder / "patches.h5"
-    networks = [network_of(spec), {"model": "resunet", "options": load(teacher)[1]["options"]}]
-    cache.draw(spec.drawing, networks, splits["train"], patches, BATCHES)
+    cache.draw(spec.drawing, splits["train"], patches, BATCHES, margin=[0, 0])
     taught = {level: folder / f"{level}.h5" for level in (None, "stride2", "stride64")}
     for level, path in taught.items():  # it has no map at stride 64
         cache.teach(teacher, patches, path, level=level, precision="float32", device="cpu")
@@ -185,14 +181,15 @@ def test_volumes_and_ignored_voxels(make_spec, tmp_path):
     ignore = rng.random(label.shape) < 0.1
     io.write_samples(tmp_path / "train.h5", [io.Sample("a", image, label, ignore)])
     network = {"model": "resunet3d", "options": spec.options}
-    cache.draw(spec.drawing, [network], tmp_path / "train.h5", tmp_path / "patches.h5", 2)
+    cache.draw(spec.drawing, tmp_path / "train.h5", tmp_path / "patches.h5", 2, margin=[0, 2, 0], networks=[network])
     torch.manual_seed(0)
     io.save_weights(
         tmp_path / "teacher.safetensors", build(**{"name": "resunet3d", "options": spec.options}).state_dict(), network
     )
     cache.teach(tmp_path / "teacher.safetensors", tmp_path / "patches.h5", tmp_path / "taught.h5", device="cpu")
     cached = cache.CachedPatches(tmp_path / "patches.h5", [tmp_path / "taught.h5"], seed=0)
-    sampler = PatchSampler(tmp_path / "train.h5", **spec.drawing)
+    assert cached.margin == (0, 2, 0)
+    sampler = PatchSampler(tmp_path / "train.h5", **spec.drawing, margin=[0, 2, 0])
     for step in range(4):
         batch = cached.batch(step)
         assert batch.ignore.dtype == torch.bool
@@ -200,3 +197,9 @@ def test_volumes_and_ignored_voxels(make_spec, tmp_path):
         assert batch.teacher.embedding.shape == (2, 4, 4, 16, 16)
         if step < 2:
             assert torch.equal(batch.ignore, sampler.batch(step).ignore)
+
+
+@pytest.mark.parametrize("name", NETWORKS.names())
+def test_margins_are_known_without_an_import(name):
+    with torch.device("meta"):
+        assert margin(name) == build(name, {}).margin

@@ -251,6 +251,13 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
         {"studies": {"smoke": {"seeds": [0, 1]}}},
         jobs("none/seed1", "grd/seed1") | caching(1, "embedding") | NUMBERS | drawn("curves"),
     ),
+    "one more student": (  # of images; the patches are drawn, and the teacher has been asked
+        {"studies": {"smoke": {"students": [STUDENT, STUDENT_3D, "enet"]}}},
+        {message.replace(STUDENT, "enet") for message in jobs(NONE, GRD, datasets=(DATA,))}
+        | {f"Profile {DATA}/enet"}
+        | TABLES
+        | drawn(*FIGURES[DATA], datasets=(DATA,)),
+    ),
     "a method that compares a feature map": (  # of the teacher's only this is asked for
         {"studies": {"smoke": {"methods": ["none", "grd", "fitnet"]}}},
         jobs("fitnet/seed0") | caching(0, "stride8", "stride9") | NUMBERS | drawn("curves"),

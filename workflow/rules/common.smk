@@ -201,6 +201,20 @@ def draws(dataset, seed):
     return CFG.run(dataset, CFG.students_of(dataset)[0], STUDY.methods[0], int(seed))
 
 
+def margins_of(dataset):
+    """The largest margin of the dataset's networks, and those networks that must be built to know theirs.
+
+    Not simply all networks: for one more student the same patches need not be drawn again.
+    """
+    networks = [CFG.network(name) for name in networks_of(dataset)]
+    known = [registry.margin(network.model) for network in networks]
+    largest = [0] * CFG.datasets[dataset].ndim
+    for margin in filter(None, known):
+        largest = [max(pair) for pair in zip(largest, margin, strict=True)]
+    unknown = [n for n, margin in zip(networks, known, strict=True) if margin is None]
+    return largest, [{"model": n.model, "options": n.options} for n in unknown]
+
+
 def parts_of(method):
     """What its terms compare of a teacher's output: the embedding, with the foreground, and feature maps."""
     found = set()

@@ -61,17 +61,13 @@ rule draw_patches:
         drawing=lambda wildcards: compact(
             draws(wildcards.dataset, wildcards.seed).drawing
         ),
-        networks=lambda wildcards: compact(
-            [
-                {"model": network.model, "options": network.options}
-                for network in map(CFG.network, networks_of(wildcards.dataset))
-            ]
-        ),
+        margin=lambda wildcards: compact(margins_of(wildcards.dataset)[0]),
+        networks=lambda wildcards: compact(margins_of(wildcards.dataset)[1]),
         batches=STUDY.teacher_cache,
     message:
         "Draw patches of {wildcards.dataset} for seed {wildcards.seed}"
     shell:
-        "python -m gdlib step draw --drawing {params.drawing:q} --networks {params.networks:q} --train {input.train}"
+        "python -m gdlib step draw --drawing {params.drawing:q} --margin {params.margin:q} --networks {params.networks:q} --train {input.train}"
         " --out {output} --batches {params.batches} > {log} 2>&1"
 
 
