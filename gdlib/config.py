@@ -38,7 +38,7 @@ class ConfigError(ValueError):
 class Config(Section):
     """The whole of `config.yaml`."""
 
-    study: str
+    study: str = Field(description="the study that is run")
     only: tuple[str, ...] = Field((), description="of the study's datasets these alone, a list or joined by commas")
     raw_folders: tuple[str, ...] = Field(
         ("raw",), min_length=1, description="where datasets are looked for, in this order; downloads go into the first"
@@ -46,14 +46,14 @@ class Config(Section):
     download: bool = Field(
         False, description="fetch what the study lacks and may be downloaded; nothing is fetched unasked"
     )
-    studies: dict[str, Study]
-    datasets: dict[str, Dataset]
-    teachers: dict[str, Network]
-    students: dict[str, Network]
-    methods: dict[str, Method]
-    ablations: dict[str, Ablation] = {}
-    recipes: dict[Literal["teacher", "student"], Recipe]
-    plot: Plot = Plot()
+    studies: dict[str, Study] = Field(description="what can be run")
+    datasets: dict[str, Dataset] = Field(description="what there is to learn from")
+    teachers: dict[str, Network] = Field(description="large networks")
+    students: dict[str, Network] = Field(description="small networks")
+    methods: dict[str, Method] = Field(description="how a student learns; `[]` is from labels alone")
+    ablations: dict[str, Ablation] = Field({}, description="methods with one setting at several values")
+    recipes: dict[Literal["teacher", "student"], Recipe] = Field(description="how both are trained")
+    plot: Plot = Field(Plot(), description="looks of tables and figures")
 
     @field_validator("only", mode="before")
     @classmethod
@@ -365,8 +365,12 @@ def _text(value: Any) -> str:
 
 
 def _put(method: dict[str, Any], key: str, value: Any) -> None:
-    """Set one value of a method, `recipe.(key)` or `terms.(name).(key)`, in its plain form."""
+    """Set one value of a method, `recipe.(key)` or `terms.(name).(key)`, in its plain form; `weight` multiplies all weights."""
     part, *path = key.split(".")
+    if key == "weight":
+        for term in method["terms"]:
+            term["weight"] *= value
+        return
     if part == "terms" and len(path) > 1:
         names = {Term.model_validate(term).name: term for term in method["terms"]}
         _check_name(f'key "{key}"', path[0], names)
@@ -374,7 +378,7 @@ def _put(method: dict[str, Any], key: str, value: Any) -> None:
     elif part == "recipe" and path:
         place = method["recipe"]
     else:
-        raise registry.UnknownName(f'key "{key}": write recipe.(key) or terms.(name of a term).(key)')
+        raise registry.UnknownName(f'key "{key}": write weight, recipe.(key) or terms.(name of a term).(key)')
     for step in path[:-1]:
         place = place.setdefault(step, {})
     place[path[-1]] = value

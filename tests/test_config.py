@@ -725,7 +725,7 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(more):
         "recipe of a method": ("methods.slow.recipe", {"optimiser": {"lr": 1}}, "optimizer"),
         "name of a method": ("methods.a=b", [], '"="'),
         "base of an ablation": ("ablations.bank_size.method", "gdr", "grd"),
-        "key of an ablation": ("ablations.bank_size.keys", ["bank.capacity"], "write recipe."),
+        "key of an ablation": ("ablations.bank_size.keys", ["bank.capacity"], "write weight, recipe."),
         "term of an ablation": ("ablations.squared.keys", ["terms.igd_node.options.power"], "igd_nodes"),
         "option of an ablation": ("ablations.squared.keys", ["terms.igd_nodes.options.powr"], "power"),
         "value of an ablation": ("ablations.bank_size.values", [0], "greater than or equal to 1"),
