@@ -4,7 +4,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env study report test clean
+.PHONY: env study report test test-slurm test-faults test-conda clean
 
 env: $(BIN)/.installed
 
@@ -21,6 +21,16 @@ report: env
 
 test: env
 	pytest -n 2
+
+test-slurm: env ## on the cluster of this machine, or on one that SLURM_LOCAL=program starts; minutes
+	pip install --quiet -c constraints.txt -e ".[slurm]"
+	pytest -v -rs tests/slurm
+
+test-faults: env ## killed, full disk, damaged files, closed folders, on a real study: minutes
+	pytest -v --durations=0 tests/faults
+
+test-conda: env ## the smoke study with --use-conda, where there is a conda command: minutes
+	pytest -v -rs tests/conda
 
 clean: ## everything that can be made again, except the environment
 	rm -rf data results logs report.html .snakemake

@@ -10,14 +10,20 @@
 | history, metrics `.csv` | long form |
 
 All writers are atomic: a file either is complete or does not exist. Equal content gives equal bytes, so that a file that
-is written again does not re-run what depends on it.
+is written again does not re-run what depends on it. What was damaged later is noticed when it is read (compressed and
+checked pieces in HDF5, checksums in weights and states), and nothing in a file is executed or leads to another file.
 """
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
+import platform
+import re
+import traceback
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +39,27 @@ METRIC_COLUMNS = ("dataset", "network", "method", "seed", "segmenter", "sample",
 # which are read whole, as h5py chooses.
 BLOCK = (16, 64, 64)
 
+# Environment variable with the modules outside gdlib, separated by commas, whose networks a weights file may name.
+PLUGINS = "GDLIB_PLUGINS"
+
+SPACE = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EFBIG: "allow larger files (ulimit -f) and run the same command again",
+}
+ACCESS = dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make its folder writable, or choose another one")
+
 
 class DataError(ValueError):
     """Input that cannot be used; the message is one sentence that names file, cause and mend."""
+
+
+class WriteError(OSError):
+    """A file that cannot be written; the message is one sentence that names file, cause and mend."""
+
+    def __str__(self) -> str:
+        """Return the sentence."""
+        return f"{self.filename}: cannot be written ({self.strerror.lower()}); {(SPACE | ACCESS)[self.errno]}"
 
 
 @dataclass(frozen=True)
@@ -59,22 +83,70 @@ class Sample:
 
 
 @contextlib.contextmanager
-def atomic(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and move it there only when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def writing(path: Path | str, causes: Iterable[int] = SPACE) -> Iterator[None]:
+    """Turn what any library raises for want of space into a `WriteError` about `path`; other errors pass."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None:  # torch tells it in the cause of its error, HDF5 and safetensors in their text
+            found = re.search(r"\b(?:errno =|os error) (\d+)", str(link))
+            number = getattr(link, "errno", None) or (int(found[1]) if found else None)
+            if number in causes:
+                raise WriteError(number, os.strerror(number), str(path)) from error
+            link = link.__cause__ or link.__context__
+        raise
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and move it there only when the block ends without an error.
+
+    Raises:
+        WriteError: there is no space, or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    with writing(path, SPACE | ACCESS):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        temporary.touch()
+        temporary.unlink()
+    try:
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # else the name might be there after a power failure, and its content not
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files for `path` whose writers were killed on this machine."""
+    for file in path.parent.glob(f".*.{platform.node()}.*.tmp"):
+        process = file.name.split(".")[-2]
+        if f".{path.name}." in file.name and process.isdecimal() and not _is_running(int(process)):
+            file.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # there the question would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 @contextlib.contextmanager
 def create_h5(path: Path | str, **attrs: Any) -> Iterator[h5py.File]:
     """Open a new HDF5 file for writing, atomically; `attrs` become file attributes (JSON where not scalar)."""
-    with atomic(path) as temporary, h5py.File(temporary, "w", libver="latest") as file:
+    # No cache of chunks: HDF5 crashes the process if it cannot write one of them when the file is closed.
+    with atomic(path) as temporary, h5py.File(temporary, "w", libver="latest", rdcc_nbytes=0) as file:
         for key, value in attrs.items():
             file.attrs[key] = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
         yield file
@@ -100,14 +172,84 @@ def put(group: h5py.Group, name: str, array: np.ndarray, block: Iterable[int] | 
 
 @contextlib.contextmanager
 def open_h5(path: Path | str) -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading; a broken file is one clear sentence."""
+    """Open an HDF5 file for reading; a file that is broken, or shows what is in other files, is one clear sentence."""
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         cause = " ".join(str(error).split())  # HDF5 writes the date with a line break
         raise DataError(f"{path}: not a readable HDF5 file ({cause}); delete it and make it again") from error
-    with file:
+    with file, readable(file):
+        _check_links(file)
         yield file
+
+
+@contextlib.contextmanager
+def readable(file: h5py.File) -> Iterator[None]:
+    """Turn the error of a library into a `DataError` if `file` is damaged; other errors pass."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, SystemError) as error:
+        told = "h5py" in traceback.extract_tb(error.__traceback__)[-1].filename and "doesn't exist" not in str(error)
+        if not told or (name := _damaged(file)) is None:  # to look takes time
+            raise
+        raise DataError(f'{file.filename}: "{name}" in it is damaged; delete the file and make it again') from error
+
+
+def _damaged(file: h5py.File) -> str | None:
+    """Return the first array or group of a file that cannot be read, with its attributes."""
+    name = "/"
+    try:
+        dict(file.attrs)
+        for name, link in _links(file):
+            item = file[name] if isinstance(link, h5py.HardLink) else None
+            dict(item.attrs if item else {})
+            if isinstance(item, h5py.Dataset):
+                for piece in item.iter_chunks() if item.chunks else [()]:
+                    item[piece]
+    except (OSError, RuntimeError, KeyError, SystemError):
+        return name
+    return None
+
+
+def _links(file: h5py.File) -> list[tuple[str, h5py.HardLink | h5py.SoftLink | h5py.ExternalLink]]:
+    """Return all links of a file by name, following none that may lead out of it."""
+    found = []
+    file.visititems_links(lambda name, link: found.append((name, link)))  # h5py does not survive errors in here
+    return found
+
+
+_INSIDE: set[tuple[str, int, int]] = set()  # files whose links were looked at
+
+
+def _check_links(file: h5py.File) -> None:
+    """Raise `DataError` if any array of a file is stored in another file."""
+    status = os.stat(file.filename)
+    identity = (os.path.abspath(file.filename), status.st_size, status.st_mtime_ns)
+    if identity in _INSIDE:
+        return
+
+    for name, link in _links(file):
+        if isinstance(link, h5py.ExternalLink):
+            _refuse(file, name, link.filename)
+        if isinstance(link, h5py.HardLink) and isinstance(item := file[name], h5py.Dataset):
+            check_inside(item, file)
+    _INSIDE.add(identity)
+
+
+def check_inside(array: h5py.Dataset, file: h5py.File) -> None:
+    """Raise `DataError` if an array is not stored in its file: HDF5 would follow it to any file that we may read."""
+    sources = [array.file.filename, *(name for name, _, _ in array.external or [])]
+    if array.is_virtual:
+        sources += [source.file_name for source in array.virtual_sources()]
+    for source in sources:
+        if source not in (".", file.filename):
+            _refuse(file, array.name, source)
+
+
+def _refuse(file: h5py.File, name: str, source: str) -> None:
+    raise DataError(
+        f'{file.filename}: "{name}" is stored in another file, {source}; if you trust it, copy it into this one'
+    )
 
 
 def write_samples(path: Path | str, samples: Iterable[Sample], **attrs: Any) -> int:
@@ -175,30 +317,92 @@ def save_weights(path: Path | str, state: dict[str, Any], header: dict[str, Any]
 
     # Networks train in channels-last memory order; the file format wants rows.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # One entry: the library would write several in any order.
+    text = json.dumps(header | {"sha256": _checksum(tensors, header)}, sort_keys=True)
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"gdlib": json.dumps(header, sort_keys=True)})
+        save_file(tensors, temporary, metadata={"gdlib": text})
+
+
+def _checksum(tensors: dict[str, Any], header: dict[str, Any]) -> str:
+    from torch import uint8
+
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
     """Return the JSON header of a weights file without reading the parameters (and without torch)."""
+    return _header_and_checksum(path)[0]
+
+
+def _header_and_checksum(path: Path | str) -> tuple[dict[str, Any], str | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error})") from error
-    if "gdlib" not in metadata:
+        header = json.loads(metadata.get("gdlib", "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error}); delete it and make it again") from error
+    if not isinstance(header, dict):
         raise DataError(f"{path}: these weights were not written by gdlib (no header); train or export them with it")
-    return json.loads(metadata["gdlib"])
+    return header, header.pop("sha256", None)  # earlier weights have none
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `(state, header)`; nothing in the file is executed."""
+    """Return `(state, header)`; nothing in the file is executed.
+
+    Raises:
+        DataError: for a file of another program, a damaged one, and one that names code which nobody said is trusted.
+    """
     from safetensors.torch import load_file
 
-    header = read_header(path)
-    return load_file(path), header
+    header, checksum = _header_and_checksum(path)
+    state = load_file(path)
+    if checksum is not None and checksum != _checksum(state, header):
+        raise DataError(
+            f"{path}: it is damaged, its checksum is not the one it was written with; delete it and make it again"
+        )
+    module, elsewhere, _ = str(header.get("model", "")).partition(":")
+    trusted = ("gdlib", *filter(None, os.environ.get(PLUGINS, "").split(",")))
+    if elsewhere and not any(f"{module}.".startswith(f"{name}.") for name in trusted):
+        raise DataError(
+            f'{path}: its network is "{header["model"]}", and a file must not say which code is run; if you trust it, set the '
+            f"environment variable {PLUGINS}={module}"
+        )
+    return state, header
+
+
+def save_state(path: Path | str, content: dict[str, Any]) -> None:
+    """Write tensors and plain data, as to resume a training, atomically."""
+    import torch
+
+    with (
+        atomic(path) as temporary,
+        open(temporary, "wb") as file,
+    ):  # given a path, torch keeps the cause of an error to itself
+        torch.save(content, file)
+
+
+def load_state(path: Path | str, device: Any = "cpu") -> dict[str, Any]:
+    """Return what `save_state` wrote; nothing in the file is executed.
+
+    Raises:
+        DataError: the file is not readable, or damaged, or of another program.
+    """
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile("a checksum is wrong")
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises a different type for every way a file can be broken
+        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
 
 
 def write_rows(path: Path | str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -6,12 +6,15 @@ import hashlib
 import http.server
 import io
 import json
+import resource
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -23,8 +26,8 @@ from test_workflow import dry_run, planned, snakemake
 
 from gdlib.cli import main
 from gdlib.config import Config, ConfigError
-from gdlib.data.download import RECORD, download, fetch, unpack
-from gdlib.io import DataError
+from gdlib.data.download import RECORD, _Redirects, download, fetch, unpack
+from gdlib.io import DataError, WriteError
 from gdlib.schema import RemoteFile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -363,6 +366,44 @@ def test_a_killed_download_goes_on(server, folder):
     assert server.asked("images.zip")[1]["Range"] == f"bytes={kept}-"
 
 
+@pytest.mark.parametrize("to", ["http://127.0.0.1:9/x", "ftp://127.0.0.1/x", "file:///etc/passwd"])
+def test_no_redirect_from_a_secure_address_to_another(to):
+    """Not even on the way to a secure one; nothing is asked for there."""
+    request = urllib.request.Request("https://x.org/a.zip")
+    with pytest.raises(DataError, match=r"https://x\.org/a\.zip: the server leads to .* which is not secure; correct"):
+        _Redirects().redirect_request(request, None, 302, "Found", {}, to)
+    assert (
+        _Redirects().redirect_request(request, None, 302, "Found", {}, "https://y.org/b").full_url == "https://y.org/b"
+    )
+
+
+def test_redirects_are_followed_within_the_web(server, folder):
+    server.add("new.hdf", NOISE)
+    server.answers["sample.hdf"] = [
+        (302, {"Location": server.url("new.hdf")}),
+        (302, {"Location": "ftp://127.0.0.1/x"}),
+    ]
+    assert download([server.add("sample.hdf", b"")], folder)
+    assert (folder / "sample.hdf").read_bytes() == NOISE
+    with pytest.raises(DataError, match="leads to ftp://127"):
+        download([server.add("sample.hdf", b"")], folder.with_name("other"))
+
+
+def test_a_full_disk_is_one_sentence(server, folder):
+    """A limit of the file size stands for it; what has come is kept for the next call."""
+    files = [server.add("sample.hdf", NOISE)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"sample\.hdf\.part: cannot be written \(file too large\); allow larger"):
+            download(files, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    download(files, folder)
+    assert (folder / "sample.hdf").read_bytes() == NOISE
+    assert server.asked("sample.hdf")[1]["Range"].startswith("bytes=")
+
+
 # --- archives --------------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +468,24 @@ def test_only_what_is_wanted_is_unpacked(tmp_path):
     assert not list(tmp_path.rglob("Thumbs.db"))
     with pytest.raises(DataError, match=r'there is no file below "nowhere" in it'):
         unpack(archive, tmp_path / "none", inside="nowhere")
+
+
+def test_an_archive_that_is_larger_than_the_disk_is_not_unpacked(tmp_path, monkeypatch):
+    archive = tmp_path / "bomb.zip"
+    archive.write_bytes(zipped({"a.bin": bytes(10**6), "b.bin": bytes(10**6)}))
+    assert archive.stat().st_size < 10**4
+    free = shutil.disk_usage(tmp_path)._replace(free=2 * 10**6 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(WriteError, match=r"out: cannot be written \(no space left on device"):
+        unpack(archive, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_member_that_is_a_file_and_a_folder(tmp_path):
+    archive = tmp_path / "a.zip"
+    archive.write_bytes(zipped({"a": b"file", "a/b": b"in it"}))
+    with pytest.raises(DataError, match="a/b is there twice"):
+        unpack(archive, tmp_path / "out")
 
 
 def test_archives_do_not_overwrite_each_other(server, folder):

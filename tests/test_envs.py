@@ -1,6 +1,7 @@
 """The conda environments offer what was tested with pip: same packages, same versions, nothing forgotten.
 
-That conda-forge has these versions is not shown here; it takes `snakemake --use-conda --conda-create-envs-only`.
+That conda-forge has these versions is not shown here; it takes `snakemake --use-conda --conda-create-envs-only`. What jobs find
+in the environments is shown by `make test-conda`, where there is a conda command.
 """
 
 import ast
@@ -77,13 +78,30 @@ def test_versions_are_the_tested_ones(path, tested, declared):
 
 @pytest.mark.parametrize("path", ENVS, ids=lambda path: path.stem)
 def test_only_from_conda_forge(path):
-    assert yaml.safe_load(path.read_text())["channels"] == ["conda-forge", "nodefaults"]
+    content = yaml.safe_load(path.read_text())
+    assert content.keys() == {"channels", "dependencies"}
+    assert content["channels"] == ["conda-forge", "nodefaults"]
+
+
+@pytest.mark.parametrize("path", ENVS, ids=lambda path: path.stem)
+def test_every_pin_is_one_that_conda_and_pip_read_alike(path):
+    """`name =1.2` and, for pip, `name ==1.2.*`: any 1.2, and nothing that only one of their solvers understands."""
+    conda = yaml.safe_load(path.read_text())["dependencies"]
+    pip = [spec for item in conda if isinstance(item, dict) for spec in item["pip"]]
+    for spec in filter(lambda item: item != "pip" and isinstance(item, str), conda):
+        assert re.fullmatch(r"[a-z0-9-]+ =\d+\.\d+", spec), spec
+    for spec in pip:
+        assert re.fullmatch(r"[a-z0-9-]+ ==\d+\.\d+\.\*", spec), spec
+        assert not any(isinstance(item, str) and item.startswith(f"{spec.split()[0]} ") for item in conda)
+    assert ("pip" in conda) == bool(pip)  # else conda warns, and puts it in itself
 
 
 def test_python_is_one_that_is_supported(declared):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = Requirement(f"python{project['requires-python']}").specifier
-    assert all(packages(path)["python"] in wanted for path in ENVS)
+    versions = {packages(path)["python"] for path in ENVS}
+    assert len(versions) == 1
+    assert versions.pop() in wanted
 
 
 def test_every_dependency_is_in_an_environment(declared):
@@ -92,7 +110,12 @@ def test_every_dependency_is_in_an_environment(declared):
 
 def test_steps_find_what_they_import():
     files = [p for p in (ROOT / "gdlib").rglob("*.py") if "report" not in p.parts]
-    assert imports(*files, everywhere=True) <= set(packages(ROOT / "envs" / "gdlib.yaml"))
+    offered = set(packages(ROOT / "envs" / "gdlib.yaml"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    # An extra may be missing where a function asks for it, and then says so.
+    optional = {Requirement(text).name for texts in extras.values() for text in texts}
+    assert imports(*files, everywhere=False) <= offered
+    assert imports(*files, everywhere=True) <= offered | optional
 
 
 def test_report_finds_what_it_imports_and_needs_no_torch():
@@ -100,4 +123,22 @@ def test_report_finds_what_it_imports_and_needs_no_torch():
     files += (ROOT / "workflow" / "scripts").glob("*.py")
     offered = set(packages(ROOT / "envs" / "report.yaml"))
     assert imports(*files, everywhere=False) <= offered
+    # Of its own files, in functions too; it may read the images of a study, not find instances in them.
+    files = [p for p in files if "report" in p.parts or "scripts" in p.parts]
+    assert imports(*files, everywhere=True) <= offered
     assert "torch" not in offered
+
+
+def test_every_rule_has_the_environment_of_its_kind():
+    found = set()
+    for path in (ROOT / "workflow").rglob("*.smk"):
+        for block in re.split(r"^ *(?=(?:rule|checkpoint) \w+:)", path.read_text(), flags=re.MULTILINE)[1:]:
+            body = block.split("\nuse rule")[0]
+            name = re.match(r"\w+ (\w+)", body)[1]
+            environments = re.findall(r'conda:\s+"[./]*envs/(\w+)\.yaml"', body)
+            if "script:" in body:
+                assert environments == ["report"], name
+            elif "gdlib" in body.partition("shell:")[2]:
+                assert environments == ["gdlib"], name
+            found |= set(environments)
+    assert found == {path.stem for path in ENVS}

@@ -9,8 +9,10 @@ still the same (HTTP `Range` with `If-Range`).
 import contextlib
 import datetime
 import email.utils
+import errno
 import http.client
 import json
+import os
 import shutil
 import ssl
 import stat
@@ -192,14 +194,23 @@ class _Part:
         self.notes.unlink(missing_ok=True)
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a server to another address, but at no step from a secure one to one that is not, and only within the web."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        secure = req.full_url.startswith("https:")
+        if not newurl.startswith("https:") and (secure or not newurl.startswith("http:")):
+            raise DataError(f"{req.full_url}: the server leads to {newurl}, which is not secure; correct the address")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _transfer(url: str, part: _Part) -> None:
     """Ask once, and write what comes to the end of the part; an error if the server stops before the end of the file."""
     headers, start = dict(HEADERS), 0
     if (validator := part.validator) is not None:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": validator}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as reply:
-        if url.startswith("https:") and not reply.url.startswith("https:"):
-            raise DataError(f"{url}: the server leads to {reply.url}, which is not secure; correct the address")
+    opener = urllib.request.build_opener(_Redirects)
+    with opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as reply:
         if reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {part.size}-"):
             start = part.size
         else:  # all of it: it was never asked for less, or it is another version, or the server cannot do less
@@ -207,7 +218,7 @@ def _transfer(url: str, part: _Part) -> None:
             part.note(reply.headers)
         length = reply.headers.get("Content-Length")
         total = None if length is None else start + int(length)
-        with open(part.path, "ab") as file, _progress(part, start, total) as bar:
+        with io.writing(part.path), open(part.path, "ab") as file, _progress(part, start, total) as bar:
             while chunk := reply.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -246,22 +257,24 @@ def unpack(archive: Path, folder: Path, inside: str = "") -> None:
     """
     try:
         with zipfile.ZipFile(archive) as file:
-            count = 0
-            for member, name in _members(archive, file, PurePosixPath(inside)):
+            members = list(_members(archive, file, PurePosixPath(inside)))
+            folder.mkdir(parents=True, exist_ok=True)
+            if sum(member.file_size for member, _ in members) > shutil.disk_usage(folder).free:
+                raise io.WriteError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            for member, name in members:
                 target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    with file.open(member) as source, open(target, "xb") as out:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with io.writing(target), file.open(member) as source, open(target, "xb") as out:
                         shutil.copyfileobj(source, out)
-                except FileExistsError:
+                except (FileExistsError, NotADirectoryError):
                     raise DataError(f"{archive}: {name} is there twice; unpack the archive by hand") from None
-                count += 1
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         archive.unlink()
         raise DataError(
             f"{archive}: this is not a whole zip archive ({error}); it was deleted: run the command again"
         ) from error
-    if not count:
+    if not members:
         raise DataError(f'{archive}: there is no file below "{inside or "."}" in it; correct `inside` of the dataset')
 
 

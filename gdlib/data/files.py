@@ -11,7 +11,7 @@ import tifffile
 from bioimage_cpp.segmentation import label as connected_regions
 from PIL import Image
 
-from gdlib.io import DataError, Sample
+from gdlib.io import DataError, Sample, check_inside
 from gdlib.registry import nearest
 
 HDF5_SUFFIXES = (".h5", ".hdf", ".hdf5")
@@ -105,6 +105,7 @@ def open_volume(path: Path | str, dataset: str | None = None) -> Iterator[h5py.D
     with file:
         with _readable(path):
             volume = _find_dataset(file, path, dataset or inner)
+            check_inside(volume, file)
         yield volume
 
 

@@ -51,6 +51,22 @@ if LACKING and not PLANNING:
     sys.exit(advice(LACKING))
 if LACKING:
     print(f"{advice(LACKING)}\nPlanned as if all were there.", file=sys.stderr)
+
+
+def unwritable(*folders):
+    """The first of these folders, or of those in which they will be made, that is closed to us."""
+    for folder in map(os.path.abspath, folders):
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return os.path.relpath(folder)
+
+
+READING = PLANNING or any(word.startswith(("--report", "--lint")) for word in sys.argv)
+if not READING and (closed := unwritable(".snakemake", LOGS, RESULTS)):
+    sys.exit(
+        f"{closed}: this folder cannot be written; make it writable, or start with --directory and another one"
+    )
 if CFG.left_out:
     print(f"Left out of study {CFG.study}: {', '.join(CFG.left_out)}", file=sys.stderr)
 
