@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from gdlib import io
 from gdlib.data import patches
-from gdlib.data.augment import augment_intensity, augment_sections, mirrored, sample_patch, sampling_grid
+from gdlib.data.augment import _enlarged, augment_intensity, augment_sections, mirrored, sample_patch, sampling_grid
 from gdlib.data.patches import PatchSampler, intensity_range, normalise
 
 EXACT = {"flip": False, "rotate90": False}
@@ -208,6 +208,17 @@ def test_mirrored_is_a_reflection_at_the_outer_pixels_as_often_as_needed(n):
             torch.testing.assert_close(between, 0.75 * mirrored(index[:-1], [n]) + 0.25 * mirrored(index[1:], [n]))
     two = torch.tensor([[-1.0, 7.0], [3.0, -2.5]])
     assert mirrored(two, [3, 7]).tolist() == [[1, 5], [1, 2.5]]  # each axis by its own side
+
+
+@pytest.mark.parametrize("patch", [(20, 33), (8, 1)])
+def test_a_smooth_field_is_the_bicubic_one(patch):
+    """The same as an image of all control points, of which the patch is a part."""
+    spacing = 7
+    field = torch.randn(3, 2, *(math.ceil(p / spacing) + 3 for p in patch), generator=rng())
+    size = [k * spacing for k in field.shape[2:]]
+    whole = torch.nn.functional.interpolate(field, size=size, mode="bicubic", align_corners=True)
+    expected = whole[..., spacing : spacing + patch[0], spacing : spacing + patch[1]]
+    torch.testing.assert_close(_enlarged(field, spacing, patch), expected, rtol=0, atol=2e-6)
 
 
 def steps(grid):
@@ -766,9 +777,9 @@ def test_a_file_that_stays_on_disk_gives_the_same_patches(ndim, which, monkeypat
     inside = sampler(files, ndim, **options)
     monkeypatch.setattr(patches, "IN_MEMORY", 0)
     outside = sampler(files, ndim, **options)
-    for made, kind in ((inside, np.ndarray), (outside, h5py.Dataset)):
+    for made, kind in ((inside, torch.Tensor), (outside, h5py.Dataset)):
         for sample in made.samples:
-            assert {type(sample[key]) for key in sample.keys() - {"range"}} == {kind}
+            assert {type(sample[key]) for key in sample.keys() - {"low", "span"}} == {kind}
     for step in range(6):
         assert equal(inside.batch(step), outside.batch(step))
 
@@ -786,6 +797,17 @@ def test_borders_are_widened_in_the_label_alone(samples, ndim):
             expected[place] = 0
     assert torch.equal(wide.label, expected)
     assert not torch.equal(wide.label, plain.label)
+
+
+@pytest.mark.parametrize("stored_on_disk", [False, True])
+def test_ids_of_32_bits_stay_what_they_are(tmp_path, monkeypatch, stored_on_disk):
+    label = np.array([[0, 7], [2**31 + 5, 2**32 - 1]], np.uint32).repeat(4, 0).repeat(4, 1)
+    io.write_samples(tmp_path / "ids.h5", [io.Sample("a", np.ones((1, 8, 8), np.uint16), label)])
+    monkeypatch.setattr(patches, "IN_MEMORY", 0 if stored_on_disk else 2**31)
+    options = {"batch_size": 1, "normalisation": PERCENTILES, "augment": NONE, "seed": 0}
+    made = PatchSampler(tmp_path / "ids.h5", patch=(8, 8), **options).batch(0)
+    assert made.label.dtype == torch.int64
+    assert set(made.label.unique().tolist()) == {0, 7, 2**31 + 5, 2**32 - 1}
 
 
 def test_patches_that_do_not_fit_and_files_without_images(samples, tmp_path):

@@ -4,7 +4,7 @@ Labels are resampled with the same coordinates as the image, to the nearest pixe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,43 +54,64 @@ def sampling_grid(
     size = torch.tensor(patch)
     if margin is not None:
         patch = [p + 2 * m for p, m in zip(patch, margin, strict=True)]
-    centred = [torch.arange(p, dtype=torch.float32) - (p - 1) / 2 for p in patch]
-    grid = torch.stack(torch.meshgrid(*centred, indexing="ij"), -1).expand(batch, *patch, ndim).clone()
     per_patch = (batch,) + (1,) * ndim
+    # One coordinate of all pixels, ([B,] *patch), for each axis; sides of 1 where it does not change along them yet.
+    *z, y, x = (
+        (torch.arange(p, dtype=torch.float32) - (p - 1) / 2).reshape([-1 if k == axis else 1 for k in range(ndim)])
+        for axis, p in enumerate(patch)
+    )
     deform = torch.rand(batch, generator=generator) < probability
 
     factor = torch.exp(_uniform(math.log(scale[0]), math.log(scale[1]), (batch,), generator))
-    factor = torch.where(deform, factor, 1.0).reshape(*per_patch, 1)
-    grid[..., -2:] /= factor
+    factor = torch.where(deform, factor, 1.0).reshape(per_patch)
+    y, x = y / factor, x / factor
     if rotate > 0:
         angle = _uniform(-rotate, rotate, (batch,), generator) * deform * math.pi / 180
-        sine, cosine = (f(angle).reshape(*per_patch, 1) for f in (torch.sin, torch.cos))
-        y, x = grid[..., -2:-1], grid[..., -1:]
-        grid[..., -2:] = torch.cat([cosine * y - sine * x, sine * y + cosine * x], -1)
+        sine, cosine = (f(angle).reshape(per_patch) for f in (torch.sin, torch.cos))
+        y, x = cosine * y - sine * x, sine * y + cosine * x
     if elastic > 0:
         knots = [math.ceil(p / elastic_spacing) + 3 for p in patch[-2:]]
         field = torch.randn(batch, 2, *knots, generator=generator) * elastic * deform.reshape(batch, 1, 1, 1)
-        fine = [(k - 3) * elastic_spacing for k in knots]
-        field = F.interpolate(field, size=[n + 3 * elastic_spacing for n in fine], mode="bicubic", align_corners=True)
-        start = elastic_spacing
-        field = field[..., start : start + patch[-2], start : start + patch[-1]].movedim(1, -1)
-        grid[..., -2:] += field.reshape(batch, *(1,) * (ndim - 2), *field.shape[1:])
+        field = _enlarged(field, elastic_spacing, patch[-2:]).reshape(batch, 2, *(1,) * (ndim - 2), *patch[-2:])
+        y, x = y + field[:, 0], x + field[:, 1]
     if misalign > 0 and ndim == 3:
-        grid[..., -2:] += _misalignment(batch, patch[0], misalign, probability, generator).reshape(batch, -1, 1, 1, 2)
+        shift = _misalignment(batch, patch[0], misalign, probability, generator).reshape(batch, -1, 1, 1, 2)
+        y, x = y + shift[..., 0], x + shift[..., 1]
     if flip:
         sign = torch.randint(2, (*per_patch, ndim), generator=generator) * 2.0 - 1
-        grid *= sign
+        *z, y, x = (place * sign[..., axis] for axis, place in enumerate((*z, y, x)))
     if rotate90:
         step = 1 if patch[-1] == patch[-2] else 2
-        turns = step * torch.randint(4 // step, (*per_patch, 1), generator=generator)
-        sign = 1.0 - 2 * torch.cat([turns >= 2, (turns == 1) | (turns == 2)], -1)
-        grid[..., -2:] = torch.where(turns % 2 == 1, grid[..., -2:].flip(-1), grid[..., -2:]) * sign
+        turns = step * torch.randint(4 // step, per_patch, generator=generator)
+        odd = turns % 2 == 1
+        y, x = torch.where(odd, x, y), torch.where(odd, y, x)
+        y, x = y * (1.0 - 2 * (turns >= 2)), x * (1.0 - 2 * ((turns == 1) | (turns == 2)))
 
     # Place the patch so that, before zoom and displacement, it lies inside the image.
     room = (shapes - size).clamp(min=0)
     corner = (torch.rand(batch, ndim, generator=generator) * (room + 1)).floor()
-    centre = corner + (size - 1) / 2
-    return grid + centre.reshape(*per_patch, ndim)
+    centre = (corner + (size - 1) / 2).reshape(*per_patch, ndim)
+    return _joined((place + centre[..., axis]).expand(batch, *patch) for axis, place in enumerate((*z, y, x)))
+
+
+def _joined(places: Iterable[Tensor]) -> Tensor:
+    """Coordinates as one tensor (..., n), in memory one axis after the other: what follows works on one at a time."""
+    return torch.stack(list(places)).movedim(0, -1)
+
+
+def _enlarged(field: Tensor, spacing: int, patch: Sequence[int]) -> Tensor:
+    """Smooth field (B, 2, Y, X) through control points (B, 2, K, L) that are about `spacing` pixels apart.
+
+    Bicubic, in one product of matrices for each axis: this is a part of an image that would be several times as large.
+    """
+    for axis, p in ((-2, patch[0]), (-1, patch[1])):
+        knots = field.shape[axis]
+        # The response to each control point alone, along a line.
+        response = torch.eye(knots)[:, None, None, :]
+        fine = F.interpolate(response, size=[1, knots * spacing], mode="bicubic", align_corners=True)
+        matrix = fine[:, 0, 0, spacing : spacing + p]  # (K, p)
+        field = torch.tensordot(field, matrix, dims=([axis], [0])).movedim(-1, axis)
+    return field
 
 
 def _misalignment(batch: int, sections: int, most: float, probability: float, generator: Generator) -> Tensor:
@@ -105,9 +126,15 @@ def _misalignment(batch: int, sections: int, most: float, probability: float, ge
 
 def mirrored(grid: Tensor, shape: Sequence[int]) -> Tensor:
     """Mirror pixel coordinates (..., n) at the borders of an image of this shape, as often as needed."""
-    last = torch.tensor(shape, dtype=torch.float32) - 1
-    grid = grid.abs() % (2 * last).clamp(min=1)
-    return torch.where(grid > last, 2 * last - grid, grid).clamp(min=0)
+    return _joined(_mirrored(place, n - 1) for place, n in zip(grid.unbind(-1), shape, strict=True))
+
+
+def _mirrored(place: Tensor, last: int) -> Tensor:
+    low, high = place.aminmax()
+    if low >= 0 and high <= last:  # as most patches are
+        return place
+    place = place.abs() % max(1, 2 * last)
+    return torch.where(place > last, 2 * last - place, place).clamp(min=0)
 
 
 def sample_patch(image: Tensor, grid: Tensor) -> Tensor:
@@ -120,9 +147,9 @@ def sample_patch(image: Tensor, grid: Tensor) -> Tensor:
     Returns:
         (C, *patch) float32.
     """
-    last = torch.tensor(image.shape[1:], device=grid.device) - 1
     # grid_sample wants (x, y, [z]) in [-1, 1].
-    unit = (grid / last.clamp(min=1) * 2 - 1).flip(-1)
+    unit = [place / max(1, n - 1) * 2 - 1 for place, n in zip(grid.unbind(-1), image.shape[1:], strict=True)]
+    unit = torch.stack(unit[::-1], -1)
     return F.grid_sample(image[None], unit[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
 
 
@@ -227,16 +254,19 @@ def augment_sections(
 
 
 def _blur(image: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur in the last two axes with one sigma per patch; 0 leaves a patch as it is."""
+    """Gaussian blur in the last two axes with one sigma per patch, known on the CPU; 0 leaves a patch as it is."""
+    which = sigma.nonzero()[:, 0]
+    if not len(which):
+        return image
     radius = max(1, math.ceil(3 * float(sigma.max())))
-    sigma = sigma.to(image.device)
-    x = torch.arange(-radius, radius + 1, device=image.device)
-    kernel = torch.exp(-0.5 * (x / sigma.clamp(min=0.05)[:, None]) ** 2)
+    x = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (x / sigma[which].clamp(min=0.05)[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
     planes = image.shape[1:-2].numel()
-    flat = image.reshape(1, -1, *image.shape[-2:])
-    kernel = kernel.repeat_interleave(planes, 0)[:, None]
+    kernel = kernel.to(image.device).repeat_interleave(planes, 0)[:, None]
+    which = which.to(image.device)
+    flat = image[which].reshape(1, -1, *image.shape[-2:])
     flat = F.pad(flat, (radius,) * 4, mode="reflect")
     flat = F.conv2d(flat, kernel[:, :, :, None], groups=flat.shape[1])
     flat = F.conv2d(flat, kernel[:, :, None, :], groups=flat.shape[1])
-    return flat.reshape(image.shape)
+    return image.index_copy(0, which, flat.reshape(len(which), *image.shape[1:]))

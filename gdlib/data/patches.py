@@ -1,5 +1,6 @@
 """Images for networks: normalisation, and augmented training patches as a pure function of (seed, step)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,12 @@ def rescale(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         float32 array of the same shape.
     """
     column = (-1,) + (1,) * (image.ndim - 1)
-    span = np.where(high > low, high - low, np.inf).astype(np.float32)
-    return (image.astype(np.float32) - low.reshape(column)) / span.reshape(column)
+    return (image.astype(np.float32) - low.reshape(column)) / _span(low, high).reshape(column)
+
+
+def _span(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """What a value is divided by; a flat channel becomes 0."""
+    return np.where(high > low, high - low, np.inf).astype(np.float32)
 
 
 def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
@@ -89,7 +94,7 @@ class PatchSampler:
     order: differences between methods are not differences of data.
 
     Args:
-        path: samples `.h5`. Up to 2 GiB are kept in memory; of a larger split, each patch reads the blocks that it needs.
+        path: samples `.h5`. Up to 2 GiB are kept on the device; of a larger split, each patch reads the blocks that it needs.
         patch: side lengths of the label in pixels.
         margin: the image is larger by this on each side, for networks that lose it; 0 if left out.
         batch_size: patches per step.
@@ -123,15 +128,22 @@ class PatchSampler:
         self.samples: list[dict[str, Any]] = []
         with io.open_h5(path):  # tells a broken file in one sentence
             file = h5py.File(path, "r", rdcc_nbytes=2**26)
-        size = sum(array.nbytes for sample in file.values() for array in sample.values())
-        for name in sorted(file):
-            arrays = {key: array if size > IN_MEMORY else array[()] for key, array in file[name].items()}
+            size = sum(array.nbytes for sample in file.values() for array in sample.values())
+            found = {
+                name: {key: array if size > IN_MEMORY else array[()] for key, array in file[name].items()}
+                for name in sorted(file)
+            }
+        for name, arrays in found.items():
             if any(n < p for n, p in zip(arrays["label"].shape, self.patch, strict=True)):
                 raise io.DataError(
                     f'{path}: image "{name}" of {arrays["label"].shape} pixels is smaller than the patch {self.patch}; '
                     "choose a smaller patch"
                 )
-            self.samples.append({**arrays, "range": intensity_range(arrays["image"], **normalisation)})
+            low, high = intensity_range(arrays["image"], **normalisation)
+            column = (-1,) + (1,) * len(self.patch)
+            held = {k: self._tensor(a) if isinstance(a, np.ndarray) else a for k, a in arrays.items()}
+            held |= {"low": self._tensor(low.reshape(column)), "span": self._tensor(_span(low, high).reshape(column))}
+            self.samples.append(held)
         self.ignores = any("ignore" in sample for sample in self.samples)
         if not self.samples:
             raise io.DataError(f"{path}: there is no image to train on; check the split lists")
@@ -149,25 +161,31 @@ class PatchSampler:
         ignore = torch.stack([patch[2] for patch in patches]) if self.ignores else None
         if self.border:
             label = ops.widen_borders(label, self.border)
+        label = label.long() & 0xFFFFFFFF
         image = augment_intensity(image, generator, **self.augment["intensity"])
         if len(self.patch) == 3:
             image = augment_sections(image, generator, **self.augment["sections"])
         return Batch(image, label, ids.to(self.device), ignore)
 
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """An array on the device; torch can do little with uint32, so these bits become those of an int32."""
+        return torch.from_numpy(array.view(np.int32) if array.dtype == np.uint32 else array).to(self.device)
+
     def _cut(self, sample: Mapping[str, Any], grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read the box that holds all points of a grid, and resample it."""
-        grid = mirrored(grid, sample["label"].shape)
-        ndim = len(self.patch)
-        low = grid.reshape(-1, ndim).amin(0).floor()
-        high = grid.reshape(-1, ndim).amax(0).ceil()
-        box = tuple(slice(int(a), int(b) + 1) for a, b in zip(low, high, strict=True))
-        image = rescale(sample["image"][(slice(None), *box)], *sample["range"])
+        places = mirrored(grid, sample["label"].shape).unbind(-1)  # on the CPU: to find the box, nothing waits
+        ends = [place.aminmax() for place in places]
+        box = tuple(slice(math.floor(low), math.ceil(high) + 1) for low, high in ends)
         inner = tuple(slice(m, m + p) for m, p in zip(self.margin, self.patch, strict=True))
-        grid = (grid - low).to(self.device)
+        grid = torch.stack([place - s.start for place, s in zip(places, box, strict=True)]).to(self.device)
 
-        nearest = tuple(grid[inner].round().long().unbind(-1))
-        image = sample_patch(torch.from_numpy(image).to(self.device), grid)
-        label = torch.from_numpy(sample["label"][box].astype(np.int64)).to(self.device)[nearest]
+        def read(name: str) -> Tensor:
+            part = sample[name][(..., *box)]
+            return part if isinstance(part, Tensor) else self._tensor(part)
+
+        image = sample_patch((read("image").float() - sample["low"]) / sample["span"], grid.movedim(0, -1))
+        nearest = tuple(grid[(slice(None), *inner)].round().long())
+        label = read("label")[nearest]
         if "ignore" not in sample:  # but other samples may have it
             return image, label, torch.zeros_like(label, dtype=torch.bool)
-        return image, label, torch.from_numpy(sample["ignore"][box]).to(self.device)[nearest]
+        return image, label, read("ignore")[nearest]

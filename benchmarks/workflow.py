@@ -1,0 +1,50 @@
+"""What every job of a study pays before it works: the interpreter, and what a step imports."""
+
+import ast
+import subprocess
+import sys
+
+from gdlib import steps
+from gdlib.bench import FOLDER, Bench
+
+
+def imports() -> dict[str, list[str]]:
+    """Return for every step of the workflow the modules that it imports, from the source of `gdlib.steps`."""
+    with open(steps.__file__) as file:
+        tree = ast.parse(file.read())
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+            modules = [n.module for n in ast.walk(node) if isinstance(n, ast.ImportFrom)]
+            if any(module.startswith("gdlib") for module in modules):
+                found[node.name[1:]] = ["gdlib.cli", *dict.fromkeys(modules)]
+    return found
+
+
+def start(code: str):
+    """Return a call that runs some Python in a new process."""
+
+    def call() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=FOLDER.parent, stdout=subprocess.PIPE, check=True, text=True
+        )
+        return done.stdout
+
+    return call
+
+
+def run(bench: Bench) -> None:
+    """Start each kind of process."""
+    empty = start("pass")
+    about = "the interpreter alone"
+    cases = {
+        "gdlib --help": "import gdlib.cli, contextlib\nwith contextlib.suppress(SystemExit): gdlib.cli.main(['--help'])",
+        "parse the configuration": (
+            "import yaml; from gdlib.config import Config; Config.parse(yaml.safe_load(open('config.yaml')))"
+        ),
+    }
+    cases |= {f"step {name}": f"import {', '.join(modules)}" for name, modules in imports().items()}
+    for name, code in cases.items():
+        heavy = start(f"{code}\nimport sys; print('torch' in sys.modules)")().splitlines()[-1] == "True"
+        found = bench.compare(name, start(code), empty, about=about, least=2, imports_torch=heavy)
+        found["peak_mib"] = found["reference_peak_mib"] = None  # that was of this process, not of the new one

@@ -1,0 +1,188 @@
+"""`gdlib bench` at its smallest: every plain implementation agrees with ours; the JSON file and the page say what was found."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from gdlib import bench, cli
+from gdlib.bench import GROUPS, Bench, measure, slope, with_peak
+
+KEYS = {"group", "name", "reference_ms", "ms", "ratio", "peak_mib", "ms_spread", "difference", "about"}
+# Cases in which a plain implementation must give the same; of the others one part is missing, or only time is compared.
+AGREE = {
+    "losses": {f"{part}, {axes}": 1e-3 for part in (
+        "affinities (supervised and AGD)", "AGD between images", "IGD within images", "IGD between images", "all terms"
+    ) for axes in ("2D", "3D")},
+    "targets": {f"{part}, {axes}": 1e-5 for part in (
+        "affinity targets", "targets, masks and class weights") for axes in ("2D", "3D")},
+    "data": {"a batch of patches, 2D": 1e-3},
+    "inference": {f"{role}, {axes}": 0.02 for role in ("student", "teacher") for axes in ("2D", "3D")},
+    "segmentation": {f"mutex watershed, {what}": 0.01 for what in ("many images", "one image", "one volume")},
+    "metrics": {f"all metrics, {what}": 1e-6 for what in (
+        "a volume of neurons", "an image of nuclei", "an image of nuclei, loops")},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What all groups but `workflow`, which starts twenty processes, find at the tiny size."""
+    return measure([group for group in GROUPS if group != "workflow"], "tiny", "cpu")
+
+
+def test_every_result_keeps_the_contract(found):
+    assert {result["group"] for result in found["results"]} == set(GROUPS) - {"workflow"}
+    names = [(result["group"], result["name"]) for result in found["results"]]
+    assert len(set(names)) == len(names)
+    for result in found["results"]:
+        assert set(result) >= KEYS
+        low, high = result["ms_spread"]
+        assert 0 < low <= result["ms"] <= high
+        if result["reference_ms"] is None:
+            assert result["ratio"] is None
+        else:
+            assert result["ratio"] == pytest.approx(result["reference_ms"] / result["ms"])
+        assert result["peak_mib"] is None or result["peak_mib"] >= 0
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("group", AGREE)
+def test_the_plain_implementation_gives_the_same(found, group):
+    compared = {
+        r["name"]: r["difference"] for r in found["results"] if r["group"] == group and r["difference"] is not None
+    }
+    assert set(compared) == set(AGREE[group])
+    for name, tolerance in AGREE[group].items():
+        assert compared[name] <= tolerance, name
+
+
+def test_the_ratio_of_all_terms_is_that_of_its_case(found):
+    for key, axes in (("ratio_all_terms", "2D"), ("ratio_all_terms_3d", "3D")):
+        (case,) = (r for r in found["results"] if r["name"] == f"all terms, {axes}")
+        assert found[key] == case["ratio"] == case["ratio_all_terms"]
+
+
+def test_it_says_where_it_was_measured(found):
+    assert found["device"] == "cpu"
+    assert found["size"] == "tiny"
+    assert {"torch", "numpy", "scikit-image"} <= set(found["libraries"])
+    assert found["threads"] >= 1
+    assert found["cpu"]
+
+
+def test_targets_say_whether_they_are_met(found):
+    texts = [target["text"] for target in found["targets"]]
+    for part in (
+        "all terms against the plain",
+        "affinity targets",
+        "a step of training",
+        "time of the student",
+        "metrics",
+    ):
+        assert any(part in text for text in texts), part
+    for target in found["targets"]:
+        over = target["value"] >= target["limit"]
+        assert target["met"] == (over if target["at_least"] else target["value"] <= target["limit"])
+
+
+def test_growth_has_an_exponent(found):
+    grown = [result for result in found["results"] if "slope" in result]
+    assert {"image area", "instances", "images in memory", "batch", "volume"} == {result["axis"] for result in grown}
+    for result in grown:
+        amounts = [math.prod(size) for size in result["sizes"]]
+        assert result["slope"] == pytest.approx(np.polyfit(np.log(amounts), np.log(result["ms_by_size"]), 1)[0])
+
+
+def test_the_page_tells_it_all(found, tmp_path, capsys):
+    """From the file alone, by the command, and again with the same bytes."""
+    source = tmp_path / "performance.json"
+    source.write_text(json.dumps(found))
+    command = ["bench", "page", "--json", str(source), "--markdown", str(tmp_path / "performance.md")]
+    assert cli.main(command) == 0
+    page = (tmp_path / "performance.md").read_text()
+    for result in found["results"]:
+        assert f"| {result['name']} |" in page
+    for target in found["targets"]:
+        assert f"| {target['text']} |" in page
+    assert page.count("not met") == sum(not target["met"] for target in found["targets"])
+    assert "](figures/performance.png)" in page
+    picture = (tmp_path / "figures" / "performance.png").read_bytes()
+    assert cli.main(command) == 0
+    assert (tmp_path / "performance.md").read_text() == page
+    assert (tmp_path / "figures" / "performance.png").read_bytes() == picture
+
+
+def test_one_group_by_the_command(tmp_path, capsys):
+    path = tmp_path / "targets.json"
+    assert cli.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 0
+    assert {result["group"] for result in json.loads(path.read_text())["results"]} == {"targets"}
+
+
+def test_every_step_of_the_workflow_is_started():
+    workflow = bench.load("workflow")
+    modules = workflow.imports()
+    steps = {"download", "prepare", "draw", "teach", "train", "predict", "segment", "evaluate", "baselines"}
+    assert steps <= set(modules)
+    assert "gdlib.training" in modules["train"]
+    assert "gdlib.metrics" in modules["evaluate"]
+    assert workflow.start("print('torch' in __import__('sys').modules)")() == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{}", "no results"), ("{", "not a JSON file"), (None, "No such file")]
+)
+def test_a_file_that_is_none(tmp_path, capsys, content, message):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    assert cli.main(["bench", "page", "--json", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("gdlib: error:")
+    assert error.count("\n") == 1
+    assert message in error
+    assert str(path) in error
+
+
+def test_without_the_folder_it_says_where_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "FOLDER", tmp_path / "benchmarks")
+    assert cli.main(["bench", "all", "--json", str(tmp_path / "x.json")]) == 1
+    error = capsys.readouterr().err
+    assert "source repository" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_results_that_differ_are_not_timed():
+    at_work = Bench("tiny")
+    with pytest.raises(ValueError, match="differ by 1"):
+        at_work.compare("wrong", lambda: 2, lambda: 3, differ=lambda a, b: abs(a - b), tolerance=0.5)
+    with pytest.raises(ValueError, match="differ by nan"):
+        at_work.compare("wrong", lambda: 2, lambda: 3, differ=lambda a, b: math.nan, tolerance=0.5)
+    assert not at_work.results
+
+
+def test_both_calls_take_turns_after_a_first_that_does_not_count():
+    at_work, order = Bench("small"), []
+    result = at_work.compare(
+        "turns", lambda: order.append("ours"), lambda: order.append("plain"), prepare=lambda: order.append("prepare")
+    )
+    assert order == ["prepare", "ours", "prepare", "plain"] * (result["rounds"] + 1)
+    assert result["rounds"] >= 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_peak_memory_is_that_of_the_call():
+    device = Bench("tiny").device
+    held = np.ones(64 * 2**20, np.uint8)
+    for size in (32, 128):
+        output, peak = with_peak(lambda size=size: np.ones(size * 2**20, np.uint8).sum(), device)
+        assert output == size * 2**20
+        assert size * 0.9 < peak < size * 1.5
+    assert held.sum() == 64 * 2**20
+
+
+def test_exponents():
+    assert slope([1, 2, 4, 8], [5, 10, 20, 40]) == pytest.approx(1)
+    assert slope([1, 2, 4], [3, 3, 3]) == pytest.approx(0)
