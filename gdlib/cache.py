@@ -13,7 +13,6 @@ from typing import Any
 import h5py
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gdlib import io
 from gdlib.config import RunSpec
@@ -21,6 +20,7 @@ from gdlib.data.patches import PatchSampler
 from gdlib.distill import Batch, see
 from gdlib.inference import choose_device, choose_precision
 from gdlib.models import Embedding, build, folded
+from gdlib.progress import Progress
 
 
 def draw(
@@ -48,7 +48,7 @@ def draw(
     margin = [max(sides) for sides in zip(*margins, strict=True)]
     sampler, size = PatchSampler(train, **drawing, margin=margin), drawing["batch_size"]
     with io.create_h5(out, drawing=drawing, train=io.sha256(train), batches=batches, margin=margin) as file:
-        for step in tqdm(range(batches), unit="batch", mininterval=20):
+        for step in Progress(range(batches), unit="batch", desc="draw"):
             batch = sampler.batch(step)
             parts = {"image": batch.image, "label": batch.label.int(), "ids": batch.ids, "ignore": batch.ignore}
             for name, part in parts.items():
@@ -90,7 +90,7 @@ def teach(
     network = folded(network).to(target, memory_format=layout)
     with io.open_h5(patches) as file, io.create_h5(out, teacher=io.sha256(teacher)) as taught:
         count = len(file["image"]) if names else 0
-        for first in tqdm(range(0, count, batch_size), unit="batch", mininterval=20):
+        for first in Progress(range(0, count, batch_size), unit="batch", desc="ask"):
             rows = slice(first, min(count, first + batch_size))
             image, label = (torch.from_numpy(file[name][rows]).to(target) for name in ("image", "label"))
             with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
@@ -109,7 +109,8 @@ def _rows(file: h5py.File, name: str, part: Tensor, count: int) -> h5py.Dataset:
     """Return the dataset with `count` rows like those of `part`, made on first use; it will be read row by row."""
     if name not in file:
         dtype = str(part.dtype).removeprefix("torch.")
-        file.create_dataset(name, (count, *part.shape[1:]), dtype, chunks=(1, *part.shape[1:]), track_times=False)
+        shape = (count, *part.shape[1:])
+        file.create_dataset(name, shape, dtype, chunks=(1, *shape[1:]), fletcher32=True, track_times=False)
     return file[name]
 
 
@@ -156,7 +157,8 @@ class CachedPatches:
             moves = [self._move(generator) for _ in range(self.batch_size)]
 
         def read(maps: h5py.Dataset) -> Tensor:
-            parts = [torch.from_numpy(maps[row]) for row in rows.tolist()]
+            with io.readable(maps.file):
+                parts = [torch.from_numpy(maps[row]) for row in rows.tolist()]
             return torch.stack([_moved(part, *move) for part, move in zip(parts, moves, strict=True)]).to(self.device)
 
         ignore = read(self.file["ignore"]) if "ignore" in self.file else None

@@ -2,19 +2,27 @@
 
 Per-pixel vectors are kept as *rows*: (B, [Z,] Y, X, D). A channels-last network output is such an array already, and every
 dot product of two pixels then reads two contiguous vectors.
+
+What the losses need of whole maps, `relate` and `pair_loss`, is computed by `gdlib/native.cpp` where that can be had, else by
+the plain functions here, which say what it means.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gdlib import native
 
 Offsets = Sequence[Sequence[int]]
 
 
 def rows(embedding: Tensor) -> Tensor:
-    """View an embedding (B, D, [Z,] Y, X) as rows (B, [Z,] Y, X, D); free when it is channels-last in memory."""
-    return embedding.movedim(1, -1).contiguous()
+    """View an embedding (B, D, [Z,] Y, X) as rows (B, [Z,] Y, X, D) of at least float32; free if it is channels-last in it."""
+    dtype = torch.promote_types(embedding.dtype, torch.float32)
+    return embedding.movedim(1, -1).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 class _Unit(torch.autograd.Function):
@@ -126,7 +134,7 @@ def affinity_targets(label: Tensor, offsets: Offsets, background_connected: bool
     out = torch.zeros(batch, len(offsets), *shape, dtype=torch.bool, device=label.device)
     for k, offset in enumerate(offsets):
         here, there = overlap(offset, shape)
-        out[(slice(None), k, *here)] = label[(slice(None), *here)] == label[(slice(None), *there)]
+        torch.eq(label[(slice(None), *here)], label[(slice(None), *there)], out=out[(slice(None), k, *here)])
     return out if background_connected else out & (label > 0)[:, None]
 
 
@@ -142,7 +150,7 @@ def widen_borders(label: Tensor, width: int = 1) -> Tensor:
     out = label.clone()
     shape = label.shape[1:]
     for dy in range(width + 1):
-        for dx in range(-width, width + 1):
+        for dx in range(-width if dy else 1, width + 1):  # each pair of places once
             here, there = ((slice(None), *part) for part in overlap((0,) * (len(shape) - 2) + (dy, dx), shape))
             a, b = label[here], label[there]
             keep = (a == b) | (a == 0) | (b == 0)
@@ -160,29 +168,118 @@ def pairs_of(mask: Tensor, offsets: Offsets) -> Tensor:
     return out
 
 
-def balance(target: Tensor, valid: Tensor, per_offset: bool = False) -> Tensor:
-    """Class weights that give connected and separated pairs equal total weight.
+def count_pairs(target: Tensor, valid: Tensor) -> Tensor:
+    """Pairs that are valid, and those of them that are connected: (B, K, ...) boolean and broadcastable -> (B, K, 2) int64."""
+    valid = valid.expand_as(target)
+    return torch.stack([part.flatten(2).sum(2) for part in (valid, target & valid)], 2)
+
+
+def class_weights(counts: Tensor, per_offset: bool = False) -> Tensor:
+    """Weights of separated and of connected pairs that give both classes equal total weight.
 
     With f = share of connected pairs, clipped to [0.05, 0.99]: if f > 0.5, separated pairs weigh f / (1 - f) and connected
-    ones 1; else connected pairs weigh (1 - f) / f and separated ones 1. A sample with one class only weighs 1 where it counts.
+    ones 1; else connected pairs weigh (1 - f) / f and separated ones 1. Where there is one class only, it weighs 1.
     PAPER: the original counts pairs across the border as connected in f; here only pairs inside the image count.
 
     Args:
-        target: (B, K, ...) boolean.
-        valid: broadcastable boolean; pairs that count for f.
-        per_offset: one f per offset (the paper's 3D code) instead of one per sample (its 2D code).
+        counts: (B, K, 2) of `count_pairs`.
+        per_offset: one f per offset (the paper's 3D code) instead of one per image (its 2D code).
 
     Returns:
-        (B, K, ...) float32 weights, 0 where not valid.
+        (B, K, 2) float32.
     """
-    dims = tuple(range(2 if per_offset else 1, target.ndim))
-    valid = valid.expand_as(target)
-    total = valid.sum(dims, keepdim=True)
-    share = (target & valid).sum(dims, keepdim=True) / total.clamp(min=1)
-    f = share.clamp(0.05, 0.99)
-    connected = torch.where(f > 0.5, 1.0, (1 - f) / f)
-    separated = torch.where(f > 0.5, f / (1 - f), 1.0)
+    total, connected = (counts if per_offset else counts.sum(1, keepdim=True).expand_as(counts)).unbind(2)
+    f = (connected / total.clamp(min=1)).clamp(0.05, 0.99)
+    return torch.stack([torch.where(f > 0.5, f / (1 - f), 1.0), torch.where(f > 0.5, 1.0, (1 - f) / f)], 2)
+
+
+def balance(target: Tensor, valid: Tensor, per_offset: bool = False) -> Tensor:
+    """`class_weights` of every pair: (B, K, ...) float32, 0 where not valid.
+
+    Args:
+        target: (B, K, ...) boolean.
+        valid: broadcastable boolean; pairs that count.
+        per_offset: see `class_weights`.
+    """
+    weights = class_weights(count_pairs(target, valid), per_offset)
+    separated, connected = (part.reshape(*part.shape, *(1,) * (target.ndim - 2)) for part in weights.unbind(2))
     return torch.where(target, connected, separated) * valid
+
+
+def numbered(label: Tensor) -> Tensor:
+    """Number instances anew, all images together, where an id is larger than an image has pixels, as in cuts of large volumes."""
+    if int(label.max()) <= label[0].numel():
+        return label
+    return torch.unique(label, return_inverse=True)[1].reshape(label.shape) + int(label.min() > 0)
+
+
+class Pairs:
+    """Pairs of pixels at some offsets: which are connected, and what each weighs; computed on first use, once."""
+
+    def __init__(
+        self,
+        label: Tensor,
+        offsets: Offsets,
+        *,
+        ignore: Tensor | None = None,
+        background_connected: bool = True,
+        per_offset: bool = False,
+    ) -> None:
+        """Describe the pairs of a batch.
+
+        Args:
+            label: (B, [Z,] Y, X) int64, 0 = background.
+            offsets: K displacements in array order.
+            ignore: same shape, boolean; pairs with such a pixel weigh 0.
+            background_connected: see `affinity_targets`.
+            per_offset: see `class_weights`.
+        """
+        self.label = label
+        self.offsets = offsets
+        self.ignore = ignore
+        self.background_connected = background_connected
+        self.per_offset = per_offset
+
+    @cached_property
+    def target(self) -> Tensor:
+        """(B, K, [Z,] Y, X) boolean `affinity_targets`."""
+        return affinity_targets(self.label, self.offsets, self.background_connected)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Boolean, expands to (B, K, [Z,] Y, X): both pixels are inside the image and known."""
+        valid = inside(self.offsets, self.label.shape[1:], self.label.device)
+        return valid if self.ignore is None else valid & ~pairs_of(self.ignore, self.offsets)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """(B, K, [Z,] Y, X) float32, `balance`."""
+        return balance(self.target, self.valid, self.per_offset)
+
+    @cached_property
+    def compiled(self) -> tuple[Offsets, Tensor, Tensor, Tensor | None, bool]:
+        """What compiled code wants to know of the pairs instead; see `native.pair_loss`."""
+        label, ignore = (None if x is None else x.contiguous() for x in (numbered(self.label).int(), self.ignore))
+        about = label, ignore, self.background_connected
+        counts = torch.empty(len(label), len(self.offsets), 2, dtype=torch.int64)
+        native.call("count_pairs", label.shape, self.offsets, *about, counts)
+        return self.offsets, class_weights(counts, self.per_offset), *about
+
+
+def pair_loss(affinity: Tensor, goal: Tensor | None = None, pairs: Pairs | None = None) -> Tensor:
+    """Weighted squared error of affinities, `1/(B P) sum_b sum_k sum_p w (a - g)^2`: mean over pixels, sum over offsets.
+
+    Args:
+        affinity: (B, K, [Z,] Y, X).
+        goal: same shape, without gradient; if left out, the target of the pairs.
+        pairs: their weights count; if left out, all weigh 1.
+    """
+    if native.usable(affinity, goal):
+        return native.pair_loss(affinity, goal, *(pairs.compiled if pairs else ()))
+    squared = (affinity - (pairs.target.to(affinity.dtype) if goal is None else goal)).square_()
+    if pairs is not None:
+        squared = squared.mul_(pairs.weight)
+    return squared.sum() / affinity[:, 0].numel()
 
 
 class Instances:
@@ -202,9 +299,7 @@ class Instances:
             background: make the background of each image a node too (PAPER: the original 3D code does).
         """
         batch = label.shape[0]
-        flat = label.reshape(batch, -1)
-        if int(flat.max()) > flat.shape[1]:  # sparse ids, e.g. of a large volume: number them first
-            flat = torch.unique(flat, return_inverse=True)[1].reshape(flat.shape) + int(flat.min() > 0)
+        flat = numbered(label).reshape(batch, -1)
         width = int(flat.max()) + 1
         key = (flat + width * torch.arange(batch, device=label.device)[:, None]).reshape(-1)
         size = torch.bincount(key, minlength=batch * width)
@@ -253,6 +348,48 @@ def gram(rows: Tensor) -> Tensor:
         between two images never need the pixel-pair matrix.
     """
     return rows.transpose(1, 2) @ rows / rows.shape[1]
+
+
+class Relations(NamedTuple):
+    """What `relate` computes; None where it was not asked for.
+
+    Attributes:
+        affinity: (B, K, [Z,] Y, X), `affinities` of the unit vectors.
+        nodes: (N, D), `pool_instances` of the raw vectors.
+        gram: (B, D, D), `gram` of the unit vectors.
+    """
+
+    affinity: Tensor | None = None
+    nodes: Tensor | None = None
+    gram: Tensor | None = None
+
+
+def relate(
+    rows: Tensor,
+    offsets: Offsets = (),
+    instances: Instances | None = None,
+    moments: bool = False,
+    other: Tensor | None = None,
+) -> Relations:
+    """Compute what losses need of a map, in as few passes over it as possible.
+
+    Args:
+        rows: (B, [Z,] Y, X, D) raw vectors.
+        offsets: K displacements, for affinities.
+        instances: for nodes.
+        moments: also compute the Gram matrix.
+        other: rows, without gradient, whose unit vectors are subtracted before that.
+    """
+    if native.usable(rows, other):
+        groups = (instances.index, instances.size) if instances else (None, None)
+        return Relations(*native.relate(rows, offsets, *groups, moments, other))
+    vectors = unit(rows) if offsets or moments else None
+    difference = vectors if other is None or not moments else vectors - unit(other)
+    return Relations(
+        affinities(vectors, offsets) if offsets else None,
+        pool_instances(rows, instances) if instances else None,
+        gram(difference.flatten(1, -2)) if moments else None,
+    )
 
 
 def node_grams(nodes: Tensor, image: Tensor, batch: int) -> Tensor:

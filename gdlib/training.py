@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from gdlib import __version__, io
+from gdlib import __version__, io, native, parallel
 from gdlib.cache import source_of_patches
 from gdlib.config import Recipe, RunSpec
 from gdlib.distill import Batch, Distiller, build_term
@@ -24,6 +22,7 @@ from gdlib.distill.bank import MemoryBank
 from gdlib.inference import Predictor, choose_device, choose_precision
 from gdlib.metrics import is_better
 from gdlib.models import build, folded
+from gdlib.progress import Progress
 from gdlib.segmentation import defaults, score, tune
 
 HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
@@ -50,7 +49,7 @@ def fit(
     device: str = "auto",
     max_seconds: float = math.inf,
 ) -> dict[str, float]:
-    """Train one network and write its weights.
+    """Train one network and write its weights; in several processes at once where `torchrun` started them.
 
     Args:
         spec: what to train and how.
@@ -67,15 +66,21 @@ def fit(
         max_seconds: stop and save the state after this time.
 
     Returns:
-        Mean validation metrics of the best weights, with the first segmenter.
+        Mean validation metrics of the best weights, with the first segmenter; nothing in processes that do not validate.
 
     Raises:
         Interrupted: on SIGTERM or after `max_seconds`.
     """
-    target = choose_device(device)
-    recipe = spec.recipe
+    target = parallel.join(choose_device(device))
+    native.keep_memory()
+    recipe, alone, leader = spec.recipe, parallel.world() == 1, parallel.rank() == 0
+    if recipe.accumulate % parallel.world():
+        raise ValueError(
+            f"{parallel.world()} processes share the batches of a step: make accumulate, which is {recipe.accumulate}, a "
+            "multiple of that, with a smaller batch_size if the step shall stay the same"
+        )
     # Validation first: a file that cannot be used must not cost a training.
-    judge = Judge(spec, val, target)
+    judge = Judge(spec, val, target) if leader else None
     trainer = _Trainer(spec, teacher, target)
     sampler = source_of_patches(spec, train, trainer.margin, target, patches, taught, teacher)
     resume = Path(state) / "resume.pt"
@@ -84,27 +89,29 @@ def fit(
         trainer.resume(resume, fingerprint)
 
     stop = _StopRequest(max_seconds)
-    bar = tqdm(
-        total=recipe.steps, initial=trainer.step, unit="step", desc=f"{spec.network}/{spec.method}/seed{spec.seed}",
-        mininterval=0.5 if sys.stderr.isatty() else 20, file=sys.stderr,
-    )  # fmt: skip
+    name = f"{spec.network}/{spec.method}/seed{spec.seed}"
+    bar = Progress(total=recipe.steps, initial=trainer.step, unit="step", desc=name, disable=not leader)
     with bar, stop:
+        bar.say(f"training on {_device_name(target)} in {str(trainer.dtype).removeprefix('torch.')}")
         while trainer.step < recipe.steps:
-            first = trainer.step * recipe.accumulate
-            trainer.advance(sampler.batch(first + k) for k in range(recipe.accumulate))
+            trainer.advance(sampler.batch(number) for number in trainer.batches())
             bar.update()
             if trainer.step % LOG_EVERY == 0 or trainer.step == recipe.steps:
                 bar.set_postfix(loss=f"{trainer.flush_losses():.4f}")
-            if trainer.step % recipe.validate_every == 0 or trainer.step == recipe.steps:
+            if leader and (trainer.step % recipe.validate_every == 0 or trainer.step == recipe.steps):
                 trainer.consider(judge(trainer.deployed))
-            if stop or (trainer.step % recipe.save_every == 0 and trainer.step < recipe.steps):
+                reached = f"{recipe.selection} {trainer.last_scores[recipe.selection]:.4f}"
+                best = ", the best so far" * (trainer.best_step == trainer.step)
+                bar.say(f"step {trainer.step}: validation {reached}{best}")
+            # Several processes must agree, for which they wait for their devices: not at every step.
+            asked = (alone or trainer.step % LOG_EVERY == 0) and parallel.any_of(bool(stop), target)
+            if leader and (asked or (trainer.step % recipe.save_every == 0 and trainer.step < recipe.steps)):
                 trainer.save(resume, fingerprint)
-            if stop:
-                print(
-                    f"stopped after step {trainer.step} of {recipe.steps}; the same command goes on from there",
-                    flush=True,
-                )
+            if asked:
+                bar.say(f"stopped after step {trainer.step} of {recipe.steps}; the same command goes on from there")
                 raise Interrupted(INTERRUPTED)
+    if not leader:
+        return {}
 
     header = {
         **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"}),
@@ -116,6 +123,7 @@ def fit(
     }
     final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
     trainer.deployed.load_state_dict(trainer.best_state)
+    bar.say(f"choosing segmentation parameters on {len(judge.samples)} validation images")
     parameters, scores = judge.tune(trainer.deployed)
     header |= {"segmentation": parameters, "validation": scores}
     main = {spec.segmenters[0]: trainer.last_scores}
@@ -190,6 +198,12 @@ class _Trainer:
         for network in networks:
             _check_patch(network, spec)
         self.margin = [max(sides) for sides in zip(*(network.margin for network in networks), strict=True)]
+        if (
+            parallel.world() > 1
+        ):  # running statistics are averaged over processes, and forget as much per batch as in one
+            for module in student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+                    module.momentum = 1 - (1 - module.momentum) ** parallel.world()
         bank = MemoryBank(**recipe.bank.model_dump(), seed=spec.seed)
         targets = spec.targets.model_dump(exclude={"border"})
         # Per-pixel vectors are then contiguous, and convolutions faster.
@@ -197,7 +211,8 @@ class _Trainer:
         if device.type == "mps":  # which gives wrong gradients for it
             self.layout = torch.contiguous_format
         levels = [t.level for t in spec.all_terms]
-        self.distiller = Distiller(student, frozen, terms, spec.offsets, bank, targets, levels).to(device)
+        together = recipe.accumulate // parallel.world()
+        self.distiller = Distiller(student, frozen, terms, spec.offsets, bank, targets, levels, together).to(device)
         for network in networks:
             network.to(memory_format=self.layout)
         self.distiller.train()
@@ -225,21 +240,30 @@ class _Trainer:
         """The network that is judged and kept: the student, or its moving average."""
         return self.distiller.student if self.average is None else self.average.module
 
+    def batches(self) -> range:
+        """Numbers of the batches of the next step that are this process's."""
+        first = self.step * self.spec.recipe.accumulate
+        return range(first + parallel.rank(), first + self.spec.recipe.accumulate, parallel.world())
+
     def advance(self, batches: Iterator[Batch]) -> None:
         """Make one optimizer step over some batches."""
         start = time.perf_counter()
         recipe = self.spec.recipe
+        if parallel.world() > 1:  # networks that drop channels at random must not drop the same ones in all processes
+            torch.manual_seed(self.spec.seed * 1_000_003 + self.batches().start)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, recipe)
         self.optimizer.zero_grad(set_to_none=True)
-        for k, batch in enumerate(batches):
+        for number, batch in zip(self.batches(), batches, strict=False):
             batch = replace(batch, image=batch.image.contiguous(memory_format=self.layout))
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                total, losses = self.distiller(batch, self.step * recipe.accumulate + k)
+                total, losses = self.distiller(batch, number)
             self.scaler.scale(total / recipe.accumulate).backward()
             for name, value in {"loss": total, **{f"loss/{n}": v for n, v in losses.items()}}.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach()
             self._count += 1
+        parallel.add([p.grad for p in self.learnable if p.grad is not None])
+        parallel.add([b for b in self.distiller.student.buffers() if b.is_floating_point()], mean=True)
         if recipe.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.learnable, recipe.clip)
@@ -252,7 +276,10 @@ class _Trainer:
 
     def flush_losses(self) -> float:
         """Move the summed losses into the history; return the mean total."""
-        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        sums = torch.stack([total.float() for total in self._sums.values()])
+        parallel.add([sums])
+        count = self._count * parallel.world()
+        means = {name: total / count for name, total in zip(self._sums, sums.tolist(), strict=True)}
         self._sums, self._count = {}, 0
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
@@ -292,18 +319,16 @@ class _Trainer:
         content |= {"fingerprint": fingerprint, "rng": torch.get_rng_state()}
         if self.device.type == "cuda":  # where networks that drop channels at random draw from
             content["rng_device"] = torch.cuda.get_rng_state(self.device)
-        with io.atomic(path) as temporary:
-            torch.save(content, temporary)
+        io.save_state(path, content)
 
     def resume(self, path: Path, fingerprint: str) -> None:
         """Take a saved state back, unless it belongs to another configuration, data or code."""
         try:
-            content = torch.load(path, map_location=self.device, weights_only=True)
-            owner = content["fingerprint"]
-        except Exception as error:  # torch raises a different type for every way a file can be broken
-            print(f"{path}: cannot be read ({type(error).__name__}); training starts anew", flush=True)
+            content = io.load_state(path, self.device)
+        except io.DataError as error:
+            print(f"{error}; training starts anew", flush=True)
             return
-        if owner != fingerprint:
+        if content.get("fingerprint") != fingerprint:
             print(f"{path}: belongs to another configuration, data or code; training starts anew", flush=True)
             return
         for name, part in self._state().items():
@@ -363,7 +388,7 @@ def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:
     digest = hashlib.sha256(spec.model_dump_json().encode())
     for path in files:
         digest.update(io.sha256(path).encode() if path is not None else b"-")
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".cpp")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -5,14 +5,14 @@ a `View` of each network's output (the relations that several terms need, each c
 if it compares with other images, what was sampled from the memory bank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from gdlib import ops
+from gdlib import ops, parallel
 from gdlib.distill.bank import Memory, MemoryBank
 from gdlib.models import Embedding
 from gdlib.registry import TERMS
@@ -57,20 +57,20 @@ class Truth:
         self.per_offset = per_offset
 
     @cached_property
+    def pairs(self) -> ops.Pairs:
+        """Neighbouring pixels and what they weigh."""
+        targets = {"background_connected": self.background_connected, "per_offset": self.per_offset}
+        return ops.Pairs(self.label, self.offsets, ignore=self.ignore, **targets)
+
+    @property
     def affinity(self) -> Tensor:
         """(B, K, [Z,] Y, X) boolean target."""
-        return ops.affinity_targets(self.label, self.offsets, self.background_connected)
+        return self.pairs.target
 
-    @cached_property
-    def inside(self) -> Tensor:
-        """(K, [Z,] Y, X) boolean, false where the neighbour is outside the image."""
-        return ops.inside(self.offsets, self.label.shape[1:], self.label.device)
-
-    @cached_property
+    @property
     def balance(self) -> Tensor:
         """(B, K, [Z,] Y, X) class weights of the affinity targets, 0 outside and where a label is not known."""
-        valid = self.inside if self.ignore is None else self.inside & ~ops.pairs_of(self.ignore, self.offsets)
-        return ops.balance(self.affinity, valid, self.per_offset)
+        return self.pairs.weight
 
     @cached_property
     def instances(self) -> ops.Instances:
@@ -91,11 +91,17 @@ class View:
     Args:
         output: of the network.
         truth: of the same batch.
+        uses: relations that will be asked for, and so are computed together, in one pass; see `Term.uses`.
+        other: the view that `gram` will be asked about.
     """
 
-    def __init__(self, output: Embedding, truth: Truth) -> None:
+    def __init__(
+        self, output: Embedding, truth: Truth, uses: Collection[str] = (), other: "View | None" = None
+    ) -> None:
         self.output = output
         self.truth = truth
+        self.uses = uses
+        self.other = other
 
     def feature(self, level: str, stride: Sequence[int]) -> Tensor:
         """(B, C, [Z,] Y, X) float32 feature map, of the voxels whose centres have a label."""
@@ -106,7 +112,7 @@ class View:
     @cached_property
     def rows(self) -> Tensor:
         """(B, [Z,] Y, X, D) float32 raw embedding."""
-        return ops.rows(self.output.embedding.float())
+        return ops.rows(self.output.embedding)
 
     @cached_property
     def unit(self) -> Tensor:
@@ -116,12 +122,37 @@ class View:
     @cached_property
     def affinity(self) -> Tensor:
         """(B, K, [Z,] Y, X) cosine affinities."""
-        return ops.affinities(self.unit, self.truth.offsets)
+        return self._relate("affinity").affinity
 
     @cached_property
     def nodes(self) -> Tensor:
         """(N, D) mean raw embedding of every instance."""
-        return ops.pool_instances(self.rows, self.truth.instances)
+        return self._relate("nodes").nodes
+
+    def gram(self, other: "View | None" = None) -> Tensor:
+        """(B, D, D) `ops.gram` of the unit vectors, or of what they are more than those of another view."""
+        return self._relate("gram", other).gram
+
+    def _relate(self, name: str, other: "View | None" = None) -> ops.Relations:
+        if name not in self.uses or (name == "gram" and other is not self.other):
+            return self._compute({name}, other)
+        return self._together
+
+    @cached_property
+    def _together(self) -> ops.Relations:
+        return self._compute(self.uses, self.other)
+
+    def _compute(self, names: Collection[str], other: "View | None") -> ops.Relations:
+        subtract = other is not None and "gram" in names
+        if subtract:
+            check_comparable(self.rows, other.rows)
+        return ops.relate(
+            self.rows,
+            self.truth.offsets if "affinity" in names else (),
+            self.truth.instances if "nodes" in names else None,
+            "gram" in names,
+            other.rows if subtract else None,
+        )
 
 
 class Term(nn.Module):
@@ -133,12 +164,14 @@ class Term(nn.Module):
         projected: at a level it gets the student's map with as many channels as the teacher's, by a learned projection; off for
             terms that compare similarities alone.
         levels: feature maps that it reads from `View.output` itself, as far as the networks have them.
+        uses: which of `affinity`, `nodes` and `gram` of a view it asks for. Only for speed: these are computed together.
     """
 
     needs_teacher = True
     whole = False
     projected = True
     levels: Sequence[str] = ()
+    uses: Collection[str] = ()
 
     def __init__(self, memory: bool = False) -> None:
         super().__init__()
@@ -214,6 +247,8 @@ class Distiller(nn.Module):
             projection of the student's is trained along, one for all terms that want it; it is used for nothing else. PAPER:
             the original's projections are drawn anew at every step and never trained, and its labels cover another field of
             view than its maps.
+        together: so many batches are one optimizer step; they enter the bank together, after the last, with those of all
+            processes (`gdlib.parallel`): no batch meets another of its step.
     """
 
     def __init__(
@@ -225,8 +260,11 @@ class Distiller(nn.Module):
         bank: MemoryBank | None = None,
         targets: Mapping[str, bool] | None = None,
         levels: Sequence[str | Sequence[str] | None] | None = None,
+        together: int = 1,
     ) -> None:
         super().__init__()
+        self.together = together
+        self.waiting: list[tuple[Tensor, Memory]] = []
         self.student = student
         self.names = [name for name, _, _ in terms]
         self.weights = [weight for _, weight, _ in terms]
@@ -270,11 +308,11 @@ class Distiller(nn.Module):
             step: number of the optimizer step; decides, with the bank's seed, what is sampled.
         """
         truth = Truth(batch.label, self.offsets, ignore=batch.ignore, **self.targets)
-        student = View(see(self.student, batch), truth)
         teacher, memory = None, {}
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = View(batch.teacher or see(self.teacher, batch), truth)
+                teacher = View(batch.teacher or see(self.teacher, batch), truth, self._uses(None))
+        student = View(see(self.student, batch), truth, self._uses(None), teacher)
         # Loss arithmetic is float32 whatever precision the networks run in.
         with torch.autocast(batch.image.device.type, enabled=False):
             views = {level: self._at(level, student, teacher) for level in self.levels}
@@ -300,11 +338,17 @@ class Distiller(nn.Module):
         shape = student.output.features[level].shape[2:]
         label, ignore = (None if x is None else label_at(x, shape, stride)[0] for x in (truth.label, truth.ignore))
         at_level = Truth(label, self.offsets[: truth.label.ndim - 1], ignore=ignore, **self.targets)
-        maps = [student.feature(level, stride), teacher.feature(level, stride)]
+        goal = View(Embedding(teacher.feature(level, stride), None, {}), at_level, self._uses(level))
+        mine = student.feature(level, stride)
+        views = [View(Embedding(mine, None, {}), at_level, self._uses(level), goal)]
         if level in self.projections:
-            maps.insert(1, self.projections[level](maps[0].movedim(1, -1)).movedim(-1, 1))
-        views = [View(Embedding(part, None, {}), at_level) for part in maps]
-        return views[0], views[-2], views[-1], at_level
+            projected = self.projections[level](mine.movedim(1, -1)).movedim(-1, 1)
+            views.append(View(Embedding(projected, None, {}), at_level, self._uses(level), goal))
+        return views[0], views[-1], goal, at_level
+
+    def _uses(self, level: str | None) -> set[str]:
+        """What terms ask of the views at a level."""
+        return {name for term, at in zip(self.terms, self.levels, strict=True) if at == level for name in term.uses}
 
     @torch.no_grad()
     def _recall(self, batch: Batch, views: Mapping[str | None, tuple], step: int) -> Memory:
@@ -314,11 +358,18 @@ class Distiller(nn.Module):
                 mine = term.record(views[level][-2])
                 records.update({f"{level}/{key}": record for key, record in mine.items()} if level else mine)
         if self.bank.original_ring:  # PAPER: the original code enqueues first and so meets the current images again
-            self.bank.enqueue(batch.ids, records)
+            self._enqueue(batch.ids, records)
             return self.bank.sample(batch.ids, step)
         memory = self.bank.sample(batch.ids, step)
-        self.bank.enqueue(batch.ids, records)
+        self.waiting.append((batch.ids, records))
+        if len(self.waiting) == self.together:
+            for ids, records in self.waiting:
+                self._enqueue(ids, records)
+            self.waiting.clear()
         return memory
+
+    def _enqueue(self, ids: Tensor, records: Memory) -> None:
+        self.bank.enqueue(parallel.gather(ids), {name: parallel.gather(record) for name, record in records.items()})
 
 
 def _common(names: str | Sequence[str] | None, *networks: nn.Module | None) -> str | None:

@@ -97,11 +97,12 @@ class IGD(Term):
         self.background = background
         self.detach_norm = detach_norm
         self.accumulate = accumulate
+        self.uses = () if background else ("nodes",)
 
     def _graph(self, view: View) -> tuple[Tensor, ops.Instances]:
         if self.background:
             instances = view.truth.instances_and_background
-            return ops.pool_instances(view.rows, instances), instances
+            return ops.relate(view.rows, instances=instances).nodes, instances
         return view.nodes, view.truth.instances
 
     def _unit(self, nodes: Tensor) -> Tensor:

@@ -1,0 +1,210 @@
+"""The slow part of `gdlib.ops` in C++, compiled at first use for the processor it runs on, and kept in the user's cache.
+
+Nothing needs it: without a compiler, on another device or for another type, `ops` computes the same in plain torch.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gdlib import io
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Tell whether the compiled functions are there and take these tensors: all float32, or all float64, on the CPU."""
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors if tensor is not None}
+    return kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)}) and library() is not None
+
+
+def keep_memory() -> None:
+    """Let this process keep memory that is freed, for the next step, where the C library is glibc.
+
+    By default it returns large maps to the system and gets them back page by page, filled with zeros; a step of a small network
+    on a CPU takes up to a fifth longer.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+
+
+class _Relate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, offsets, index, size, moments, other):
+        ctx.set_materialize_grads(False)
+        batch, *sides, dim = rows.shape
+        inverse = rows.new_empty(batch, *sides)  # of the lengths
+        affinity = rows.new_empty(batch, len(offsets), *sides) if offsets else None
+        nodes = None if index is None else rows.new_empty(len(size) + 1, dim)
+        gram = rows.new_empty(batch, dim, dim) if moments else None
+        ctx.save_for_backward(rows, other, inverse, index, size)
+        ctx.offsets = offsets
+        count = 0 if index is None else len(nodes)
+        call("relate", (batch, *sides), offsets, dim, rows, other, inverse, count, index, nodes, gram, affinity)
+        nodes = None if index is None else nodes[:-1] / size.to(rows.dtype)[:, None]
+        return affinity, nodes, gram / inverse[0].numel() if moments else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, affinity, nodes, gram):
+        rows, other, inverse, index, size = ctx.saved_tensors
+        affinity = None if affinity is None else affinity.contiguous()
+        if nodes is not None:  # what belongs to no node gets nothing
+            nodes = functional.pad(nodes / size.to(rows.dtype)[:, None], (0, 0, 0, 1))
+        gram = None if gram is None else (gram + gram.mT) / inverse[0].numel()
+        out = torch.empty_like(rows)
+        maps = rows.shape[-1], rows, other, inverse
+        call("relate_backward", inverse.shape, ctx.offsets, *maps, index, nodes, gram, affinity, out)
+        return out, None, None, None, None, None
+
+
+def relate(
+    rows: Tensor,
+    offsets: Sequence[Sequence[int]],
+    index: Tensor | None,
+    size: Tensor | None,
+    moments: bool,
+    other: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`ops.relate`; `index` and `size` are those of the instances."""
+    other = None if other is None else other.contiguous()
+    return _Relate.apply(rows.contiguous(), offsets, index, size, moments, other)
+
+
+class _PairLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, affinity, goal, offsets, weights, label, ignore, connected):
+        ctx.save_for_backward(affinity, goal, weights, label, ignore)
+        ctx.offsets, ctx.connected = offsets, connected
+        loss = affinity.new_empty((), dtype=torch.float64)
+        images = (len(affinity), *affinity.shape[2:])
+        call("pair_loss", images, offsets, affinity, goal, weights, label, ignore, connected, 0.0, None, loss)
+        return (loss / affinity[:, 0].numel()).to(affinity.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        affinity = ctx.saved_tensors[0]
+        out = torch.empty_like(affinity)
+        scale = 2 * float(gradient) / affinity[:, 0].numel()
+        images = (len(affinity), *affinity.shape[2:])
+        call("pair_loss", images, ctx.offsets, *ctx.saved_tensors, ctx.connected, scale, out, None)
+        return out, None, None, None, None, None, None
+
+
+def pair_loss(
+    affinity: Tensor,
+    goal: Tensor | None,
+    offsets: Sequence[Sequence[int]] | None = None,
+    weights: Tensor | None = None,
+    label: Tensor | None = None,
+    ignore: Tensor | None = None,
+    connected: bool = False,
+) -> Tensor:
+    """`ops.pair_loss`; without weights, all pairs of `affinity` count, those across the border too.
+
+    Args:
+        affinity: (B, K, [Z,] Y, X).
+        goal: same shape, or None for the targets.
+        offsets: of the pairs.
+        weights: (B, K, 2) of separated and of connected pairs.
+        label: (B, [Z,] Y, X) int64.
+        ignore: same shape, boolean.
+        connected: whether two background pixels are.
+    """
+    goal = None if goal is None else goal.contiguous()
+    offsets = offsets or [()] * affinity.shape[1]
+    weights = None if weights is None else weights.to(affinity.dtype)
+    return _PairLoss.apply(affinity.contiguous(), goal, offsets, weights, label, ignore, connected)
+
+
+def call(
+    name: str, images: Sequence[int], offsets: Sequence[Sequence[int]], *arguments: Tensor | int | float | None
+) -> None:
+    """Call a function of `native.cpp`.
+
+    Args:
+        name: of the function; where there are several, the type of the first tensor is added.
+        images: (batch, [z,] y, x).
+        offsets: K displacements in array order.
+        arguments: what comes after the grid: contiguous tensors, None for a null pointer, numbers.
+    """
+    flat = [d for offset in offsets for d in (*(0,) * (3 - len(offset)), *offset)]
+    batch, *sides = images
+    sides = (*(1,) * (3 - len(sides)), *sides)
+    grid = _Grid(batch, *sides, torch.get_num_threads(), len(offsets), (ctypes.c_int64 * len(flat))(*flat))
+    kind = next(argument.dtype for argument in arguments if isinstance(argument, Tensor))
+    suffix = f"_{kind}".replace("torch.", "") if kind.is_floating_point else ""
+    getattr(library(), name + suffix)(ctypes.byref(grid), *map(_argument, arguments))
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "z", "y", "x", "threads", "count")]
+    _fields_ += [("offsets", ctypes.POINTER(ctypes.c_int64))]
+
+
+def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p()
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled functions, None where they cannot be had; `GDLIB_NATIVE=0` does without."""
+    if os.environ.get("GDLIB_NATIVE") == "0":
+        return None
+    try:
+        path = _compiled()
+        return ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"gdlib: losses are computed without compiled code, more slowly ({reason})", file=sys.stderr, flush=True)
+        return None
+
+
+def _compiled() -> Path:
+    """Return the library, made if it is not in the cache.
+
+    Its name is a digest of the source and of what the compiler says of itself and of this processor, so that machines of
+    several kinds can share a cache. Two processes that make it at once both move a whole file to the same place.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or [
+        shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    ]
+    if compiler == [None]:
+        raise RuntimeError("there is no C++ compiler")
+    about = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    digest = hashlib.sha256(SOURCE.read_bytes() + about + repr(FLAGS).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = folder / "gdlib" / f"native-{digest}.so"
+    if not path.exists():
+        with io.atomic(path) as temporary:
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
+            try:
+                _run([*command, "-fopenmp"])
+            except subprocess.CalledProcessError:  # as on macOS: vectors, but one thread
+                _run([*command, "-fopenmp-simd"])
+    return path
+
+
+def _run(command: Sequence[str]) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True, timeout=300).stdout

@@ -1,0 +1,218 @@
+"""Compiled code against the plain functions of `gdlib.ops`, and what happens where it cannot be compiled."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdlib import native, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFSETS = {
+    2: [(-1, 0), (0, -1), (-3, 0), (0, 3), (2, -1), (0, 0), (-5, 7), (0, -27), (40, 1)],
+    3: [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (2, 0, 0), (-1, 2, -3), (0, 0, 27), (-9, 0, 0)],
+}
+SHAPES = {2: (2, 21, 37), 3: (2, 3, 7, 33)}  # lines of whole and of broken blocks of 16 pixels
+compiled = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Return a function that calls another one without compiled code."""
+
+    def call(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            return function()
+
+    return call
+
+
+def scene(ndim, dim, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, *SHAPES[ndim], dim, dtype=dtype, generator=generator)
+    student[0].view(-1, dim)[5] = 0  # a vector without direction
+    label = torch.randint(0, 4, SHAPES[ndim], generator=generator)
+    for axis in range(1, ndim + 1):
+        label = label.repeat_interleave(3, axis).narrow(axis, 0, SHAPES[ndim][axis])
+    return student.requires_grad_(), teacher, label.contiguous()
+
+
+def relations(student, teacher, label, what):
+    options = {"offsets": OFFSETS[label.ndim - 1], "instances": ops.Instances(label), "moments": True, "other": teacher}
+    found = ops.relate(student, **{name: options[name] for name in what})
+    parts = [part for part in found if part is not None]
+    generator = torch.Generator().manual_seed(1)
+    # Where a vector has no direction, its gradient is 10^12 times the others'.
+    total = sum((part * torch.randn(part.shape, dtype=part.dtype, generator=generator)).sum() for part in parts)
+    (gradient,) = torch.autograd.grad(total, student)
+    return parts, gradient
+
+
+WHAT = [
+    ("offsets",), ("instances",), ("moments",), ("moments", "other"), ("offsets", "instances"),
+    ("offsets", "instances", "moments", "other"),
+]  # fmt: skip
+
+
+@compiled
+@pytest.mark.parametrize("what", WHAT, ids="+".join)
+@pytest.mark.parametrize("dim", [3, 16])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_relations_are_those_of_the_plain_functions(ndim, dim, what, plain):
+    inputs = scene(ndim, dim)
+    mine, theirs = relations(*inputs, what), plain(lambda: relations(*inputs, what))
+    for a, b in zip(mine[0], theirs[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(mine[1], theirs[1], rtol=1e-11, atol=1e-11)
+    single = relations(*(x.float() if x.is_floating_point() else x for x in inputs), what)
+    for a, b in zip(single[0], theirs[0], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+@compiled
+@pytest.mark.parametrize("dim", [2, 16])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_gradient_of_relations(ndim, dim):
+    """Against numerical differences, which know neither implementation."""
+    shape = {2: (2, 4, 5), 3: (1, 2, 3, 5)}[ndim]
+    student, teacher = torch.randn(2, *shape, dim, dtype=torch.float64)
+    label = torch.randint(0, 3, shape)
+    offsets = [o for o in itertools.product((-2, 0, 1), repeat=ndim)][::2]
+
+    def all_of_them(rows):
+        return tuple(ops.relate(rows, offsets, ops.Instances(label), True, teacher))
+
+    assert torch.autograd.gradcheck(all_of_them, student.requires_grad_(), fast_mode=dim == 16)
+
+
+def loss(affinity, goal, pairs):
+    value = ops.pair_loss(affinity, goal, pairs)
+    return value.detach(), torch.autograd.grad(3 * value, affinity)[0]
+
+
+@compiled
+@pytest.mark.parametrize("ids", [1, 2**61 + 1])
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize(("connected", "per_offset"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_pair_loss_is_that_of_the_plain_functions(ndim, connected, per_offset, ignored, ids, plain):
+    student, teacher, label = scene(ndim, 4)
+    label = label * ids
+    affinity, goal = (ops.affinities(ops.unit(x.detach()), OFFSETS[ndim]) for x in (student, teacher))
+    affinity.requires_grad_()
+    options = {"background_connected": connected, "per_offset": per_offset}
+    options["ignore"] = scene(ndim, 1, seed=9)[2] == 2 if ignored else None
+    seen = set()
+    for to, weighted in ((None, True), (goal, True), (goal, False)):
+
+        def both(to=to, weighted=weighted):
+            return loss(affinity, to, ops.Pairs(label, OFFSETS[ndim], **options) if weighted else None)
+
+        (mine, gradient), (theirs, expected) = both(), plain(both)
+        assert float(mine) == pytest.approx(float(theirs), rel=1e-12)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-16)
+        seen.add(round(float(mine), 9))
+    assert len(seen) == 3
+
+
+@compiled
+def test_an_equal_map_differs_by_nothing():
+    for dim in (3, 16):
+        rows = torch.randn(2, 9, 37, dim) * 10 ** torch.randn(2, 9, 37, 1)
+        assert ops.relate(rows, moments=True, other=rows.clone()).gram.abs().max() == 0
+
+
+@compiled
+def test_the_number_of_threads_changes_no_bit():
+    student, teacher, label = scene(2, 16, torch.float32)
+    pairs = ops.Pairs(label, OFFSETS[2])
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            parts, gradient = relations(student, teacher, label, WHAT[-1])
+            results.append([*parts, gradient, *loss(parts[0].detach().requires_grad_(), None, pairs)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@compiled
+def test_maps_that_are_not_contiguous():
+    student, teacher, label = scene(2, 16)
+    turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (student, teacher)]
+    assert not turned[0].is_contiguous()
+    expected = relations(student, teacher, label, WHAT[-1])
+    found = relations(turned[0].requires_grad_(), turned[1], label, WHAT[-1])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+
+
+# --- Without it -----------------------------------------------------------------------------------------------------
+
+CODE = """
+import torch
+from gdlib import native, ops
+rows = torch.arange(96.0).reshape(1, 2, 3, 16).sin()
+print(native.library() is not None, float(ops.relate(rows, [(0, -1)]).affinity.sum()))
+"""
+
+
+def run(**environment):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | {name: str(value) for name, value in environment.items()}
+    command = [sys.executable, "-c", CODE]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def told(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    have, value = out.split()
+    return have == "True", float(value), err
+
+
+@pytest.fixture(scope="module")
+def expected():
+    rows = torch.arange(96.0).reshape(1, 2, 3, 16).sin()
+    return float(ops.affinities(ops.unit(rows), [(0, -1)]).sum())
+
+
+@pytest.mark.parametrize("problem", ["no compiler", "a compiler that fails", "a cache that is a file"])
+def test_what_cannot_be_compiled_is_one_line_and_no_error(problem, tmp_path, expected):
+    (tmp_path / "file").touch()
+    environment = {
+        "no compiler": {"PATH": tmp_path, "CXX": ""},
+        "a compiler that fails": {"CXX": "false"},
+        "a cache that is a file": {"XDG_CACHE_HOME": tmp_path / "file"},
+    }[problem]
+    have, value, err = told(run(**{"XDG_CACHE_HOME": tmp_path, **environment}))
+    assert not have
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert err.count("\n") == 1
+    assert err.startswith("gdlib: losses are computed without compiled code")
+
+
+def test_without_it_on_request_nothing_is_said(tmp_path, expected):
+    have, value, err = told(run(GDLIB_NATIVE=0, XDG_CACHE_HOME=tmp_path))
+    assert (have, err) == (False, "")
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert not list(tmp_path.iterdir())
+
+
+@compiled
+def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path, expected):
+    found = [told(process) for process in [run(XDG_CACHE_HOME=tmp_path) for _ in range(2)]]
+    for have, value, err in found:
+        assert (have, err) == (True, "")
+        assert value == pytest.approx(expected, rel=1e-6)
+    (library,) = (tmp_path / "gdlib").iterdir()  # and no half one
+    library.write_bytes(b"damaged")
+    have, value, err = told(run(XDG_CACHE_HOME=tmp_path))
+    assert not have
+    assert err.count("\n") == 1
