@@ -11,7 +11,8 @@ A network in which every pixel sees all others, `halo` None, has no such blocks:
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 
 from gdlib import io, ops
 from gdlib.data.patches import intensity_range, rescale
+from gdlib.engine import Engine, choose_engine, make_engine
 from gdlib.models import build, folded
 
 Box = tuple[slice, ...]
 BLOCK = {2: (1024, 1024), 3: (32, 256, 256)}  # pixels; larger ones waste less on context, where there is memory
+STRIP = 2**13  # pixels; their vectors, and those of their neighbours, fit into the cache of a core
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ class Predictor:
         header: of its weights file: channels, offsets, normalisation.
         device: name, or `auto`.
         precision: name of a torch type, or `auto`.
+        engine: what runs the network, a key of `engine.ENGINES`; it is made ready at the first image.
         block: largest sides, in pixels, that are predicted in one pass (one number, or one per axis); the context comes on
             top. The result does not depend on it. `BLOCK` if left out; without a limit where an image is taken in one piece.
     """
@@ -162,15 +166,14 @@ class Predictor:
         *,
         device: str | torch.device = "auto",
         precision: str = "auto",
+        engine: str = "torch",
         block: int | Sequence[int] | None = None,
     ) -> None:
         self.device = choose_device(str(device))
         self.dtype = choose_precision(precision, self.device)
-        # As in training: per-pixel vectors are then contiguous, and most convolutions faster.
-        self.layout = torch.channels_last if network.ndim == 2 else torch.channels_last_3d
-        if self.device.type == "mps":
-            self.layout = torch.contiguous_format
-        self.network = folded(network).to(self.device, memory_format=self.layout)
+        self.wanted_engine = engine
+        self.engine = choose_engine(engine, self.device)
+        self.network = folded(network).to(self.device)
         self.header = header
         ndim = network.ndim
         if block is not None and network.halo is None:
@@ -186,12 +189,12 @@ class Predictor:
         self.is_default = block is None
 
     @classmethod
-    def load(cls, weights: Path | str, **kwargs: Any) -> "Predictor":
-        """Read a weights file and make its network."""
+    def load(cls, weights: Path | str, *, engine: str = "auto", **kwargs: Any) -> "Predictor":
+        """Read a weights file and make its network, to be run by the fastest engine there is."""
         state, header = io.load_weights(weights)
         network = build(header["model"], header["options"])
         network.load_state_dict(state)
-        return cls(network, header, **kwargs)
+        return cls(network, header, engine=engine, **kwargs)
 
     def __call__(self, image: np.ndarray | h5py.Dataset, *, keep_embedding: bool = False) -> Prediction:
         """Predict one image.
@@ -253,10 +256,7 @@ class Predictor:
         )
         inner = relative(box, reach)
         embedding, foreground = self.embed(source, reach)
-        unit = ops.unit(ops.rows(embedding[None]))
-        affinity = np.empty((len(offsets), *(s.stop - s.start for s in box)), np.uint8)
-        for k, offset in enumerate(offsets):  # one after the other: all at once would be the largest array of all
-            affinity[k] = _as_uint8(ops.affinities(unit, [offset])[0, 0][inner])
+        affinity = quantised_affinities(embedding, offsets, inner)
         wanted = None
         if kept is not None:
             wanted = embedding[(slice(None), *relative(intersection(box, kept), reach))].cpu().numpy()
@@ -284,10 +284,76 @@ class Predictor:
     @torch.inference_mode()
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return embedding and foreground logit of a normalised image (C, *sides) whose sides the network can take."""
-        x = image[None].to(self.device).contiguous(memory_format=self.layout)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.network(x)
-        return output.embedding[0].float(), output.foreground[0, 0].float()
+        embedding, foreground = self.run(image[None])
+        return embedding[0], foreground[0, 0]
+
+    @cached_property
+    def run(self) -> Engine:
+        """The network, ready to run."""
+        self.engine, run = make_engine(
+            self.wanted_engine, self.network, self.header["channels"], self.device, self.dtype
+        )
+        return run
+
+
+def quantised_affinities(embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box) -> np.ndarray:
+    """Cosine affinities of a part of an image, as they are stored.
+
+    On a CPU in one pass, in strips that stay in the cache of a core and on as many cores as torch may use.
+
+    Args:
+        embedding: (D, [Z,] Y, X) float32, raw.
+        offsets: K displacements in array order.
+        box: the part.
+
+    Returns:
+        (K, *sides of the box) uint8, 255 a; 0 where a < 0 and where the neighbour is outside the embedding.
+    """
+    if embedding.device.type != "cpu":
+        return _affinities_on_device(embedding, offsets, box)
+    vectors = embedding.numpy()
+    shape = vectors.shape[1:]
+    unit = np.empty(vectors.shape, np.float32)  # times the root of 255, so that a product of two is what is stored
+    out = np.zeros((len(offsets), *(s.stop - s.start for s in box)), np.uint8)
+
+    def normalise(strip: Box) -> None:
+        part = np.ascontiguousarray(vectors[(slice(None), *strip)])
+        square = np.einsum("c...,c...->...", part, part)
+        np.multiply(part, np.sqrt(255 / np.maximum(square, 1e-24)), out=unit[(slice(None), *strip)])
+
+    def relate(strip: Box) -> None:
+        for k, offset in enumerate(offsets):
+            sides = list(zip(strip, offset, shape, strict=True))
+            here = tuple(slice(max(s.start, -d), min(s.stop, n - d)) for s, d, n in sides)
+            if all(s.start < s.stop for s in here):
+                there = tuple(slice(s.start + d, s.stop + d) for s, d in zip(here, offset, strict=True))
+                product = np.einsum("c...,c...->...", unit[(slice(None), *here)], unit[(slice(None), *there)])
+                np.maximum(product, 0, out=product)
+                product += 0.5  # what follows cuts off
+                out[(k, *relative(here, box))] = product
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for work, part in ((normalise, tuple(slice(0, n) for n in shape)), (relate, box)):
+            list(pool.map(work, _strips(part)))
+    return out
+
+
+def _strips(box: Box) -> Iterator[Box]:
+    """Cut a box into rows of one section, about `STRIP` pixels at once."""
+    *sections, rows, columns = box
+    step = max(1, STRIP // max(1, columns.stop - columns.start))
+    cuts = [slice(y, min(y + step, rows.stop)) for y in range(rows.start, rows.stop, step)]
+    for section in itertools.product(*(range(s.start, s.stop) for s in sections)):
+        for cut in cuts:
+            yield (*(slice(z, z + 1) for z in section), cut, columns)
+
+
+def _affinities_on_device(embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box) -> np.ndarray:
+    unit = ops.unit(ops.rows(embedding[None]))
+    out = np.empty((len(offsets), *(s.stop - s.start for s in box)), np.uint8)
+    for k, offset in enumerate(offsets):  # one after the other: all at once would be the largest array of all
+        out[k] = _as_uint8(ops.affinities(unit, [offset])[0, 0][box])
+    return out
 
 
 def _as_uint8(share: Tensor) -> np.ndarray:

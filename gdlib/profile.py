@@ -89,6 +89,7 @@ def profile(
     *,
     device: str = "auto",
     precision: str = "auto",
+    engine: str = "auto",
     repeats: int = 10,
 ) -> dict[str, Any]:
     """Measure one network on one image size, batch 1. Weights are random: they do not change the cost.
@@ -102,19 +103,21 @@ def profile(
         shape: ([Z,] Y, X) in pixels.
         device: name, or `auto`.
         precision: name of a torch type, or `auto`.
+        engine: what runs it (see `gdlib.engine`).
         repeats: timed passes, after two that are not; fewer, but at least three, where they take longer than `PATIENCE`.
 
     Returns:
         `parameters`; `image_shape` and, for this shape, `macs`, `latency_ms` (median) and `latency_ms_p90` of the network
         alone, from the normalised image to the embedding, and `peak_memory_mib` (of the device, or the growth of the process
-        on a CPU); device, threads, precision.
+        on a CPU); device, engine, threads, precision.
     """
     target = choose_device(device)
     network = build(model, options)
     _check_axes(model, network, shape)
-    predictor = Predictor(network, {}, device=target, precision=precision)
+    channels = options.get("in_channels", 1)
+    predictor = Predictor(network, {"channels": channels}, device=target, precision=precision, engine=engine)
     shape = tuple(min(pair) for pair in zip(shape, predictor.block, strict=True))
-    sides = (options.get("in_channels", 1), *_input_shape(network, shape))
+    sides = (channels, *_input_shape(network, shape))
     image = torch.from_numpy(np.random.default_rng(0).random(sides, np.float32))
     cuda = target.type == "cuda"
     if cuda:
@@ -141,6 +144,7 @@ def profile(
         "latency_ms_p90": float(np.percentile(times, 90)),
         "peak_memory_mib": peak,
         "device": torch.cuda.get_device_name(target) if cuda else _cpu_name(),
+        "engine": predictor.engine,
         "threads": torch.get_num_threads(),
         "precision": str(predictor.dtype).removeprefix("torch."),
         "torch": torch.__version__,

@@ -25,13 +25,13 @@ from typing import Any
 
 import bioimage_cpp as bic
 import numpy as np
-from scipy.ndimage import find_objects
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from skimage.morphology import local_maxima
-from skimage.segmentation import relabel_sequential, watershed
+from skimage.segmentation import watershed
 
 from gdlib import metrics
+from gdlib.mutex import as_float, mutex_watershed
 
 Offsets = Sequence[Sequence[int]]
 Prediction = tuple[np.ndarray, np.ndarray]  # affinity, foreground
@@ -197,11 +197,6 @@ def _known(segmenter: str, ndim: int, parameters: dict[str, Any]) -> dict[str, A
     return complete | parameters
 
 
-def _as_float(array: np.ndarray) -> np.ndarray:
-    """Return a new float32 array in [0, 1]."""
-    return np.divide(array, np.float32(255)) if array.dtype == np.uint8 else array.astype(np.float32)
-
-
 def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.ndarray:
     """Give segments below `min_fragment` to touching larger ones, then remove what is below `min_size`."""
     size = np.bincount(label.ravel())
@@ -213,7 +208,9 @@ def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.nd
         flooded = watershed(np.zeros(label.shape, np.uint8), kept, mask=label > 0)
         label = np.where(flooded > 0, flooded, label)
         size = np.bincount(label.ravel())
-    return relabel_sequential(np.where(size[label] < min_size, 0, label))[0].astype(np.uint32)
+    wanted = (size >= min_size) & (size > 0)
+    wanted[:1] = False
+    return np.where(wanted, np.cumsum(wanted), 0).astype(np.uint32)[label]
 
 
 def _mutex_watershed(
@@ -226,16 +223,7 @@ def _mutex_watershed(
     exponent: float,
 ) -> Callable[[], np.ndarray]:
     """Wolf et al., The Mutex Watershed, ECCV 2018."""
-    ndim = foreground.ndim
-    mask = _as_float(foreground) >= foreground_threshold
-    label = np.zeros(mask.shape, np.int64)
-    for box in find_objects(mask.view(np.uint8)):  # the one that holds all foreground, or none
-        weight = _as_float(affinity[(slice(None), *box)])
-        np.subtract(1, weight[ndim:], out=weight[ndim:])
-        if exponent != 1:
-            np.power(weight[:ndim], np.float32(exponent), out=weight[:ndim])
-        strides = (1,) * (ndim - 2) + (int(stride),) * 2  # sections are few and far apart: none is left out
-        label[box] = bic.segmentation.mutex_watershed(weight, offsets, ndim, strides=strides, mask=mask[box])
+    label = mutex_watershed(affinity, as_float(foreground) >= foreground_threshold, offsets, stride, exponent)
     return lambda: label
 
 
@@ -264,7 +252,7 @@ def _waterz(
         ) from None
     ndim = foreground.ndim
     near = _nearest(affinity, offsets, ndim)
-    fragments = _fragments(near, _as_float(foreground) >= foreground_threshold)
+    fragments = _fragments(near, as_float(foreground) >= foreground_threshold)
     volume = (1,) * (3 - ndim) + fragments.shape
     near = np.concatenate([np.zeros((3 - ndim, *fragments.shape), np.float32), near]).reshape(3, *volume)
     with _silence():
@@ -296,7 +284,7 @@ def _multicut(
     lowered the cost by 0.1 %, moved VOI by less than 0.002, upwards, and took 7 to 17 times longer.
     """
     near = _nearest(affinity, offsets, foreground.ndim)
-    fragments = _fragments(near, _as_float(foreground) >= foreground_threshold)
+    fragments = _fragments(near, as_float(foreground) >= foreground_threshold)
     touching = bic.graph.region_adjacency_graph(fragments, number_of_threads=1)
     mean, size = bic.graph.features.affinity_features(
         touching, fragments, near, offsets[: len(near)], number_of_threads=1
@@ -320,7 +308,7 @@ def _nearest(affinity: np.ndarray, offsets: Offsets, ndim: int) -> np.ndarray:
     first = [tuple(offset) for offset in offsets[:ndim]]
     if first != wanted:
         raise ValueError(f"waterz and multicut need affinities whose first offsets are {wanted}, but they are {first}")
-    return _as_float(affinity[:ndim])
+    return as_float(affinity[:ndim])
 
 
 def _fragments(near: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -9,16 +9,17 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import h5py
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from gdlib import io
 from gdlib.inference import Box, Prediction, Predictor, Source, intersection, relative
+from gdlib.progress import Progress
 
 try:
     import fcntl
@@ -57,24 +58,36 @@ def predict_blocks(
     work = [(name, box) for name, image in images.items() for box in predictor.blocks(image.shape)]
     fingerprint = _fingerprint(predictor, images, identity, kept)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "a+b") as file:
+    with io.writing(partial), open(partial, "a+b") as file:
         _lock(file)
         done = _finished(file, fingerprint)
         title = partial.stem.lstrip(".")
-        with tqdm(total=len(work), initial=done, unit="block", desc=title, disable=None, leave=False) as bar:
+        writing: Future | None = None
+        with (
+            Progress(total=len(work), initial=done, unit="block", desc=title, leave=False) as bar,
+            ThreadPoolExecutor(1) as writer,  # one block goes to the disk while the next is predicted
+        ):
             for name, box in work[done:]:
                 try:
                     part = predictor.predict(images[name], box, kept.get(name))
                 except io.DataError as error:
                     partial.unlink()
                     raise io.DataError(f"{name}: {error}") from None
-                embedding = np.empty(0) if part.embedding is None else part.embedding
-                for array in (part.affinity, part.foreground, embedding.astype(np.float16)):
-                    np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())  # what counts as finished must be there, even if the machine goes down
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(_append, file, part)
                 bar.update()
+            if writing is not None:
+                writing.result()
     return _read(partial, work, len(fingerprint), kept)
+
+
+def _append(file: BinaryIO, part: Prediction) -> None:
+    embedding = np.empty(0) if part.embedding is None else part.embedding
+    for array in (part.affinity, part.foreground, embedding.astype(np.float16)):
+        np.save(file, array)
+    file.flush()
+    os.fsync(file.fileno())  # what counts as finished must be there, even if the machine goes down
 
 
 def _read(
@@ -128,6 +141,7 @@ def _fingerprint(predictor: Predictor, images: Mapping[str, Source], identity: s
         "block": predictor.block,
         "precision": str(predictor.dtype),
         "device": predictor.device.type,
+        "engine": predictor.engine,
         "offsets": predictor.header["offsets"],
         "torch": torch.__version__,
         "code": [io.sha256(path) for path in sorted(Path(__file__).parent.rglob("*.py"))],
@@ -172,7 +186,8 @@ def predict_split(
         kept = {name: _central(images[name].shape) for name in list(images)[:keep_embeddings]}
         identity = f"{weights_sha256} {file_identity(data)}"
         blocks = predict_blocks(predictor, images, partial, identity, kept)
-        with io.create_h5(out, **attrs, kept=list(kept), weights_sha256=weights_sha256) as file:
+        attrs |= {"kept": list(kept), "weights_sha256": weights_sha256, "engine": predictor.engine}
+        with io.create_h5(out, **attrs) as file:
             for name, box, part in blocks:
                 if name not in file:
                     _create(file.create_group(name), predictor, images[name].shape, part, kept.get(name))

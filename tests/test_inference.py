@@ -1,6 +1,8 @@
 """Prediction in blocks equals the network's own output for the whole image; images of any size; what was killed goes on."""
 
 import copy
+import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -16,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdlib import io, streaming
+from gdlib import engine, inference, io, streaming
 from gdlib.data.patches import normalise
-from gdlib.inference import Predictor, choose_device, choose_precision, legal_shape
+from gdlib.engine import choose_engine
+from gdlib.inference import Predictor, choose_device, choose_precision, legal_shape, quantised_affinities
 from gdlib.models import Embedding, build
 from gdlib.registry import NETWORKS
 from gdlib.streaming import file_identity, predict_blocks, predict_split
@@ -423,13 +426,130 @@ def test_predictions_file(teacher, splits, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.h5"]
 
 
-def test_weights_of_a_network_of_ones_own(tmp_path):
+def test_weights_of_a_network_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(io.PLUGINS, __name__)  # weights must not say themselves which code is run
     header = HEADER | {"offsets": OFFSETS, "model": f"{__name__}:ConvNet", "options": {"seed": 3}, "segmentation": {}}
     io.save_weights(tmp_path / "w.safetensors", ConvNet(seed=5).state_dict(), header)
     loaded = Predictor.load(tmp_path / "w.safetensors", device="cpu", precision="float32")
     image = noise(16, 16)
     assert np.array_equal(loaded(image).affinity, predictor(ConvNet(seed=5))(image).affinity)
     assert not np.array_equal(loaded(image).affinity, predictor(ConvNet(seed=3))(image).affinity)
+
+
+# --- Affinities in one pass, and engines ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ((70, 41), [*OFFSETS, [5, -7], [0, 60], [-80, 0]]),
+        ((5, 33, 20), [*OFFSETS_3D, [-9, 0, 0]]),
+        ((1, 1), OFFSETS[:2]),
+    ],
+)
+def test_affinities_in_one_pass(shape, offsets, threads, monkeypatch):
+    """The formula in double precision, for strips that are shorter than the offsets reach, and the way of other devices."""
+    monkeypatch.setattr(inference, "STRIP", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    vectors = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
+    vectors *= np.random.default_rng(1).choice([0, 1e-3, 1, 1e4], shape).astype(np.float32)  # some are zero
+    embedding = torch.from_numpy(vectors)
+    unit = vectors.astype(float) / np.maximum(np.linalg.norm(vectors.astype(float), axis=0), 1e-12)
+    boxes = [tuple(slice(0, n) for n in shape), tuple(slice(n // 3, max(n // 3 + 1, n - 1)) for n in shape)]
+    for box in boxes:
+        found = quantised_affinities(embedding, offsets, box)
+        assert found.dtype == np.uint8
+        assert found.shape == (len(offsets), *(s.stop - s.start for s in box))
+        for pixel in itertools.product(*(range(s.start, s.stop) for s in box)):
+            inner = tuple(p - s.start for p, s in zip(pixel, box, strict=True))
+            for k, offset in enumerate(offsets):
+                other = tuple(p + d for p, d in zip(pixel, offset, strict=True))
+                inside = all(0 <= q < n for q, n in zip(other, shape, strict=True))
+                cosine = unit[(slice(None), *pixel)] @ unit[(slice(None), *other)] if inside else 0
+                assert abs(found[(k, *inner)] - 255 * max(cosine, 0)) <= 0.5 + 1e-3
+        there = inference._affinities_on_device(embedding, offsets, box)
+        assert np.abs(found.astype(int) - there).max() <= 1
+
+
+def test_a_channels_last_embedding_gives_the_same_affinities():
+    embedding = torch.randn(4, 30, 50)
+    rows = embedding.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    box = (slice(3, 30), slice(0, 44))
+    assert np.array_equal(quantised_affinities(embedding, OFFSETS, box), quantised_affinities(rows, OFFSETS, box))
+
+
+def test_engine_names(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_engine("torch", cpu) == "torch"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert [choose_engine("auto", torch.device(name)) for name in ("cpu", "meta")] == ["openvino", "torch"]
+    with pytest.raises(ValueError, match="runs on the CPU"):
+        choose_engine("openvino", torch.device("meta"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_engine("auto", cpu) == "torch"
+    with pytest.raises(ValueError, match=r'pip install "gdlib\[fast\]"'):
+        choose_engine("openvino", cpu)
+    with pytest.raises(ValueError, match="auto, torch or openvino"):
+        Predictor(ConvNet(), HEADER | {"offsets": OFFSETS}, device="cpu", engine="onnx")
+
+
+openvino = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason='pip install "gdlib[fast]"')
+
+
+@openvino
+@pytest.mark.parametrize("kind", sorted({*REAL, *PLAIN} - {"enet"}))  # its unpooling is unknown to OpenVINO
+def test_openvino_computes_the_same(kind):
+    network, shape, blocks = (REAL | PLAIN)[kind]
+    header = HEADER | {"offsets": OFFSETS if network.ndim == 2 else OFFSETS_3D}
+    tool = Predictor(network, header, device="cpu", precision="float32", engine="openvino", block=blocks[0])
+    image = noise(*shape)
+    found, expected = tool(image, keep_embedding=True), predictor(network)(image, keep_embedding=True)
+    assert tool.engine == "openvino"
+    scale = np.abs(expected.embedding).max()
+    np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-4, atol=1e-4 * scale)
+    for name in ("affinity", "foreground"):
+        assert np.abs(getattr(found, name).astype(int) - getattr(expected, name)).max() <= 1
+
+
+@openvino
+def test_openvino_in_bfloat16_is_close():
+    network = REAL["resunet"][0]
+    options = {"device": "cpu", "precision": "bfloat16"}
+    image = noise(60, 70)
+    exact = predictor(network)(image)
+    rough = Predictor(network, HEADER | {"offsets": OFFSETS}, engine="openvino", **options)(image)
+    difference = np.abs(rough.affinity.astype(int) - exact.affinity)
+    assert difference.mean() < 4
+
+
+class Fixed(ConvNet):
+    """What it adds depends on the size of the image it is traced with."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        return Embedding(out.embedding * len(x[0, 0]), out.foreground + float(x.shape[-1]), {})
+
+
+@openvino
+def test_a_network_that_cannot_be_traced_stays_with_torch():
+    options = {"device": "cpu", "precision": "float32"}
+    image = noise(20, 30)
+    expected = predictor(Fixed())(image, keep_embedding=True)
+    tool = Predictor(Fixed(), HEADER | {"offsets": OFFSETS}, engine="auto", **options)
+    with pytest.warns(UserWarning, match="another size"):
+        found = tool(image, keep_embedding=True)
+    assert tool.engine == "torch"
+    assert np.array_equal(found.embedding, expected.embedding)
+    with pytest.raises(ValueError, match="choose --engine torch"):
+        Predictor(Fixed(), HEADER | {"offsets": OFFSETS}, engine="openvino", **options)(image)
+
+
+@openvino
+def test_nothing_is_reported_to_anybody():
+    engine._library()
+    used = importlib.import_module("openvino.tools.ovc.telemetry_utils").tm
+    assert used.__name__ == "openvino.tools.ovc.telemetry_stub"
 
 
 # --- Volumes as files, and what was killed --------------------------------------------------------------------------

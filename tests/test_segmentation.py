@@ -15,8 +15,9 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from skimage.measure import label as connected_regions
+from skimage.segmentation import relabel_sequential
 
-from gdlib import config, metrics, ops, segmentation
+from gdlib import config, metrics, mutex, ops, segmentation
 from gdlib.segmentation import SEGMENTERS, defaults, grid, is_masked, score, segment, tune
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -636,6 +637,51 @@ def test_a_missing_package_is_one_clear_sentence():
     assert 'ValueError: the segmenter "waterz" needs the package waterz: pip install "gdlib[em]"' in done.stderr
 
 
+# --- The mutex watershed piece by piece -------------------------------------------------------------------------------
+
+
+def in_one_piece(affinity, mask, offsets, stride, exponent):
+    """The library on everything at once, from where the mask begins; its numbers have gaps."""
+    ndim = mask.ndim
+    label = np.zeros(mask.shape, np.int64)
+    if mask.any():
+        box = tuple(slice(axis.min(), axis.max() + 1) for axis in np.nonzero(mask))
+        weight = affinity[(slice(None), *box)].astype(np.float32) / np.float32(255)
+        weight[:ndim] **= np.float32(exponent)
+        weight[ndim:] = 1 - weight[ndim:]
+        strides = (1,) * (ndim - 2) + (stride,) * 2
+        label[box] = bioimage_cpp.segmentation.mutex_watershed(weight, offsets, ndim, strides=strides, mask=mask[box])
+    return relabel_sequential(label)[0]
+
+
+@pytest.mark.parametrize("most", [2, 5, 1000])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_piece_by_piece_is_the_same_as_at_once(share, ndim, stride, most, monkeypatch):
+    """Same numbers too, with few levels of affinity, so that many edges are equally strong."""
+    monkeypatch.setattr(mutex, "MOST_PIECES", most)
+    shape = {2: (43, 57), 3: (5, 21, 26)}[ndim]
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        affinity = rng.choice(np.array([0, 60, 200, 255], np.uint8), (len(OFFSETS[ndim]), *shape))
+        smooth = gaussian_filter(rng.normal(size=shape), 1.5)
+        mask = smooth <= np.quantile(smooth, share) if share else np.zeros(shape, bool)
+        expected = in_one_piece(affinity, mask, OFFSETS[ndim], stride, 2.0)
+        found = mutex.mutex_watershed(affinity, mask, OFFSETS[ndim], stride, 2.0)
+        assert np.array_equal(relabel_sequential(found)[0], expected)
+        assert share != 0.3 or connected_regions(mask, connectivity=1).max() >= 5
+
+
+def test_pieces_are_one_where_far_pixels_attract():
+    affinity = np.full((3, 9, 20), 255, np.uint8)
+    mask = boxes((2, 8, 2, 8), (2, 8, 10, 18), shape=(9, 20)) > 0
+    offsets = [[0, -4], [-1, 0], [0, -9]]  # the first joins the two pieces
+    found = relabel_sequential(mutex.mutex_watershed(affinity, mask, offsets))[0]
+    assert np.array_equal(found, in_one_piece(affinity, mask, offsets, 1, 1.0))
+    assert found[4, 7] == found[4, 11]
+
+
 # --- Tuning of any segmenter -----------------------------------------------------------------------------------------
 
 
@@ -665,17 +711,17 @@ def test_tuning_is_a_search_along_one_parameter_after_the_other(segmenter):
 def test_tuning_repeats_only_what_a_parameter_changes(monkeypatch):
     calls = Counter()
 
-    def counted(name):
-        original = getattr(bioimage_cpp.segmentation, name)
+    def counted(module, name):
+        original = getattr(module, name)
 
         def wrapper(*args, **kwargs):
             calls[name] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(bioimage_cpp.segmentation, name, wrapper)
+        monkeypatch.setattr(module, name, wrapper)
 
-    counted("watershed")
-    counted("mutex_watershed")
+    counted(bioimage_cpp.segmentation, "watershed")
+    counted(segmentation, "mutex_watershed")
     affinity, foreground, label = noisy(0, 2)
     for segmenter in ("waterz", "multicut"):
         calls.clear()

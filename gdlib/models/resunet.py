@@ -33,7 +33,13 @@ class ResidualBlock(nn.Module):
         self.leave_norm = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        main, shortcut = self.enter_norm(self.enter(x)).chunk(2, dim=1)
+        if torch.jit.is_tracing() and isinstance(self.enter_norm, nn.Identity):
+            # For an engine that merges convolutions with what follows them, but not with a split: a fifth less time.
+            convolve = F.conv2d if self.enter.weight.ndim == 4 else F.conv3d
+            halves = zip(self.enter.weight.chunk(2), self.enter.bias.chunk(2), strict=True)
+            main, shortcut = (convolve(x, weight, bias, padding=self.enter.padding) for weight, bias in halves)
+        else:
+            main, shortcut = self.enter_norm(self.enter(x)).chunk(2, dim=1)
         return F.relu(self.leave_norm(self.leave(F.relu(main))) + shortcut)
 
 
