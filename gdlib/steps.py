@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from gdlib import io
+from gdlib.volume_steps import add_volume_steps
 
 BLOCK_HELP = (
     "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster where there is memory for "
@@ -76,6 +77,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         "predict", _predict, "Predict affinities and foreground of a split.",
         weights=file, data=file, out=file, keep_embeddings={"type": int, "default": 0}, threads=threads, device=device,
         block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP},
+        engine={"default": "auto", "help": "auto, torch, openvino"},
     )  # fmt: skip
     add(
         "segment", _segment, "Turn predictions into instances.",
@@ -95,6 +97,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         "profile", _profile, "Measure parameters, operations, latency and memory of a network.",
         spec=text, data=file, out=file, threads=threads, device=device,
     )  # fmt: skip
+    add_volume_steps(add, sides)
 
 
 def _download(arguments: argparse.Namespace) -> None:
@@ -158,16 +161,17 @@ def _train(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         max_seconds=arguments.max_seconds,
     )
-    print(
-        "validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in ("aji", "pq", "f1_50", "dice", "arand", "voi"))
-    )
+    if scores:  # of several processes, one validates
+        keys = ("aji", "pq", "f1_50", "dice", "arand", "voi")
+        print("validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in keys))
 
 
 def _predict(arguments: argparse.Namespace) -> None:
     from gdlib.inference import Predictor
     from gdlib.streaming import predict_split
 
-    predictor = Predictor.load(arguments.weights, device=arguments.device, block=arguments.block)
+    options = {key: getattr(arguments, key) for key in ("device", "engine", "block")}
+    predictor = Predictor.load(arguments.weights, **options)
     predict_split(
         predictor,
         arguments.data,

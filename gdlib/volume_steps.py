@@ -1,0 +1,70 @@
+"""The steps of one large volume, as `workflow/volume.smk` calls them; see `gdlib.blockwise`."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_volume_steps(add: Callable[..., None], sides: Callable[[str], Any]) -> None:
+    """Add them to `gdlib step`.
+
+    Args:
+        add: takes the name of a command, its function, help, and its arguments by keyword.
+        sides: reads side lengths.
+    """
+    file = {"type": Path, "required": True, "metavar": "FILE"}
+    folder = {"type": Path, "required": True, "metavar": "DIR"}
+    name = {"required": True, "metavar": "NAME", "help": "of the block, e.g. 0-3-12"}
+    text = {"type": json.loads, "required": True, "metavar": "JSON"}
+    plan = {"type": _read_plan, "required": True, "metavar": "FILE", "help": "plan.json"}
+    count = {"type": int, "metavar": "N"}
+
+    def command(step: str, function: str, help: str, /, **arguments: dict) -> None:
+        def run(parsed: argparse.Namespace) -> None:
+            from gdlib import blockwise
+
+            given = {key: getattr(parsed, key) for key in arguments if key != "threads"}
+            if (result := getattr(blockwise, function)(**given)) is not None:
+                print(f"{result} objects")
+
+        add(step, run, help, **arguments)
+
+    command(
+        "plan-volume", "plan", "Blocks: find what all blocks of a volume have in common.",
+        image={"required": True, "metavar": "FILE"}, weights=file, out=file, block=text,
+        segmenter={"required": True, "metavar": "NAME"},
+    )  # fmt: skip
+    command(
+        "predict-block", "predict", "Blocks: predict affinities and foreground of a block.",
+        plan=plan, name=name, weights=file, out=file, device={"default": "auto"}, threads=count,
+        passes={"type": sides, "metavar": "SIDES", "help": "largest part that goes through the network at once"},
+    )  # fmt: skip
+    command(
+        "segment-block", "segment", "Blocks: segment a block with its overlap.",
+        plan=plan, name=name, predictions=folder, out=file, settings=text,
+    )  # fmt: skip
+    command(
+        "match-block", "match", "Blocks: find equal segments of a block and the next ones.",
+        plan=plan, name=name, segments=folder, out=file, overlap=text,
+    )  # fmt: skip
+    command(
+        "number-blocks", "number", "Blocks: number the objects of the whole volume.",
+        plan=plan, segments=folder, matches=folder, out=file, min_size={**count, "default": 0},
+    )  # fmt: skip
+    command(
+        "relabel-block", "relabel", "Blocks: give a block the numbers of the whole volume.",
+        plan=plan, name=name, segments=folder, numbers=file, out=file, overlap=text,
+    )  # fmt: skip
+    command(
+        "join-blocks", "join", "Blocks: put all blocks into one file.",
+        plan=plan, labels=folder, out=file, about={**text, "required": False, "default": {}},
+    )  # fmt: skip
+
+
+def _read_plan(path: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: not a readable plan ({error}); make it again") from None
