@@ -11,6 +11,8 @@ import shlex
 import shutil
 import sys
 
+import yaml
+
 from gdlib import registry
 from gdlib.config import SEGMENTERS, TEACHER
 
@@ -52,6 +54,9 @@ GPU = int(
     shutil.which("nvidia-smi") is not None
     and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 )
+# Such a job counts as one core and goes first: were it to wait for several cores to be free at once, a queue of jobs without
+# a GPU would leave the GPU idle.
+THREADS = 1 if GPU else 8
 
 try:
     ALL_CORES = workflow.cores
@@ -63,8 +68,19 @@ except WorkflowError:  # nobody says how many: --report, or a cluster
 os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()])
 )
+# Weights may name a network from outside gdlib only if the configuration does, too.
+OWN = {
+    network.model.partition(":")[0]
+    for network in (CFG.teachers | CFG.students).values()
+    if ":" in network.model
+}
+os.environ.update(
+    GDLIB_PLUGINS=",".join(
+        sorted(OWN | set(filter(None, os.getenv("GDLIB_PLUGINS", "").split(","))))
+    )
+)
 shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH={shlex.quote(workflow.basedir)}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
+    f"set -euo pipefail; export PYTHONPATH={shlex.quote(ROOT)}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
     # A cluster kills jobs at their time limit, so they stop before it and save; on this machine they have all the time.
     + ("export CLUSTER_JOB=1; " if workflow.remote_exec else "")
 )
@@ -91,7 +107,7 @@ def option(name, value):
 
 def code(*paths):
     """Modules of gdlib that a rule depends on; relative, so that a moved project re-runs nothing."""
-    files = [os.path.join(workflow.basedir, "gdlib", path) for path in paths]
+    files = [os.path.join(ROOT, "gdlib", path) for path in paths]
     for file in files:
         # Without its inputs, Snakemake takes a result as given and never makes it again.
         if not os.path.exists(file):
@@ -102,11 +118,12 @@ def code(*paths):
 PREPARE_CODE = code("data/prepare.py", "data/files.py")
 # Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
 TRAIN_CODE = code("training.py", "cache.py")
-TRAIN_CODE += code("data/patches.py", "data/augment.py", "ops.py")
+TRAIN_CODE += code("data/patches.py", "data/augment.py")
+TRAIN_CODE += code("ops.py", "native.py", "native.cpp", "parallel.py")
 TRAIN_CODE += code("models/__init__.py", "distill/__init__.py")
 MEMORY_CODE = code("distill/bank.py")
 PREDICT_CODE = code("inference.py", "streaming.py", "models/__init__.py", "ops.py")
-PREDICT_CODE += code("data/patches.py")
+PREDICT_CODE += code("engine.py", "data/patches.py")
 REPORT_CODE = code(*sorted((registry.NETWORKS.folder.parent / "report").glob("*.py")))
 
 
@@ -333,8 +350,60 @@ def figure(name, title):
     shown = report(
         first,
         caption=f"../report/{name.partition('_')[0]}.rst",
-        category="Figures",
+        category="3. Figures",
         subcategory="{dataset}",
         labels={"figure": title},
     )
     return [shown, *others]
+
+
+def page(name, category, title):
+    """A page of the report."""
+    return report(
+        f"{RESULTS}/report/{name}.html",
+        caption=f"../report/{name}.rst",
+        category=category,
+        labels={"page": title},
+    )
+
+
+def provenance_of_study():
+    """What the record of the study cannot know from its files: arguments of `gdlib.report.provenance.record`."""
+    datasets = STUDY.datasets
+    networks = sorted({name for dataset in datasets for name in networks_of(dataset)})
+    roles = ("teacher", "student")
+    chosen = {
+        "study": CFG.study,
+        **STUDY.model_dump(mode="json"),
+        "datasets": {d: CFG.datasets[d].model_dump(mode="json") for d in datasets},
+        "networks": {n: CFG.network(n).model_dump(mode="json") for n in networks},
+        "methods": {m: CFG.method(m).model_dump(mode="json") for m in METHODS},
+        "recipes": {
+            d: {r: CFG.recipe(CFG.study, d, r).model_dump(mode="json") for r in roles}
+            for d in datasets
+        },
+    }
+    # Sorted below the first level, so that the order of keys in config.yaml does not matter.
+    text = {key: json.loads(compact(value)) for key, value in chosen.items()}
+    splits = ("train", "val", "test")
+    return {
+        "study": CFG.study,
+        "configuration": yaml.safe_dump(
+            text,
+            sort_keys=False,
+            width=120,
+            allow_unicode=True,
+            default_flow_style=None,
+        ),
+        "benchmarks": BENCHMARKS,
+        "data": {
+            d: {s: f"{DATA}/{s}.h5".format(dataset=d) for s in splits} for d in datasets
+        },
+        "teachers": {
+            d: f"{CFG.teacher_of(d)}/{TEACHER}/seed{STUDY.teacher_seeds[0]}"
+            for d in datasets
+        },
+        "given": {
+            n: CFG.network(n).weights for n in networks if CFG.network(n).weights
+        },
+    }

@@ -12,9 +12,10 @@ rule predict:
         f"{LOGS}/predict/{ID}.log",
     benchmark:
         f"{BENCHMARKS}/predict/{ID}.tsv"
+    priority: 1
     conda:
         "../../envs/gdlib.yaml"
-    threads: 8
+    threads: THREADS
     resources:
         gpu=GPU,
         mem_mb=grow(6000),
@@ -32,7 +33,7 @@ rule segment:
     input:
         predictions=f"{RUN}/predictions.h5",
         truth=true_foreground,
-        code=code("segmentation.py"),
+        code=code("segmentation.py", "mutex.py"),
     output:
         f"{SEGMENTED}/segmentation.h5",
     log:

@@ -20,9 +20,10 @@ rule train_teacher:
         f"{BENCHMARKS}/train/{ID}.tsv"
     wildcard_constraints:
         method=TEACHER,
+    priority: 1
     conda:
         "../../envs/gdlib.yaml"
-    threads: 8
+    threads: THREADS
     resources:
         gpu=GPU,
         mem_mb=grow(8000),
@@ -34,8 +35,9 @@ rule train_teacher:
         state=f"{RESULTS}/state/{ID}",
     message:
         f"Train {NAME}"
+    # `exec`: else Snakemake waits for a shell that ends at once at SIGTERM, and not for the training that saves itself.
     shell:
-        "python -m gdlib step train --spec {params.spec:q} --train {input.train} --val {input.val} {params.cached:q}"
+        "exec python -m gdlib step train --spec {params.spec:q} --train {input.train} --val {input.val} {params.cached:q}"
         " --weights {output.weights} --last {output.last} --history {output.history} --state {params.state}"
         " --threads {threads} ${{CLUSTER_JOB:+--max-seconds $(({resources.runtime} * 54))}} > {log} 2>&1"
 
@@ -83,9 +85,10 @@ rule ask_teacher:
         f"{LOGS}/cache/{{dataset}}/{{network}}/{{part}}/seed{{seed}}.log",
     benchmark:
         f"{BENCHMARKS}/cache/{{dataset}}/{{network}}/{{part}}/seed{{seed}}.tsv"
+    priority: 1
     conda:
         "../../envs/gdlib.yaml"
-    threads: 8
+    threads: THREADS
     resources:
         gpu=GPU,
         mem_mb=grow(6000),
@@ -115,7 +118,7 @@ use rule train_teacher as train_student with:
     wildcard_constraints:
         method="|".join(map(re.escape, METHODS)),
     # A student is too small to share: on a CPU, one thread each and many runs at once finish first.
-    threads: 4 if GPU else 1
+    threads: 1
     resources:
         gpu=GPU,
         mem_mb=grow(6000),
