@@ -10,7 +10,10 @@ from gdlib.config import Config, ConfigError
 min_version("9.20")
 
 
-configfile: Path(workflow.basedir) / "config.yaml"
+ROOT = str(workflow.current_basedir)  # of this file, whoever includes it
+
+
+configfile: Path(ROOT) / "config.yaml"
 
 
 try:
@@ -34,5 +37,6 @@ rule all:
     default_target: True
     input:
         rules.summarize.output,
+        rules.provenance.output,
         PAPER,
         FIGURES,

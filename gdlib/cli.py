@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gdlib import __version__, io
-from gdlib.steps import BLOCK_HELP, add_steps, sides
+from gdlib import __version__, devices, io
+from gdlib.bench import add_bench
+from gdlib.reference import add_schema
+from gdlib.segmenting import add_segment, is_hdf5, main_segmenter
+from gdlib.steps import add_steps
+from gdlib.tensorboard import add_tensorboard
 
 EXAMPLES = """examples:
   gdlib segment images/ --model weights.safetensors --out labels/
@@ -31,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         # Before torch and BLAS are imported, which read it once.
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     try:
+        if getattr(arguments, "device", None) == "auto":
+            devices.claim()
         arguments.function(arguments)
     except BrokenPipeError:
         return 0
@@ -53,43 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gdlib {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    segment = commands.add_parser(
-        "segment",
-        help="find the objects in images",
-        description="Segment images and volumes of any size with trained weights. Every image gives one file of the same name "
-        "in the output folder, with 32-bit labels: 0 = background, 1, 2, ... = objects. PNG and TIFF give TIFF, which opens in "
-        "napari and Fiji; a dataset of an HDF5 file gives an HDF5 file with a dataset of the same name. A volume that was "
-        "stopped half-way goes on from there when the same command is given again.",
-    )
-    segment.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="PNG or TIFF files (stacks too), volume.h5:name/of/dataset, or folders of files",
-    )
-    segment.add_argument(
-        "--model", required=True, type=Path, metavar="FILE", help="weights.safetensors of a trained network"
-    )
-    segment.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the labels")
-    segment.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    segment.add_argument("--precision", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    segment.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    segment.add_argument("--block", type=sides, metavar="SIDES", help=BLOCK_HELP)
-    segment.add_argument(
-        "--segmenter", help="mutex_watershed, waterz or multicut (default: the one the weights were chosen with)"
-    )
-    segment.add_argument("--foreground-threshold", type=float, help="probability (default: tuned with the weights)")
-    segment.add_argument("--min-size", type=int, help="pixels (default: tuned with the weights)")
-    segment.add_argument(
-        "--set",
-        type=_parameter,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other parameter of the segmenter, e.g. threshold=0.4 of waterz, beta=0.6 of multicut, stride=4 of "
-        "mutex_watershed; may be repeated",
-    )
-    segment.set_defaults(function=_segment)
+    add_segment(commands)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -145,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
     download.set_defaults(function=_download)
 
+    add_bench(commands)
+    add_schema(commands)
+    add_tensorboard(commands)
     add_steps(commands)
     return parser
 
@@ -156,138 +127,15 @@ def _metric_help() -> str:
     return "\n\nmetrics:\n" + "\n".join(lines)
 
 
-def _parameter(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name, int(value) if value.lstrip("-").isdecimal() else float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'"{text}" is not NAME=NUMBER') from None
-
-
-def _segment(arguments: argparse.Namespace) -> None:
-    from gdlib.data.files import find_files, split_h5_path
-    from gdlib.inference import Predictor, assembled
-    from gdlib.segmentation import segment
-    from gdlib.streaming import file_identity, predict_blocks
-
-    paths: list[str] = []
-    for path in arguments.images:
-        paths += map(str, find_files(Path(path)).values()) if Path(path).is_dir() else [path]
-    files = [split_h5_path(path)[0] for path in paths]
-    names = [file.stem for file in files]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise io.DataError(
-            f'two images are called "{twice}" and would be written to the same file; segment them separately'
-        )
-    predictor = Predictor.load(
-        arguments.model, device=arguments.device, precision=arguments.precision, block=arguments.block
-    )
-    segmenter, parameters = _segmenter(arguments, predictor.header)
-    weights = io.sha256(arguments.model)
-    for path, file in zip(paths, files, strict=True):
-        with _open_image(path, predictor.header["channels"]) as image:
-            target = _target(arguments.out, file, image)
-            partial = arguments.out / f".{file.stem}.partial"
-            try:
-                source = predictor.source(image)
-            except io.DataError as error:
-                raise io.DataError(f"{path}: {error}") from None
-            blocks = predict_blocks(predictor, {path: source}, partial, f"{weights} {file_identity(file)} {path}")
-            prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
-            offsets = predictor.header["offsets"]
-            label = segment(prediction.affinity, prediction.foreground, offsets, segmenter, **parameters)
-            _write_label(target, label, image)
-        partial.unlink()
-        print(f"{path}: {int(label.max())} objects")
-
-
-def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Choose how to segment: as the weights were tuned, but for what is given."""
-    from gdlib.registry import nearest
-    from gdlib.segmentation import defaults, is_masked
-
-    tuned = header["segmentation"]
-    segmenter = arguments.segmenter or _main_segmenter(header)
-    if is_masked(segmenter):
-        usable = ", ".join(name for name in tuned if not is_masked(name)) or "mutex_watershed"
-        raise ValueError(
-            f"{segmenter} needs the foreground of a ground truth, which an image that is to be segmented does not have; "
-            f"choose --segmenter {usable}"
-        )
-    valid = defaults(segmenter, len(header["offsets"][0]))
-    if segmenter not in tuned:
-        print(
-            f"{segmenter} was not tuned with these weights, only {', '.join(tuned)}: what is not given has its default value",
-            file=sys.stderr,
-        )
-    given = dict(arguments.set)
-    for name in ("foreground_threshold", "min_size"):
-        if getattr(arguments, name) is not None:
-            given[name] = getattr(arguments, name)
-    for name in given:
-        if name not in valid:
-            raise ValueError(f'{segmenter} has no parameter "{name}": {nearest(name, list(valid))}')
-    return segmenter, tuned.get(segmenter, {}) | given
-
-
-def _main_segmenter(header: dict[str, Any]) -> str:
-    """The one the weights were chosen with; the order of `segmentation` is lost in the file."""
-    return header.get("run", {}).get("segmenters", list(header["segmentation"]))[0]
-
-
-@contextlib.contextmanager
-def _open_image(path: Path | str, channels: int) -> Iterator[Any]:
-    """Yield the array of an image file, or an open dataset of an HDF5 file, which is read piece by piece."""
-    from gdlib.data.files import open_volume, read_image
-
-    if _is_hdf5(path):
-        with open_volume(path) as volume:
-            yield volume
-    else:
-        yield read_image(path, channels)
-
-
 @contextlib.contextmanager
 def _open_label(path: Path | str) -> Iterator[Any]:
     from gdlib.data.files import open_volume, read_label
 
-    if _is_hdf5(path):
+    if is_hdf5(path):
         with open_volume(path) as volume:
             yield volume
     else:
         yield read_label(path)
-
-
-def _is_hdf5(path: Path | str) -> bool:
-    from gdlib.data.files import HDF5_SUFFIXES, split_h5_path
-
-    return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
-
-
-def _target(folder: Path, file: Path, image: Any) -> Path:
-    """Return where the label of an image goes; never over the image itself."""
-    import h5py
-
-    target = folder / f"{file.stem}{'.h5' if isinstance(image, h5py.Dataset) else '.tif'}"
-    if target.resolve() == file.resolve():
-        raise io.DataError(f"{file}: its label would be written over it; choose another folder for --out")
-    return target
-
-
-def _write_label(target: Path, label: np.ndarray, image: Any) -> None:
-    import tifffile
-
-    if target.suffix == ".tif":
-        with io.atomic(target) as temporary:
-            tifffile.imwrite(temporary, label, compression="zlib", photometric="minisblack")
-        return
-    name = image.name.strip("/")
-    with io.create_h5(target) as file:
-        io.put(file, name, label, io.BLOCK if label.ndim == 3 else None)
-        for key in ("resolution", "offset", "element_size_um"):  # where the voxels are
-            if key in image.attrs:
-                file[name].attrs[key] = image.attrs[key]
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -348,7 +196,7 @@ def _info(arguments: argparse.Namespace) -> None:
         ("weights of", f"step {header['step']}, the best on the validation images"),
         ("method", f"{run['method']}" + (f": supervised + {' + '.join(terms)}" if terms else "")),
     ]
-    main = _main_segmenter(header)
+    main = main_segmenter(header)
     for segmenter in sorted(header["segmentation"], key=lambda name: name != main):  # the main one first
         parameters = ", ".join(f"{k} {v}" for k, v in header["segmentation"][segmenter].items())
         scores = header["validation"].get(segmenter, {})

@@ -16,8 +16,8 @@ class Section(BaseModel):
 class Normalisation(Section):
     """Intensities: these percentiles of each image and channel become 0 and 1."""
 
-    lower: float = Field(1.0, ge=0, lt=100)
-    upper: float = Field(99.8, gt=0, le=100)
+    lower: float = Field(1.0, ge=0, lt=100, description="percentile that becomes 0")
+    upper: float = Field(99.8, gt=0, le=100, description="percentile that becomes 1")
 
 
 class Targets(Section):
@@ -55,20 +55,20 @@ class Dataset(Section):
 
     title: str = Field("", description="name in tables and figures")
     source: str = Field(description="a file stem of gdlib/data/sources, or package.module:function")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({}, description="keyword arguments of the source")
     folder: str | None = Field(None, description="below one of `raw_folders`; none for synthetic data")
     download: tuple[RemoteFile, ...] = Field((), description="what together makes the content of the folder")
     by_hand: str = Field(
         "",
         description="in place of `download`, how one gets the files and what of them goes into the folder, as half a sentence",
     )
-    channels: int = Field(1, ge=1)
+    channels: int = Field(1, ge=1, description="of the images")
     offsets: tuple[tuple[int, ...], ...] = Field(
         min_length=1, description="of the affinities, in pixels; the first ndim are attractive"
     )
     patch: tuple[PositiveInt, ...] = Field(description="side lengths of training patches, in pixels")
-    normalisation: Normalisation = Normalisation()
-    targets: Targets = Targets()
+    normalisation: Normalisation = Field(Normalisation(), description="how intensities are scaled")
+    targets: Targets = Field(Targets(), description="what networks learn from a label")
     segmenters: tuple[Segmenter, ...] = Field(
         ("mutex_watershed",), min_length=1, description="how affinities become instances; the first chooses weights"
     )
@@ -86,9 +86,9 @@ class Dataset(Section):
 class Network(Section):
     """A teacher or a student of the catalogue."""
 
-    title: str = ""
+    title: str = Field("", description="name in tables and figures")
     model: str = Field(description="a file stem of gdlib/models, or package.module:Class")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({}, description="keyword arguments of the model")
     weights: str | None = Field(None, description="trained weights of your own; then it is not trained")
 
 
@@ -96,14 +96,14 @@ class Term(Section):
     """One weighted loss of a method."""
 
     term: str = Field(description="a file stem of gdlib/distill/terms, or package.module:Class")
-    weight: float = Field(ge=0)
+    weight: float = Field(ge=0, description="factor in the sum of all terms")
     memory: bool = Field(False, description="compare with other images through the memory bank")
     level: str | tuple[str, ...] | None = Field(
         None,
         description="feature map that is compared, by its name in both networks, or several names, the first that both have; "
         "else the embedding",
     )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({}, description="keyword arguments of the term")
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ class Term(Section):
 class Method(Section):
     """What is added to the supervised loss; a list of terms alone is short for it."""
 
-    terms: tuple[Term, ...] = ()
+    terms: tuple[Term, ...] = Field((), description="weighted losses, on top of the recipe's")
     recipe: dict[str, Any] = Field({}, description="changes to the student's recipe")
 
     @model_validator(mode="before")
@@ -131,107 +131,122 @@ class Ablation(Section):
     title: str = Field("", description="name in tables and figures")
     method: str = Field(description="the method that is changed")
     keys: tuple[str, ...] = Field(
-        min_length=1, description="what gets the value: recipe.(key), or terms.(name of a term).(key)"
+        min_length=1,
+        description="what gets the value: recipe.(key), or terms.(name of a term).(key); or `weight`: it multiplies all weights",
     )
-    values: tuple[bool | int | float | str, ...] = Field(min_length=1)
+    values: tuple[bool | int | float | str, ...] = Field(min_length=1, description="what it gets, one after the other")
 
 
 class Bank(Section):
     """Memory bank; see `gdlib.distill.bank.MemoryBank`."""
 
-    capacity: int = Field(32, ge=1)
-    sample_size: int = Field(12, ge=1)
-    original_ring: bool = False
+    capacity: int = Field(32, ge=1, description="images that are remembered, the paper's K")
+    sample_size: int = Field(12, ge=1, description="images of them that are compared per step, the paper's L")
+    original_ring: bool = Field(False, description="PAPER: order and sampling of the original code")
 
 
 class Geometry(Section):
     """Geometric augmentation; see `gdlib.data.augment.sampling_grid`."""
 
-    flip: bool = True
-    rotate90: bool = True
-    scale: tuple[float, float] = (0.8, 1.25)
-    elastic: float = Field(2.0, ge=0)
-    elastic_spacing: int = Field(32, ge=4)
-    rotate: float = Field(0.0, ge=0, description="degrees")
-    misalign: float = Field(0.0, ge=0, description="pixels; volumes only")
-    probability: float = Field(0.5, ge=0, le=1)
+    flip: bool = Field(True, description="mirror each axis with probability 1/2")
+    rotate90: bool = Field(True, description="turn by a multiple of 90 degrees in the last two axes")
+    scale: tuple[float, float] = Field((0.8, 1.25), description="range of the zoom factor in the last two axes")
+    elastic: float = Field(2.0, ge=0, description="standard deviation, in pixels, of a smooth random displacement")
+    elastic_spacing: int = Field(32, ge=4, description="pixels between its control points")
+    rotate: float = Field(0.0, ge=0, description="largest angle, in degrees, of a turn in the last two axes")
+    misalign: float = Field(
+        0.0, ge=0, description="largest displacement, in pixels, of one section or of all from one on; volumes only"
+    )
+    probability: float = Field(
+        0.5, ge=0, le=1, description="that a patch gets zoom, turn, displacement and, on its own, misalignment at all"
+    )
 
 
 class Intensity(Section):
     """Intensity augmentation; see `gdlib.data.augment.augment_intensity`."""
 
-    contrast: float = Field(0.3, ge=0)
-    brightness: float = Field(0.1, ge=0)
-    gamma: float = Field(0.5, ge=0)
-    blur: float = Field(1.0, ge=0)
-    noise: float = Field(0.05, ge=0)
-    probability: float = Field(0.5, ge=0, le=1)
+    contrast: float = Field(0.3, ge=0, description="factor from [1 - contrast, 1 + contrast]")
+    brightness: float = Field(
+        0.1, ge=0, description="shift from [-brightness, brightness]; intensities are about 0 to 1"
+    )
+    gamma: float = Field(0.5, ge=0, description="exponent from [2^-gamma, 2^gamma]")
+    blur: float = Field(1.0, ge=0, description="largest standard deviation, in pixels, of a blur in the last two axes")
+    noise: float = Field(0.05, ge=0, description="largest standard deviation of Gaussian noise")
+    probability: float = Field(0.5, ge=0, le=1, description="of each change")
 
 
 class Sections(Section):
     """Augmentation of the sections of a volume; see `gdlib.data.augment.augment_sections`."""
 
-    contrast: float = Field(0.0, ge=0)
-    brightness: float = Field(0.0, ge=0)
-    blur: float = Field(0.0, ge=0)
-    motion: int = Field(0, ge=0)
-    missing: float = Field(0.0, ge=0, le=1)
-    probability: float = Field(0.1, ge=0, le=1)
+    contrast: float = Field(0.0, ge=0, description="factor from [1 - contrast, 1 + contrast], for every section")
+    brightness: float = Field(0.0, ge=0, description="shift from [-brightness, brightness], for every section")
+    blur: float = Field(0.0, ge=0, description="largest standard deviation, in pixels, of a blur")
+    motion: int = Field(0, ge=0, description="longest motion blur, in pixels; below 2 there is none")
+    missing: float = Field(0.0, ge=0, le=1, description="probability that a section becomes one grey")
+    probability: float = Field(0.1, ge=0, le=1, description="that a section is blurred, and that it is motion-blurred")
 
 
 class Augment(Section):
     """Training augmentation."""
 
-    geometry: Geometry = Geometry()
-    intensity: Intensity = Intensity()
-    sections: Sections = Sections()
+    geometry: Geometry = Field(Geometry(), description="where pixels come from")
+    intensity: Intensity = Field(Intensity(), description="of whole patches")
+    sections: Sections = Field(Sections(), description="of each section of a volume")
 
 
 class Optimizer(Section):
     """Adam with or without decoupled weight decay."""
 
-    name: Literal["adamw", "adam"] = "adamw"
-    lr: float = Field(2e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    name: Literal["adamw", "adam"] = Field("adamw", description="weight decay apart from the gradient, or within it")
+    lr: float = Field(2e-3, gt=0, description="learning rate after the warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the running means")
     eps: float = Field(
         1e-8, gt=0, description="PAPER: the original trains with 0.01, which sets the scale of all its weights"
     )
-    weight_decay: float = Field(1e-4, ge=0)
-    amsgrad: bool = False
+    weight_decay: float = Field(1e-4, ge=0, description="per step, times the learning rate with adamw")
+    amsgrad: bool = Field(False, description="keep the largest running mean of squares")
 
 
 class Recipe(Section):
     """How a network is trained."""
 
     steps: int = Field(gt=0, description="optimizer steps")
-    batch_size: int = Field(8, gt=0)
+    batch_size: int = Field(8, gt=0, description="patches")
     accumulate: int = Field(1, ge=1, description="batches per optimizer step")
     patch: tuple[PositiveInt, ...] | None = Field(None, description="in pixels; the dataset's if left out")
-    optimizer: Optimizer = Optimizer()
-    schedule: Literal["cosine", "constant"] = "cosine"
+    optimizer: Optimizer = Field(Optimizer(), description="how gradients become steps")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="of the learning rate after the warm-up; cosine falls to 0"
+    )
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; off if left out")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of the arithmetic; auto: bfloat16 where the hardware multiplies in it, else float32, or float16 on a GPU",
+    )
     validate_every: int = Field(gt=0, description="steps between validations")
     validate_images: int = Field(8, ge=1, description="images of the validation split used while training")
     save_every: int = Field(200, gt=0, description="steps between resumable states")
     selection: str = Field("aji", description="validation metric that chooses weights and segmentation parameters")
-    terms: tuple[Term, ...] = (Term(term="supervised", weight=1.0), Term(term="foreground", weight=1.0))
-    augment: Augment = Augment()
-    bank: Bank = Bank()
+    terms: tuple[Term, ...] = Field(
+        (Term(term="supervised", weight=1.0), Term(term="foreground", weight=1.0)),
+        description="what is learned from the ground truth; methods add theirs",
+    )
+    augment: Augment = Field(Augment(), description="random changes of the training patches")
+    bank: Bank = Field(Bank(), description="memory of other images, for terms with `memory`")
 
 
 class Study(Section):
     """A selection of the catalogue, and how large."""
 
-    title: str = ""
-    datasets: tuple[str, ...] = Field(min_length=1)
+    title: str = Field("", description="name in the report")
+    datasets: tuple[str, ...] = Field(min_length=1, description="what networks are trained and tested on")
     teacher: str | tuple[str, ...] = Field(
         min_length=1, description="or several: a dataset takes the first for its number of axes"
     )
     students: tuple[str, ...] = Field(description="a dataset takes those for its number of axes")
-    methods: tuple[str, ...]
+    methods: tuple[str, ...] = Field(description="by which every student is trained")
     ablations: tuple[str, ...] = Field((), description="their methods are run too")
     more_teachers: tuple[str, ...] = Field(
         (), description="students learn from these too, by every method that asks a teacher: `method@teacher`"
@@ -241,8 +256,10 @@ class Study(Section):
         gt=0,
         description="batches of patches that are drawn and shown to the teacher once, for all students of a seed",
     )
-    seeds: tuple[int, ...]
-    teacher_seeds: tuple[int, ...] = Field((0,), min_length=1, description="students learn from the first")
+    seeds: tuple[int, ...] = Field(description="of the students; each is a training of its own")
+    teacher_seeds: tuple[int, ...] = Field(
+        (0,), min_length=1, description="of the teachers; students learn from the first"
+    )
     teacher_recipe: dict[str, Any] = Field({}, description="changes to recipes: teacher")
     student_recipe: dict[str, Any] = Field({}, description="changes to recipes: student")
     recipes: dict[str, dict[Literal["teacher", "student"], dict[str, Any]]] = Field(
@@ -258,27 +275,29 @@ class Study(Section):
 class PlotMetrics(Section):
     """Which metrics are shown."""
 
-    metrics: tuple[str, ...] = ("aji", "pq", "f1_50", "f1_80")
-    main_metric: str = "aji"
-    table_metrics: tuple[str, ...] = ("aji", "dice", "f1_50", "pq")
+    metrics: tuple[str, ...] = Field(("aji", "pq", "f1_50", "f1_80"), description="in figures")
+    main_metric: str = Field("aji", description="of differences, gaps and tests, and of accuracy against cost")
+    table_metrics: tuple[str, ...] = Field(("aji", "dice", "f1_50", "pq"), description="in tables")
 
 
 class PlotVolumes(PlotMetrics):
     """Which metrics are shown of datasets in 3D."""
 
-    metrics: tuple[str, ...] = ("voi", "voi_split", "voi_merge", "arand")
-    main_metric: str = "voi"
-    table_metrics: tuple[str, ...] = ("voi_split", "voi_merge", "voi", "arand")
+    metrics: tuple[str, ...] = Field(("voi", "voi_split", "voi_merge", "arand"), description="in figures")
+    main_metric: str = Field("voi", description="of differences, gaps and tests, and of accuracy against cost")
+    table_metrics: tuple[str, ...] = Field(("voi_split", "voi_merge", "voi", "arand"), description="in tables")
 
 
 class Plot(PlotMetrics):
     """Looks only: an edit here redraws figures and never retrains. Its own metrics are those of datasets in 2D."""
 
-    dpi: int = Field(200, gt=0)
-    formats: tuple[Literal["png", "pdf", "svg"], ...] = ("png", "pdf")
-    volumes: PlotVolumes = PlotVolumes()
+    dpi: int = Field(200, gt=0, description="pixels per inch of figures")
+    formats: tuple[Literal["png", "pdf", "svg"], ...] = Field(
+        ("png", "pdf"), min_length=1, description="of every figure; the report shows the first"
+    )
+    volumes: PlotVolumes = Field(PlotVolumes(), description="the same for datasets in 3D")
     panel_sample: int = Field(0, ge=0, description="which of the kept test images the image figures show")
-    panel_methods: tuple[str, ...] = ("none", "grd")
+    panel_methods: tuple[str, ...] = Field(("none", "grd"), description="in figures of images, beside the teacher")
     panel_crop: int | None = Field(None, gt=0, description="side of the shown crop, in pixels")
 
 

@@ -27,18 +27,23 @@ ALLOWED = {
     "gdlib": "",
     "gdlib.__main__": "gdlib.cli",
     "gdlib.registry": "",
+    "gdlib.devices": "",
     "gdlib.io": "",
     "gdlib.metrics": "",
-    "gdlib.ops": "",
+    "gdlib.ops": "gdlib.native",
+    "gdlib.native": "gdlib.io",
+    "gdlib.parallel": "",
     "gdlib.schema": "",
     "gdlib.config": "gdlib.registry gdlib.schema gdlib.metrics gdlib.segmentation",
-    "gdlib.segmentation": "gdlib.metrics",
+    "gdlib.segmentation": "gdlib.metrics gdlib.mutex",
+    "gdlib.mutex": "",
     "gdlib.baselines": "gdlib.io gdlib.metrics",
     "gdlib.models": "gdlib.registry",
     "gdlib.models.*": "gdlib.models gdlib.ops",
     "gdlib.models.resunet3d": "gdlib.models.resunet",
     "gdlib.models.erfnet": "gdlib.models gdlib.models.enet",
-    "gdlib.distill": "gdlib.ops gdlib.registry gdlib.models gdlib.distill.bank",  # of the models, the contract alone
+    # Of the models, the contract alone.
+    "gdlib.distill": "gdlib.ops gdlib.parallel gdlib.registry gdlib.models gdlib.distill.bank",
     "gdlib.distill.bank": "",
     "gdlib.distill.terms": "",
     "gdlib.distill.terms.*": "gdlib.ops gdlib.distill gdlib.distill.bank",
@@ -50,21 +55,30 @@ ALLOWED = {
     "gdlib.data.download": "gdlib gdlib.io gdlib.schema",
     "gdlib.data.sources": "",
     "gdlib.data.sources.*": "gdlib.io gdlib.registry gdlib.data.files gdlib.data.sources._phantom",
-    "gdlib.inference": "gdlib.io gdlib.ops gdlib.models gdlib.data.patches",
-    "gdlib.streaming": "gdlib.io gdlib.inference",
-    "gdlib.cache": "gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
-    "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.ops gdlib.metrics gdlib.segmentation gdlib.models "
-    "gdlib.distill gdlib.distill.bank gdlib.inference",
+    "gdlib.engine": "",
+    "gdlib.inference": "gdlib.io gdlib.ops gdlib.engine gdlib.models gdlib.data.patches",
+    "gdlib.streaming": "gdlib.progress gdlib.io gdlib.inference",
+    "gdlib.grid": "gdlib.io gdlib.registry gdlib.segmentation gdlib.data.files",
+    "gdlib.volume_steps": "gdlib.blockwise",
+    "gdlib.blockwise": "gdlib gdlib.io gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
+    "gdlib.cache": "gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
+    "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.native gdlib.metrics gdlib.segmentation gdlib.models "
+    "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",
     "gdlib.profile": "gdlib.models gdlib.inference",
     "gdlib.report": "",
     "gdlib.report.*": "gdlib.io gdlib.metrics gdlib.config gdlib.report.*",
+    "gdlib.reference": "gdlib.registry gdlib.config gdlib.metrics gdlib.segmentation",
+    "gdlib.tensorboard": "gdlib.io",
+    "gdlib.progress": "",
+    "gdlib.bench": "gdlib gdlib.io gdlib.inference",
+    "gdlib.segmenting": "*",
     "gdlib.steps": "*",
     "gdlib.cli": "*",
 }
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|cli|steps|registry|schema|config|io|metrics|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|reference|steps|tensorboard|registry|schema|config|io|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
     r"|data|data\.(files|prepare|download|sources(\..*)?)))?"
 )
 

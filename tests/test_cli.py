@@ -33,6 +33,7 @@ def own_environment(monkeypatch):
     """`--threads` sets an environment variable for the process; it must not outlive the test."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("GDLIB_TRACEBACK", raising=False)
+    monkeypatch.setenv("GDLIB_PLUGINS", __name__)  # of this file, whose network the weights below name
 
 
 def run(*arguments, code=0):
@@ -122,6 +123,11 @@ def test_segment_takes_files_one_by_one_and_writes_what_viewers_open(teacher, im
     assert not [path for path in out.iterdir() if path.suffix != ".tif"]
 
 
+def test_what_fails_beside_the_network_stops_the_command(teacher, images, refusal, tmp_path):
+    (tmp_path / "out" / "first.tif" / "taken").mkdir(parents=True)
+    assert "first.tif" in refusal(*segment_command(teacher, tmp_path / "out", images))
+
+
 @pytest.mark.parametrize("block", [16, "16x48"])
 def test_segment_in_small_blocks_is_the_same(teacher, images, by_hand, squares, tmp_path, monkeypatch, block):
     from gdlib.inference import Predictor
@@ -184,6 +190,7 @@ def test_segment_refuses_with_one_line(teacher, images, refusal, tmp_path, squar
     assert '"first"' in refusal(*segment_command(teacher, out, good, tmp_path / "other" / "first.tif"))
     assert '"nonsense"' in refusal(*segment_command(teacher, out, good, device="nonsense"))
     assert '"int7"' in refusal(*segment_command(teacher, out, good, precision="int7"))
+    assert '"onnx"' in refusal(*segment_command(teacher, out, good, engine="onnx"))
     assert "waterz" in refusal(*segment_command(teacher, out, good, segmenter="watrz"))
     line = refusal(*segment_command(teacher, out, good, set="strid=2"))
     assert 'mutex_watershed has no parameter "strid": did you mean "stride"?' in line
@@ -740,7 +747,7 @@ def test_an_interrupted_step_exits_with_75_and_goes_on(tiny, splits, tmp_path, c
         with pytest.raises(SystemExit) as caught:
             main(command)
         assert caught.value.code == 75
-        assert f"stopped after step {step} of 3" in capsys.readouterr().out
+        assert f"stopped after step {step} of 3" in capsys.readouterr().err
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["resume.pt"]
     run(*command)
     assert (tmp_path / "weights.safetensors").exists()

@@ -852,5 +852,6 @@ def test_missing_samples_and_shapes_are_named(files):
 
 def test_every_figure_has_a_caption_and_every_metric_an_arrow():
     captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
-    assert captions == {*figures.FIGURES, "table", "paper", "workflow"}
+    pages = {"table", "paper", "workflow", "configuration", "data", "time", "provenance"}
+    assert captions == {*figures.FIGURES, *pages}
     assert all(style.metric_title(key)[-1] in "↑↓" for key in METRICS)

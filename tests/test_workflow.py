@@ -3,6 +3,7 @@
 The smoke study runs once, in a copy of the repository; every case of the rerun contract is a dry run in a copy of that.
 """
 
+import csv
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import yaml
 
 from gdlib.config import Config
+from gdlib.io import sha256
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("Snakefile", "config.yaml", "envs", "gdlib", "profiles", "workflow")
@@ -123,9 +125,9 @@ def test_every_job_leaves_a_log_and_a_benchmark(smoke):
     assert benchmarks == {path.relative_to(logs).with_suffix("") for path in logs.rglob("*.log")}
     runs = sum(3 * (2 + 2 * len(segmenters)) for segmenters in SEGMENTERS.values())
     caches = 2 * len(SEGMENTERS)  # patches, and the teacher's word on them
-    assert len(benchmarks) == runs + caches + 4 + 1 + 1 + sum(
+    assert len(benchmarks) == runs + caches + 4 + 1 + 2 + sum(
         map(len, FIGURES.values())
-    )  # profiles, baselines, tables, figures
+    )  # profiles, baselines, tables and provenance, figures
 
 
 def test_second_run_does_nothing(smoke):
@@ -138,14 +140,46 @@ def test_report_holds_the_table_and_every_figure(smoke, tmp_path):
     report = tmp_path / "report.zip"
     result = snakemake(smoke / "repository", smoke / "work", "--config", "study=smoke", "--report", report)
     assert result.returncode == 0, result.stdout + result.stderr
-    names = {Path(name).name for name in zipfile.ZipFile(report).namelist()}
-    assert {"table.md", *(f"{figure}.{CATALOGUE['plot']['formats'][0]}" for figure in FIGURES[VOLUMES])} <= names
+    files = zipfile.ZipFile(report)
+    names = {Path(name).name for name in files.namelist()}
+    assert {f"{figure}.{CATALOGUE['plot']['formats'][0]}" for figure in FIGURES[VOLUMES]} <= names
+    assert {f"{page}.html" for page in ("table", "configuration", "data", "time", "provenance")} <= names
+    landing = files.read("report/report.html").decode()
+    assert "Smoke test" in landing
+    assert "snakemake --cores all --config study=smoke" in landing
+
+
+def test_provenance_knows_the_runs_behind_every_number(smoke):
+    work = smoke / "work"
+    found = json.loads((work / "results" / "smoke" / "provenance.json").read_text())
+    with open(work / "results" / "smoke" / "summary.csv", newline="") as file:
+        rows = {(r["dataset"], r["student"], r["method"], r["segmenter"], r["metric"]): r for r in csv.DictReader(file)}
+    for row in found["rows"]:
+        assert row["runs"]
+        for metric, cell in row["metrics"].items():
+            line = rows.pop((row["dataset"], row["network"], row["method"], row["segmenter"], metric))
+            assert cell["mean"] == float(line["mean"])
+    assert not rows
+    assert found["problems"] == []
+    for run in found["runs"].values():
+        assert run["weights"]["sha256"] == sha256(work / run["weights"]["file"])
+        assert run["configuration_sha256"]
+        assert {job["step"] for job in found["jobs"] if job["run"]} == {
+            "teacher",
+            "train",
+            "predict",
+            "segment",
+            "evaluate",
+        }
+    assert found["data"][DATA]["test"]["samples"] == 3
 
 
 def test_code_that_a_job_imports_is_its_input(smoke):
     """What trains must be complete: a module that is imported but not listed would leave old results after an edit."""
     # These do not change what is learned (judge), only carry it (io), or come in through the parameters (config).
-    judges_and_carriers = {"__init__", "config", "schema", "io", "registry", "inference", "segmentation", "metrics"}
+    judges_and_carriers = {
+        *("__init__", "config", "schema", "io", "registry", "progress", "inference", "segmentation", "metrics")
+    }
     package = smoke / "repository" / "gdlib"
 
     def imported(path: Path) -> set[Path]:
@@ -218,7 +252,7 @@ def caching(seed: int, *parts: str) -> set[str]:
     return asks | draws if "embedding" in parts else asks
 
 
-TABLES = {"Summarize the study"}
+TABLES = {"Summarize the study", "Record where every number comes from"}
 ASKED = caching(0, "embedding") - {f"Draw patches of {dataset} for seed 0" for dataset in NETWORKS}
 ALL_FIGURES = drawn(*FIGURES[VOLUMES])
 NUMBERS = TABLES | drawn("methods", "tradeoff")  # what shows test metrics

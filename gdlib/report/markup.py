@@ -1,6 +1,7 @@
-"""Tables as text: what a table is made of, and how it is written in Markdown and LaTeX."""
+"""Tables as text: what a table is made of, and how it is written in Markdown, HTML and LaTeX."""
 
 from collections.abc import Iterable
+from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +68,53 @@ def markdown(sections: Sections) -> str:
             if table.notes:
                 parts.append(_markdown(" ".join(table.notes)))
     return "\n\n".join(parts) + "\n"
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 75em; margin: 1.5em auto; padding: 0 1.5em }
+table { border-collapse: collapse; margin: .6em 0; font-variant-numeric: tabular-nums }
+th, td { padding: .2em .7em; text-align: left; vertical-align: top; white-space: nowrap }
+td.number, th.number { text-align: right }
+thead th { border-bottom: 2px solid #444; white-space: pre; vertical-align: bottom }
+tbody { border-bottom: 1px solid #aaa }
+.block { font-style: italic }
+.note { font-size: 13px; color: #444; max-width: 60em }
+.wide { overflow-x: auto }
+pre { font: 13px/1.4 ui-monospace, monospace; overflow-x: auto }
+"""
+
+
+def html(sections: Sections) -> str:
+    """Return sections of tables as the body of a page; captions stand above their table, notes below it."""
+    parts = []
+    for heading, tables in sections:
+        parts.append(f"<h2>{escape(heading)}</h2>")
+        for table in tables:
+            kinds = ["name"] * table.names + ["number"] * (len(table.header) - table.names)
+            heads = "".join(
+                f'<th class="{kind}">{escape(text)}</th>' for kind, text in zip(kinds, table.header, strict=True)
+            )
+            bodies = "".join(
+                "<tbody>" + "\n".join(_html_row(row, kinds) for row in group) + "</tbody>" for group in table.groups
+            )
+            parts.append(f"<p>{escape(table.caption)}</p>")
+            parts.append(f'<div class="wide"><table><thead><tr>{heads}</tr></thead>{bodies}</table></div>')
+            parts += [f'<p class="note">{escape(" ".join(table.notes))}</p>'] if table.notes else []
+    return "\n".join(parts)
+
+
+def _html_row(row: list[Cell], kinds: list[str]) -> str:
+    if len(row) == 1 < len(kinds):
+        return f'<tr><td class="block" colspan="{len(kinds)}">{escape(row[0].text)}</td></tr>'
+    texts = [escape(cell.text) for cell in row]
+    texts = [f"<b>{text}</b>" if cell.bold else text for text, cell in zip(texts, row, strict=True)]
+    return "<tr>" + "".join(f'<td class="{k}">{t}</td>' for k, t in zip(kinds, texts, strict=True)) + "</tr>"
+
+
+def page(title: str, body: str) -> str:
+    """Return a whole HTML page that needs no other file."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
 def tex(sections: Sections) -> str:

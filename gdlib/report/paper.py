@@ -178,6 +178,7 @@ def write(
     *,
     markdown: Path | str,
     tex: Path | str,
+    html: Path | str | None = None,
     **layout: Any,
 ) -> None:
     """Read what the pipeline wrote; write the paper's tables.
@@ -188,6 +189,7 @@ def write(
         weights: of all trained networks; their headers say what trained them.
         markdown: where the tables go in Markdown.
         tex: where they go in LaTeX.
+        html: where they go as a page.
         layout: `main`, `budget` and `titles` of `paper_tables`.
     """
     paper, code = read_paper(), commit()
@@ -204,3 +206,5 @@ def write(
     )
     io.write_text(markdown, f"{heading}\n\n{markup.markdown(found)}")
     io.write_text(tex, markup.tex(found))
+    if html:
+        io.write_text(html, markup.page("Tables of the paper", markup.html(found)))

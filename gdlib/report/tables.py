@@ -345,6 +345,7 @@ def write(
     comparison: Path | str,
     markdown: Path | str,
     tex: Path | str,
+    html: Path | str | None = None,
     baselines: Iterable[Path | str] = (),
     weights: Iterable[Path | str] = (),
     **layout: Any,
@@ -358,6 +359,7 @@ def write(
         comparison: where `compare` goes.
         markdown: where the tables go in Markdown.
         tex: where the tables go in LaTeX.
+        html: where they go as a page.
         baselines: files with the columns `summary.BASELINE_COLUMNS`; leave them out for no table of baselines.
         weights: weights of the teachers, whose headers say what they reached on validation images.
         layout: as for `table_markdown`.
@@ -370,3 +372,5 @@ def write(
     found = result_tables(frame, costs, **layout)
     io.write_text(markdown, markup.markdown(found))
     io.write_text(tex, markup.tex(found))
+    if html:
+        io.write_text(html, markup.page("Results", markup.html(found)))

@@ -22,7 +22,7 @@ with open(KNOWN[0], "rb") as file:
         name for one in tomllib.load(file)["dataset"].values() for name in one["ours"]
     }
 IN_PAPER = [dataset for dataset in STUDY.datasets if dataset in in_paper]
-PAPER = [f"{RESULTS}/paper.{ending}" for ending in ("md", "tex") if IN_PAPER]
+PAPER = [f"{RESULTS}/paper.{ending}" for ending in ("md", "tex", "html") if IN_PAPER]
 
 
 rule summarize:
@@ -35,13 +35,14 @@ rule summarize:
     output:
         summary=f"{RESULTS}/summary.csv",
         comparison=f"{RESULTS}/comparison.csv",
-        markdown=report(
-            f"{RESULTS}/table.md",
+        markdown=f"{RESULTS}/table.md",
+        tex=f"{RESULTS}/table.tex",
+        html=report(
+            f"{RESULTS}/table.html",
             caption="../report/table.rst",
-            category="Tables",
+            category="2. Tables",
             labels={"table": "results"},
         ),
-        tex=f"{RESULTS}/table.tex",
     log:
         f"{LOGS}/summarize.log",
     benchmark:
@@ -66,6 +67,40 @@ rule summarize:
         "../scripts/summarize.py"
 
 
+# Nothing that is expensive is its input: what lies beside the metrics is read if it is there, and never made again for it.
+rule provenance:
+    input:
+        summary=rules.summarize.output.summary,
+        metrics=metrics_of(CFG.runs()),
+        profiles=profiles_of(*STUDY.datasets),
+        code=REPORT_CODE,
+    output:
+        record=f"{RESULTS}/provenance.json",
+        configuration=page("configuration", "1. Study", "configuration"),
+        data=page("data", "1. Study", "data"),
+        time=page("time", "4. Provenance", "where the time went"),
+        provenance=page("provenance", "4. Provenance", "code, software, runs"),
+    log:
+        f"{LOGS}/provenance.log",
+    benchmark:
+        f"{BENCHMARKS}/provenance.tsv"
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+        mem_mb=grow(1000),
+        runtime=30,
+    params:
+        known=provenance_of_study(),
+        titles=titles(STUDY.datasets, *map(networks_of, STUDY.datasets)),
+    message:
+        "Record where every number comes from"
+    script:
+        "../scripts/provenance.py"
+
+
 rule paper:
     input:
         metrics=[file for dataset in IN_PAPER for file in metrics_of(runs_on(dataset))],
@@ -78,13 +113,14 @@ rule paper:
         known=KNOWN,
         code=REPORT_CODE,
     output:
-        markdown=report(
-            f"{RESULTS}/paper.md",
+        markdown=f"{RESULTS}/paper.md",
+        tex=f"{RESULTS}/paper.tex",
+        html=report(
+            f"{RESULTS}/paper.html",
             caption="../report/paper.rst",
-            category="Tables",
+            category="2. Tables",
             labels={"table": "as in the paper"},
         ),
-        tex=f"{RESULTS}/paper.tex",
     log:
         f"{LOGS}/paper.log",
     benchmark:
@@ -135,6 +171,16 @@ rule figure_tradeoff:
         "Draw tradeoff of {wildcards.dataset}"
     script:
         "../scripts/figures.py"
+
+
+# What a rule takes from another does not include this.
+localrules:
+    figure_methods,
+    figure_ablation,
+    figure_curves,
+    figure_panel,
+    figure_embeddings,
+    figure_neurons,
 
 
 # What is not named in the rules below is as above; a parameter that a figure has no use for is set to None.
