@@ -4,7 +4,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env study report test test-slurm test-faults test-conda clean
+.PHONY: env study report test test-slurm test-faults test-conda docs clean
 
 env: $(BIN)/.installed
 
@@ -31,6 +31,11 @@ test-faults: env ## killed, full disk, damaged files, closed folders, on a real 
 
 test-conda: env ## the smoke study with --use-conda, where there is a conda command: minutes
 	pytest -v -rs tests/conda
+
+docs: env ## the pages that are made from the code
+	gdlib schema > workflow/schemas/config.schema.json
+	gdlib schema --markdown > docs/configuration.md
+	gdlib models --markdown > docs/networks.md
 
 clean: ## everything that can be made again, except the environment
 	rm -rf data results logs report.html .snakemake
