@@ -10,7 +10,7 @@ env: $(BIN)/.installed
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[em,workflow,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[em,fast,workflow,dev]"
 	touch $@
 
 study: env ## STUDY=nuclei runs another study than the default of config.yaml

@@ -57,9 +57,10 @@ def tested() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def declared() -> dict[str, Requirement]:
-    """Dependencies of pyproject.toml, and of the extra that the default study needs."""
+    """Dependencies of pyproject.toml, and of the extras that the steps of the default study use."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return {r.name: r for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["em"])}
+    extras = project["optional-dependencies"]
+    return {r.name: r for r in map(Requirement, [*project["dependencies"], *extras["em"], *extras["fast"]])}
 
 
 @pytest.mark.parametrize("path", ENVS, ids=lambda path: path.stem)

@@ -323,6 +323,21 @@ def test_gradient_of_pooling(name):
     assert torch.autograd.gradcheck(lambda r: ops.pool_instances(r, ops.Instances(label)), rows, fast_mode=True)
 
 
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [((6, 9), (3, 3)), ((7, 10), (3, 4)), ((2, 3), (5, 1)), ((5, 7, 8), (3, 2, 7)), ((1, 7, 8), (3, 7, 7))],
+)
+def test_windows_are_averaged_as_by_a_loop(shape, window):
+    rows = torch.randn(2, *shape, 3, dtype=torch.float64, requires_grad=True)
+    pooled = ops.pool_windows(rows, window)
+    assert pooled.shape == (2, *(-(-n // w) for n, w in zip(shape, window, strict=True)), 3)
+    for place in itertools.product(*map(range, pooled.shape[1:-1])):
+        cut = tuple(slice(i * w, (i + 1) * w) for i, w in zip(place, window, strict=True))
+        expected = rows[(slice(None), *cut)].flatten(1, -2).mean(1)
+        torch.testing.assert_close(pooled[(slice(None), *place)], expected, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda r: ops.pool_windows(r, window), rows, fast_mode=True)
+
+
 def test_mean_per_image():
     values = torch.tensor([1.0, 3.0, 10.0, 2.0])
     assert ops.mean_per_image(values, torch.tensor([0, 0, 3, 0]), 5).tolist() == [2, 0, 0, 10, 0]

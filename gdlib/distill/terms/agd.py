@@ -1,6 +1,5 @@
 """AGD, affinity graph distillation: the student's pixel affinities follow the teacher's, within and between images."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from gdlib import ops
@@ -60,11 +59,8 @@ class AGD(Term):
 
     def _pooled(self, view: View) -> Tensor:
         """(B, n, D)."""
-        maps = view.unit.movedim(-1, 1)
-        pooling = {2: F.avg_pool2d, 3: F.avg_pool3d}[maps.ndim - 2]
-        window = (self.pool,) * 2 if maps.ndim == 4 else (3, self.pool, self.pool)
-        window = [min(w, n) for w, n in zip(window, maps.shape[2:], strict=True)]
-        return ops.rows(pooling(maps, window, ceil_mode=True)).flatten(1, -2)
+        window = (self.pool,) * 2 if view.unit.ndim == 4 else (3, self.pool, self.pool)
+        return ops.pool_windows(view.unit, window).flatten(1, -2)
 
     def record(self, teacher: View) -> dict[str, Tensor]:
         """Keep the Gram matrix of each image's vectors."""
