@@ -88,7 +88,8 @@ def run(bench: Bench) -> None:
             about="bioimage-cpp on all pixels and edges; the difference is how much lower our AJI is",
         )  # fmt: skip
         found["aji"], found["reference_aji"] = worse.scores
+        floor = "one piece without background: the library sorts and visits all edges one after the other"
         bench.target(
             f"{title}, against the plain use of the library", found["ratio"], 5, at_least=True, unit=" x",
-            floor="one piece without background: the library sorts and visits all edges one after the other" if axes == 3 else None,
+            floor=floor if axes == 3 else None,
         )  # fmt: skip
