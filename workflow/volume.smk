@@ -115,7 +115,7 @@ rule predict_block:
     threads: 1 if GPU else 8
     resources:
         gpu=GPU,
-        mem_mb=grow(4000 + 30 * MILLIONS),
+        mem_mb=grow(6000 + 30 * MILLIONS),
         runtime=grow(60),
     message:
         "Predict block {wildcards.block}"

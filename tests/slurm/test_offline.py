@@ -42,7 +42,9 @@ def test_an_environment_from_a_folder_of_wheels(version, tmp_path):
     platforms = ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
     assert " ".join(platforms) in DOCUMENTED
     extras = PROJECT["optional-dependencies"]
-    declared = map(Requirement, PROJECT["dependencies"] + extras["em"] + extras["workflow"] + extras["slurm"])
+    declared = map(
+        Requirement, PROJECT["dependencies"] + extras["em"] + extras["fast"] + extras["workflow"] + extras["slurm"]
+    )
     wanted = [str(requirement) for requirement in declared if requirement.name != "torch"]
     pip = (sys.executable, "-m", "pip")
     run(*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ".", "connection_pool==0.0.3")
