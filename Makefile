@@ -22,12 +22,13 @@ report: env
 test: env
 	pytest -n 2
 
+# ONLY="name or name" runs a part of these: words in the names of tests
 test-slurm: env ## on the cluster of this machine, or on one that SLURM_LOCAL=program starts; minutes
 	pip install --quiet -c constraints.txt -e ".[slurm]"
-	pytest -v -rs tests/slurm
+	pytest -v -rs tests/slurm $(if $(ONLY),-k "$(ONLY)")
 
 test-faults: env ## killed, full disk, damaged files, closed folders, on a real study: minutes
-	pytest -v --durations=0 tests/faults
+	pytest -v --durations=0 tests/faults $(if $(ONLY),-k "$(ONLY)")
 
 test-conda: env ## the smoke study with --use-conda, where there is a conda command: minutes
 	pytest -v -rs tests/conda
