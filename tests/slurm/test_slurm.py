@@ -220,10 +220,11 @@ def test_a_study_survives_the_controller_a_second_start_and_too_little_memory(st
     asked = [job[-1] for job in jobs if "train_teacher" in job[0]]
     assert asked[0] == "300M"
     assert 1 < len(asked) == len(set(asked))
-    for rule, state, partition, devices, _ in jobs:
+    for rule, _, partition, devices, _ in jobs:
         runs_network = any(name in rule for name in NETWORK_RULES)
         assert ("gpu" in devices, partition == "gpu") == (runs_network, runs_network), (rule, partition, devices)
-        assert state == "COMPLETED" or "train_teacher" in rule
+    # An attempt may fail, the teacher's for want of memory, any while the controller is away; the next one does not.
+    assert {rule: job[0] for rule, *job in jobs} == dict.fromkeys(names, "COMPLETED")
     assert len([job for job in jobs if "judge" in job[0]]) < 3  # three pairs of small jobs, at most four together
 
 
