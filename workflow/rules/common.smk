@@ -333,9 +333,16 @@ def budget(dataset):
         CFG.recipe(CFG.study, dataset, role) for role in ("teacher", "student")
     )
     cache = STUDY.teacher_cache
+    given = all(CFG.network(name).weights for name in CFG.teachers_of(dataset))
     return (
-        f"training: teacher {teacher.steps} steps of {teacher.batch_size} patches,"
-        f" students {student.steps} of {student.batch_size}"
+        "training: "
+        + (
+            "teacher given,"
+            if given
+            else f"teacher {teacher.steps} steps of {teacher.batch_size} patches,"
+        )
+        + f" students {student.steps} of {student.batch_size}"
+        + " patches" * given
         + f", {cache} of them drawn, the others shown again"
         * bool(cache and cache < student.steps)
         + f"; left out of the study: {', '.join(CFG.left_out)}" * bool(CFG.left_out)
