@@ -17,12 +17,14 @@ Measured too and left out: ONNX Runtime, slower than OpenVINO in float32, and `t
 a C++ compiler and compiles for half a minute.
 """
 
+import functools
 import importlib
 import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +113,14 @@ def _library() -> ModuleType:
     return importlib.import_module("openvino")
 
 
+@functools.cache
+def _core() -> Any:
+    # One for the process. On processors with AMX a core brings its thread a stack for signal handlers and, when it goes,
+    # gives back the one of before, which may be that of a core that is gone: the next signal, the SIGTERM of a cluster
+    # for instance, would then end the process instead of being handled.
+    return _library().Core()
+
+
 def _openvino(network: nn.Module, channels: int, dtype: torch.dtype) -> Engine:
     openvino = _library()
 
@@ -125,7 +135,7 @@ def _openvino(network: nn.Module, channels: int, dtype: torch.dtype) -> Engine:
         model = openvino.convert_model(traced, example_input=image(2))
     model.reshape([1, channels] + [-1] * network.ndim)
     hints = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hints})
+    compiled = _core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hints})
     request = compiled.create_infer_request()
 
     def run(image: Tensor) -> tuple[Tensor, Tensor]:

@@ -546,6 +546,20 @@ def test_a_network_that_cannot_be_traced_stays_with_torch():
 
 
 @openvino
+def test_a_signal_is_still_handled_after_engines_came_and_went():
+    """In a process of its own, because it would be this one that dies."""
+    program = (
+        "import signal\nimport torch\nfrom gdlib.engine import make_engine\nfrom gdlib.models import build\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('handled'))\n"
+        "network = build('resunet', {'widths': [2, 2, 2, 2, 2]}).eval()\n"
+        "new = lambda: make_engine('openvino', network, 1, torch.device('cpu'), torch.float32)\n"
+        "first, second = new(), new()\ndel first\ndel second\nsignal.raise_signal(signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+@openvino
 def test_nothing_is_reported_to_anybody():
     engine._library()
     used = importlib.import_module("openvino.tools.ovc.telemetry_utils").tm

@@ -210,6 +210,8 @@ def test_a_study_survives_the_controller_a_second_start_and_too_little_memory(st
     wait_for("two jobs with GPUs", at_once, first)
     if "SLURM_LOCAL" in os.environ:
         subprocess.run([os.environ["SLURM_LOCAL"], "restart-ctld"], env=study.environment, check=True)
+        # A controller that comes back while jobs begin may count its node's GPUs wrongly until it is told to look again.
+        subprocess.run(["scontrol", "reconfigure"], env=study.environment, check=True)
     study.finish(first)
 
     for pattern in ("**/metrics.csv", "**/*.safetensors"):
