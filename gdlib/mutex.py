@@ -1,12 +1,20 @@
-"""The mutex watershed of bioimage-cpp, piece by piece: the same result in a fraction of the time (numpy only)."""
+"""The mutex watershed: Wolf et al., The Mutex Watershed, ECCV 2018 (numpy only).
 
+Affinities as networks give them here have 256 levels, and edges of few levels need no sorting: `mutex.cpp` counts them. For
+other affinities, and without a compiler, bioimage-cpp does it, piece by piece. The result is the same.
+"""
+
+import ctypes
 from collections.abc import Sequence
 
 import bioimage_cpp as bic
 import numpy as np
 from scipy.ndimage import find_objects
 
+from gdlib import compiled
+
 MOST_PIECES = 1000
+MOST_PIXELS = 2**27  # what it counts has 32 bits
 
 
 def mutex_watershed(
@@ -14,8 +22,8 @@ def mutex_watershed(
 ) -> np.ndarray:
     """Visit all edges, the strongest first: short ones attract with a, long ones repel with 1 - a.
 
-    Edges that leave the mask do not count. No edge between two pieces of it that do not touch can change the result, and most
-    of the time goes into sorting: so every piece is sorted alone, where its numbers stay in the cache.
+    Edges that leave the mask do not count. Of equal ones, those of the first channel come first, and in it those of the first
+    pixel.
 
     Args:
         affinity: (K, [Z,] Y, X), uint8 in [0, 255] or float in [0, 1]; the first n channels (n = number of axes) attract.
@@ -27,24 +35,72 @@ def mutex_watershed(
     Returns:
         ([Z,] Y, X) int64, numbers above 0 that grow in the order in which segments are met, 0 outside of the mask.
     """
+    box = next(iter(find_objects(mask.view(np.uint8))), None)
+    label = np.zeros(mask.shape, np.int64)
+    if box is not None:
+        fast = affinity.dtype == np.uint8 and mask[box].size < MOST_PIXELS and _library() is not None
+        partition = _by_counting if fast else _piece_by_piece
+        label[box] = partition(affinity[(slice(None), *box)], mask[box], offsets, int(stride), exponent)
+    return label
+
+
+def _library() -> ctypes.CDLL | None:
+    return compiled.library("mutex", "the mutex watershed runs")
+
+
+def _by_counting(
+    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int, exponent: float
+) -> np.ndarray:
+    """Call `mutex.cpp`; affinities are uint8."""
+    levels = np.arange(256, dtype=np.uint8)
+    weight = _weights(np.stack([levels, levels]), 1, exponent)
+    strengths, turn = np.unique(-weight, return_inverse=True)
+    more = 3 - mask.ndim
+    sides = np.array((*(1,) * more, *mask.shape), np.int64)
+    displacements = np.pad(np.array(offsets, np.int64), ((0, 0), (more, 0)))
+    turns = turn.astype(np.int64).ravel()
+    maps = np.ascontiguousarray(affinity), np.ascontiguousarray(mask)
+    label = np.empty(mask.shape, np.int64)
+    given = sides, len(offsets), mask.ndim, displacements, stride, *maps, turns, len(strengths), label
+    if not _library().mutex_watershed(*map(_argument, given)):
+        raise MemoryError(f"the mutex watershed of {maps[0].size} affinities: choose smaller blocks")
+    return label
+
+
+def _argument(value: np.ndarray | int) -> ctypes.c_void_p | ctypes.c_int64:
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_void_p(value.ctypes.data)
+
+
+def _piece_by_piece(
+    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int, exponent: float
+) -> np.ndarray:
+    """Call bioimage-cpp.
+
+    No edge between two pieces of the mask that do not touch can change the result, and most of the time goes into sorting: so
+    every piece is sorted alone, where its numbers stay in the cache.
+    """
     ndim = mask.ndim
     pieces = _pieces(mask) if (np.abs(offsets[:ndim]).sum(1) == 1).all() else mask.view(np.uint8)
-    boxes = find_objects(pieces)
-    origin = [min(slices).start for slices in zip(*boxes, strict=True)]
-    strides = (1,) * (ndim - 2) + (int(stride),) * 2  # sections are few and far apart: none is left out
+    strides = (1,) * (ndim - 2) + (stride,) * 2
     label = np.zeros(mask.shape, np.int64)
     count = 0
-    for k, box in enumerate(boxes, 1):
-        box = tuple(slice(s.start - (s.start - o) % d, s.stop) for s, o, d in zip(box, origin, strides, strict=True))
+    for k, box in enumerate(find_objects(pieces), 1):
+        box = tuple(slice(s.start - s.start % d, s.stop) for s, d in zip(box, strides, strict=True))
         inside = pieces[box] == k
-        weight = as_float(affinity[(slice(None), *box)])
-        np.subtract(1, weight[ndim:], out=weight[ndim:])
-        if exponent != 1:
-            np.power(weight[:ndim], np.float32(exponent), out=weight[:ndim])
+        weight = _weights(affinity[(slice(None), *box)], ndim, exponent)
         found = bic.segmentation.mutex_watershed(weight, offsets, ndim, strides=strides, mask=inside)[inside]
         label[box][inside] = found.astype(np.int64) + count
         count += int(found.max())
-    return label if len(boxes) < 2 else _in_order(label, mask, count)
+    return _in_order(label, mask, count)
+
+
+def _weights(affinity: np.ndarray, attractive: int, exponent: float) -> np.ndarray:
+    """Return how strong edges are, float32, the first channels being attractive."""
+    weight = as_float(affinity)
+    np.subtract(1, weight[attractive:], out=weight[attractive:])
+    if exponent != 1:
+        np.power(weight[:attractive], np.float32(exponent), out=weight[:attractive])
+    return weight
 
 
 def as_float(array: np.ndarray) -> np.ndarray:

@@ -1,28 +1,17 @@
-"""The slow part of `gdlib.ops` in C++, compiled at first use for the processor it runs on, and kept in the user's cache.
+"""The slow part of `gdlib.ops` in C++.
 
 Nothing needs it: without a compiler, on another device or for another type, `ops` computes the same in plain torch.
 """
 
 import contextlib
 import ctypes
-import functools
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gdlib import io
-
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
+from gdlib import compiled
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -167,44 +156,6 @@ def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled functions, None where they cannot be had; `GDLIB_NATIVE=0` does without."""
-    if os.environ.get("GDLIB_NATIVE") == "0":
-        return None
-    try:
-        path = _compiled()
-        return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().splitlines()[0]
-        print(f"gdlib: losses are computed without compiled code, more slowly ({reason})", file=sys.stderr, flush=True)
-        return None
-
-
-def _compiled() -> Path:
-    """Return the library, made if it is not in the cache.
-
-    Its name is a digest of the source and of what the compiler says of itself and of this processor, so that machines of
-    several kinds can share a cache. Two processes that make it at once both move a whole file to the same place.
-    """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [
-        shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    ]
-    if compiler == [None]:
-        raise RuntimeError("there is no C++ compiler")
-    about = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    digest = hashlib.sha256(SOURCE.read_bytes() + about + repr(FLAGS).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = folder / "gdlib" / f"native-{digest}.so"
-    if not path.exists():
-        with io.atomic(path) as temporary:
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
-            try:
-                _run([*command, "-fopenmp"])
-            except subprocess.CalledProcessError:  # as on macOS: vectors, but one thread
-                _run([*command, "-fopenmp-simd"])
-    return path
-
-
-def _run(command: Sequence[str]) -> bytes:
-    return subprocess.run(command, check=True, capture_output=True, timeout=300).stdout
+    """Return the compiled functions, None where they cannot be had."""
+    return compiled.library("native", "losses are computed")

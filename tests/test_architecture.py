@@ -31,12 +31,13 @@ ALLOWED = {
     "gdlib.io": "",
     "gdlib.metrics": "",
     "gdlib.ops": "gdlib.native",
-    "gdlib.native": "gdlib.io",
+    "gdlib.compiled": "gdlib.io",
+    "gdlib.native": "gdlib.compiled",
     "gdlib.parallel": "",
     "gdlib.schema": "",
     "gdlib.config": "gdlib.registry gdlib.schema gdlib.metrics gdlib.segmentation",
     "gdlib.segmentation": "gdlib.metrics gdlib.mutex",
-    "gdlib.mutex": "",
+    "gdlib.mutex": "gdlib.compiled",
     "gdlib.baselines": "gdlib.io gdlib.metrics",
     "gdlib.models": "gdlib.registry",
     "gdlib.models.*": "gdlib.models gdlib.ops",
@@ -78,7 +79,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|reference|steps|tensorboard|registry|schema|config|io|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|reference|steps|tensorboard|registry|schema|config|io|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
     r"|data|data\.(files|prepare|download|sources(\..*)?)))?"
 )
 

@@ -637,7 +637,7 @@ def test_a_missing_package_is_one_clear_sentence():
     assert 'ValueError: the segmenter "waterz" needs the package waterz: pip install "gdlib[em]"' in done.stderr
 
 
-# --- The mutex watershed piece by piece -------------------------------------------------------------------------------
+# --- The mutex watershed by counting, and piece by piece --------------------------------------------------------------
 
 
 def in_one_piece(affinity, mask, offsets, stride, exponent):
@@ -654,13 +654,22 @@ def in_one_piece(affinity, mask, offsets, stride, exponent):
     return relabel_sequential(label)[0]
 
 
-@pytest.mark.parametrize("most", [2, 5, 1000])
+@pytest.fixture(params=[0, 2, 5, 1000])
+def most(request, monkeypatch):
+    """So many pieces in the library of others, or all by counting."""
+    if request.param:
+        monkeypatch.setattr(mutex, "MOST_PIECES", request.param)
+        monkeypatch.setattr(mutex, "MOST_PIXELS", 0)
+    elif mutex._library() is None:
+        pytest.skip("there is no C++ compiler")
+    return request.param
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("ndim", [2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_piece_by_piece_is_the_same_as_at_once(share, ndim, stride, most, monkeypatch):
+def test_the_mutex_watershed_is_that_of_the_library_at_once(share, ndim, stride, most):
     """Same numbers too, with few levels of affinity, so that many edges are equally strong."""
-    monkeypatch.setattr(mutex, "MOST_PIECES", most)
     shape = {2: (43, 57), 3: (5, 21, 26)}[ndim]
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -670,10 +679,45 @@ def test_piece_by_piece_is_the_same_as_at_once(share, ndim, stride, most, monkey
         expected = in_one_piece(affinity, mask, OFFSETS[ndim], stride, 2.0)
         found = mutex.mutex_watershed(affinity, mask, OFFSETS[ndim], stride, 2.0)
         assert np.array_equal(relabel_sequential(found)[0], expected)
+        assert most or found.max() == expected.max()  # without gaps
         assert share != 0.3 or connected_regions(mask, connectivity=1).max() >= 5
 
 
-def test_pieces_are_one_where_far_pixels_attract():
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("exponent", [1.0, 0.7])
+def test_counting_all_levels_is_the_same(ndim, exponent, most):
+    """Blurred noise makes segments of all sizes, which forbid each other in long lists."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        shape = {2: (90, 110), 3: (8, 40, 50)}[ndim]
+        noise = gaussian_filter(rng.normal(size=(len(OFFSETS[ndim]), *shape)), (0, *(0, 1, 1)[-ndim:]))
+        affinity = np.clip(255 * (0.5 + noise + 0.2 * rng.random(shape)), 0, 255).astype(np.uint8)
+        expected = in_one_piece(affinity, np.ones(shape, bool), OFFSETS[ndim], 1, exponent)
+        found = mutex.mutex_watershed(affinity, np.ones(shape, bool), OFFSETS[ndim], 1, exponent)
+        assert np.array_equal(relabel_sequential(found)[0], expected)
+        assert np.bincount(expected.ravel())[1:].max() > 50
+
+
+def test_floats_are_not_counted():
+    affinity = np.random.default_rng(0).random((len(OFFSETS[2]), 30, 40), np.float32)
+    weight = np.concatenate([affinity[:2], 1 - affinity[2:]])
+    found = mutex.mutex_watershed(affinity, np.ones((30, 40), bool), OFFSETS[2])
+    expected = bioimage_cpp.segmentation.mutex_watershed(weight, OFFSETS[2], 2)
+    assert np.array_equal(relabel_sequential(found)[0], relabel_sequential(expected.astype(np.int64))[0])
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch):
+    class Library:
+        @staticmethod
+        def mutex_watershed(*_):
+            return 0
+
+    monkeypatch.setattr(mutex, "_library", Library)
+    with pytest.raises(MemoryError, match="choose smaller blocks"):
+        mutex.mutex_watershed(np.zeros((2, 4, 5), np.uint8), np.ones((4, 5), bool), OFFSETS[2][:2])
+
+
+def test_pieces_are_one_where_far_pixels_attract(most):
     affinity = np.full((3, 9, 20), 255, np.uint8)
     mask = boxes((2, 8, 2, 8), (2, 8, 10, 18), shape=(9, 20)) > 0
     offsets = [[0, -4], [-1, 0], [0, -9]]  # the first joins the two pieces

@@ -119,7 +119,7 @@ PREPARE_CODE = code("data/prepare.py", "data/files.py")
 # Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
 TRAIN_CODE = code("training.py", "cache.py")
 TRAIN_CODE += code("data/patches.py", "data/augment.py")
-TRAIN_CODE += code("ops.py", "native.py", "native.cpp", "parallel.py")
+TRAIN_CODE += code("ops.py", "compiled.py", "native.py", "native.cpp", "parallel.py")
 TRAIN_CODE += code("models/__init__.py", "distill/__init__.py")
 MEMORY_CODE = code("distill/bank.py")
 PREDICT_CODE = code("inference.py", "streaming.py", "models/__init__.py", "ops.py")

@@ -33,7 +33,7 @@ rule segment:
     input:
         predictions=f"{RUN}/predictions.h5",
         truth=true_foreground,
-        code=code("segmentation.py", "mutex.py"),
+        code=code("segmentation.py", "mutex.py", "mutex.cpp"),
     output:
         f"{SEGMENTED}/segmentation.h5",
     log:
