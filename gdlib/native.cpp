@@ -305,6 +305,36 @@ void pair_loss(const Grid& grid, const Real* affinity, const Real* goal, const R
   if (loss) total(parts, loss);
 }
 
+// The mean of each window, (batch, windows, D), of `rows`; windows lie side by side, the last ones are cut off. Backward, the
+// gradient of `rows` from that of the means.
+template <typename Real>
+void pool(const Grid& grid, Int d, const Int* window, Real* rows, Real* means, bool backward) {
+  const Int wz = window[0], wy = window[1], wx = window[2];
+  const Int nz = (grid.z + wz - 1) / wz, ny = (grid.y + wy - 1) / wy, nx = (grid.x + wx - 1) / wx;
+#pragma omp parallel for num_threads(grid.threads) schedule(dynamic)
+  for (Int line = 0; line < grid.batch * nz * ny; ++line) {
+    const Int iy = line % ny, iz = line / ny % nz, image = line / ny / nz;
+    const Int sz = std::min(wz, grid.z - iz * wz), sy = std::min(wy, grid.y - iy * wy);
+    if (!backward) std::fill_n(means + line * nx * d, nx * d, Real(0));
+    for (Int z = iz * wz; z < iz * wz + sz; ++z)
+      for (Int y = iy * wy; y < iy * wy + sy; ++y)
+        for (Int ix = 0; ix < nx; ++ix) {
+          const Int sx = std::min(wx, grid.x - ix * wx);
+          const Real share = Real(1) / (sz * sy * sx);
+          Real* mean = means + (line * nx + ix) * d;
+          Real* row = rows + (((image * grid.z + z) * grid.y + y) * grid.x + ix * wx) * d;
+          for (Int x = 0; x < sx; ++x, row += d)
+            if (backward) {
+#pragma omp simd
+              for (Int i = 0; i < d; ++i) row[i] = share * mean[i];
+            } else {
+#pragma omp simd
+              for (Int i = 0; i < d; ++i) mean[i] += share * row[i];
+            }
+        }
+  }
+}
+
 }  // namespace
 
 #define EXPORT(Real, type)                                                                                              \
@@ -323,6 +353,9 @@ void pair_loss(const Grid& grid, const Real* affinity, const Real* goal, const R
                                    const int32_t* label, const uint8_t* ignore, Int background, double scale,               \
                                    Real* gradient, double* loss) {                                                      \
     pair_loss<Real>(*grid, affinity, goal, weights, label, ignore, background, scale, gradient, loss);                  \
+  }                                                                                                                     \
+  extern "C" void pool_##type(const Grid* grid, Int d, Real* rows, const Int* window, Real* means, Int backward) {      \
+    pool<Real>(*grid, d, window, rows, means, backward != 0);                                                           \
   }
 
 EXPORT(float, float32)

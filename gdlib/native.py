@@ -122,6 +122,29 @@ def pair_loss(
     return _PairLoss.apply(affinity.contiguous(), goal, offsets, weights, label, ignore, connected)
 
 
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, window):
+        batch, *sides, dim = rows.shape
+        ctx.shape, ctx.window = rows.shape, torch.tensor((1,) * (3 - len(window)) + tuple(window))
+        means = rows.new_empty(batch, *(-(-side // width) for side, width in zip(sides, window, strict=True)), dim)
+        call("pool", (batch, *sides), (), dim, rows, ctx.window, means, 0)
+        return means
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, means):
+        batch, *sides, dim = ctx.shape
+        rows = means.new_empty(ctx.shape)
+        call("pool", (batch, *sides), (), dim, rows, ctx.window, means.contiguous(), 1)
+        return rows, None
+
+
+def pool_windows(rows: Tensor, window: Sequence[int]) -> Tensor:
+    """`ops.pool_windows`."""
+    return _Pool.apply(rows.contiguous(), window)
+
+
 def call(
     name: str, images: Sequence[int], offsets: Sequence[Sequence[int]], *arguments: Tensor | int | float | None
 ) -> None:
