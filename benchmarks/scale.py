@@ -96,7 +96,7 @@ def run(bench: Bench) -> None:
         return lambda: predictor(image)
 
     grow(bench, "prediction by image area", "image area", 1, areas, lambda s: predict(s, (model, options)))
-    depths = bench.pick((16, 32, 64), (8, 16), (4, 8))
+    depths = bench.pick((64, 128, 256), (16, 32), (4, 8))  # of several blocks: a single one has no overlap
     width, block = bench.pick((128, (16, 128, 128)), (64, (8, 64, 64)), (16, (4, 16, 16)))
     volumes = [(depth, width, width) for depth in depths]
     grow(
