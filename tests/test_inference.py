@@ -547,7 +547,7 @@ def test_a_network_that_cannot_be_traced_stays_with_torch():
 
 @openvino
 def test_a_signal_is_still_handled_after_engines_came_and_went():
-    """In a process of its own, because it would be this one that dies."""
+    """In a process of its own, because it would be this one that dies; only processors with AMX can show it."""
     program = (
         "import signal\nimport torch\nfrom gdlib.engine import make_engine\nfrom gdlib.models import build\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('handled'))\n"
