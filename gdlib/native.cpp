@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -33,13 +34,19 @@ struct Span {
   }
 };
 
-// Calls f(chunk, line) for all lines of a batch.
+// Calls f(chunk, line) for all lines of a batch: strip by strip through all z, so that neighbours at another z, too, are likely
+// to be in the cache still.
 template <typename F>
 void for_lines(const Grid& grid, F f) {
+  constexpr Int HEIGHT = 16;
   const Int lines = grid.batch * grid.lines();
 #pragma omp parallel for num_threads(grid.threads) schedule(dynamic)
   for (Int chunk = 0; chunk < CHUNKS; ++chunk)
-    for (Int line = lines * chunk / CHUNKS; line < lines * (chunk + 1) / CHUNKS; ++line) f(chunk, line);
+    for (Int n = lines * chunk / CHUNKS; n < lines * (chunk + 1) / CHUNKS; ++n) {
+      const Int image = n / grid.lines(), first = n % grid.lines() / (grid.z * HEIGHT) * HEIGHT;
+      const Int height = std::min(HEIGHT, grid.y - first), place = n % grid.lines() - first * grid.z;
+      f(chunk, (image * grid.z + place / height) * grid.y + first + place % height);
+    }
 }
 
 // Adds the sums of all chunks, in their order.
@@ -58,6 +65,7 @@ template <typename Real, int D>
 struct Sum {
   typedef Real Lanes __attribute__((vector_size(D * sizeof(Real)), aligned(sizeof(Real)), may_alias));
   Lanes lanes;
+  Sum() = default;
   Sum(Real*, int, const Real* first = nullptr) : lanes(first ? at(first) : Lanes{}) {}
   static const Lanes& at(const Real* vector) { return *reinterpret_cast<const Lanes*>(vector); }
   void add(Real weight, const Real* vector) { lanes += weight * at(vector); }
@@ -68,6 +76,7 @@ template <typename Real>
 struct Sum<Real, 0> {
   Real* out;
   int d;
+  Sum() = default;
   Sum(Real* out, int d, const Real* first = nullptr) : out(out), d(d) {
     for (int i = 0; i < d; ++i) out[i] = first ? first[i] : Real(0);
   }
@@ -156,11 +165,50 @@ void add_moments(double* sum, const Real* vectors, Int count, int d) {
   }
 }
 
+// Windows that lie side by side; the last ones of an axis are cut off.
+struct Windows {
+  Int z, y, x, nz, ny, nx;
+  Windows(const Grid& grid, const Int* side)
+      : z(side[0]), y(side[1]), x(side[2]), nz((grid.z + z - 1) / z), ny((grid.y + y - 1) / y), nx((grid.x + x - 1) / x) {}
+  Int first_of_line(const Grid& grid, Int line) const {
+    return ((line / grid.lines() * nz + line / grid.y % grid.z / z) * ny + line % grid.y / y) * nx;
+  }
+  // One over the number of pixels of the window `ix` of a line.
+  double share(const Grid& grid, Int line, Int ix) const {
+    const Int iz = line / grid.y % grid.z / z, iy = line % grid.y / y;
+    return 1.0 / (std::min(z, grid.z - iz * z) * std::min(y, grid.y - iy * y) * std::min(x, grid.x - ix * x));
+  }
+};
+
+// The mean unit vector of each window, (batch, windows, D).
+template <typename Real, int D>
+void pool(const Grid& grid, int d_any, const Real* rows, const Real* inverse, const Windows& windows, Real* means) {
+  const int d = D ? D : d_any;
+#pragma omp parallel for num_threads(grid.threads) schedule(dynamic)
+  for (Int row = 0; row < grid.batch * windows.nz * windows.ny; ++row) {  // a row of windows
+    const Int first_y = row % windows.ny * windows.y, first_z = row / windows.ny % windows.nz * windows.z;
+    const Int image = row / windows.ny / windows.nz;
+    std::fill_n(means + row * windows.nx * d, windows.nx * d, Real(0));
+    for (Int z = first_z; z < std::min(first_z + windows.z, grid.z); ++z)
+      for (Int y = first_y; y < std::min(first_y + windows.y, grid.y); ++y) {
+        const Int line = (image * grid.z + z) * grid.y + y;
+        for (Int ix = 0; ix < windows.nx; ++ix) {
+          const Real share = Real(windows.share(grid, line, ix));
+          Real* mean = means + (row * windows.nx + ix) * d;
+          Sum<Real, D> sum(mean, d, mean);
+          for (Int p = line * grid.x + ix * windows.x; p < line * grid.x + std::min((ix + 1) * windows.x, grid.x); ++p)
+            sum.add(share * inverse[p], rows + p * d);
+          sum.store(mean);
+        }
+      }
+  }
+}
+
 // One over the length of each row; then, where they are not null: sums of rows by node, second moments of unit vectors (or of
-// their differences to those of other rows), cosines with neighbours.
+// their differences to those of other rows), cosines with neighbours, mean unit vectors of windows.
 template <typename Real, int D>
 void relate(const Grid& grid, int d_any, const Real* rows, const Real* other, Real* inverse, Int node_count,
-            const Int* index, Real* nodes, Real* moments, Real* affinity) {
+            const Int* index, Real* nodes, Real* moments, Real* affinity, const Int* window, Real* means) {
   std::vector<Real> node_parts(nodes ? CHUNKS * node_count * d_any : 0);
   std::vector<double> moment_parts(moments ? CHUNKS * grid.batch * d_any * d_any : 0);
   for_lines(grid, [&](Int chunk, Int line) {
@@ -184,6 +232,7 @@ void relate(const Grid& grid, int d_any, const Real* rows, const Real* other, Re
   });
   if (nodes) total(node_parts, nodes);
   if (moments) total(moment_parts, moments);
+  if (means) pool<Real, D>(grid, d_any, rows, inverse, Windows(grid, window), means);
   if (!affinity) return;
   for_lines(grid, [&](Int, Int line) {
     const int d = D ? D : d_any;
@@ -206,10 +255,14 @@ struct Share {
   const Real *weight, *inverse, *rows;
 };
 
-// Gradient of the rows, from those of nodes (per pixel, so over their size), of moments (symmetric) and of affinities.
+// Gradient of the rows, from those of nodes (per pixel, so over their size), of moments (symmetric), of affinities and of
+// means of windows.
 template <typename Real, int D>
 void relate_backward(const Grid& grid, int d_any, const Real* rows, const Real* other, const Real* inverse,
-                     const Int* index, const Real* nodes, const Real* moments, const Real* affinity, Real* gradient) {
+                     const Int* index, const Real* nodes, const Real* moments, const Real* affinity, const Int* window,
+                     const Real* means, Real* gradient) {
+  const Int whole[] = {grid.z, grid.y, grid.x};
+  const Windows windows(grid, means ? window : whole);
   for_lines(grid, [&](Int, Int line) {
     const int d = D ? D : d_any;
     const Int image = line / grid.lines(), start = line * grid.x;
@@ -225,19 +278,34 @@ void relate_backward(const Grid& grid, int d_any, const Real* rows, const Real* 
       }
     const Real* others = other ? other + start * d : nullptr;
     if (moments) differences<Real, D>(rows + start * d, inverse + start, others, grid.x, d, vectors.data());
-    for (Int x = 0; x < grid.x; ++x) {
-      const Int p = start + x;
-      Real* g = gradient + p * d;
-      Sum<Real, D> sum(g, d);
-      for (const auto& share : shares)
-        if (x >= share.begin && x < share.end) sum.add(share.weight[x] * share.inverse[x], share.rows + x * d);
-      for (int i = 0; moments && i < d; ++i) sum.add(vectors[x * d + i], moments + (image * d + i) * d);
-      sum.store(g);
-      sum.add(-dot<Real, D>(rows + p * d, g, d) * inverse[p] * inverse[p], rows + p * d);  // its length has no effect
-      sum.scale(inverse[p]);
-      if (nodes) sum.add(1, nodes + index[p] * d);
-      sum.store(g);
-    }
+    const auto add_block = [&](Int x, auto& sums) {  // several pixels at a time, so that their sums stay in registers
+      constexpr int SIZE = std::extent<std::remove_reference_t<decltype(sums)>>::value;
+      Real* g = gradient + (start + x) * d;
+      for (int i = 0; i < SIZE; ++i) sums[i] = Sum<Real, D>(g + i * d, d);
+      for (const auto& share : shares) {
+        const bool whole = x >= share.begin && x + SIZE <= share.end;
+        for (int i = 0; i < SIZE; ++i)
+          if (whole || (x + i >= share.begin && x + i < share.end))
+            sums[i].add(share.weight[x + i] * share.inverse[x + i], share.rows + (x + i) * d);
+      }
+      for (int j = 0; moments && j < d; ++j)
+        for (int i = 0; i < SIZE; ++i) sums[i].add(vectors[(x + i) * d + j], moments + (image * d + j) * d);
+      for (int i = 0; means && i < SIZE; ++i) {
+        const Int ix = (x + i) / windows.x;
+        sums[i].add(Real(windows.share(grid, line, ix)), means + (windows.first_of_line(grid, line) + ix) * d);
+      }
+      for (int i = 0; i < SIZE; ++i) {
+        const Int p = start + x + i;
+        sums[i].store(g + i * d);
+        sums[i].add(-dot<Real, D>(rows + p * d, g + i * d, d) * inverse[p] * inverse[p], rows + p * d);  // length: no effect
+        sums[i].scale(inverse[p]);
+        if (nodes) sums[i].add(1, nodes + index[p] * d);
+        sums[i].store(g + i * d);
+      }
+    };
+    Int x = 0;
+    for (Sum<Real, D> sums[4]; x + 4 <= grid.x; x += 4) add_block(x, sums);
+    for (Sum<Real, D> sums[1]; x < grid.x; ++x) add_block(x, sums);
   });
 }
 
@@ -305,57 +373,25 @@ void pair_loss(const Grid& grid, const Real* affinity, const Real* goal, const R
   if (loss) total(parts, loss);
 }
 
-// The mean of each window, (batch, windows, D), of `rows`; windows lie side by side, the last ones are cut off. Backward, the
-// gradient of `rows` from that of the means.
-template <typename Real>
-void pool(const Grid& grid, Int d, const Int* window, Real* rows, Real* means, bool backward) {
-  const Int wz = window[0], wy = window[1], wx = window[2];
-  const Int nz = (grid.z + wz - 1) / wz, ny = (grid.y + wy - 1) / wy, nx = (grid.x + wx - 1) / wx;
-#pragma omp parallel for num_threads(grid.threads) schedule(dynamic)
-  for (Int line = 0; line < grid.batch * nz * ny; ++line) {
-    const Int iy = line % ny, iz = line / ny % nz, image = line / ny / nz;
-    const Int sz = std::min(wz, grid.z - iz * wz), sy = std::min(wy, grid.y - iy * wy);
-    if (!backward) std::fill_n(means + line * nx * d, nx * d, Real(0));
-    for (Int z = iz * wz; z < iz * wz + sz; ++z)
-      for (Int y = iy * wy; y < iy * wy + sy; ++y)
-        for (Int ix = 0; ix < nx; ++ix) {
-          const Int sx = std::min(wx, grid.x - ix * wx);
-          const Real share = Real(1) / (sz * sy * sx);
-          Real* mean = means + (line * nx + ix) * d;
-          Real* row = rows + (((image * grid.z + z) * grid.y + y) * grid.x + ix * wx) * d;
-          for (Int x = 0; x < sx; ++x, row += d)
-            if (backward) {
-#pragma omp simd
-              for (Int i = 0; i < d; ++i) row[i] = share * mean[i];
-            } else {
-#pragma omp simd
-              for (Int i = 0; i < d; ++i) mean[i] += share * row[i];
-            }
-        }
-  }
-}
-
 }  // namespace
 
 #define EXPORT(Real, type)                                                                                              \
   extern "C" void relate_##type(const Grid* grid, Int d, const Real* rows, const Real* other, Real* inverse, Int count, \
-                                const Int* index, Real* nodes, Real* moments, Real* affinity) {                         \
+                                const Int* index, Real* nodes, Real* moments, Real* affinity, const Int* window,        \
+                                Real* means) {                                                                          \
     (d == 16 ? relate<Real, 16> : relate<Real, 0>)(*grid, int(d), rows, other, inverse, count, index, nodes, moments,   \
-                                                   affinity);                                                           \
+                                                   affinity, window, means);                                            \
   }                                                                                                                     \
   extern "C" void relate_backward_##type(const Grid* grid, Int d, const Real* rows, const Real* other,                  \
                                          const Real* inverse, const Int* index, const Real* nodes, const Real* moments, \
-                                         const Real* affinity, Real* gradient) {                                        \
+                                         const Real* affinity, const Int* window, const Real* means, Real* gradient) {  \
     (d == 16 ? relate_backward<Real, 16> : relate_backward<Real, 0>)(*grid, int(d), rows, other, inverse, index, nodes, \
-                                                                     moments, affinity, gradient);                      \
+                                                                     moments, affinity, window, means, gradient);       \
   }                                                                                                                     \
   extern "C" void pair_loss_##type(const Grid* grid, const Real* affinity, const Real* goal, const Real* weights,       \
-                                   const int32_t* label, const uint8_t* ignore, Int background, double scale,               \
+                                   const int32_t* label, const uint8_t* ignore, Int background, double scale,           \
                                    Real* gradient, double* loss) {                                                      \
     pair_loss<Real>(*grid, affinity, goal, weights, label, ignore, background, scale, gradient, loss);                  \
-  }                                                                                                                     \
-  extern "C" void pool_##type(const Grid* grid, Int d, Real* rows, const Int* window, Real* means, Int backward) {      \
-    pool<Real>(*grid, d, window, rows, means, backward != 0);                                                           \
   }
 
 EXPORT(float, float32)

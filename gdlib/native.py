@@ -34,32 +34,37 @@ def keep_memory() -> None:
 
 class _Relate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, offsets, index, size, moments, other):
+    def forward(ctx, rows, offsets, index, size, moments, other, window):
         ctx.set_materialize_grads(False)
         batch, *sides, dim = rows.shape
         inverse = rows.new_empty(batch, *sides)  # of the lengths
         affinity = rows.new_empty(batch, len(offsets), *sides) if offsets else None
         nodes = None if index is None else rows.new_empty(len(size) + 1, dim)
         gram = rows.new_empty(batch, dim, dim) if moments else None
-        ctx.save_for_backward(rows, other, inverse, index, size)
+        means = None
+        if window is not None:
+            means = rows.new_empty(batch, *(-(-side // width) for side, width in zip(sides, window, strict=True)), dim)
+            window = torch.tensor((1,) * (3 - len(window)) + tuple(window))
+        ctx.save_for_backward(rows, other, inverse, index, size, window)
         ctx.offsets = offsets
         count = 0 if index is None else len(nodes)
-        call("relate", (batch, *sides), offsets, dim, rows, other, inverse, count, index, nodes, gram, affinity)
+        found = count, index, nodes, gram, affinity, window, means
+        call("relate", (batch, *sides), offsets, dim, rows, other, inverse, *found)
         nodes = None if index is None else nodes[:-1] / size.to(rows.dtype)[:, None]
-        return affinity, nodes, gram / inverse[0].numel() if moments else None
+        return affinity, nodes, gram / inverse[0].numel() if moments else None, means
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, affinity, nodes, gram):
-        rows, other, inverse, index, size = ctx.saved_tensors
-        affinity = None if affinity is None else affinity.contiguous()
+    def backward(ctx, affinity, nodes, gram, means):
+        rows, other, inverse, index, size, window = ctx.saved_tensors
+        affinity, means = (None if part is None else part.contiguous() for part in (affinity, means))
         if nodes is not None:  # what belongs to no node gets nothing
             nodes = functional.pad(nodes / size.to(rows.dtype)[:, None], (0, 0, 0, 1))
         gram = None if gram is None else (gram + gram.mT) / inverse[0].numel()
         out = torch.empty_like(rows)
         maps = rows.shape[-1], rows, other, inverse
-        call("relate_backward", inverse.shape, ctx.offsets, *maps, index, nodes, gram, affinity, out)
-        return out, None, None, None, None, None
+        call("relate_backward", inverse.shape, ctx.offsets, *maps, index, nodes, gram, affinity, window, means, out)
+        return out, None, None, None, None, None, None
 
 
 def relate(
@@ -69,10 +74,11 @@ def relate(
     size: Tensor | None,
     moments: bool,
     other: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    window: Sequence[int] | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`ops.relate`; `index` and `size` are those of the instances."""
     other = None if other is None else other.contiguous()
-    return _Relate.apply(rows.contiguous(), offsets, index, size, moments, other)
+    return _Relate.apply(rows.contiguous(), offsets, index, size, moments, other, window)
 
 
 class _PairLoss(torch.autograd.Function):
@@ -120,29 +126,6 @@ def pair_loss(
     offsets = offsets or [()] * affinity.shape[1]
     weights = None if weights is None else weights.to(affinity.dtype)
     return _PairLoss.apply(affinity.contiguous(), goal, offsets, weights, label, ignore, connected)
-
-
-class _Pool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, window):
-        batch, *sides, dim = rows.shape
-        ctx.shape, ctx.window = rows.shape, torch.tensor((1,) * (3 - len(window)) + tuple(window))
-        means = rows.new_empty(batch, *(-(-side // width) for side, width in zip(sides, window, strict=True)), dim)
-        call("pool", (batch, *sides), (), dim, rows, ctx.window, means, 0)
-        return means
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, means):
-        batch, *sides, dim = ctx.shape
-        rows = means.new_empty(ctx.shape)
-        call("pool", (batch, *sides), (), dim, rows, ctx.window, means.contiguous(), 1)
-        return rows, None
-
-
-def pool_windows(rows: Tensor, window: Sequence[int]) -> Tensor:
-    """`ops.pool_windows`."""
-    return _Pool.apply(rows.contiguous(), window)
 
 
 def call(

@@ -333,7 +333,7 @@ def pool_instances(rows: Tensor, instances: Instances) -> Tensor:
 def pool_windows(rows: Tensor, window: Sequence[int]) -> Tensor:
     """Mean over windows that lie side by side; the last one of an axis may be cut off.
 
-    Without compiled code one matrix product for each axis, forward and backward faster on a CPU than torch's pooling.
+    One matrix product for each axis, forward and backward faster on a CPU than torch's pooling.
 
     Args:
         rows: (B, [Z,] Y, X, D).
@@ -342,8 +342,6 @@ def pool_windows(rows: Tensor, window: Sequence[int]) -> Tensor:
     Returns:
         (B, [ceil(Z / z),] ceil(Y / y), ceil(X / x), D).
     """
-    if native.usable(rows):
-        return native.pool_windows(rows, window)
     for axis, width in enumerate(window, 1):
         before, sides = rows.shape[:axis], rows.shape[axis + 1 :]
         number = torch.arange(rows.shape[axis], device=rows.device) // width
@@ -381,11 +379,13 @@ class Relations(NamedTuple):
         affinity: (B, K, [Z,] Y, X), `affinities` of the unit vectors.
         nodes: (N, D), `pool_instances` of the raw vectors.
         gram: (B, D, D), `gram` of the unit vectors.
+        means: `pool_windows` of the unit vectors.
     """
 
     affinity: Tensor | None = None
     nodes: Tensor | None = None
     gram: Tensor | None = None
+    means: Tensor | None = None
 
 
 def relate(
@@ -394,6 +394,7 @@ def relate(
     instances: Instances | None = None,
     moments: bool = False,
     other: Tensor | None = None,
+    window: Sequence[int] | None = None,
 ) -> Relations:
     """Compute what losses need of a map, in as few passes over it as possible.
 
@@ -403,16 +404,18 @@ def relate(
         instances: for nodes.
         moments: also compute the Gram matrix.
         other: rows, without gradient, whose unit vectors are subtracted before that.
+        window: side lengths, for means.
     """
     if native.usable(rows, other):
         groups = (instances.index, instances.size) if instances else (None, None)
-        return Relations(*native.relate(rows, offsets, *groups, moments, other))
-    vectors = unit(rows) if offsets or moments else None
+        return Relations(*native.relate(rows, offsets, *groups, moments, other, window))
+    vectors = unit(rows) if offsets or moments or window else None
     difference = vectors if other is None or not moments else vectors - unit(other)
     return Relations(
         affinities(vectors, offsets) if offsets else None,
         pool_instances(rows, instances) if instances else None,
         gram(difference.flatten(1, -2)) if moments else None,
+        pool_windows(vectors, window) if window else None,
     )
 
 

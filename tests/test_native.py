@@ -44,6 +44,7 @@ def scene(ndim, dim, dtype=torch.float64, seed=0):
 
 def relations(student, teacher, label, what):
     options = {"offsets": OFFSETS[label.ndim - 1], "instances": ops.Instances(label), "moments": True, "other": teacher}
+    options["window"] = (2, 4, 3)[4 - label.ndim :]
     found = ops.relate(student, **{name: options[name] for name in what})
     parts = [part for part in found if part is not None]
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +56,7 @@ def relations(student, teacher, label, what):
 
 WHAT = [
     ("offsets",), ("instances",), ("moments",), ("moments", "other"), ("offsets", "instances"),
-    ("offsets", "instances", "moments", "other"),
+    ("offsets", "instances", "moments", "other"), ("window",), ("offsets", "instances", "moments", "window"),
 ]  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_gradient_of_relations(ndim, dim):
     offsets = [o for o in itertools.product((-2, 0, 1), repeat=ndim)][::2]
 
     def all_of_them(rows):
-        return tuple(ops.relate(rows, offsets, ops.Instances(label), True, teacher))
+        return tuple(ops.relate(rows, offsets, ops.Instances(label), True, teacher, (2, 2, 3)[3 - ndim :]))
 
     assert torch.autograd.gradcheck(all_of_them, student.requires_grad_(), fast_mode=dim == 16)
 

@@ -332,12 +332,13 @@ def test_windows_are_averaged_as_by_a_loop(shape, window, compiled, monkeypatch)
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
     rows = torch.randn(2, *shape, 3, dtype=torch.float64, requires_grad=True)
-    pooled = ops.pool_windows(rows, window)
-    assert pooled.shape == (2, *(-(-n // w) for n, w in zip(shape, window, strict=True)), 3)
+    pooled, means = ops.pool_windows(rows, window), ops.relate(rows, window=window).means
+    assert pooled.shape == means.shape == (2, *(-(-n // w) for n, w in zip(shape, window, strict=True)), 3)
     for place in itertools.product(*map(range, pooled.shape[1:-1])):
-        cut = tuple(slice(i * w, (i + 1) * w) for i, w in zip(place, window, strict=True))
-        expected = rows[(slice(None), *cut)].flatten(1, -2).mean(1)
-        torch.testing.assert_close(pooled[(slice(None), *place)], expected, rtol=0, atol=1e-14)
+        cut = rows[(slice(None), *(slice(i * w, (i + 1) * w) for i, w in zip(place, window, strict=True)))]
+        of_units = (cut / cut.norm(dim=-1, keepdim=True)).flatten(1, -2).mean(1)
+        torch.testing.assert_close(pooled[(slice(None), *place)], cut.flatten(1, -2).mean(1), rtol=0, atol=1e-14)
+        torch.testing.assert_close(means[(slice(None), *place)], of_units, rtol=0, atol=1e-14)
     assert torch.autograd.gradcheck(lambda r: ops.pool_windows(r, window), rows, fast_mode=True)
 
 

@@ -17,6 +17,8 @@ from gdlib.distill.bank import Memory, MemoryBank
 from gdlib.models import Embedding
 from gdlib.registry import TERMS
 
+Use = str | tuple[str, int]  # a relation in a `View`
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -96,11 +98,12 @@ class View:
     """
 
     def __init__(
-        self, output: Embedding, truth: Truth, uses: Collection[str] = (), other: "View | None" = None
+        self, output: Embedding, truth: Truth, uses: Collection[Use] = (), other: "View | None" = None
     ) -> None:
         self.output = output
         self.truth = truth
-        self.uses = uses
+        one = max((use for use in uses if isinstance(use, tuple)), default=None)  # windows of one size in a pass
+        self.uses = {use for use in uses if isinstance(use, str) or use == one}
         self.other = other
 
     def feature(self, level: str, stride: Sequence[int]) -> Tensor:
@@ -133,25 +136,31 @@ class View:
         """(B, D, D) `ops.gram` of the unit vectors, or of what they are more than those of another view."""
         return self._relate("gram", other).gram
 
-    def _relate(self, name: str, other: "View | None" = None) -> ops.Relations:
-        if name not in self.uses or (name == "gram" and other is not self.other):
-            return self._compute({name}, other)
+    def means(self, side: int) -> Tensor:
+        """(B, [z,] y, x, D) means of the unit vectors over windows of `side` pixels; in 3D they are 3 sections deep."""
+        return self._relate(("means", side)).means
+
+    def _relate(self, use: Use, other: "View | None" = None) -> ops.Relations:
+        if use not in self.uses or (use == "gram" and other is not self.other):
+            return self._compute({use}, other)
         return self._together
 
     @cached_property
     def _together(self) -> ops.Relations:
         return self._compute(self.uses, self.other)
 
-    def _compute(self, names: Collection[str], other: "View | None") -> ops.Relations:
-        subtract = other is not None and "gram" in names
+    def _compute(self, uses: Collection[Use], other: "View | None") -> ops.Relations:
+        subtract = other is not None and "gram" in uses
         if subtract:
             check_comparable(self.rows, other.rows)
+        windows = [(3, side, side)[5 - self.rows.ndim :] for _, side in (use for use in uses if isinstance(use, tuple))]
         return ops.relate(
             self.rows,
-            self.truth.offsets if "affinity" in names else (),
-            self.truth.instances if "nodes" in names else None,
-            "gram" in names,
+            self.truth.offsets if "affinity" in uses else (),
+            self.truth.instances if "nodes" in uses else None,
+            "gram" in uses,
             other.rows if subtract else None,
+            *windows,
         )
 
 
@@ -164,14 +173,15 @@ class Term(nn.Module):
         projected: at a level it gets the student's map with as many channels as the teacher's, by a learned projection; off for
             terms that compare similarities alone.
         levels: feature maps that it reads from `View.output` itself, as far as the networks have them.
-        uses: which of `affinity`, `nodes` and `gram` of a view it asks for. Only for speed: these are computed together.
+        uses: which of `affinity`, `nodes`, `gram` and `("means", side)` of a view it asks for. Only for speed: these are
+            computed together.
     """
 
     needs_teacher = True
     whole = False
     projected = True
     levels: Sequence[str] = ()
-    uses: Collection[str] = ()
+    uses: Collection[Use] = ()
 
     def __init__(self, memory: bool = False) -> None:
         super().__init__()
@@ -346,9 +356,9 @@ class Distiller(nn.Module):
             views.append(View(Embedding(projected, None, {}), at_level, self._uses(level), goal))
         return views[0], views[-1], goal, at_level
 
-    def _uses(self, level: str | None) -> set[str]:
+    def _uses(self, level: str | None) -> set[Use]:
         """What terms ask of the views at a level."""
-        return {name for term, at in zip(self.terms, self.levels, strict=True) if at == level for name in term.uses}
+        return {use for term, at in zip(self.terms, self.levels, strict=True) if at == level for use in term.uses}
 
     @torch.no_grad()
     def _recall(self, batch: Batch, views: Mapping[str | None, tuple], step: int) -> Memory:

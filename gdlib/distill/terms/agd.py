@@ -46,7 +46,7 @@ class AGD(Term):
         self.wrap_around = wrap_around
         self.pool = pool
         if memory:
-            self.uses = ("gram",) if pool == 1 else ()
+            self.uses = ("gram",) if pool == 1 else (("means", pool),)
         else:
             self.uses = () if wrap_around else ("affinity",)
 
@@ -54,13 +54,8 @@ class AGD(Term):
         """(B, D, D) second moments of the unit vectors, pooled if asked, or of what they are more than those of another view."""
         if self.pool == 1:
             return view.gram(other)
-        pooled = self._pooled(view) if other is None else self._pooled(view) - self._pooled(other)
-        return ops.gram(pooled)
-
-    def _pooled(self, view: View) -> Tensor:
-        """(B, n, D)."""
-        window = (self.pool,) * 2 if view.unit.ndim == 4 else (3, self.pool, self.pool)
-        return ops.pool_windows(view.unit, window).flatten(1, -2)
+        means = view.means(self.pool) if other is None else view.means(self.pool) - other.means(self.pool)
+        return ops.gram(means.flatten(1, -2))
 
     def record(self, teacher: View) -> dict[str, Tensor]:
         """Keep the Gram matrix of each image's vectors."""
