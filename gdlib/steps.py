@@ -218,8 +218,10 @@ def _segment(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from gdlib.metrics import evaluate
 
-    run = arguments.run
-    identity = (run["dataset"], run["network"], run["method"], run["seed"], arguments.segmenter)
+    run, parts = arguments.run, ("dataset", "network", "method", "seed")
+    if missing := [part for part in parts if part not in run]:
+        raise ValueError(f"--run: {', '.join(missing)} missing; it is a JSON object with {', '.join(parts)}")
+    identity = (*(run[part] for part in parts), arguments.segmenter)
     rows = []
     with io.open_h5(arguments.data) as samples, io.open_h5(arguments.segmentation) as found:
         for name, sample in samples.items():

@@ -589,6 +589,16 @@ def test_a_closed_pipe_is_no_error(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_scores_are_not_computed_for_a_run_without_a_name(splits, tmp_path, refusal):
+    out = tmp_path / "metrics.csv"
+    where = ["--data", splits["test"], "--segmentation", splits["test"], "--out", out]
+    named = {"dataset": "nuclei", "network": "tiny", "method": "none", "seed": 0}
+    for part in named:
+        less = json.dumps({key: value for key, value in named.items() if key != part})
+        assert f"--run: {part} missing" in refusal("step", "evaluate", *where, "--run", less, "--segmenter", "multicut")
+    assert not out.exists()
+
+
 def test_threads_are_set_before_torch_reads_them(splits, tmp_path):
     spec = {"model": "resunet", "options": {"widths": [1, 1, 1, 1, 1]}}
     out = tmp_path / "profile.json"
