@@ -587,6 +587,22 @@ def test_a_view_computes_in_float32():
     assert {half.rows.dtype, half.unit.dtype, half.affinity.dtype, half.nodes.dtype} == {torch.float32}
 
 
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_what_a_view_computes_together_is_what_it_computes_alone(ndim):
+    truth = Truth(torch.randint(0, 3, (2, 5, 9, 8)[: 1 + ndim]), OFFSETS[ndim])
+    output = Embedding(torch.randn(2, 4, *truth.label.shape[1:]), None, {})
+    together = View(output, truth, {"affinity", "nodes", "gram", ("means", 2), ("means", 3)})
+    alone = View(output, truth)
+    for side in (2, 3, 4):  # one of the first two is made with the rest
+        window = (3, side, side)[3 - ndim :]
+        expected = ops.pool_windows(alone.unit, window)
+        for view in (together, alone):
+            torch.testing.assert_close(view.means(side), expected)
+    torch.testing.assert_close(together.affinity, alone.affinity)
+    torch.testing.assert_close(together.nodes, alone.nodes)
+    torch.testing.assert_close(together.gram(), ops.gram(alone.unit.flatten(1, -2)))
+
+
 def test_wrong_names_and_options():
     with pytest.raises(UnknownName, match=r'"adg".*did you mean "agd"'):
         build_term("adg", False, {})
