@@ -11,12 +11,12 @@ import numpy as np
 import tifffile
 import torch
 
-from benchmarks.scenes import NETWORKS, OFFSETS, folder, samples
+from benchmarks.scenes import NETWORKS, OFFSETS, folder, roof, samples
 from benchmarks.train import train
 from gdlib import cli, io
 from gdlib.bench import Bench, synchronise
 from gdlib.data.files import read_image
-from gdlib.inference import Predictor, choose_precision
+from gdlib.inference import Predictor
 from gdlib.models import build
 from gdlib.profile import count_macs
 from gdlib.segmentation import segment
@@ -66,15 +66,6 @@ def networks(bench: Bench, ndim: int, shape: tuple[int, ...]) -> None:
         )
     else:
         bench.extra["student_share_3d"] = share
-
-
-def roof(bench: Bench) -> None:
-    """Time a large product of matrices: what no network can be faster than."""
-    n = bench.pick(2048, 1024, 128)
-    dtype = choose_precision("auto", bench.device)
-    a, b = (torch.rand(n, n, device=bench.device).to(dtype) for _ in range(2))
-    found = bench.compare("a product of matrices", lambda: a @ b, about="the most operations per second", shape=[n, n])
-    found.update({"precision": str(dtype).removeprefix("torch."), "gflop_per_s": 2e-6 * n**3 / found["ms"]})
 
 
 def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:

@@ -151,6 +151,17 @@ def spec(ndim: int, patch: Sequence[int], batch_size: int, terms: Sequence[dict]
     )
 
 
+def roof(bench: Bench) -> None:
+    """Time a large product of matrices: what no network can be faster than."""
+    from gdlib.inference import choose_precision
+
+    n = bench.pick(2048, 1024, 128) * (4 if bench.device.type == "cuda" else 1)
+    dtype = choose_precision("auto", bench.device)
+    a, b = (torch.rand(n, n, device=bench.device).to(dtype) for _ in range(2))
+    found = bench.compare("a product of matrices", lambda: a @ b, about="the most operations per second", shape=[n, n])
+    found.update({"precision": str(dtype).removeprefix("torch."), "gflop_per_s": 2e-6 * n**3 / found["ms"]})
+
+
 def bare_step(bench: Bench, ndim: int, image: Sequence[int]) -> Any:
     """Return a call that makes one step of the small student alone: forward, backward and optimizer, no loss and no data.
 

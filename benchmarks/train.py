@@ -9,10 +9,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.scenes import bare_step, folder, spec, trainings
+from benchmarks.scenes import bare_step, folder, roof, spec, trainings
 from gdlib.bench import Bench, synchronise
 from gdlib.distill import Term, Truth, View
+from gdlib.inference import choose_precision
 
 
 class Clock(Term):
@@ -65,5 +67,11 @@ def run(bench: Bench) -> None:
             f"a step of training, {axes}", times, reference, shape=[batch, *patch],
             about="forward, backward and optimizer of the same network on a batch that is there already",
         )  # fmt: skip
+        with FlopCounterMode(display=False) as counter:
+            bare()
+        dtype = choose_precision("auto", bench.device)
+        found["precision"] = str(dtype).removeprefix("torch.")
+        found["gflop_per_s"] = 1e-6 * counter.get_total_flops() / found["ms"]
         overhead = found["ms"] / found["reference_ms"]
         bench.target(f"a step of training against the bare one, {axes}", overhead, 1.15, unit=" x")
+    roof(bench)

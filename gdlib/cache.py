@@ -14,7 +14,7 @@ import h5py
 import torch
 from torch import Tensor
 
-from gdlib import io
+from gdlib import io, ops
 from gdlib.config import RunSpec
 from gdlib.data.patches import PatchSampler
 from gdlib.distill import Batch, see
@@ -159,14 +159,17 @@ class CachedPatches:
         def read(maps: h5py.Dataset) -> Tensor:
             with io.readable(maps.file):
                 parts = [torch.from_numpy(maps[row]) for row in rows.tolist()]
-            return torch.stack([_moved(part, *move) for part, move in zip(parts, moves, strict=True)]).to(self.device)
+            return torch.stack([_moved(part, *move) for part, move in zip(parts, moves, strict=True)])
 
-        ignore = read(self.file["ignore"]) if "ignore" in self.file else None
-        ids = torch.from_numpy(self.file["ids"][:])[rows].to(self.device)
-        features = {name: read(maps) for name, maps in self.taught.items()}
-        teacher = Embedding(features.pop("embedding", None), features.pop("foreground", None), features)
-        image, label = read(self.file["image"]), read(self.file["label"]).long()
-        return Batch(image, label, ids, ignore, teacher if self.taught else None)
+        parts = {name: read(self.file[name]) for name in ("image", "label", "ignore") if name in self.file}
+        parts |= {name: read(maps) for name, maps in self.taught.items()}
+        parts["ids"] = torch.from_numpy(self.file["ids"][:])[rows]
+        # As `PatchSampler` does, but of the patches at hand.
+        largest = int(parts["label"].max()) if self.device.type != "cpu" else None
+        parts = {name: ops.send(part, self.device) for name, part in parts.items()}
+        image, label, ids, ignore = (parts.pop(name, None) for name in ("image", "label", "ids", "ignore"))
+        teacher = Embedding(parts.pop("embedding", None), parts.pop("foreground", None), parts) if self.taught else None
+        return Batch(image, label.long(), ids, ignore, teacher, largest)
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 2_654_435_761 + number) % 2**32)

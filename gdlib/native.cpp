@@ -333,15 +333,16 @@ void count_pairs(const Grid& grid, const int32_t* label, const uint8_t* ignore, 
   total(parts, counts);
 }
 
-// Sum of weight (affinity - goal)^2, or its gradient times `scale` / 2. Without a goal, 1 for connected pairs and 0 for others.
-// `weights` (batch, K, 2), of separated and of connected pairs, count pairs that are inside and known; without, all count 1.
+// Three sums: of weight (affinity - target)^2, of weight (affinity - goal)^2, of (affinity - goal)^2; or half of their gradient,
+// each times its `scale`. The target is 1 for connected pairs and 0 for others; `weights` (batch, K, 2), of separated and of
+// connected pairs, count pairs that are inside and known. Without weights or without a goal, what needs them is 0.
 template <typename Real>
-void pair_loss(const Grid& grid, const Real* affinity, const Real* goal, const Real* weights, const int32_t* label,
-               const uint8_t* ignore, bool background, double scale, Real* gradient, double* loss) {
-  std::vector<double> parts(CHUNKS);
+void pair_losses(const Grid& grid, const Real* affinity, const Real* goal, const Real* weights, const int32_t* label,
+                 const uint8_t* ignore, bool background, const double* scale, Real* gradient, double* loss) {
+  std::vector<double> parts(CHUNKS * 3);
   for_lines(grid, [&](Int chunk, Int line) {
     thread_local std::vector<Real> weight_line, target_line;
-    weight_line.assign(grid.x, Real(!weights)), target_line.resize(grid.x);
+    weight_line.assign(grid.x, Real(0)), target_line.assign(grid.x, Real(0));
     Real *weight = weight_line.data(), *target = target_line.data();
     const Int image = line / grid.lines(), start = line * grid.x;
     for (Int k = 0; k < grid.count; ++k) {
@@ -359,14 +360,21 @@ void pair_loss(const Grid& grid, const Real* affinity, const Real* goal, const R
         for (Int x = span.begin; ignore && x < span.end; ++x)
           if (!known(ignore, start + x, start + x + span.shift)) weight[x] = 0;
       }
-      const Real *a = affinity + map, *to = goal ? goal + map : target;
+      const Real *a = affinity + map, *to = goal ? goal + map : a;
       if (gradient) {
-        for (Int x = 0; x < grid.x; ++x) gradient[map + x] = Real(scale) * weight[x] * (a[x] - to[x]);
+        const Real labels = Real(scale[0]), balanced = Real(scale[1]), plain = Real(scale[2]);
+        for (Int x = 0; x < grid.x; ++x) {
+          const Real error = a[x] - target[x], other = a[x] - to[x];
+          gradient[map + x] = weight[x] * (labels * error + balanced * other) + plain * other;
+        }
       } else {
-        Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (Int x = 0; x < grid.x; ++x) sum += weight[x] * (a[x] - to[x]) * (a[x] - to[x]);
-        parts[chunk] += sum;
+        Real labels = 0, balanced = 0, plain = 0;
+#pragma omp simd reduction(+ : labels, balanced, plain)
+        for (Int x = 0; x < grid.x; ++x) {
+          const Real error = a[x] - target[x], other = (a[x] - to[x]) * (a[x] - to[x]);
+          labels += weight[x] * error * error, balanced += weight[x] * other, plain += other;
+        }
+        parts[chunk * 3] += labels, parts[chunk * 3 + 1] += balanced, parts[chunk * 3 + 2] += plain;
       }
     }
   });
@@ -388,10 +396,10 @@ void pair_loss(const Grid& grid, const Real* affinity, const Real* goal, const R
     (d == 16 ? relate_backward<Real, 16> : relate_backward<Real, 0>)(*grid, int(d), rows, other, inverse, index, nodes, \
                                                                      moments, affinity, window, means, gradient);       \
   }                                                                                                                     \
-  extern "C" void pair_loss_##type(const Grid* grid, const Real* affinity, const Real* goal, const Real* weights,       \
-                                   const int32_t* label, const uint8_t* ignore, Int background, double scale,           \
-                                   Real* gradient, double* loss) {                                                      \
-    pair_loss<Real>(*grid, affinity, goal, weights, label, ignore, background, scale, gradient, loss);                  \
+  extern "C" void pair_losses_##type(const Grid* grid, const Real* affinity, const Real* goal, const Real* weights,     \
+                                     const int32_t* label, const uint8_t* ignore, Int background, const double* scale,  \
+                                     Real* gradient, double* loss) {                                                    \
+    pair_losses<Real>(*grid, affinity, goal, weights, label, ignore, background, scale, gradient, loss);                \
   }
 
 EXPORT(float, float32)

@@ -39,7 +39,7 @@ class _Relate(torch.autograd.Function):
         batch, *sides, dim = rows.shape
         inverse = rows.new_empty(batch, *sides)  # of the lengths
         affinity = rows.new_empty(batch, len(offsets), *sides) if offsets else None
-        nodes = None if index is None else rows.new_empty(len(size) + 1, dim)
+        nodes = None if index is None else rows.new_empty(size.numel() + 1, dim)
         gram = rows.new_empty(batch, dim, dim) if moments else None
         means = None
         if window is not None:
@@ -50,7 +50,7 @@ class _Relate(torch.autograd.Function):
         count = 0 if index is None else len(nodes)
         found = count, index, nodes, gram, affinity, window, means
         call("relate", (batch, *sides), offsets, dim, rows, other, inverse, *found)
-        nodes = None if index is None else nodes[:-1] / size.to(rows.dtype)[:, None]
+        nodes = None if index is None else _over(nodes[:-1].reshape(*size.shape, dim), size)
         return affinity, nodes, gram / inverse[0].numel() if moments else None, means
 
     @staticmethod
@@ -59,12 +59,16 @@ class _Relate(torch.autograd.Function):
         rows, other, inverse, index, size, window = ctx.saved_tensors
         affinity, means = (None if part is None else part.contiguous() for part in (affinity, means))
         if nodes is not None:  # what belongs to no node gets nothing
-            nodes = functional.pad(nodes / size.to(rows.dtype)[:, None], (0, 0, 0, 1))
+            nodes = functional.pad(_over(nodes, size).flatten(0, 1), (0, 0, 0, 1))
         gram = None if gram is None else (gram + gram.mT) / inverse[0].numel()
         out = torch.empty_like(rows)
         maps = rows.shape[-1], rows, other, inverse
         call("relate_backward", inverse.shape, ctx.offsets, *maps, index, nodes, gram, affinity, window, means, out)
         return out, None, None, None, None, None, None
+
+
+def _over(nodes: Tensor, size: Tensor) -> Tensor:
+    return nodes / size.to(nodes.dtype).clamp(min=1)[..., None]
 
 
 def relate(
@@ -81,28 +85,28 @@ def relate(
     return _Relate.apply(rows.contiguous(), offsets, index, size, moments, other, window)
 
 
-class _PairLoss(torch.autograd.Function):
+class _PairLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, affinity, goal, offsets, weights, label, ignore, connected):
         ctx.save_for_backward(affinity, goal, weights, label, ignore)
         ctx.offsets, ctx.connected = offsets, connected
-        loss = affinity.new_empty((), dtype=torch.float64)
+        losses = affinity.new_empty(3, dtype=torch.float64)
         images = (len(affinity), *affinity.shape[2:])
-        call("pair_loss", images, offsets, affinity, goal, weights, label, ignore, connected, 0.0, None, loss)
-        return (loss / affinity[:, 0].numel()).to(affinity.dtype)
+        call("pair_losses", images, offsets, affinity, goal, weights, label, ignore, connected, None, None, losses)
+        return (losses / affinity[:, 0].numel()).to(affinity.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         affinity = ctx.saved_tensors[0]
         out = torch.empty_like(affinity)
-        scale = 2 * float(gradient) / affinity[:, 0].numel()
+        scale = 2 * gradient.double().contiguous() / affinity[:, 0].numel()
         images = (len(affinity), *affinity.shape[2:])
-        call("pair_loss", images, ctx.offsets, *ctx.saved_tensors, ctx.connected, scale, out, None)
+        call("pair_losses", images, ctx.offsets, *ctx.saved_tensors, ctx.connected, scale, out, None)
         return out, None, None, None, None, None, None
 
 
-def pair_loss(
+def pair_losses(
     affinity: Tensor,
     goal: Tensor | None,
     offsets: Sequence[Sequence[int]] | None = None,
@@ -111,21 +115,21 @@ def pair_loss(
     ignore: Tensor | None = None,
     connected: bool = False,
 ) -> Tensor:
-    """`ops.pair_loss`; without weights, all pairs of `affinity` count, those across the border too.
+    """`ops.pair_losses`, all three; those that would need what is None are 0.
 
     Args:
         affinity: (B, K, [Z,] Y, X).
-        goal: same shape, or None for the targets.
+        goal: same shape, no gradient.
         offsets: of the pairs.
         weights: (B, K, 2) of separated and of connected pairs.
-        label: (B, [Z,] Y, X) int64.
+        label: (B, [Z,] Y, X) int32.
         ignore: same shape, boolean.
         connected: whether two background pixels are.
     """
     goal = None if goal is None else goal.contiguous()
     offsets = offsets or [()] * affinity.shape[1]
     weights = None if weights is None else weights.to(affinity.dtype)
-    return _PairLoss.apply(affinity.contiguous(), goal, offsets, weights, label, ignore, connected)
+    return _PairLosses.apply(affinity.contiguous(), goal, offsets, weights, label, ignore, connected)
 
 
 def call(

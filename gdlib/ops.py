@@ -3,7 +3,7 @@
 Per-pixel vectors are kept as *rows*: (B, [Z,] Y, X, D). A channels-last network output is such an array already, and every
 dot product of two pixels then reads two contiguous vectors.
 
-What the losses need of whole maps, `relate` and `pair_loss`, is computed by `gdlib/native.cpp` where that can be had, else by
+What the losses need of whole maps, `relate` and `pair_losses`, is computed by `gdlib/native.cpp` where that can be had, else by
 the plain functions here, which say what it means.
 """
 
@@ -17,6 +17,12 @@ from torch import Tensor
 from gdlib import native
 
 Offsets = Sequence[Sequence[int]]
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor from the CPU to a device, for which nothing waits: CUDA copies from pinned memory while the CPU goes on."""
+    kind = torch.device(device).type
+    return (tensor.pin_memory() if kind == "cuda" else tensor).to(device, non_blocking=kind not in ("cpu", "mps"))
 
 
 def rows(embedding: Tensor) -> Tensor:
@@ -258,7 +264,7 @@ class Pairs:
 
     @cached_property
     def compiled(self) -> tuple[Offsets, Tensor, Tensor, Tensor | None, bool]:
-        """What compiled code wants to know of the pairs instead; see `native.pair_loss`."""
+        """What compiled code wants to know of the pairs instead; see `native.pair_losses`."""
         label, ignore = (None if x is None else x.contiguous() for x in (numbered(self.label).int(), self.ignore))
         about = label, ignore, self.background_connected
         counts = torch.empty(len(label), len(self.offsets), 2, dtype=torch.int64)
@@ -274,45 +280,72 @@ def pair_loss(affinity: Tensor, goal: Tensor | None = None, pairs: Pairs | None 
         goal: same shape, without gradient; if left out, the target of the pairs.
         pairs: their weights count; if left out, all weigh 1.
     """
-    if native.usable(affinity, goal):
-        return native.pair_loss(affinity, goal, *(pairs.compiled if pairs else ()))
     squared = (affinity - (pairs.target.to(affinity.dtype) if goal is None else goal)).square_()
     if pairs is not None:
         squared = squared.mul_(pairs.weight)
     return squared.sum() / affinity[:, 0].numel()
 
 
+PAIR_LOSSES = ("labels", "balanced", "goal")
+
+
+def pair_losses(
+    affinity: Tensor, goal: Tensor | None, pairs: Pairs | None, kinds: Sequence[str] = PAIR_LOSSES
+) -> dict[str, Tensor]:
+    """Compute `pair_loss` of several kinds in one pass: to the `labels`, to the goal `balanced`, and to the `goal` alone.
+
+    Args:
+        affinity: (B, K, [Z,] Y, X).
+        goal: same shape, without gradient; not needed for `labels`.
+        pairs: not needed for `goal`.
+        kinds: of `PAIR_LOSSES`.
+    """
+    if native.usable(affinity, goal):
+        about = () if pairs is None or set(kinds) == {"goal"} else pairs.compiled
+        found = dict(zip(PAIR_LOSSES, native.pair_losses(affinity, goal, *about), strict=True))
+        return {kind: found[kind] for kind in kinds}
+    arguments = dict(zip(PAIR_LOSSES, ((None, pairs), (goal, pairs), (goal, None)), strict=True))
+    return {kind: pair_loss(affinity, *arguments[kind]) for kind in kinds}
+
+
 class Instances:
     """Which node every pixel belongs to, for a batch, computed once and used for student and teacher.
 
+    Every image has room for as many nodes as any: nodes are (B, M, D), and rows without an instance are 0.
+
     Attributes:
-        index: (B * pixels,) int64, node of each pixel; the last node, `count`, collects what belongs to no node.
-        image: (N,) int64, image of each node.
-        size: (N,) float32, pixels of each node.
+        index: (B * pixels,) int64, node of each pixel, counted through all images; B * M stands for no node.
+        size: (B, M) float32, pixels of each node; 0 where an image has fewer.
+        count: (B,) int64, nodes of each image.
     """
 
-    def __init__(self, label: Tensor, background: bool = False) -> None:
+    def __init__(self, label: Tensor, background: bool = False, largest: int | None = None) -> None:
         """Number the instances of a batch.
 
         Args:
             label: (B, [Z,] Y, X) integer, 0 = background.
             background: make the background of each image a node too (PAPER: the original 3D code does).
+            largest: no id is larger. It makes room for so many nodes; without it there is room for as many as there are, and
+                to know that one must wait for the device.
         """
-        batch = label.shape[0]
-        flat = numbered(label).reshape(batch, -1)
-        width = int(flat.max()) + 1
-        key = (flat + width * torch.arange(batch, device=label.device)[:, None]).reshape(-1)
-        size = torch.bincount(key, minlength=batch * width)
+        batch = len(label)
+        first = torch.arange(batch, device=label.device)[:, None]
+        known = largest is not None
+        if not known:
+            label = numbered(label)
+            largest = int(label.max())
+        width = largest + 1
+        key = (label.reshape(batch, -1) + width * first).reshape(-1)
+        size = torch.zeros(batch, width, device=label.device)
+        size.view(-1).index_add_(0, key, size.new_ones(1).expand(len(key)))
         wanted = size > 0
         if not background:
-            wanted[::width] = False
-        self.count = int(wanted.sum())
-        node_of_key = torch.where(wanted, wanted.cumsum(0) - 1, self.count)
-        self.index = node_of_key[key]
-        self.image = torch.arange(batch, device=label.device).repeat_interleave(width)[wanted]
-        self.size = size[wanted].float()
-        self.batch = batch
-        self.per_image = torch.bincount(self.image, minlength=batch)
+            wanted[:, 0] = False
+        self.count = wanted.sum(1)
+        room = largest + background if known else int(self.count.max())
+        node = torch.where(wanted, wanted.cumsum(1) - 1 + room * first, batch * room).reshape(-1)
+        self.index = node[key]
+        self.size = size.new_zeros(batch * room + 1).index_add_(0, node, size.reshape(-1))[:-1].reshape(batch, room)
 
 
 def pool_instances(rows: Tensor, instances: Instances) -> Tensor:
@@ -323,11 +356,12 @@ def pool_instances(rows: Tensor, instances: Instances) -> Tensor:
         instances: of the same batch.
 
     Returns:
-        (N, D); (0, D) when no image has an instance.
+        (B, M, D); 0 where an image has fewer than M instances.
     """
     flat = rows.reshape(-1, rows.shape[-1])
-    total = flat.new_zeros(instances.count + 1, flat.shape[1]).index_add(0, instances.index, flat)
-    return total[:-1] / instances.size.to(flat.dtype)[:, None]
+    size = instances.size.to(flat.dtype)
+    total = flat.new_zeros(size.numel() + 1, flat.shape[1]).index_add(0, instances.index, flat)
+    return total[:-1].reshape(*size.shape, flat.shape[1]) / size.clamp(min=1)[..., None]
 
 
 def pool_windows(rows: Tensor, window: Sequence[int]) -> Tensor:
@@ -352,13 +386,6 @@ def pool_windows(rows: Tensor, window: Sequence[int]) -> Tensor:
     return rows
 
 
-def mean_per_image(values: Tensor, image: Tensor, batch: int) -> Tensor:
-    """Mean of `values` (N,) over the items of each image, (B,); 0 for an image without items."""
-    total = values.new_zeros(batch).index_add(0, image, values)
-    count = torch.bincount(image, minlength=batch).clamp(min=1)
-    return total / count
-
-
 def gram(rows: Tensor) -> Tensor:
     """Second-moment matrix of the vectors of each image, `1/n sum_p r_p r_p^T`.
 
@@ -377,7 +404,7 @@ class Relations(NamedTuple):
 
     Attributes:
         affinity: (B, K, [Z,] Y, X), `affinities` of the unit vectors.
-        nodes: (N, D), `pool_instances` of the raw vectors.
+        nodes: (B, M, D), `pool_instances` of the raw vectors.
         gram: (B, D, D), `gram` of the unit vectors.
         means: `pool_windows` of the unit vectors.
     """
@@ -419,8 +446,6 @@ def relate(
     )
 
 
-def node_grams(nodes: Tensor, image: Tensor, batch: int) -> Tensor:
-    """`gram` for a ragged set of nodes: (N, D) and their images -> (B, D, D); zero for an image without nodes."""
-    outer = nodes.new_zeros(batch, nodes.shape[1], nodes.shape[1])
-    outer = outer.index_add(0, image, nodes[:, :, None] * nodes[:, None, :])
-    return outer / torch.bincount(image, minlength=batch).clamp(min=1)[:, None, None]
+def node_grams(nodes: Tensor, count: Tensor) -> Tensor:
+    """`gram` of the nodes of each image, of which `count` (B,) are not 0: (B, M, D) -> (B, D, D); zero without nodes."""
+    return nodes.mT @ nodes / count.clamp(min=1)[:, None, None]

@@ -225,6 +225,10 @@ class Recipe(Section):
         "auto",
         description="of the arithmetic; auto: bfloat16 where the hardware multiplies in it, else float32, or float16 on a GPU",
     )
+    compile: bool = Field(
+        False,
+        description="let torch.compile fuse the networks: about a minute before the first step, for long trainings on GPUs",
+    )
     validate_every: int = Field(gt=0, description="steps between validations")
     validate_images: int = Field(8, ge=1, description="images of the validation split used while training")
     save_every: int = Field(200, gt=0, description="steps between resumable states")

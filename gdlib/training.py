@@ -1,6 +1,7 @@
 """The one training loop, for teachers and students, in 2D and 3D: a teacher is a run without distillation terms."""
 
 import contextlib
+import copy
 import hashlib
 import math
 import signal
@@ -215,16 +216,13 @@ class _Trainer:
         self.distiller = Distiller(student, frozen, terms, spec.offsets, bank, targets, levels, together).to(device)
         for network in networks:
             network.to(memory_format=self.layout)
+            if recipe.compile:  # copies, as those that validate and are kept, are not
+                network.compile(dynamic=False)
         self.distiller.train()
         self.learnable = [p for p in self.distiller.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.learnable, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.average = None
-        if recipe.ema is not None:
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
-            self.average = torch.optim.swa_utils.AveragedModel(
-                self.distiller.student, multi_avg_fn=average, use_buffers=True
-            )
+        self.average = None if recipe.ema is None else copy.deepcopy(self.distiller.student)
         self.step = 0
         self.seconds = 0.0
         self.history: list[tuple[int, str, str, float]] = []
@@ -238,7 +236,7 @@ class _Trainer:
     @property
     def deployed(self) -> nn.Module:
         """The network that is judged and kept: the student, or its moving average."""
-        return self.distiller.student if self.average is None else self.average.module
+        return self.distiller.student if self.average is None else self.average
 
     def batches(self) -> range:
         """Numbers of the batches of the next step that are this process's."""
@@ -270,7 +268,7 @@ class _Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update_parameters(self.distiller.student)
+            follow(self.average, self.distiller.student, recipe.ema if self.step else 0.0)
         self.step += 1
         self.seconds += time.perf_counter() - start
 
@@ -350,6 +348,20 @@ def _check_patch(network: nn.Module, spec: RunSpec) -> None:
             f'a patch {spec.patch} does not fit "{spec.network}" or its teacher: '
             f"choose multiples of {tuple(network.divisor)}{plus}"
         )
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move weights and running statistics to `decay` times themselves plus the rest of the network's; whole numbers jump.
+
+    As `torch.optim.swa_utils.AveragedModel` does, which waits for the device to know whether it is the first time.
+    """
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+    mine, theirs = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    torch._foreach_lerp_(mine, theirs, 1 - decay)
+    for count, other in pairs:
+        if not count.is_floating_point():
+            count.copy_(other)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

@@ -45,11 +45,11 @@ ALLOWED = {
     "gdlib.models.erfnet": "gdlib.models gdlib.models.enet",
     # Of the models, the contract alone.
     "gdlib.distill": "gdlib.ops gdlib.parallel gdlib.registry gdlib.models gdlib.distill.bank",
-    "gdlib.distill.bank": "",
+    "gdlib.distill.bank": "gdlib.ops",
     "gdlib.distill.terms": "",
     "gdlib.distill.terms.*": "gdlib.ops gdlib.distill gdlib.distill.bank",
     "gdlib.data": "",
-    "gdlib.data.augment": "",
+    "gdlib.data.augment": "gdlib.ops",
     "gdlib.data.patches": "gdlib.io gdlib.ops gdlib.data.augment gdlib.distill",  # of the distillation, the type of a batch
     "gdlib.data.files": "gdlib.io gdlib.registry",
     "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data.files",
@@ -62,7 +62,7 @@ ALLOWED = {
     "gdlib.grid": "gdlib.io gdlib.registry gdlib.segmentation gdlib.data.files",
     "gdlib.volume_steps": "gdlib.blockwise",
     "gdlib.blockwise": "gdlib gdlib.io gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
-    "gdlib.cache": "gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
+    "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
     "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.native gdlib.metrics gdlib.segmentation gdlib.models "
     "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",
     "gdlib.profile": "gdlib.models gdlib.inference",

@@ -91,9 +91,15 @@ def test_gradient_of_relations(ndim, dim):
     assert torch.autograd.gradcheck(all_of_them, student.requires_grad_(), fast_mode=dim == 16)
 
 
-def loss(affinity, goal, pairs):
-    value = ops.pair_loss(affinity, goal, pairs)
-    return value.detach(), torch.autograd.grad(3 * value, affinity)[0]
+def losses(affinity, goal, pairs, kinds):
+    """Values, and the gradient of a sum in which each weighs something else."""
+    found = ops.pair_losses(affinity, goal, pairs, kinds)
+    total = sum(factor * found[kind] for factor, kind in zip((3, 0.5, -2), kinds, strict=False))
+    gradient = torch.autograd.grad(total, affinity)[0]
+    return {kind: value.detach() for kind, value in found.items()}, gradient
+
+
+KINDS = [kinds for n in (1, 2, 3) for kinds in itertools.combinations(ops.PAIR_LOSSES, n)]
 
 
 @compiled
@@ -101,24 +107,25 @@ def loss(affinity, goal, pairs):
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize(("connected", "per_offset"), list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("ndim", [2, 3])
-def test_pair_loss_is_that_of_the_plain_functions(ndim, connected, per_offset, ignored, ids, plain):
+def test_pair_losses_are_those_of_the_plain_functions(ndim, connected, per_offset, ignored, ids, plain):
     student, teacher, label = scene(ndim, 4)
     label = label * ids
     affinity, goal = (ops.affinities(ops.unit(x.detach()), OFFSETS[ndim]) for x in (student, teacher))
     affinity.requires_grad_()
     options = {"background_connected": connected, "per_offset": per_offset}
     options["ignore"] = scene(ndim, 1, seed=9)[2] == 2 if ignored else None
-    seen = set()
-    for to, weighted in ((None, True), (goal, True), (goal, False)):
+    for kinds in KINDS:
 
-        def both(to=to, weighted=weighted):
-            return loss(affinity, to, ops.Pairs(label, OFFSETS[ndim], **options) if weighted else None)
+        def both(kinds=kinds):
+            pairs = None if kinds == ("goal",) else ops.Pairs(label, OFFSETS[ndim], **options)
+            return losses(affinity, None if kinds == ("labels",) else goal, pairs, kinds)
 
         (mine, gradient), (theirs, expected) = both(), plain(both)
-        assert float(mine) == pytest.approx(float(theirs), rel=1e-12)
+        assert tuple(mine) == tuple(theirs) == kinds
+        for kind in kinds:
+            assert float(mine[kind]) == pytest.approx(float(theirs[kind]), rel=1e-12)
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-16)
-        seen.add(round(float(mine), 9))
-    assert len(seen) == 3
+    assert len({round(float(value), 9) for value in mine.values()}) == 3
 
 
 @compiled
@@ -138,7 +145,9 @@ def test_the_number_of_threads_changes_no_bit():
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             parts, gradient = relations(student, teacher, label, WHAT[-1])
-            results.append([*parts, gradient, *loss(parts[0].detach().requires_grad_(), None, pairs)])
+            affinity = parts[0].detach().requires_grad_()
+            found, other = losses(affinity, affinity.detach().square(), pairs, ops.PAIR_LOSSES)
+            results.append([*parts, gradient, *found.values(), other])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

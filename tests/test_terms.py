@@ -395,8 +395,9 @@ def test_inter_losses_in_double_precision():
     squares = [(a @ c - b @ c) ** 2 for a, b in zip(unit[0], unit[1], strict=True) for x in unit[2:] for c in x]
     gram = ops.gram(torch.stack(m)).mean(0)
     assert float(agd_inter_loss(ops.gram((s - t)[None]), gram)) == pytest.approx(np.mean(squares), rel=1e-13)
-    image = torch.zeros(4, dtype=torch.int64)
-    assert float(edge_inter_loss(s, t, image, 1, gram)) == pytest.approx(np.mean(squares), rel=1e-13)
+    assert float(edge_inter_loss(s[None], t[None], torch.tensor([4]), gram)) == pytest.approx(
+        np.mean(squares), rel=1e-13
+    )
 
 
 def test_accumulated_weights_by_hand():

@@ -1,5 +1,6 @@
 """The training loop: an interrupted run ends as if it had never been interrupted, and what is wrong is said in one sentence."""
 
+import copy
 import itertools
 import math
 import pickle
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from gdlib import cache, io, training
+from gdlib import cache, io, native, training
 from gdlib.config import Recipe
 from gdlib.inference import Predictor
 from gdlib.metrics import METRICS
@@ -726,3 +727,34 @@ def test_targets_reach_the_loss(make_spec, splits):
         trainer.advance(iter([sampler(spec, splits["train"]).batch(0)]))
         losses.append(trainer.flush_losses())
     assert len({round(loss, 4) for loss in losses}) == 3
+
+
+def test_moving_average_is_that_of_torch():
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+    reference = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    average = copy.deepcopy(network)
+    for step in range(4):
+        network(torch.randn(2, 1, 8, 8)).sum().backward()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        reference.update_parameters(network)
+        training.follow(average, network, 0.9 if step else 0.0)
+    for name, expected in reference.module.state_dict().items():
+        if expected.is_floating_point():
+            torch.testing.assert_close(average.state_dict()[name], expected, rtol=1e-6, atol=1e-7)
+        else:  # torch rounds a mean of them
+            assert average.state_dict()[name] == network.state_dict()[name]
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler")
+def test_compiled_networks_learn_the_same(tmp_path, make_spec, train, teacher):
+    found = []
+    for compile in (False, True):
+        spec = plain(make_spec("grd", compile=compile, ema=0.9), embedding_dim=4)
+        folder = tmp_path / str(compile)
+        train(spec, folder, teacher=teacher)
+        found.append(rows(folder))
+    assert found[1] == [(step, pytest.approx(value, rel=1e-4, abs=1e-5)) for step, value in found[0]]

@@ -87,6 +87,11 @@ def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
     return rescale(image, *intensity_range(image, lower, upper))
 
 
+def _tensor(array: np.ndarray) -> Tensor:
+    """An array as a tensor; torch can do little with uint32, so these bits become those of an int32."""
+    return torch.from_numpy(array.view(np.int32) if array.dtype == np.uint32 else array)
+
+
 class PatchSampler:
     """Random augmented training patches; `batch(step)` depends on the seed and the step alone.
 
@@ -141,9 +146,13 @@ class PatchSampler:
                 )
             low, high = intensity_range(arrays["image"], **normalisation)
             column = (-1,) + (1,) * len(self.patch)
-            held = {k: self._tensor(a) if isinstance(a, np.ndarray) else a for k, a in arrays.items()}
-            held |= {"low": self._tensor(low.reshape(column)), "span": self._tensor(_span(low, high).reshape(column))}
-            self.samples.append(held)
+            held = arrays | {"low": low.reshape(column), "span": _span(low, high).reshape(column)}
+            self.samples.append(
+                {k: _tensor(a).to(self.device) if isinstance(a, np.ndarray) else a for k, a in held.items()}
+            )
+        # What counts instances need not ask the device then. A CPU is not waited for, and counts what a patch has.
+        in_memory = self.device.type != "cpu" and size <= IN_MEMORY
+        self.largest = max((int(a["label"].max()) for a in found.values()), default=0) if in_memory else None
         self.ignores = any("ignore" in sample for sample in self.samples)
         if not self.samples:
             raise io.DataError(f"{path}: there is no image to train on; check the split lists")
@@ -165,11 +174,7 @@ class PatchSampler:
         image = augment_intensity(image, generator, **self.augment["intensity"])
         if len(self.patch) == 3:
             image = augment_sections(image, generator, **self.augment["sections"])
-        return Batch(image, label, ids.to(self.device), ignore)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        """An array on the device; torch can do little with uint32, so these bits become those of an int32."""
-        return torch.from_numpy(array.view(np.int32) if array.dtype == np.uint32 else array).to(self.device)
+        return Batch(image, label, ops.send(ids, self.device), ignore, largest=self.largest)
 
     def _cut(self, sample: Mapping[str, Any], grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read the box that holds all points of a grid, and resample it."""
@@ -177,11 +182,11 @@ class PatchSampler:
         ends = [place.aminmax() for place in places]
         box = tuple(slice(math.floor(low), math.ceil(high) + 1) for low, high in ends)
         inner = tuple(slice(m, m + p) for m, p in zip(self.margin, self.patch, strict=True))
-        grid = torch.stack([place - s.start for place, s in zip(places, box, strict=True)]).to(self.device)
+        grid = ops.send(torch.stack([place - s.start for place, s in zip(places, box, strict=True)]), self.device)
 
         def read(name: str) -> Tensor:
             part = sample[name][(..., *box)]
-            return part if isinstance(part, Tensor) else self._tensor(part)
+            return part if isinstance(part, Tensor) else ops.send(_tensor(part), self.device)
 
         image = sample_patch((read("image").float() - sample["low"]) / sample["span"], grid.movedim(0, -1))
         nearest = tuple(grid[(slice(None), *inner)].round().long())

@@ -30,6 +30,7 @@ class Batch:
         ids: (B,) int64 source images.
         ignore: (B, [Z,] Y, X) boolean, where the label is not known.
         teacher: the teacher's output on these patches, if it is already known (`gdlib.cache`).
+        largest: no id in the label is larger; known where a device is better not asked.
     """
 
     image: Tensor
@@ -37,6 +38,7 @@ class Batch:
     ids: Tensor
     ignore: Tensor | None = None
     teacher: Embedding | None = None
+    largest: int | None = None
 
 
 class Truth:
@@ -50,13 +52,15 @@ class Truth:
         ignore: Tensor | None = None,
         background_connected: bool = True,
         per_offset: bool = False,
+        largest: int | None = None,
     ) -> None:
-        """See `gdlib.schema.Targets` for the last two."""
+        """See `gdlib.schema.Targets` and `Batch` for the last three."""
         self.label = label if ignore is None else label.masked_fill(ignore, 0)
         self.offsets = offsets
         self.ignore = ignore
         self.background_connected = background_connected
         self.per_offset = per_offset
+        self.largest = largest
 
     @cached_property
     def pairs(self) -> ops.Pairs:
@@ -77,14 +81,15 @@ class Truth:
     @cached_property
     def instances(self) -> ops.Instances:
         """Pixel-to-node map without the background."""
-        return ops.Instances(self.label)
+        return ops.Instances(self.label, largest=self.largest)
 
     @cached_property
     def instances_and_background(self) -> ops.Instances:
         """Pixel-to-node map in which every background is a node too; what is not known belongs to none."""
         if self.ignore is None:
-            return ops.Instances(self.label, background=True)
-        return ops.Instances((self.label + 1).masked_fill(self.ignore, 0))
+            return ops.Instances(self.label, background=True, largest=self.largest)
+        largest = None if self.largest is None else self.largest + 1
+        return ops.Instances((self.label + 1).masked_fill(self.ignore, 0), largest=largest)
 
 
 class View:
@@ -94,7 +99,7 @@ class View:
         output: of the network.
         truth: of the same batch.
         uses: relations that will be asked for, and so are computed together, in one pass; see `Term.uses`.
-        other: the view that `gram` will be asked about.
+        other: the view that `gram` and `pair_loss` will be asked about.
     """
 
     def __init__(
@@ -104,6 +109,8 @@ class View:
         self.truth = truth
         one = max((use for use in uses if isinstance(use, tuple)), default=None)  # windows of one size in a pass
         self.uses = {use for use in uses if isinstance(use, str) or use == one}
+        if self.uses.intersection(ops.PAIR_LOSSES):
+            self.uses.add("affinity")
         self.other = other
 
     def feature(self, level: str, stride: Sequence[int]) -> Tensor:
@@ -129,12 +136,25 @@ class View:
 
     @cached_property
     def nodes(self) -> Tensor:
-        """(N, D) mean raw embedding of every instance."""
+        """(B, M, D) mean raw embedding of every instance."""
         return self._relate("nodes").nodes
 
     def gram(self, other: "View | None" = None) -> Tensor:
         """(B, D, D) `ops.gram` of the unit vectors, or of what they are more than those of another view."""
         return self._relate("gram", other).gram
+
+    def pair_loss(self, kind: str, other: "View | None" = None) -> Tensor:
+        """Scalar of `ops.pair_losses`, where another view's affinities are the goal."""
+        if kind in self.uses and (kind == "labels" or other is self.other):
+            return self._pair_losses[kind]
+        goal = None if other is None else other.affinity
+        return ops.pair_losses(self.affinity, goal, self.truth.pairs, [kind])[kind]
+
+    @cached_property
+    def _pair_losses(self) -> dict[str, Tensor]:
+        kinds = [kind for kind in ops.PAIR_LOSSES if kind in self.uses]
+        goal = None if kinds == ["labels"] else self.other.affinity
+        return ops.pair_losses(self.affinity, goal, self.truth.pairs, kinds)
 
     def means(self, side: int) -> Tensor:
         """(B, [z,] y, x, D) means of the unit vectors over windows of `side` pixels; in 3D they are 3 sections deep."""
@@ -173,8 +193,8 @@ class Term(nn.Module):
         projected: at a level it gets the student's map with as many channels as the teacher's, by a learned projection; off for
             terms that compare similarities alone.
         levels: feature maps that it reads from `View.output` itself, as far as the networks have them.
-        uses: which of `affinity`, `nodes`, `gram` and `("means", side)` of a view it asks for. Only for speed: these are
-            computed together.
+        uses: which of `nodes`, `gram`, `("means", side)` and `ops.PAIR_LOSSES` of the student's view it asks for. Only for
+            speed: these are computed together.
     """
 
     needs_teacher = True
@@ -317,11 +337,11 @@ class Distiller(nn.Module):
             batch: augmented patches; student and teacher see the same.
             step: number of the optimizer step; decides, with the bank's seed, what is sampled.
         """
-        truth = Truth(batch.label, self.offsets, ignore=batch.ignore, **self.targets)
+        truth = Truth(batch.label, self.offsets, ignore=batch.ignore, largest=batch.largest, **self.targets)
         teacher, memory = None, {}
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = View(batch.teacher or see(self.teacher, batch), truth, self._uses(None))
+                teacher = View(batch.teacher or see(self.teacher, batch), truth, self._uses(None) - {"labels"})
         student = View(see(self.student, batch), truth, self._uses(None), teacher)
         # Loss arithmetic is float32 whatever precision the networks run in.
         with torch.autocast(batch.image.device.type, enabled=False):
@@ -347,8 +367,9 @@ class Distiller(nn.Module):
         stride = _stride(self.student, level)
         shape = student.output.features[level].shape[2:]
         label, ignore = (None if x is None else label_at(x, shape, stride)[0] for x in (truth.label, truth.ignore))
-        at_level = Truth(label, self.offsets[: truth.label.ndim - 1], ignore=ignore, **self.targets)
-        goal = View(Embedding(teacher.feature(level, stride), None, {}), at_level, self._uses(level))
+        offsets = self.offsets[: truth.label.ndim - 1]
+        at_level = Truth(label, offsets, ignore=ignore, largest=truth.largest, **self.targets)
+        goal = View(Embedding(teacher.feature(level, stride), None, {}), at_level, self._uses(level) - {"labels"})
         mine = student.feature(level, stride)
         views = [View(Embedding(mine, None, {}), at_level, self._uses(level), goal)]
         if level in self.projections:

@@ -7,6 +7,8 @@ which is 1 KiB instead of the 19 MiB of a 544 x 544 map of 16 channels.
 import torch
 from torch import Tensor, nn
 
+from gdlib import ops
+
 Memory = dict[str, Tensor]
 
 
@@ -51,7 +53,7 @@ class MemoryBank(nn.Module):
         if not self.original_ring:
             allowed &= ~torch.isin(self.ids, current)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        order = torch.rand(self.capacity, generator=generator).to(self.ids.device).masked_fill(~allowed, -1.0)
+        order = ops.send(torch.rand(self.capacity, generator=generator), self.ids.device).masked_fill(~allowed, -1.0)
         score, chosen = order.topk(min(self.sample_size, self.capacity))
         memory = {name: record[chosen] for name, record in self.records.items()}
         memory["valid"] = score >= 0

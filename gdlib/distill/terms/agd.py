@@ -48,7 +48,7 @@ class AGD(Term):
         if memory:
             self.uses = ("gram",) if pool == 1 else (("means", pool),)
         else:
-            self.uses = () if wrap_around else ("affinity",)
+            self.uses = () if wrap_around else ("balanced" if balanced else "goal",)
 
     def _gram(self, view: View, other: View | None = None) -> Tensor:
         """(B, D, D) second moments of the unit vectors, pooled if asked, or of what they are more than those of another view."""
@@ -68,5 +68,6 @@ class AGD(Term):
             gram = mean_record(memory, f"agd_gram_{self.pool}")
             return student.rows.sum() * 0 if gram is None else agd_inter_loss(self._gram(student, teacher), gram)
         if self.wrap_around:
-            return ops.pair_loss(*(ops.affinities_wrapped(view.unit, truth.offsets) for view in (student, teacher)))
-        return ops.pair_loss(student.affinity, teacher.affinity, truth.pairs if self.balanced else None)
+            wrapped = (ops.affinities_wrapped(view.unit, truth.offsets) for view in (student, teacher))
+            return ops.pair_losses(*wrapped, None, ["goal"])["goal"]
+        return student.pair_loss("balanced" if self.balanced else "goal", teacher)

@@ -1,6 +1,5 @@
 """IFVD, intra-class feature variation: how far each pixel is from the mean of its class is what the teacher says."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +16,9 @@ def variation(rows: Tensor, classes: ops.Instances) -> Tensor:
         rows: (B, [Z,] Y, X, D).
         classes: of the same batch.
     """
-    prototypes = F.pad(ops.unit(ops.pool_instances(rows, classes)), (0, 0, 0, 1))  # and a zero for pixels without
+    prototypes = F.pad(
+        ops.unit(ops.pool_instances(rows, classes)).flatten(0, 1), (0, 0, 0, 1)
+    )  # and a zero for pixels without
     return (ops.unit(rows.reshape(-1, rows.shape[-1])) * prototypes.index_select(0, classes.index)).sum(1)
 
 
@@ -33,9 +34,8 @@ def variation_loss(student: Tensor, teacher: Tensor, classes: ops.Instances) -> 
     variation maps.
     """
     squared = (variation(student, classes) - variation(teacher, classes)).square()
-    total = squared.reshape(classes.batch, -1).sum(1)
-    known = torch.zeros_like(total).index_add(0, classes.image, classes.size.to(total.dtype))
-    return (total / known.clamp(min=1)).mean()
+    total = squared.reshape(len(classes.size), -1).sum(1)
+    return (total / classes.size.sum(1).clamp(min=1)).mean()
 
 
 class IFVD(Term):

@@ -12,54 +12,51 @@ from gdlib.distill import Term, Truth, View, check_comparable
 __all__ = ["IGD"]
 
 
-def node_loss(student: Tensor, teacher: Tensor, image: Tensor, batch: int, power: int = 2) -> Tensor:
+def node_loss(student: Tensor, teacher: Tensor, count: Tensor, power: int = 2) -> Tensor:
     """`mean_b mean_i ||v_i^S - v_i^T||^power` over the instances i of each image b.
 
     Args:
-        student: (N, D) nodes.
-        teacher: (N, D), no gradient.
-        image: (N,) image of each node.
-        batch: number of images; one without instances counts as 0.
+        student: (B, M, D) nodes, 0 where an image has fewer than M.
+        teacher: likewise, no gradient.
+        count: (B,) nodes of each image; one without instances counts as 0.
         power: 2 is the paper's formula. PAPER: the original code takes the norm without the square, power 1.
     """
-    squared = (student - teacher).square().sum(1)
+    squared = (student - teacher).square().sum(2)
     if power == 1:  # the root has no gradient at 0
         squared = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
-    return ops.mean_per_image(squared, image, batch).mean()
+    return (squared.sum(1) / count.clamp(min=1)).mean()
 
 
-def edge_loss(student: Tensor, teacher: Tensor, image: Tensor, batch: int) -> Tensor:
+def edge_loss(student: Tensor, teacher: Tensor, count: Tensor) -> Tensor:
     """`mean_b 1/N_b^2 sum_ij (s_i . s_j - t_i . t_j)^2` over all pairs of instances of the same image.
 
-    By Gram matrices over the vector dimension, `||S^T S||^2 - 2 ||S^T T||^2 + ||T^T T||^2`, so that a ragged batch needs neither
-    a loop nor padding.
+    By Gram matrices over the vector dimension, `||S^T S||^2 - 2 ||S^T T||^2 + ||T^T T||^2`, to which nodes that are 0 add
+    nothing.
 
     Args:
-        student: (N, D) nodes of length one.
-        teacher: (N, D), likewise, no gradient.
-        image: (N,) image of each node.
-        batch: number of images.
+        student: (B, M, D) nodes of length one, 0 where an image has fewer than M.
+        teacher: likewise, no gradient.
+        count: (B,) nodes of each image.
     """
-    both = torch.cat([student, teacher], 1)
-    g = ops.node_grams(both.double(), image, batch)  # differences of near-equal sums: float64, on D x D matrices only
-    d = student.shape[1]
+    both = torch.cat([student, teacher], 2)
+    g = ops.node_grams(both.double(), count)  # differences of near-equal sums: float64, on D x D matrices only
+    d = student.shape[2]
     ss, st, tt = (part.square().sum((1, 2)) for part in (g[:, :d, :d], g[:, :d, d:], g[:, d:, d:]))
     return (ss - 2 * st + tt).mean().to(student.dtype)
 
 
-def edge_inter_loss(student: Tensor, teacher: Tensor, image: Tensor, batch: int, memory_gram: Tensor) -> Tensor:
+def edge_inter_loss(student: Tensor, teacher: Tensor, count: Tensor, memory_gram: Tensor) -> Tensor:
     """`mean_b mean_l mean_(i, j) (s_i . y_lj - t_i . y_lj)^2` with the teacher nodes y_l of each sampled memory image l.
 
     Args:
-        student: (N, D) nodes of length one.
-        teacher: (N, D), likewise, no gradient.
-        image: (N,) image of each node.
-        batch: number of images.
-        memory_gram: (D, D) mean over l of `1/K_l sum_j y_lj y_lj^T`, or (batch, D, D) with a weight per image in it.
+        student: (B, M, D) nodes of length one, 0 where an image has fewer than M.
+        teacher: likewise, no gradient.
+        count: (B,) nodes of each image.
+        memory_gram: (D, D) mean over l of `1/K_l sum_j y_lj y_lj^T`, or (B, D, D) with a weight per image in it.
 
     Reference: arXiv 2401.06370, inter-image L_edge; both graphs are compared with the teacher's memory.
     """
-    return (ops.node_grams(student - teacher, image, batch) * memory_gram).sum((1, 2)).mean()
+    return (ops.node_grams(student - teacher, count) * memory_gram).sum((1, 2)).mean()
 
 
 class IGD(Term):
@@ -107,32 +104,31 @@ class IGD(Term):
 
     def _unit(self, nodes: Tensor) -> Tensor:
         if self.detach_norm:
-            return nodes / (nodes.norm(dim=1, keepdim=True).detach() + 1e-8)
-        return F.normalize(nodes, dim=1)
+            return nodes / (nodes.norm(dim=2, keepdim=True).detach() + 1e-8)
+        return F.normalize(nodes, dim=2)
 
     def record(self, teacher: View) -> dict[str, Tensor]:
         """Keep the Gram matrix of each image's unit nodes, and their number."""
         nodes, instances = self._graph(teacher)
         return {
-            f"igd_gram_{self.background:d}": ops.node_grams(self._unit(nodes), instances.image, instances.batch),
-            f"igd_count_{self.background:d}": instances.per_image.float(),
+            f"igd_gram_{self.background:d}": ops.node_grams(self._unit(nodes), instances.count),
+            f"igd_count_{self.background:d}": instances.count.float(),
         }
 
     def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
         """Return the scalar loss; a differentiable 0 without instances or memory."""
         nodes, instances = self._graph(student)
         nodes_teacher, _ = self._graph(teacher)
-        where = (instances.image, instances.batch)
         if self.part == "nodes" or self.memory:
             check_comparable(nodes, nodes_teacher)
         if self.part == "nodes":
-            return node_loss(nodes, nodes_teacher, *where, power=self.power)
+            return node_loss(nodes, nodes_teacher, instances.count, power=self.power)
         if not self.memory:
-            return edge_loss(self._unit(nodes), self._unit(nodes_teacher), *where)
+            return edge_loss(self._unit(nodes), self._unit(nodes_teacher), instances.count)
         if f"igd_gram_{self.background:d}" not in memory:
             return nodes.sum() * 0
         gram = self._memory_gram(memory, instances)
-        return edge_inter_loss(self._unit(nodes), self._unit(nodes_teacher), *where, gram)
+        return edge_inter_loss(self._unit(nodes), self._unit(nodes_teacher), instances.count, gram)
 
     def _memory_gram(self, memory: dict, instances: ops.Instances) -> Tensor:
         gram = memory[f"igd_gram_{self.background:d}"]
@@ -141,7 +137,7 @@ class IGD(Term):
         if self.accumulate:
             count = count * weight
             before = count.cumsum(0) - count
-            mine = instances.per_image.float()[:, None]
+            mine = instances.count.float()[:, None]
             share = 2 * mine / (mine + before).clamp(min=1) * weight
             return torch.einsum("bl,lde->bde", share, gram) / len(weight)
         return torch.tensordot(weight, gram, dims=1) / weight.sum().clamp(min=1)

@@ -1,5 +1,7 @@
 """RKD, relational distillation: distances and angles between the images of a batch are those that the teacher sees."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,19 +13,18 @@ __all__ = ["RKD"]
 
 
 def distances(x: Tensor) -> Tensor:
-    """`|x_i - x_j|` over its mean, of all ordered pairs of different images: (B (B - 1),).
+    """`|x_i - x_j|` over its mean over all ordered pairs of different images: (B, B), 0 of an image with itself.
 
     Args:
         x: (B, D), a vector per image.
     """
-    different = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    squared = (x[:, None] - x[None]).square().sum(-1)[different]
+    squared = (x[:, None] - x[None]).square().sum(-1)
     length = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)  # the root has no gradient at 0
-    return length / (length.sum() / max(1, len(length))).clamp(min=1e-12)
+    return length / (length.sum() / max(1, len(x) * (len(x) - 1))).clamp(min=1e-12)
 
 
 def angles(x: Tensor) -> Tensor:
-    """Cosine of the angle at `x_j` between `x_i` and `x_k`, of all ordered triplets of different images.
+    """Cosine of the angle at `x_j` between `x_i` and `x_k`: (B, B, B), 0 where two of the three images are the same.
 
     Args:
         x: (B, D), a vector per image.
@@ -33,12 +34,18 @@ def angles(x: Tensor) -> Tensor:
     difference = x[:, None] - x[None]
     # Equal vectors have no direction, and get no gradient.
     towards = ops.unit(torch.where((difference != 0).any(-1, keepdim=True), difference, 0.0))  # [i, j] from j to i
-    return torch.einsum("ijd,kjd->ijk", towards, towards)[different]
+    return torch.einsum("ijd,kjd->ijk", towards, towards) * different
 
 
 def huber_mean(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean Huber loss (1/2 d^2 up to d = 1, linear beyond); a differentiable 0 of no relation at all."""
-    return F.smooth_l1_loss(student, teacher, reduction="sum") / max(1, len(student))
+    """Mean Huber loss (1/2 d^2 up to d = 1, linear beyond) of relations of different images; a differentiable 0 of none.
+
+    Args:
+        student: (B, B), or (B, B, B), 0 where images are not different.
+        teacher: likewise.
+    """
+    count = math.perm(len(student), student.ndim)
+    return F.smooth_l1_loss(student, teacher, reduction="sum") / max(1, count)
 
 
 class RKD(Term):

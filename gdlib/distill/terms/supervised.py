@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from gdlib import ops
 from gdlib.distill import Term, Truth, View
 
 __all__ = ["Supervised"]
@@ -15,11 +14,11 @@ class Supervised(Term):
     """
 
     needs_teacher = False
-    uses = ("affinity",)
+    uses = ("labels",)
 
     def __init__(self) -> None:
         super().__init__()
 
     def forward(self, student: View, teacher: View | None, truth: Truth, memory: dict) -> Tensor:
         """Return the scalar loss."""
-        return ops.pair_loss(student.affinity, pairs=truth.pairs)
+        return student.pair_loss("labels")

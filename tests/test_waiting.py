@@ -1,0 +1,143 @@
+"""A step of training leaves its device alone until losses are written down.
+
+Shown on torch's `meta` device, whose tensors have a shape and no values: whatever would wait for a GPU, because it reads a
+value or makes a shape of one, raises there.
+"""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gdlib import cache, io, training
+from gdlib.config import RunSpec
+from gdlib.data.patches import PatchSampler
+
+META = torch.device("meta")
+METHODS = yaml.safe_load((Path(__file__).resolve().parents[1] / "config.yaml").read_text())["methods"]
+# What the plain network and its smaller students get besides; every augmentation is on, each in every patch.
+MORE = {
+    "augment": {
+        "geometry": {"scale": (0.8, 1.2), "elastic": 2.0, "elastic_spacing": 8, "rotate": 10.0, "misalign": 2.0},
+        "intensity": {"contrast": 0.2, "brightness": 0.2, "gamma": 0.2, "blur": 1.0, "noise": 0.1, "probability": 1.0},
+        "sections": {"contrast": 0.1, "brightness": 0.1, "blur": 1.0, "motion": 5, "missing": 0.5, "probability": 1.0},
+    }
+}
+NETWORKS = {"2D": ("resunet", (2, 2, 4, 4, 4), (32, 32)), "3D": ("resunet3d", (2, 2, 4, 4, 4), (4, 32, 32))}
+
+
+class Waited(AssertionError):
+    """Something would have waited for the device."""
+
+
+class Watch(TorchDispatchMode):
+    """Refuse operators on tensors of two devices, and copies that are waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func is torch.ops.aten._to_copy.default:
+            there = kwargs.get("device") or args[0].device
+            if there.type != args[0].device.type and not kwargs.get("non_blocking"):
+                raise Waited(f"a copy to {there} waits")
+        elif len({tensor.device.type for tensor in tensors if tensor.dim()}) > 1:  # a number may be on the CPU
+            raise Waited(f"{func} is given tensors on different devices")
+        return func(*args, **kwargs)
+
+
+def put_on_meta(monkeypatch):
+    """There is no automatic precision on this device."""
+    real = torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext() if kind == "meta" else real(kind, *a, **k)
+    )
+
+
+def volumes(folder):
+    path = folder / "volumes.h5"
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (1, 6, 40, 44), generator=generator, dtype=torch.uint8).numpy()
+    label = torch.randint(5, (6, 40, 44), generator=generator).numpy().astype("uint32")
+    ignore = torch.rand(6, 40, 44, generator=generator).numpy() < 0.1
+    io.write_samples(path, [io.Sample("a", image, label, ignore=ignore), io.Sample("b", image, label)], split="train")
+    return path
+
+
+@pytest.fixture
+def parts(tmp_path, splits, make_spec, train):
+    """Return `make(axes, method, **recipe)` -> (spec, samples, teacher's weights), without the time a teacher takes."""
+
+    def make(axes, method, **recipe):
+        model, widths, patch = NETWORKS[axes]
+        chosen = METHODS[method] if isinstance(METHODS[method], dict) else {"terms": METHODS[method]}
+        plain = make_spec("none", model=model, widths=widths, patch=patch, **recipe, **chosen.get("recipe", {}))
+        spec = RunSpec.model_validate(plain.model_dump() | {"method": method, "terms": chosen["terms"]})
+        weights = tmp_path / "teacher.safetensors"
+        network = training.build(model, spec.options)
+        header = spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"})
+        io.save_weights(weights, network.state_dict(), header)
+        return spec, splits["train"] if axes == "2D" else volumes(tmp_path), weights
+
+    return make
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("axes", NETWORKS)
+def test_a_step_does_not_wait(axes, method, parts, monkeypatch):
+    spec, samples, weights = parts(axes, method, **MORE, ema=0.9, clip=1.0, accumulate=2)
+    put_on_meta(monkeypatch)
+    trainer = training._Trainer(spec, weights if spec.terms else None, META)
+    sampler = PatchSampler(samples, **spec.drawing, margin=trainer.margin, device=META)
+    with Watch():
+        for _ in range(3):  # the bank is empty, filled, full
+            trainer.advance(sampler.batch(number) for number in trainer.batches())
+    assert trainer.step == 3
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # that is, this test can fail
+        trainer.flush_losses()
+
+
+def test_a_step_with_a_cache_does_not_wait(tmp_path, parts, monkeypatch):
+    spec, samples, weights = parts("2D", "grd")
+    patches, taught = tmp_path / "patches.h5", tmp_path / "taught.h5"
+    cache.draw(spec.drawing, samples, patches, 2, margin=(0, 0))
+    cache.teach(weights, patches, taught, device="cpu")
+    put_on_meta(monkeypatch)
+    trainer = training._Trainer(spec, weights, META)
+    source = cache.source_of_patches(spec, samples, trainer.margin, META, patches, [taught], weights)
+    with Watch():
+        for _ in range(3):
+            trainer.advance(source.batch(number) for number in trainer.batches())
+
+
+def test_what_waits_is_noticed():
+    there = torch.zeros(3, device=META)
+    for wait in (
+        lambda: there.to(META) + torch.zeros(3).to(META),
+        lambda: there[torch.zeros(3, dtype=torch.int64)],
+        lambda: there.sum().item(),
+        lambda: there[there > 0],
+    ):
+        with Watch(), pytest.raises((Waited, RuntimeError)):
+            wait()
+
+
+def test_what_is_known_of_the_labels_changes_no_loss(parts, monkeypatch):
+    """On a device, room is made for the largest id of all images; on the CPU for the instances that are there."""
+    spec, samples, weights = parts("2D", "grd")
+    losses = []
+    for largest in (None, 12, 40):
+        trainer = training._Trainer(spec, weights, torch.device("cpu"))
+        sampler = PatchSampler(samples, **spec.drawing, margin=trainer.margin)
+        assert sampler.largest is None
+        sampler.largest = largest
+        for _ in range(3):
+            trainer.advance(sampler.batch(number) for number in trainer.batches())
+        trainer.flush_losses()
+        losses.append([value for *_, value in trainer.history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
