@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gdlib import io, ops
 from gdlib.config import RunSpec
-from gdlib.data.patches import PatchSampler
+from gdlib.data.patches import PatchSampler, largest_id
 from gdlib.distill import Batch, see
 from gdlib.inference import choose_device, choose_precision
 from gdlib.models import Embedding, build, folded
@@ -164,8 +164,7 @@ class CachedPatches:
         parts = {name: read(self.file[name]) for name in ("image", "label", "ignore") if name in self.file}
         parts |= {name: read(maps) for name, maps in self.taught.items()}
         parts["ids"] = torch.from_numpy(self.file["ids"][:])[rows]
-        # As `PatchSampler` does, but of the patches at hand.
-        largest = int(parts["label"].max()) if self.device.type != "cpu" else None
+        largest = largest_id([parts["label"]], parts["label"][0].numel(), self.device)
         parts = {name: ops.send(part, self.device) for name, part in parts.items()}
         image, label, ids, ignore = (parts.pop(name, None) for name in ("image", "label", "ids", "ignore"))
         teacher = Embedding(parts.pop("embedding", None), parts.pop("foreground", None), parts) if self.taught else None

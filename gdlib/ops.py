@@ -334,9 +334,8 @@ class Instances:
         if not known:
             label = numbered(label)
             largest = int(label.max())
-        width = largest + 1
-        key = (label.reshape(batch, -1) + width * first).reshape(-1)
-        size = torch.zeros(batch, width, device=label.device)
+        size = torch.zeros(batch, largest + 1, device=label.device)
+        key = (label.reshape(batch, -1) + size.shape[1] * first).reshape(-1)
         size.view(-1).index_add_(0, key, size.new_ones(1).expand(len(key)))
         wanted = size > 0
         if not background:

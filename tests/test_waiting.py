@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from gdlib import cache, io, training
 from gdlib.config import RunSpec
-from gdlib.data.patches import PatchSampler
+from gdlib.data.patches import PatchSampler, largest_id
 
 META = torch.device("meta")
 METHODS = yaml.safe_load((Path(__file__).resolve().parents[1] / "config.yaml").read_text())["methods"]
@@ -141,3 +141,11 @@ def test_what_is_known_of_the_labels_changes_no_loss(parts, monkeypatch):
         losses.append([value for *_, value in trainer.history])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_ids_that_say_nothing_of_how_many_there_are():
+    label = torch.tensor([[0, 7], [1, 0]])
+    assert largest_id([label, label // 2], 4 * 4, META) == 7
+    assert largest_id([label], 6, META) is None
+    assert largest_id([], 16, META) is None
+    assert largest_id([label], 16, torch.device("cpu")) is None

@@ -92,6 +92,23 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.view(np.int32) if array.dtype == np.uint32 else array)
 
 
+def largest_id(labels: Sequence[np.ndarray | Tensor], pixels: int, device: torch.device) -> int | None:
+    """Find the largest id, so that what counts instances need not ask the device.
+
+    Args:
+        labels: of all patches.
+        pixels: of a patch.
+        device: of the patches.
+
+    Returns:
+        None on the CPU, which is not waited for, and where ids are so large that they say nothing of how many there are.
+    """
+    if device.type == "cpu" or not labels:
+        return None
+    largest = max(int(label.max()) for label in labels)
+    return largest if largest <= pixels else None
+
+
 class PatchSampler:
     """Random augmented training patches; `batch(step)` depends on the seed and the step alone.
 
@@ -150,9 +167,8 @@ class PatchSampler:
             self.samples.append(
                 {k: _tensor(a).to(self.device) if isinstance(a, np.ndarray) else a for k, a in held.items()}
             )
-        # What counts instances need not ask the device then. A CPU is not waited for, and counts what a patch has.
-        in_memory = self.device.type != "cpu" and size <= IN_MEMORY
-        self.largest = max((int(a["label"].max()) for a in found.values()), default=0) if in_memory else None
+        in_memory = [arrays["label"] for arrays in found.values() if size <= IN_MEMORY]
+        self.largest = largest_id(in_memory, math.prod(self.patch), self.device)
         self.ignores = any("ignore" in sample for sample in self.samples)
         if not self.samples:
             raise io.DataError(f"{path}: there is no image to train on; check the split lists")
