@@ -151,8 +151,11 @@ def sample_patch(image: Tensor, grid: Tensor) -> Tensor:
     """
     # grid_sample wants (x, y, [z]) in [-1, 1].
     unit = [place / max(1, n - 1) * 2 - 1 for place, n in zip(grid.unbind(-1), image.shape[1:], strict=True)]
-    unit = torch.stack(unit[::-1], -1)
-    return F.grid_sample(image[None], unit[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
+    # As a batch of lines or sections, as a CPU computes several images at once but not parts of one.
+    unit = torch.stack(unit[::-1], -1)[:, None]
+    images = image.expand(len(unit), *image.shape)
+    parts = F.grid_sample(images, unit, mode="bilinear", padding_mode="border", align_corners=True)
+    return parts[:, :, 0].movedim(0, 1)
 
 
 def augment_intensity(
