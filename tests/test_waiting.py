@@ -20,7 +20,7 @@ from gdlib.data.patches import PatchSampler, largest_id
 
 META = torch.device("meta")
 METHODS = yaml.safe_load((Path(__file__).resolve().parents[1] / "config.yaml").read_text())["methods"]
-# What the plain network and its smaller students get besides; every augmentation is on, each in every patch.
+# Every augmentation is on, each in every patch.
 MORE = {
     "augment": {
         "geometry": {"scale": (0.8, 1.2), "elastic": 2.0, "elastic_spacing": 8, "rotate": 10.0, "misalign": 2.0},
@@ -69,7 +69,7 @@ def volumes(folder):
 
 
 @pytest.fixture
-def parts(tmp_path, splits, make_spec, train):
+def parts(tmp_path, splits, make_spec):
     """Return `make(axes, method, **recipe)` -> (spec, samples, teacher's weights), without the time a teacher takes."""
 
     def make(axes, method, **recipe):
@@ -126,7 +126,7 @@ def test_what_waits_is_noticed():
             wait()
 
 
-def test_what_is_known_of_the_labels_changes_no_loss(parts, monkeypatch):
+def test_what_is_known_of_the_labels_changes_no_loss(parts):
     """On a device, room is made for the largest id of all images; on the CPU for the instances that are there."""
     spec, samples, weights = parts("2D", "grd")
     losses = []

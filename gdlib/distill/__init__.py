@@ -193,8 +193,8 @@ class Term(nn.Module):
         projected: at a level it gets the student's map with as many channels as the teacher's, by a learned projection; off for
             terms that compare similarities alone.
         levels: feature maps that it reads from `View.output` itself, as far as the networks have them.
-        uses: which of `nodes`, `gram`, `("means", side)` and `ops.PAIR_LOSSES` of the student's view it asks for. Only for
-            speed: these are computed together.
+        uses: which of `affinity`, `nodes`, `gram`, `("means", side)` and `ops.PAIR_LOSSES` of the student's view it asks for.
+            Only for speed: these are computed together.
     """
 
     needs_teacher = True

@@ -16,9 +16,8 @@ def variation(rows: Tensor, classes: ops.Instances) -> Tensor:
         rows: (B, [Z,] Y, X, D).
         classes: of the same batch.
     """
-    prototypes = F.pad(
-        ops.unit(ops.pool_instances(rows, classes)).flatten(0, 1), (0, 0, 0, 1)
-    )  # and a zero for pixels without
+    prototypes = ops.unit(ops.pool_instances(rows, classes)).flatten(0, 1)
+    prototypes = F.pad(prototypes, (0, 0, 0, 1))  # and a zero for pixels without
     return (ops.unit(rows.reshape(-1, rows.shape[-1])) * prototypes.index_select(0, classes.index)).sum(1)
 
 
