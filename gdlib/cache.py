@@ -37,8 +37,8 @@ def draw(
     Args:
         drawing: of their runs; see `RunSpec`.
         train: samples `.h5`.
-        out: `.h5` with `image` (N, C, [Z,] Y, X) float32, `label` (N, [Z,] Y, X) int32, `ids` (N,) int64 and, where some labels
-            are not known, `ignore` (N, [Z,] Y, X) bool.
+        out: `.h5` with `image` (N, C, [Z,] Y, X) float32, `label` (N, [Z,] Y, X) int32 and, where some labels are not known,
+            `ignore` (N, [Z,] Y, X) bool.
         batches: how many steps of training they are for.
         margin: the largest of the students and teachers.
         networks: `model` and `options` of those that must be built to know it.
@@ -50,7 +50,7 @@ def draw(
     with io.create_h5(out, drawing=drawing, train=io.sha256(train), batches=batches, margin=margin) as file:
         for step in Progress(range(batches), unit="batch", desc="draw"):
             batch = sampler.batch(step)
-            parts = {"image": batch.image, "label": batch.label.int(), "ids": batch.ids, "ignore": batch.ignore}
+            parts = {"image": batch.image, "label": batch.label.int(), "ignore": batch.ignore}
             for name, part in parts.items():
                 if part is not None:
                     _rows(file, name, part, batches * size)[step * size : (step + 1) * size] = part.numpy()
@@ -142,7 +142,7 @@ class CachedPatches:
         self.taught = {name: file[name] for file in files for name in file}
         self.margin = tuple(self.attrs["margin"])
         self.batches = int(self.attrs["batches"])
-        self.batch_size = len(self.file["ids"]) // self.batches
+        self.batch_size = len(self.file["label"]) // self.batches
         self.seed, self.flip, self.rotate90 = seed, flip, rotate90
         self.device = torch.device(device)
 
@@ -163,7 +163,7 @@ class CachedPatches:
 
         parts = {name: read(self.file[name]) for name in ("image", "label", "ignore") if name in self.file}
         parts |= {name: read(maps) for name, maps in self.taught.items()}
-        parts["ids"] = torch.from_numpy(self.file["ids"][:])[rows]
+        parts["ids"] = rows  # a patch that is shown again does not meet itself
         largest = largest_id([parts["label"]], parts["label"][0].numel(), self.device)
         parts = {name: ops.send(part, self.device) for name, part in parts.items()}
         image, label, ids, ignore = (parts.pop(name, None) for name in ("image", "label", "ids", "ignore"))

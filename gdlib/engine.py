@@ -1,15 +1,19 @@
 """What runs a trained network: torch on any device, or OpenVINO on a CPU (`pip install "gdlib[fast]"`).
 
 Both compute the same function, with the same weights and in the same precision. Processor time of one image of 272 x 352 pixels,
-or 16 x 96 x 96 voxels, relative to torch in float32, on one core of a Xeon with matrix units (AMX):
+or 16 x 96 x 96 voxels, relative to torch in float32, on one core of an Intel Xeon with matrix units (AMX) and, after the slash,
+of an AMD EPYC with AVX512-BF16 and none:
 
 | network | torch float32 | torch bfloat16 | OpenVINO float32 | OpenVINO bfloat16 |
 |---|---:|---:|---:|---:|
-| ResUNet-tiny | 1 | 0.51 | 0.68 | 0.29 |
-| MobileNetV2 | 1 | 0.59 | 0.58 | 0.19 |
-| ResUNet (16-256) | 1 | 0.31 | 0.75 | 0.15 |
-| 3D ResUNet-tiny | 1 | 0.15 | 0.26 | 0.08 |
-| 3D ResUNet (8-128) | 1 | 0.22 | 0.54 | 0.11 |
+| ResUNet-tiny | 1 | 0.51 / 0.62 | 0.68 / 0.95 | 0.29 / 0.52 |
+| MobileNetV2 | 1 | 0.59 / 0.41 | 0.58 / 0.65 | 0.19 / 0.33 |
+| ResUNet (16-256) | 1 | 0.31 / 0.50 | 0.75 / 0.90 | 0.15 / 0.45 |
+| 3D ResUNet-tiny | 1 | 0.15 / 0.19 | 0.26 / 0.33 | 0.08 / 0.17 |
+| 3D ResUNet (8-128) | 1 | 0.22 / 0.35 | 0.54 / 0.63 | 0.11 / 0.32 |
+
+A step of training in bfloat16 takes 0.69 (ResUNet-tiny), 0.70 (MobileNetV2), 0.53 (ResUNet 16-256), 0.63 (3D ResUNet-tiny) and
+0.49 (3D ResUNet 8-128) of the time in float32 on that EPYC: `choose_precision` takes bfloat16 on both.
 
 On the 20 validation images of BBBC039, bfloat16 in OpenVINO instead of float32 in torch moved AJI by -0.0004 and PQ by +0.0004.
 Hence the rule of `auto`: on a CPU OpenVINO where it is installed, else torch. To make a network ready takes it about a second.

@@ -68,8 +68,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         raise ValueError(f'there is no precision "{name}": choose auto, float32, bfloat16 or float16')
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
-    fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    # AMX or AVX512-BF16; a CPU without either is slower in bfloat16 than in float32.
+    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = device.type == "cpu" and any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -19,7 +19,7 @@ from gdlib import __version__, io, native, parallel
 from gdlib.cache import source_of_patches
 from gdlib.config import Recipe, RunSpec
 from gdlib.distill import Batch, Distiller, build_term
-from gdlib.distill.bank import MemoryBank
+from gdlib.distill.bank import MemoryBank, check_entries
 from gdlib.inference import Predictor, choose_device, choose_precision
 from gdlib.metrics import is_better
 from gdlib.models import build, folded
@@ -259,6 +259,8 @@ class _Trainer:
             self.scaler.scale(total / recipe.accumulate).backward()
             for name, value in {"loss": total, **{f"loss/{n}": v for n, v in losses.items()}}.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach()
+            for name, count in self.distiller.entries.items():
+                self._sums[name] = self._sums.get(name, 0) + count
             self._count += 1
         parallel.add([p.grad for p in self.learnable if p.grad is not None])
         parallel.add([b for b in self.distiller.student.buffers() if b.is_floating_point()], mean=True)
@@ -268,7 +270,7 @@ class _Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            follow(self.average, self.distiller.student, recipe.ema if self.step else 0.0)
+            follow(self.average, self.distiller.student, decay(self.step, recipe.ema))
         self.step += 1
         self.seconds += time.perf_counter() - start
 
@@ -283,6 +285,9 @@ class _Trainer:
             raise FloatingPointError(
                 f"the loss became {means['loss']} before step {self.step}: lower recipes.*.optimizer.lr or a method's weight"
             )
+        recipe, met = self.spec.recipe, {name for _, _, name, value in self.history if value}
+        if (self.step * recipe.accumulate - count) * recipe.batch_size >= recipe.bank.capacity:  # it was full before
+            check_entries({name: mean for name, mean in means.items() if name not in met}, recipe.bank.capacity)
         self.history += [(self.step, "train", name, value) for name, value in means.items()]
         self.history.append((self.step, "train", "lr", learning_rate(self.step - 1, self.spec.recipe)))
         return means["loss"]
@@ -348,6 +353,11 @@ def _check_patch(network: nn.Module, spec: RunSpec) -> None:
             f'a patch {spec.patch} does not fit "{spec.network}" or its teacher: '
             f"choose multiples of {tuple(network.divisor)}{plus}"
         )
+
+
+def decay(step: int, ema: float) -> float:
+    """Share of the average that stays at a step, counted from 0: less at first, or the random start would be a part of it."""
+    return min(ema, (1 + step) / (10 + step))
 
 
 @torch.no_grad()

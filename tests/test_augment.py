@@ -685,20 +685,27 @@ def test_batch_shapes_and_types(samples, ndim):
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
-def test_ids_say_which_image_a_patch_is_of(samples, ndim):
+def test_patches_are_of_the_images_that_were_chosen(samples, ndim):
     """Every image as often as every other; the plain patch is the normalised image where its label is."""
     count = np.zeros(4)
     made = sampler(samples, ndim, augment=NONE)
     stored = list(io.read_samples(samples[ndim]))
     for step in range(100):
         batch = made.batch(step)
-        for image, label, i in zip(batch.image, batch.label, batch.ids.tolist(), strict=True):
+        for image, label, i in zip(batch.image, batch.label, made.choose(step)[1], strict=True):
             count[i] += 1
             assert set(label.unique().tolist()) <= set(np.unique(stored[i].label).tolist())
             low, high = stored[i].image.min(), stored[i].image.max()
             expected = (label + 40 * i - float(low)) / float(high - low)
             torch.testing.assert_close(image[0], expected, rtol=0, atol=1e-4)
     assert ((count - 75) ** 2 / 75).sum() < 21.1  # 3 degrees of freedom
+
+
+def test_no_two_patches_of_a_training_have_one_id(samples):
+    """However few images there are: the memory bank leaves out what has an id of the step."""
+    made = sampler(samples, batch_size=3)
+    ids = torch.cat([made.batch(step).ids for step in range(20)])
+    assert len(ids.unique()) == 60
 
 
 def test_every_patch_of_a_batch_is_drawn_anew(samples):
@@ -739,7 +746,7 @@ def test_label_and_ignore_are_those_at_the_centre_of_the_image(places, ndim, mar
         assert batch.image.shape == (3, ndim, *shape)
         assert batch.label.shape == (3, *PATCH[ndim])
         inner = tuple(slice(m, m + p) for m, p in zip(sides, PATCH[ndim], strict=True))
-        for k, i in enumerate(batch.ids.tolist()):
+        for k, i in enumerate(made.choose(step)[1]):
             last = torch.tensor(stored[i].label.shape).reshape(-1, *[1] * ndim) - 1
             place = batch.image[k] * last
             assert place.min() > -1e-3
@@ -761,8 +768,9 @@ def test_a_margin_around_the_whole_image_is_its_reflection(places, ndim):
     stored = list(io.read_samples(places[ndim]))
     shape = stored[0].label.shape
     margin = (13,) * ndim  # more than the volume is thick
-    batch = sampler(places, ndim, augment=NONE, patch=shape, margin=margin).batch(0)
-    for image, label, i in zip(batch.image, batch.label, batch.ids.tolist(), strict=True):
+    made = sampler(places, ndim, augment=NONE, patch=shape, margin=margin)
+    batch = made.batch(0)
+    for image, label, i in zip(batch.image, batch.label, made.choose(0)[1], strict=True):
         expected = normalise(stored[i].image, 0.0, 100.0)
         expected = np.pad(expected, [(0, 0), *[(13, 13)] * ndim], mode="reflect")
         np.testing.assert_allclose(image.numpy(), expected, atol=1e-5)

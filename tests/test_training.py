@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -447,11 +448,14 @@ def test_moving_average(make_spec, splits):
     spec = plain(make_spec("none", ema=0.75, warmup=0))
     trainer = training._Trainer(spec, None, torch.device("cpu"))
     batches = sampler(spec, splits["train"])
-    expected = None
-    for step in range(3):
+    expected = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
+    for step, keep in enumerate((1 / 10, 2 / 11, 3 / 12)):
         trainer.advance(iter([batches.batch(step)]))
-        now = {name: tensor.clone() for name, tensor in trainer.distiller.student.state_dict().items()}
-        expected = now if expected is None else {name: 0.75 * expected[name] + 0.25 * now[name] for name in now}
+        now = trainer.distiller.student.state_dict()
+        expected = {
+            name: keep * expected[name] + (1 - keep) * now[name] if now[name].is_floating_point() else now[name].clone()
+            for name in now
+        }
     for name, tensor in trainer.deployed.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
         assert not torch.equal(tensor, now[name])
@@ -758,3 +762,51 @@ def test_compiled_networks_learn_the_same(tmp_path, make_spec, train, teacher):
         train(spec, folder, teacher=teacher)
         found.append(rows(folder))
     assert found[1] == [(step, pytest.approx(value, rel=1e-4, abs=1e-5)) for step, value in found[0]]
+
+
+def test_a_new_average_forgets_the_random_start():
+    """With `ema` alone 22 % of it would be left after 300 steps of 0.995."""
+    left = math.prod(training.decay(step, 0.995) for step in range(300))
+    assert left < 1e-12
+    assert training.decay(0, 0.995) == 0.1
+    assert training.decay(10_000, 0.995) == 0.995
+    assert training.decay(10_000, 0.9999) == pytest.approx(10_001 / 10_010)
+
+
+def entries(folder, name):
+    return [value for _, value in rows(folder, "train", f"entries/{name}" if name else "entries")]
+
+
+def test_patches_of_one_image_are_compared_with_each_other(make_spec, splits, train, teacher, tmp_path):
+    """A single volume is the usual case of electron microscopy."""
+    first = next(iter(io.read_samples(splits["train"])))
+    io.write_samples(tmp_path / "one.h5", [first])
+    spec = make_spec("grd", steps=20)
+    train(spec, tmp_path, teacher=teacher, train=tmp_path / "one.h5")
+    memory = [term.name for term in spec.all_terms if term.memory]
+    assert len(memory) == 2
+    for name in memory:
+        assert all(value > 0 for _, value in rows(tmp_path, "train", f"loss/{name}"))
+        assert (
+            entries(tmp_path, name) == entries(tmp_path, "") == pytest.approx([1.8, 2.0])
+        )  # the first step meets none
+
+
+def test_a_memory_that_offers_nothing_is_an_error(make_spec, splits, train, teacher, tmp_path):
+    spec = make_spec("grd", steps=40)
+    patches, answers = tmp_path / "patches.h5", tmp_path / "answers.h5"
+    cache.draw(spec.drawing, splits["train"], patches, 1, margin=[0, 0])  # one batch: always the same two patches
+    cache.teach(teacher, patches, answers, precision="float32", device="cpu")
+    with pytest.raises(ValueError, match=r'"agd.* nothing to compare with, as none of the 3 entries .* draw more'):
+        train(spec, tmp_path, teacher=teacher, patches=patches, taught=[answers])
+
+
+def test_a_memory_without_instances_is_an_error_for_terms_that_compare_them(
+    make_spec, splits, train, teacher, tmp_path
+):
+    samples = [replace(sample, label=0 * sample.label) for sample in io.read_samples(splits["train"])]
+    io.write_samples(tmp_path / "empty.h5", samples)
+    with pytest.raises(
+        ValueError, match=r'"igd.* nothing to compare with, as none of the 3 patches .* show an instance'
+    ):
+        train(make_spec("grd", steps=40), tmp_path, teacher=teacher, train=tmp_path / "empty.h5")

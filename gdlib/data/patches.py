@@ -173,12 +173,17 @@ class PatchSampler:
         if not self.samples:
             raise io.DataError(f"{path}: there is no image to train on; check the split lists")
 
-    def batch(self, step: int) -> Batch:
-        """Return the patches of one step: image (B, C, *patch + margins) float32, label (B, *patch) int64, ids (B,) int64."""
+    def choose(self, step: int) -> tuple[torch.Generator, list[int]]:
+        """Return which image each patch of a step is of, and the generator that draws everything else of the step."""
         # The CPU generator looks at the last 32 bits only; an odd factor spreads the seeds over them.
         generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + step) % 2**32)
-        ids = torch.randint(len(self.samples), (self.batch_size,), generator=generator)
-        chosen = [self.samples[i] for i in ids.tolist()]
+        return generator, torch.randint(len(self.samples), (self.batch_size,), generator=generator).tolist()
+
+    def batch(self, step: int) -> Batch:
+        """Return the patches of one step: image (B, C, *patch + margins) float32, label (B, *patch) int64, ids (B,) int64."""
+        generator, sources = self.choose(step)
+        chosen = [self.samples[i] for i in sources]
+        ids = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         shapes = torch.tensor([sample["label"].shape for sample in chosen])
         grid = sampling_grid(shapes, self.patch, generator, margin=self.margin, **self.augment["geometry"])
         patches = [self._cut(sample, g) for sample, g in zip(chosen, grid, strict=True)]

@@ -27,7 +27,8 @@ class Batch:
     Attributes:
         image: (B, C, [Z,] Y, X) float32, larger than the label by a margin where a network needs it.
         label: (B, [Z,] Y, X) int64, 0 = background.
-        ids: (B,) int64 source images.
+        ids: (B,) int64 numbers of the patches, of which no two of a training are equal; a patch that is shown again keeps its
+            own. The memory bank tells them apart by it.
         ignore: (B, [Z,] Y, X) boolean, where the label is not known.
         teacher: the teacher's output on these patches, if it is already known (`gdlib.cache`).
         largest: no id in the label is larger; known where a device is better not asked.
@@ -214,6 +215,10 @@ class Term(nn.Module):
         """What the memory bank keeps of each teacher image: name to (B, ...) tensor. Only for terms with memory."""
         return {}
 
+    def entries(self, memory: Memory) -> Tensor:
+        """Count the sampled entries of the memory bank, not empty, that this term compares with: a scalar."""
+        return memory["valid"].sum()
+
     def forward(self, student: View, teacher: View, truth: Truth, memory: Memory) -> Tensor:
         """Return a scalar, averaged over the batch."""
         raise NotImplementedError
@@ -303,6 +308,7 @@ class Distiller(nn.Module):
         self.targets = dict(targets or {})
         self.levels = [_common(level, student, teacher) for level in levels or [None] * len(terms)]
         self.bank = bank if any(term.memory for term in self.terms) else None
+        self.entries: dict[str, Tensor] = {}
         self.teacher = teacher if any(term.needs_teacher for term in self.terms) else None
         if self.teacher is not None:
             self.teacher.eval().requires_grad_(False)
@@ -336,6 +342,9 @@ class Distiller(nn.Module):
         Args:
             batch: augmented patches; student and teacher see the same.
             step: number of the optimizer step; decides, with the bank's seed, what is sampled.
+
+        How many entries of the memory bank were sampled is then in `entries["entries"]`, with how many of them a term with
+        memory compared in `entries["entries/<name>"]`.
         """
         truth = Truth(batch.label, self.offsets, ignore=batch.ignore, largest=batch.largest, **self.targets)
         teacher, memory = None, {}
@@ -348,11 +357,14 @@ class Distiller(nn.Module):
             views = {level: self._at(level, student, teacher) for level in self.levels}
             if self.bank is not None:
                 memory = self._recall(batch, views, step)
+                self.entries["entries"] = memory["valid"].sum() if memory else batch.ids.new_zeros(())
             losses = {}
             for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
                 mine = {key.removeprefix(f"{level}/"): record for key, record in memory.items()} if level else memory
                 *seen, goal, truth = views[level]
                 losses[name] = term(seen[term.projected], goal, truth, mine)
+                if term.memory:
+                    self.entries[f"entries/{name}"] = term.entries(mine) if mine else self.entries["entries"]
             total = sum(weight * losses[name] for name, weight in zip(self.names, self.weights, strict=True))
         return total, losses
 

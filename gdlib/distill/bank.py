@@ -1,8 +1,10 @@
-"""The memory bank: a ring of what the teacher said about recent images.
+"""The memory bank: a ring of what the teacher said about recent crops of images.
 
 It stores *records*, not feature maps: by the Gram identity (`ops.gram`) an inter-image term needs one D x D matrix of an image,
 which is 1 KiB instead of the 19 MiB of a 544 x 544 map of 16 channels.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,8 @@ class MemoryBank(nn.Module):
         seed: with the step number, decides which entries are sampled.
         original_ring: PAPER: reproduce the original code's bank, which enqueues before it samples, so that images are compared
             with themselves, writes its last slot twice per cycle of capacity + 1, and after each wrap samples only as many
-            entries as were written since. Not reproduced: its fixed choice before the bank is full. Off: a ring that always
-            returns min(sample_size, filled) entries and never one of the current images.
+            entries as were written since. Not reproduced: its fixed choice before the bank is full. Off: a ring that returns
+            min(sample_size, filled) entries and never one of the current crops; others of the same image it does return.
     """
 
     def __init__(
@@ -38,10 +40,10 @@ class MemoryBank(nn.Module):
         self.records: Memory = {}
 
     def sample(self, current: Tensor, step: int) -> Memory:
-        """Draw entries uniformly without replacement, none of the `current` images.
+        """Draw entries uniformly without replacement, none of the `current` crops.
 
         Args:
-            current: (B,) ids of the images of this step.
+            current: (B,) ids of the crops of this step, see `Batch`.
             step: number of the step.
 
         Returns:
@@ -97,3 +99,20 @@ def mean_record(memory: Memory, name: str) -> Tensor | None:
         return None
     valid = memory["valid"].to(memory[name].dtype)
     return torch.tensordot(valid, memory[name], dims=1) / valid.sum().clamp(min=1)
+
+
+def check_entries(means: Mapping[str, float], capacity: int) -> None:
+    """Raise if terms with memory have had nothing to compare with although the bank is full.
+
+    Args:
+        means: of `Distiller.entries` over the last batches, of terms that have never met an entry; other names do not count.
+        capacity: of the bank.
+    """
+    for name in means:
+        kind, _, term = name.partition("/")
+        if kind == "entries" and term and not means[name]:
+            why = "entries of the memory bank are of other patches than those of the step: draw more patches "
+            why += "(teacher_cache), or choose a smaller batch_size or a larger bank"
+            if means.get("entries", 1):
+                why = "patches in the memory bank show an instance: check the labels of the training images"
+            raise ValueError(f'the term "{term}" had nothing to compare with, as none of the {capacity} {why}')

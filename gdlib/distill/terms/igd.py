@@ -30,19 +30,23 @@ def node_loss(student: Tensor, teacher: Tensor, count: Tensor, power: int = 2) -
 def edge_loss(student: Tensor, teacher: Tensor, count: Tensor) -> Tensor:
     """`mean_b 1/N_b^2 sum_ij (s_i . s_j - t_i . t_j)^2` over all pairs of instances of the same image.
 
-    By Gram matrices over the vector dimension, `||S^T S||^2 - 2 ||S^T T||^2 + ||T^T T||^2`, to which nodes that are 0 add
-    nothing.
+    With D = S - T the matrix of differences is `D S^T + T D^T`, and its squared norm, by Gram matrices over the vector dimension,
+    `<D^T D, S^T S + T^T T> + 2 <D^T T, (D^T S)^T>`. Nodes that are 0 add nothing. Where student and teacher agree every part is
+    small, so that float32 is enough: the difference of `||S^T S||^2`, `2 ||S^T T||^2` and `||T^T T||^2` would need float64, which
+    Apple's GPUs do not have.
 
     Args:
         student: (B, M, D) nodes of length one, 0 where an image has fewer than M.
-        teacher: likewise, no gradient.
+        teacher: likewise, no gradient; its D may be another.
         count: (B,) nodes of each image.
     """
-    both = torch.cat([student, teacher], 2)
-    g = ops.node_grams(both.double(), count)  # differences of near-equal sums: float64, on D x D matrices only
+    missing = student.shape[2] - teacher.shape[2]  # axes that are 0 change no similarity
+    student, teacher = F.pad(student, (0, max(0, -missing))), F.pad(teacher, (0, max(0, missing)))
     d = student.shape[2]
-    ss, st, tt = (part.square().sum((1, 2)) for part in (g[:, :d, :d], g[:, :d, d:], g[:, d:, d:]))
-    return (ss - 2 * st + tt).mean().to(student.dtype)
+    g = ops.node_grams(torch.cat([student - teacher, student, teacher], 2), count)
+    dd, ds, dt = g[:, :d].split(d, 2)
+    ss, tt = g[:, d : 2 * d, d : 2 * d], g[:, 2 * d :, 2 * d :]
+    return (dd * (ss + tt) + 2 * dt * ds.mT).sum((1, 2)).mean()
 
 
 def edge_inter_loss(student: Tensor, teacher: Tensor, count: Tensor, memory_gram: Tensor) -> Tensor:
@@ -130,10 +134,17 @@ class IGD(Term):
         gram = self._memory_gram(memory, instances)
         return edge_inter_loss(self._unit(nodes), self._unit(nodes_teacher), instances.count, gram)
 
+    def entries(self, memory: dict) -> Tensor:
+        """Count the sampled entries that have an instance."""
+        return self._usable(memory).sum()
+
+    def _usable(self, memory: dict) -> Tensor:
+        return memory["valid"] & (memory[f"igd_count_{self.background:d}"] > 0)
+
     def _memory_gram(self, memory: dict, instances: ops.Instances) -> Tensor:
         gram = memory[f"igd_gram_{self.background:d}"]
         count = memory[f"igd_count_{self.background:d}"]
-        weight = (memory["valid"] & (count > 0)).float()
+        weight = self._usable(memory).float()
         if self.accumulate:
             count = count * weight
             before = count.cumsum(0) - count
