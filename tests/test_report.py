@@ -179,18 +179,47 @@ def test_summary_is_mean_over_images_then_seeds():
 
 
 def test_gap_closed_in_closed_form():
-    share, std = summary.gap_closed([0.7, 0.8, 0.6], [0.5, 0.5, 0.5], 0.9)
+    share, std = summary.gap_closed([0.7, 0.8, 0.6], [0.5, 0.5, 0.5], [0.9])
     assert (share, std) == (pytest.approx(0.5), pytest.approx(0.25))
-    lower, _ = summary.gap_closed([0.3], [0.5], 0.1, better="lower")
+    lower, _ = summary.gap_closed([0.3], [0.5], [0.1], "voi")
     assert lower == pytest.approx(0.5)
-    assert np.isnan(summary.gap_closed([0.7], [0.5], 0.9)[1])
-    worse, _ = summary.gap_closed([0.4], [0.5], 0.9)
+    assert np.isnan(summary.gap_closed([0.7], [0.5], [0.9])[1])
+    worse, _ = summary.gap_closed([0.4], [0.5], [0.9])
     assert worse == pytest.approx(-0.25)
 
 
-@pytest.mark.parametrize(("teacher", "better"), [(0.5, "higher"), (0.4, "higher"), (0.5, "lower"), (0.6, "lower")])
-def test_gap_needs_a_better_teacher(teacher, better):
-    assert np.isnan(summary.gap_closed([0.7, 0.8], [0.5, 0.5], teacher, better)).all()
+@pytest.mark.parametrize(
+    ("none", "teacher", "metric", "is_gap"),
+    [
+        ([0.5, 0.5], [0.5], "aji", False),
+        ([0.5, 0.5], [0.4], "aji", False),
+        ([0.5, 0.5], [0.5], "voi", False),
+        ([0.5, 0.5], [0.6], "voi", False),
+        ([0.004], [0.0095], "aji", False),  # six steps: 160 % of nothing
+        ([0.5], [0.511], "aji", True),
+        ([0.5], [0.509], "aji", False),
+        ([0.5], [0.489], "arand", True),
+        ([0.5], [0.491], "arand", False),
+        ([0.5], [0.479], "voi", True),
+        ([0.5], [0.481], "voi", False),
+        ([0.5], [0.481], "voi_merge", False),
+        ([7.0], [6.6], "dic", False),
+        ([7.0], [6.4], "dic", True),
+        ([0.5, 0.5], [0.509], "aji", False),  # whatever two seeds happen to agree on
+        ([0.48, 0.50, 0.52], [0.539], "aji", False),  # their standard deviation is 0.02
+        ([0.48, 0.50, 0.52], [0.541], "aji", True),
+        ([0.48, 0.50, 0.52], [0.461], "voi", False),
+        ([0.5], [0.55, 0.65], "aji", False),  # of the teacher 0.07
+        ([0.48, 0.50, 0.52], [0.53, 0.55, 0.57], "aji", False),  # of the difference 0.028
+        ([0.48, 0.50, 0.52], [0.54, 0.56, 0.58], "aji", True),
+        ([0.5], [], "aji", False),
+        ([0.5], [float("nan")], "aji", False),
+    ],
+)
+def test_gap_needs_a_teacher_that_is_better_beyond_noise(none, teacher, metric, is_gap):
+    share, std = summary.gap_closed(np.add(none, 0.1), none, teacher, metric)
+    assert np.isfinite(share) == is_gap
+    assert np.isfinite(std) == (is_gap and len(none) > 1)
 
 
 def test_comparison_agrees_with_scipy_and_with_the_means():
@@ -329,11 +358,25 @@ def test_what_reads_the_same_is_equally_good():
     assert [row[2] for row in cells(text)[2:]] == ["**0.500**", "**0.500**", "0.400"]
 
 
-@pytest.mark.parametrize(("teacher", "why"), [(0.3, "the teacher is not better"), (None, "there is no teacher")])
-def test_gap_share_is_left_out_with_a_note(teacher, why):
-    text = tables.table_markdown(study(teacher=teacher), **LAYOUT)
-    assert cells(text)[-1][5] == tables.NO_GAP
-    assert f"{tables.NO_GAP} Not defined: {why}" in text
+@pytest.mark.parametrize("teacher", [0.3, 0.5, None])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_gap_share_is_left_out_with_a_note(teacher, seeds, tmp_path):
+    metrics = study(teacher=teacher, seeds=seeds)
+    noise = " and 2 standard deviations over seeds" * (len(seeds) > 1)
+    for metric, least in (("aji", "0.01 AJI"), ("voi", "0.02 VOI")):
+        layout = LAYOUT | {"main": metric}
+        why = f"Not defined: no teacher is better than the plain student by at least {least}{noise}."
+        text = tables.table_markdown(metrics, **layout)
+        assert cells(text)[-1][5] == tables.NO_GAP
+        assert f"{tables.NO_GAP} {why}" in text
+        tex = tables.table_tex(metrics, **layout)
+        assert f"$^1$ {why}" in tex
+        assert r"\%" not in tex
+    out = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
+    tables.write([write_metrics(tmp_path / "m.csv", metrics)], [], **out, **LAYOUT)
+    written = pd.read_csv(out["comparison"])
+    assert written[["gap_closed", "gap_closed_std"]].isna().all(axis=None), "empty there too"
+    assert written["difference"].notna().all()
 
 
 def test_one_seed_has_no_deviation():

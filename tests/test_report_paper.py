@@ -262,6 +262,16 @@ def test_rows_and_columns_are_the_papers():
     assert any("93.3 %" in note for note in table.notes)
 
 
+def test_no_share_of_a_gap_that_is_none():
+    metrics = em()
+    metrics.loc[metrics["method"] == TEACHER, "value"] += 0.29  # as bad as the plain student but for 0.01
+    ((_, (table,)),) = laid_out(metrics)
+    shown = {row[1]: row[10] for row in lines(table)[:9] if len(row) > 1}
+    assert (shown["student"], shown["+ ours: IGD + AGD"], shown["+ RKD"]) == ("", tables.NO_GAP, tables.NO_GAP)
+    why = "no teacher is better than the plain student by at least 0.02 VOI and 2 standard deviations over seeds"
+    assert f"{tables.NO_GAP} Not defined: {why}." in table.notes
+
+
 def test_the_papers_numbers_belong_to_its_students():
     metrics = em().replace({"network": {"mala_tiny": "resunet3d_tiny"}})
     ((_, (table,)),) = laid_out(metrics)

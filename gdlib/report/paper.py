@@ -16,11 +16,11 @@ from gdlib.report.provenance import commit, trained_on
 from gdlib.report.style import NONE, Titles, ablation_of, metric_title, named_teacher, title
 from gdlib.report.summary import compare, measured_on, read_metrics, read_profiles, require, summarise
 from gdlib.report.tables import (
-    NO_GAP,
     Profiles,
     description,
     digits_of,
     gap_cell,
+    gap_notes,
     metric_cells,
     notes_on,
     p_cells,
@@ -126,9 +126,7 @@ def _table(runs: pd.DataFrame, main: str, known: str, titles: Titles, paper: Pap
     if len(paired):
         notes.append(f"Gap in {name} closed: Δ {name} / (teacher − student), with the teacher above.")
     notes += notes_on(runs, f"Δ {name}: difference to the student without distillation" * (len(paired) > 0))
-    notes += [f"{NO_GAP} Not defined: the teacher is not better than the plain student, or there is none."] * (
-        NO_GAP in cells
-    )
+    notes += gap_notes(runs, main, groups)
     notes += [f"{OF_ANY} Our source does not say with which segmenter."] * any(OF_ANY in text for text in cells)
     return Table(
         f"{runs['dataset'].iloc[0]}-paper", "", header, groups, [*notes, *_statements(known, titles, paper)], names=2

@@ -24,6 +24,10 @@ COMPARISON_COLUMNS = (
     *("gap_closed", "gap_closed_std", "p_images", "p_images_holm", "p_seeds", "p_seeds_holm", "seeds", "images"),
 )
 BASELINE_COLUMNS = ("dataset", "split", "baseline", "sample", "metric", "value")
+# A teacher that is better by less than this is not better: a share of that difference says nothing.
+LEAST_GAPS = {"voi": 0.02, "voi_split": 0.02, "voi_merge": 0.02, "dic": 0.5}  # bits, bits, bits, objects
+LEAST_GAP = 0.01  # of all other metrics, which lie in [0, 1]
+NOISE = 2  # standard deviations over seeds, by which it must be better too
 
 
 def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
@@ -145,7 +149,7 @@ def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def gap_closed(
-    method: Sequence[float], none: Sequence[float], teacher: float, better: str = "higher"
+    method: Sequence[float], none: Sequence[float], teacher: Sequence[float], metric: str = "aji"
 ) -> tuple[float, float]:
     """Return the share of the gap between student and teacher that a method closes, with its standard deviation over seeds.
 
@@ -155,21 +159,31 @@ def gap_closed(
     Args:
         method: (S,) values of the students with distillation, one per seed.
         none: (S,) values of the students without, same seeds.
-        teacher: value of the teacher.
-        better: `"higher"` or `"lower"`.
+        teacher: (T,) values of the teacher, one per seed of its own.
+        metric: what the values are, a key of `metrics.METRICS`.
 
     Returns:
-        Share (1 = as good as the teacher) and sample standard deviation (NaN for one seed). Both NaN if the teacher is not
-        better than the students without distillation.
+        Share (1 = as good as the teacher) and sample standard deviation (NaN for one seed). Both NaN unless the teacher is
+        better than the students without distillation by at least `least_gap` and by more than `NOISE` standard deviations of
+        their difference over seeds, as far as there are several.
 
-    >>> gap_closed([0.75, 0.75], [0.5, 0.5], 1.0)
+    >>> gap_closed([0.75, 0.75], [0.5, 0.5], [1.0])
     (0.5, 0.0)
+    >>> gap_closed([0.0124], [0.004], [0.0095])
+    (nan, nan)
     """
-    method, none = np.asarray(method, float), np.asarray(none, float)
-    gap = teacher - none.mean()
-    if gap == 0 or (gap > 0) != (better == "higher"):
+    method, none, teacher = (np.asarray(values, float) for values in (method, none, teacher))
+    gap = teacher.mean() - none.mean() if teacher.size else float("nan")
+    noise = NOISE * np.sqrt(sum(values.var(ddof=1) for values in (none, teacher) if values.size > 1))
+    ahead = gap if METRICS[metric].better == "higher" else -gap
+    if not (ahead >= least_gap(metric) and ahead > noise):
         return float("nan"), float("nan")
     return _mean_std((method - none) / gap)
+
+
+def least_gap(metric: str) -> float:
+    """Return by how much a teacher must at least be better than the plain student, in the unit of the metric."""
+    return LEAST_GAPS.get(metric, LEAST_GAP)
 
 
 def image_p(difference: Sequence[float]) -> float:
@@ -233,7 +247,7 @@ def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
     """
     teachers = metrics[metrics["method"] == TEACHER]
     first = teachers.groupby("dataset")["network"].first()
-    goals = per_seed(teachers).groupby(["dataset", "network", "segmenter", "metric"])["value"].mean()
+    goals = per_seed(teachers).groupby(["dataset", "network", "segmenter", "metric"])["value"].agg(list)
     keys = ["dataset", "network", "segmenter", "metric"]
     rows = []
     for (dataset, student, segmenter, metric), block in metrics[metrics["method"] != TEACHER].groupby(keys, sort=False):
@@ -246,8 +260,8 @@ def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
             seeds = table.columns.intersection(base.columns)
             if len(seeds) == 0:
                 continue
-            goal = goals.get((dataset, named_teacher(method) or first.get(dataset), segmenter, metric), float("nan"))
-            share = gap_closed(table[seeds].mean(), base[seeds].mean(), goal, METRICS[metric].better)
+            goal = goals.get((dataset, named_teacher(method) or first.get(dataset), segmenter, metric), ())
+            share = gap_closed(table[seeds].mean(), base[seeds].mean(), goal, metric)
             pairs = table[seeds] - base[seeds]
             tests = image_p(pairs.mean(axis=1)), float("nan"), seed_p(pairs.mean()), float("nan")
             numbers = (*_mean_std(pairs.mean()), *share, *tests, len(seeds), len(pairs))

@@ -14,7 +14,9 @@ from gdlib.report import markup
 from gdlib.report.markup import Cell, Table, number, p_value, significant
 from gdlib.report.style import NONE, Titles, ablation_of, metric_title, named_teacher, title
 from gdlib.report.summary import (
+    NOISE,
     compare,
+    least_gap,
     measured_on,
     read_baselines,
     read_metrics,
@@ -95,6 +97,16 @@ def gap_cell(pair: pd.Series) -> Cell:
     """Return the share of the gap that a method closes; `pair` is a row of `summary.compare`."""
     share, spread = 100 * pair["gap_closed"], 100 * pair["gap_closed_std"]
     return Cell(f"{number(share, spread, 0)} %" if np.isfinite(share) else NO_GAP)
+
+
+def gap_notes(runs: pd.DataFrame, main: str, groups: Iterable[list[list[Cell]]]) -> list[str]:
+    """Explain why a share of the gap is left out, if it is in one of the rows."""
+    if NO_GAP not in (cell.text for group in groups for row in group for cell in row):
+        return []
+    several = runs.groupby("method")["seed"].nunique().max() > 1
+    noise = f" and {NOISE} standard deviations over seeds" * bool(several)
+    why = f"no teacher is better than the plain student by at least {least_gap(main):g} {METRICS[main].title}{noise}"
+    return [f"{NO_GAP} Not defined: {why}."]
 
 
 def p_cells(pair: pd.Series, tests: Iterable[str]) -> list[Cell]:
@@ -203,10 +215,7 @@ def _results(
         several = any(len(row) == 1 for group in groups for row in group)
         notes.insert(0, f"Bold: best of each student{' in its block' * several}.")
         notes.append("Gap closed: (method − student) / (teacher − student)" + _own_teacher(runs) + ".")
-    if NO_GAP in (cell.text for group in groups for row in group for cell in row):
-        there_is = (runs["method"] == TEACHER).any()
-        why = "the teacher is not better than the plain student" if there_is else "there is no teacher"
-        notes.append(f"{NO_GAP} Not defined: {why}.")
+    notes += gap_notes(runs, main, groups)
     return Table(runs["dataset"].iloc[0], f"{description(runs, titles, budget)}.", header, groups, notes, names=2)
 
 
