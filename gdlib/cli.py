@@ -11,8 +11,9 @@ from typing import Any
 
 from gdlib import __version__, devices, io
 from gdlib.bench import add_bench
+from gdlib.parameters import main_segmenter
 from gdlib.reference import add_schema
-from gdlib.segmenting import add_segment, is_hdf5, main_segmenter
+from gdlib.segmenting import add_segment, is_hdf5
 from gdlib.steps import add_steps
 from gdlib.tensorboard import add_tensorboard
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from gdlib import registry
+from gdlib.parameters import checked
 from gdlib.schema import (
     Ablation,
     Dataset,
@@ -241,7 +242,8 @@ class Config(Section):
                 if len({len(o) for o in data.offsets} | {len(data.patch)}) != 1:
                     raise registry.UnknownName("offsets and patch must have the same number of axes")
                 for segmenter, parameters in data.segmentation.items():
-                    _check_segmentation(segmenter, parameters, data.ndim)
+                    with _within(f"segmentation.{segmenter}"):
+                        checked(segmenter, parameters)
         for group, networks in (("teachers", self.teachers), ("students", self.students)):
             for key, network in networks.items():
                 with _within(f"{group}.{key}"):
@@ -326,10 +328,10 @@ class _within:
         pass
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, registry.UnknownName):
-            raise registry.UnknownName(f"{self.where}: {error}") from None
         if isinstance(error, ValidationError):
             raise ConfigError(_one_line(error, Recipe, self.where)) from None
+        if isinstance(error, ValueError) and not isinstance(error, ConfigError):
+            raise registry.UnknownName(f"{self.where}: {error}") from None
 
 
 def _check_name(where: str, name: str, valid: Iterable[str]) -> None:
@@ -350,13 +352,6 @@ def _check_terms(terms: tuple[Term, ...]) -> None:
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise registry.UnknownName(f"two terms of one method look the same: {', '.join(names)}")
-
-
-def _check_segmentation(segmenter: str, parameters: Iterable[str], ndim: int) -> None:
-    from gdlib.segmentation import defaults
-
-    for parameter in parameters:
-        _check_name(f"segmentation.{segmenter}", parameter, defaults(segmenter, ndim))
 
 
 def _text(value: Any) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gdlib import io, segmentation
+from gdlib import io
 from gdlib.data.files import HDF5_SUFFIXES, open_volume, split_h5_path
+from gdlib.parameters import chosen
 from gdlib.registry import nearest
 
 Box = tuple[slice, ...]
@@ -128,7 +129,7 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
         _sides("block", config.get("block", BLOCK[ndim]), ndim),
         _sides("overlap", config.get("overlap", OVERLAP[ndim]), ndim),
     )
-    segmenter, parameters = _segmenter(header, config.get("segmenter"), config.get("parameters") or {})
+    segmenter, parameters = chosen(config["model"], header, config.get("segmenter"), config.get("parameters") or {})
     return {**config, "file": file, "grid": grid, "segmenter": segmenter, "parameters": parameters}
 
 
@@ -142,20 +143,3 @@ def _sides(name: str, value: Any, ndim: int) -> tuple[int, ...]:
     if len(sides) != ndim or min(sides) < 1:
         raise ValueError(f"config: {name}: {value} is not one side, or {ndim} as in {'x'.join(map(str, BLOCK[ndim]))}")
     return tuple(sides)
-
-
-def _segmenter(header: Mapping[str, Any], name: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Choose how to segment: as the weights were tuned, but for what is given."""
-    tuned = header["segmentation"]
-    name = name or header.get("run", {}).get("segmenters", list(tuned))[0]
-    valid = segmentation.defaults(name, len(header["offsets"][0]))
-    if segmentation.is_masked(name):
-        raise ValueError(
-            f"{name} needs the foreground of a ground truth, which the volume does not have; choose another"
-        )
-    for parameter, value in given.items():
-        if parameter not in valid:
-            raise ValueError(f'{name} has no parameter "{parameter}": {nearest(parameter, list(valid))}')
-        if not isinstance(value, int | float):
-            raise ValueError(f"{name}: {parameter} must be a number (got {value})")
-    return name, valid | tuned.get(name, {}) | given

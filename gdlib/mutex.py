@@ -11,7 +11,7 @@ import bioimage_cpp as bic
 import numpy as np
 from scipy.ndimage import find_objects
 
-from gdlib import compiled
+from gdlib import compiled, limits
 
 MOST_PIECES = 1000
 MOST_PIXELS = 2**27  # what it counts has 32 bits
@@ -34,13 +34,23 @@ def mutex_watershed(
 
     Returns:
         ([Z,] Y, X) int64, numbers above 0 that grow in the order in which segments are met, 0 outside of the mask.
+
+    Raises:
+        ValueError: a stride or exponent out of range, or shapes that do not fit: compiled code would not notice.
     """
+    stride = limits.checked("stride", limits.Stride, stride)
+    exponent = limits.checked("exponent", limits.Positive, exponent)
+    if (len(offsets), *mask.shape) != affinity.shape or {len(offset) for offset in offsets} != {mask.ndim}:
+        raise ValueError(
+            f"affinities of shape {affinity.shape} do not fit {len(offsets)} offsets {list(map(list, offsets))} and a mask of "
+            f"shape {mask.shape}"
+        )
     box = next(iter(find_objects(mask.view(np.uint8))), None)
     label = np.zeros(mask.shape, np.int64)
     if box is not None:
         fast = affinity.dtype == np.uint8 and mask[box].size < MOST_PIXELS and _library() is not None
         partition = _by_counting if fast else _piece_by_piece
-        label[box] = partition(affinity[(slice(None), *box)], mask[box], offsets, int(stride), exponent)
+        label[box] = partition(affinity[(slice(None), *box)], mask[box], offsets, stride, exponent)
     return label
 
 

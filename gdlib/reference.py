@@ -10,8 +10,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gdlib import registry
+from gdlib import limits, registry
 from gdlib.config import SEGMENTERS, Config
+from gdlib.parameters import PARAMETERS
 
 # Keys that change a part of a recipe: editors help there as they do in a whole one.
 CHANGES = {"Dataset": ["recipe"], "Method": ["recipe"], "Study": ["teacher_recipe", "student_recipe"]}
@@ -206,18 +207,16 @@ def _listed(tree: ast.Module) -> ast.expr:
 
 def _segmenters() -> str:
     """The parameters of every segmenter before tuning; `gdlib.segmentation.segment` says what they are."""
-    from gdlib.segmentation import defaults
-
     rows = [
-        (f"`{segmenter}`", f"`{name}`", _value(value), _value(defaults(segmenter, 3).get(name)))
+        (f"`{segmenter}`", f"`{name}`", limits.words(kind), *(_value(values[ndim][0]) for ndim in (2, 3)))
         for segmenter in SEGMENTERS
-        for name, value in defaults(segmenter, 2).items()
+        for name, (kind, values) in PARAMETERS[segmenter].items()
     ]
     text = (
         "`datasets.<name>.segmentation.<segmenter>` fixes them on test images. Left out, they are tuned on validation images, "
         "starting from these values; `gdlib.segmentation.segment` says what each does."
     )
-    return text + "\n\n" + _table(("segmenter", "parameter", "in 2D", "in 3D"), rows)
+    return text + "\n\n" + _table(("segmenter", "parameter", "value", "in 2D", "in 3D"), rows)
 
 
 def _metrics() -> str:

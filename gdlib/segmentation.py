@@ -11,8 +11,8 @@
 every section, in 2D the one there is. All partition the foreground alone; a `foreground_threshold` of 0 makes everything
 foreground, as it should be where objects fill the whole image. A segmenter whose name ends in `_masked` gets the foreground of
 the ground truth in place of the predicted one, as the Leaf Segmentation Challenge hands it out; it judges how objects are told
-apart, and cannot be used on images without ground truth. A new segmenter is one function and one entry of `SEGMENTERS`, the
-dict at the end of this file.
+apart, and cannot be used on images without ground truth. A new segmenter is one function, one entry of `SEGMENTERS` at the end
+of this file, and one of `PARAMETERS` in `gdlib/parameters.py`.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from skimage.segmentation import watershed
 
 from gdlib import metrics
 from gdlib.mutex import as_float, mutex_watershed
+from gdlib.parameters import checked, defaults, grid, is_masked
 
 Offsets = Sequence[Sequence[int]]
 Prediction = tuple[np.ndarray, np.ndarray]  # affinity, foreground
@@ -65,28 +66,11 @@ def segment(
         ([Z,] Y, X) uint32, consecutive from 1, 0 = background.
 
     Raises:
-        ValueError: an unknown segmenter or parameter, offsets it cannot use, or its package is not installed.
+        ValueError: an unknown segmenter or parameter, a value outside of its range (see `gdlib.parameters`), offsets it cannot
+            use, or its package is not installed.
     """
-    parameters = _known(segmenter, foreground.ndim, parameters)
+    parameters = defaults(segmenter, foreground.ndim) | checked(segmenter, parameters)
     return _Image(affinity, foreground, offsets, segmenter)(**parameters)
-
-
-def defaults(segmenter: str, ndim: int) -> dict[str, Any]:
-    """Return the parameters of a segmenter before any tuning.
-
-    >>> defaults("mutex_watershed", 2)
-    {'foreground_threshold': 0.5, 'stride': 1, 'exponent': 1.0, 'min_fragment': 20, 'min_size': 20}
-    """
-    return {name: default for name, (default, _) in _parameters(segmenter, ndim).items()}
-
-
-def grid(segmenter: str, ndim: int) -> dict[str, tuple]:
-    """Return the values that `tune` tries, by parameter, in the order in which they are tuned.
-
-    >>> grid("mutex_watershed", 2)["stride"]
-    (1, 2, 4, 8)
-    """
-    return {name: values for name, (_, values) in _parameters(segmenter, ndim).items()}
 
 
 def tune(
@@ -134,13 +118,8 @@ def score(
     ignores: Sequence[np.ndarray | None] | None = None,
 ) -> dict[str, float]:
     """Mean of every metric over images, for one choice of parameters; those left out have their default."""
-    parameters = _known(segmenter, labels[0].ndim, parameters)
+    parameters = defaults(segmenter, labels[0].ndim) | checked(segmenter, parameters)
     return _mean_scores(_images(predictions, labels, offsets, segmenter), labels, ignores, parameters)
-
-
-def is_masked(segmenter: str) -> bool:
-    """Does this segmenter need the foreground of the ground truth?"""
-    return segmenter.endswith("_masked")
 
 
 class _Image:
@@ -180,21 +159,6 @@ def _mean_scores(
         for image, label, ignore in zip(images, labels, ignores, strict=True)
     ]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-def _parameters(segmenter: str, ndim: int) -> dict[str, tuple[Any, tuple]]:
-    if segmenter not in SEGMENTERS:
-        raise ValueError(f'there is no segmenter "{segmenter}"; choose one of {", ".join(SEGMENTERS)}')
-    return {name: values[ndim] for name, values in SEGMENTERS[segmenter].parameters.items()}
-
-
-def _known(segmenter: str, ndim: int, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Complete parameters with the defaults; a name that the segmenter does not have is an error."""
-    complete = defaults(segmenter, ndim)
-    for name in parameters:
-        if name not in complete:
-            raise ValueError(f'segmenter "{segmenter}" has no parameter "{name}", it has {", ".join(complete)}')
-    return complete | parameters
 
 
 def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.ndarray:
@@ -295,7 +259,7 @@ def _multicut(
     mean, size = np.clip(mean[kept], 0.001, 0.999), size[kept]
 
     def finish(beta: float) -> np.ndarray:
-        cost = np.log(mean / (1 - mean)) + np.log((1 - beta) / beta)
+        cost = np.log(mean / (1 - mean)) + np.log1p(-beta) - np.log(beta)
         objective = bic.graph.multicut.MulticutObjective(graph, cost * size / size.max(initial=1))
         return _project(bic.graph.multicut.GreedyAdditiveMulticut().optimize(objective), fragments)
 
@@ -385,36 +349,15 @@ class Segmenter:
         prepare: takes affinity, foreground and offsets as `segment` does, and by keyword the parameters that make it work
             again; returns a function of the other parameters, without `min_fragment` and `min_size`, that returns the label
             ([Z,] Y, X) int64.
-        parameters: name -> number of axes -> (default, values to try); tuned in this order.
     """
 
     title: str
     prepare: Callable[..., Callable[..., np.ndarray]]
-    parameters: dict[str, dict[int, tuple[Any, tuple]]]
 
-
-# In 3D everything is foreground unless tuning finds otherwise: in most volumes the objects fill the whole image.
-_FOREGROUND = {2: (0.5, (0.3, 0.4, 0.5, 0.6, 0.7)), 3: (0.0, (0.0, 0.3, 0.5, 0.7))}
-_SMALL = {
-    "min_fragment": {2: (20, (10, 20, 40, 80, 160)), 3: (50, (0, 50, 200, 1000, 4000))},
-    "min_size": {2: (20, (10, 20, 30, 40, 60)), 3: (50, (0, 50, 200, 1000, 4000))},
-}
-_EXPONENT = {2: (1.0, (1.0, 2.0, 4.0, 8.0)), 3: (1.0, (1.0, 2.0))}
-_STRIDE = {2: (1, (1, 2, 4, 8)), 3: (4, (4, 8))}
-_THRESHOLD = dict.fromkeys((2, 3), (0.5, tuple(k / 20 for k in range(1, 20))))
-_BETA = dict.fromkeys((2, 3), (0.5, tuple(k / 10 for k in range(1, 10))))
 
 SEGMENTERS: dict[str, Segmenter] = {
-    "mutex_watershed": Segmenter(
-        "mutex watershed",
-        _mutex_watershed,
-        {"foreground_threshold": _FOREGROUND, "stride": _STRIDE, "exponent": _EXPONENT} | _SMALL,
-    ),
-    "waterz": Segmenter("waterz", _waterz, {"foreground_threshold": _FOREGROUND, "threshold": _THRESHOLD} | _SMALL),
-    "multicut": Segmenter("multicut", _multicut, {"foreground_threshold": _FOREGROUND, "beta": _BETA} | _SMALL),
-    "mutex_watershed_masked": Segmenter(
-        "mutex watershed in the true foreground",
-        _mutex_watershed_masked,
-        {"stride": _STRIDE, "exponent": _EXPONENT} | _SMALL,
-    ),
+    "mutex_watershed": Segmenter("mutex watershed", _mutex_watershed),
+    "waterz": Segmenter("waterz", _waterz),
+    "multicut": Segmenter("multicut", _multicut),
+    "mutex_watershed_masked": Segmenter("mutex watershed in the true foreground", _mutex_watershed_masked),
 }

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from gdlib import io
+from gdlib.limits import number
+from gdlib.parameters import chosen
 from gdlib.steps import BLOCK_HELP, sides
 
 
@@ -61,7 +63,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
 def _parameter(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return name, int(value) if value.lstrip("-").isdecimal() else float(value)
+        return name, number(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f'"{text}" is not NAME=NUMBER') from None
 
@@ -82,9 +84,9 @@ def _segment(arguments: argparse.Namespace) -> None:
         raise io.DataError(
             f'two images are called "{twice}" and would be written to the same file; segment them separately'
         )
+    segmenter, parameters = _segmenter(arguments, io.read_header(arguments.model))
     options = {key: getattr(arguments, key) for key in ("device", "precision", "engine", "block")}
     predictor = Predictor.load(arguments.model, **options)
-    segmenter, parameters = _segmenter(arguments, predictor.header)
     weights = io.sha256(arguments.model)
 
     def finish(path: str, partial: Path, prediction: Any, target: Path, place: tuple[str, dict] | None) -> None:
@@ -121,36 +123,17 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Choose how to segment: as the weights were tuned, but for what is given."""
-    from gdlib.registry import nearest
-    from gdlib.segmentation import defaults, is_masked
-
-    tuned = header["segmentation"]
-    segmenter = arguments.segmenter or main_segmenter(header)
-    if is_masked(segmenter):
-        usable = ", ".join(name for name in tuned if not is_masked(name)) or "mutex_watershed"
-        raise ValueError(
-            f"{segmenter} needs the foreground of a ground truth, which an image that is to be segmented does not have; "
-            f"choose --segmenter {usable}"
-        )
-    valid = defaults(segmenter, len(header["offsets"][0]))
-    if segmenter not in tuned:
-        print(
-            f"{segmenter} was not tuned with these weights, only {', '.join(tuned)}: what is not given has its default value",
-            file=sys.stderr,
-        )
     given = dict(arguments.set)
     for name in ("foreground_threshold", "min_size"):
         if getattr(arguments, name) is not None:
             given[name] = getattr(arguments, name)
-    for name in given:
-        if name not in valid:
-            raise ValueError(f'{segmenter} has no parameter "{name}": {nearest(name, list(valid))}')
-    return segmenter, tuned.get(segmenter, {}) | given
-
-
-def main_segmenter(header: dict[str, Any]) -> str:
-    """Return the segmenter the weights were chosen with; the order of `segmentation` is lost in the file."""
-    return header.get("run", {}).get("segmenters", list(header["segmentation"]))[0]
+    segmenter, parameters = chosen(arguments.model, header, arguments.segmenter, given)
+    if segmenter not in (tuned := header["segmentation"]):
+        print(
+            f"{segmenter} was not tuned with these weights, only {', '.join(tuned)}: what is not given has its default value",
+            file=sys.stderr,
+        )
+    return segmenter, parameters
 
 
 @contextlib.contextmanager

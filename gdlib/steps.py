@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from gdlib import io
+from gdlib.parameters import checked, is_masked
 from gdlib.volume_steps import add_volume_steps
 
 BLOCK_HELP = (
@@ -184,7 +185,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _segment(arguments: argparse.Namespace) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from gdlib.segmentation import is_masked, segment
+    from gdlib.segmentation import segment
 
     truth = arguments.data if is_masked(arguments.segmenter) else None
     if is_masked(arguments.segmenter) and truth is None:
@@ -198,7 +199,7 @@ def _segment(arguments: argparse.Namespace) -> None:
             f'{arguments.predictions}: the parameters of "{arguments.segmenter}" were not tuned with these weights, only those '
             f"of {', '.join(tuned)}; choose one of them, or give parameters"
         )
-    parameters = tuned.get(arguments.segmenter, {}) | arguments.override
+    parameters = checked(arguments.segmenter, tuned.get(arguments.segmenter, {}) | arguments.override)
 
     def work(sample: str):
         affinity = io.read_array(arguments.predictions, sample, "affinity")

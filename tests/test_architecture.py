@@ -35,9 +35,11 @@ ALLOWED = {
     "gdlib.native": "gdlib.compiled",
     "gdlib.parallel": "",
     "gdlib.schema": "",
-    "gdlib.config": "gdlib.registry gdlib.schema gdlib.metrics gdlib.segmentation",
-    "gdlib.segmentation": "gdlib.metrics gdlib.mutex",
-    "gdlib.mutex": "gdlib.compiled",
+    "gdlib.limits": "",
+    "gdlib.parameters": "gdlib.limits gdlib.registry",
+    "gdlib.config": "gdlib.registry gdlib.schema gdlib.metrics gdlib.parameters",
+    "gdlib.segmentation": "gdlib.metrics gdlib.mutex gdlib.parameters",
+    "gdlib.mutex": "gdlib.compiled gdlib.limits",
     "gdlib.baselines": "gdlib.io gdlib.metrics",
     "gdlib.models": "gdlib.registry",
     "gdlib.models.*": "gdlib.models gdlib.ops",
@@ -59,7 +61,7 @@ ALLOWED = {
     "gdlib.engine": "",
     "gdlib.inference": "gdlib.io gdlib.ops gdlib.engine gdlib.models gdlib.data.patches",
     "gdlib.streaming": "gdlib.progress gdlib.io gdlib.inference",
-    "gdlib.grid": "gdlib.io gdlib.registry gdlib.segmentation gdlib.data.files",
+    "gdlib.grid": "gdlib.io gdlib.registry gdlib.parameters gdlib.data.files",
     "gdlib.volume_steps": "gdlib.blockwise",
     "gdlib.blockwise": "gdlib gdlib.io gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
@@ -68,7 +70,7 @@ ALLOWED = {
     "gdlib.profile": "gdlib.models gdlib.inference",
     "gdlib.report": "",
     "gdlib.report.*": "gdlib.io gdlib.metrics gdlib.config gdlib.report.*",
-    "gdlib.reference": "gdlib.registry gdlib.config gdlib.metrics gdlib.segmentation",
+    "gdlib.reference": "gdlib.limits gdlib.registry gdlib.config gdlib.metrics gdlib.parameters",
     "gdlib.tensorboard": "gdlib.io",
     "gdlib.progress": "",
     "gdlib.bench": "gdlib gdlib.io gdlib.inference",
@@ -79,7 +81,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|reference|steps|tensorboard|registry|schema|config|io|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|parameters|reference|steps|tensorboard|registry|schema|config|io|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
     r"|data|data\.(files|prepare|download|sources(\..*)?)))?"
 )
 

@@ -166,7 +166,7 @@ def test_segment_needs_no_truth(teacher, images, refusal, tmp_path):
     command = segment_command(teacher, tmp_path / "a", images / "first.png", segmenter="mutex_watershed_masked")
     line = refusal(*command)
     assert "mutex_watershed_masked needs the foreground of a ground truth" in line
-    assert line.rstrip().endswith("choose --segmenter mutex_watershed")
+    assert line.rstrip().endswith("choose mutex_watershed")
     assert not (tmp_path / "a").exists()
 
 

@@ -296,7 +296,7 @@ def test_unknown_names_are_one_clear_sentence():
     affinity, foreground = perfect(random_map(0, 2))
     with pytest.raises(ValueError, match=r'no segmenter "mutex"; choose one of mutex_watershed, waterz, multicut'):
         segment(affinity, foreground, OFFSETS[2], "mutex")
-    with pytest.raises(ValueError, match=r'"waterz" has no parameter "beta", it has foreground_threshold, threshold'):
+    with pytest.raises(ValueError, match=r'waterz has no parameter "beta": valid names: foreground_threshold'):
         segment(affinity, foreground, OFFSETS[2], "waterz", beta=0.5)
     with pytest.raises(ValueError, match=r'no parameter "strid"'):
         score([(affinity, foreground)], [random_map(0, 2)], OFFSETS[2], {"strid": 2})

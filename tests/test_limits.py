@@ -1,0 +1,162 @@
+"""Values outside of their range: one sentence that names range and value, wherever they were written, before anything runs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import yaml
+from test_config import SMALL
+
+from gdlib import grid, io, limits, mutex, parameters, segmentation
+from gdlib.cli import main
+from gdlib.config import Config, ConfigError
+
+OFFSETS = [[-1, 0], [0, -1], [-9, 0], [0, -9]]
+AFFINITY, FOREGROUND = np.full((4, 12, 13), 200, np.uint8), np.full((12, 13), 255, np.uint8)
+NUMBERS = "a number from 0 to 1", "a number above 0", "a whole number of at least 0", "a whole number from 1 to 1024"
+SHARE, POSITIVE, WHOLE, STRIDE = NUMBERS
+
+# Segmenter, parameter, its range in words, values outside of it.
+PARAMETERS = [
+    ("mutex_watershed", "stride", STRIDE, [0, -1, 2.5, math.nan, 2**64]),
+    ("mutex_watershed", "exponent", POSITIVE, [0, -1, math.nan, math.inf]),
+    ("mutex_watershed", "foreground_threshold", SHARE, [2, -0.1, math.nan]),
+    ("mutex_watershed", "min_size", WHOLE, [-5, 1.5, math.inf]),
+    ("mutex_watershed", "min_fragment", WHOLE, [-1]),
+    ("waterz", "foreground_threshold", SHARE, [1.1]),
+    ("waterz", "threshold", SHARE, [-0.1, 2, math.nan]),
+    ("multicut", "beta", "a number above 0 and below 1", [0, 1, -1, 1.5, math.nan]),
+    ("mutex_watershed_masked", "stride", STRIDE, [0]),
+]
+VALUES = [(segmenter, name, words, value) for segmenter, name, words, values in PARAMETERS for value in values]
+
+
+def sentence(error, *words):
+    """Is this one line with all these words?"""
+    text = str(error.value if hasattr(error, "value") else error)
+    assert "\n" not in text.strip()
+    assert all(str(word) in text for word in words), text
+    return text
+
+
+def header(**segmentation):
+    """Header of weights, tuned like this."""
+    return {"offsets": OFFSETS, "channels": 1, "model": "nowhere", "options": {}, "segmentation": segmentation}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Return a folder with weights that cannot be loaded, of which the header alone is good, and nothing else."""
+    folder = tmp_path_factory.mktemp("weights")
+    io.save_weights(folder / "w.safetensors", {}, header(mutex_watershed={}, waterz={}, multicut={}))
+    return folder
+
+
+def test_every_parameter_of_every_segmenter_is_tried():
+    tried = {name for _, name, *_ in PARAMETERS}
+    assert tried == {name for segmenter in segmentation.SEGMENTERS for name in parameters.PARAMETERS[segmenter]}
+    assert parameters.PARAMETERS.keys() == segmentation.SEGMENTERS.keys()
+    for segmenter, table in parameters.PARAMETERS.items():
+        for name, (_, values) in table.items():
+            for default, tuned in values.values():
+                for value in (default, *tuned):
+                    assert parameters.checked(segmenter, {name: value}) == {name: value}
+
+
+@pytest.mark.parametrize(("segmenter", "name", "words", "value"), VALUES)
+def test_a_parameter_of_a_segmenter(segmenter, name, words, value, files, capsys):
+    """Python, the configuration, weights, volumes block by block, the command line."""
+    said = f"{name} of {segmenter} must be {words} (got {value!r})"
+    foreground = FOREGROUND > 0 if parameters.is_masked(segmenter) else FOREGROUND
+    with pytest.raises(ValueError, match="must be") as error:
+        segmentation.segment(AFFINITY, foreground, OFFSETS, segmenter, **{name: value})
+    sentence(error, said)
+    raw = yaml.safe_load(SMALL)
+    raw["datasets"]["bbbc039"]["segmentation"] = {segmenter: {name: value}}
+    with pytest.raises(ConfigError) as error:
+        Config.parse(raw)
+    sentence(error, said, f"datasets.bbbc039: segmentation.{segmenter}")
+    if parameters.is_masked(segmenter):
+        return
+    with pytest.raises(ValueError, match="must be") as error:
+        parameters.chosen("w.safetensors", header(**{segmenter: {name: value}}), segmenter, {})
+    sentence(error, said, "w.safetensors")
+    with pytest.raises(ValueError, match="must be") as error:
+        grid.chosen("w.safetensors", header(**{segmenter: {}}), segmenter, {name: value})
+    sentence(error, said)
+    ways = [["--set", f"{name}={value}"]]
+    ways += [[f"--{name.replace('_', '-')}={value}"]] if name == "foreground_threshold" else []
+    for way in ways:
+        command = ["segment", "nowhere.png", "--out", files / "out", "--model", files / "w.safetensors", *way]
+        assert main([*map(str, command), "--segmenter", segmenter]) == 1
+        error = sentence(capsys.readouterr().err, f"{name} of {segmenter} must be {words}")
+        assert error.startswith("gdlib: error: ")
+    assert [path.name for path in files.iterdir()] == ["w.safetensors"]
+
+
+def test_weights_with_a_bad_parameter_can_be_used_with_another():
+    tuned = header(mutex_watershed={"stride": 0, "min_size": 7})
+    segmenter, found = parameters.chosen("w", tuned, None, {"stride": 2.0})
+    assert (segmenter, found["stride"], found["min_size"], type(found["stride"])) == ("mutex_watershed", 2, 7, int)
+
+
+def test_the_step_of_a_study(tmp_path, capsys):
+    with io.create_h5(
+        tmp_path / "p.h5", offsets=OFFSETS, segmentation={"mutex_watershed": {}}, weights_sha256=""
+    ) as file:
+        io.put(file.create_group("a"), "affinity", AFFINITY)
+        io.put(file["a"], "foreground", FOREGROUND)
+    step = ["step", "segment", "--predictions", tmp_path / "p.h5", "--out", tmp_path / "s.h5"]
+    override = json.dumps({"stride": 0})
+    assert main([*map(str, step), "--segmenter", "mutex_watershed", "--override", override]) == 1
+    sentence(capsys.readouterr().err, f"stride of mutex_watershed must be {STRIDE} (got 0)")
+
+
+@pytest.mark.parametrize("value", [1e-320, 5e-324, 1 - 1e-16])
+def test_the_ends_of_a_range_are_no_traceback(value):
+    for segmenter, name in (("multicut", "beta"), ("mutex_watershed", "exponent"), ("waterz", "threshold")):
+        if segmenter != "waterz" or pytest.importorskip("waterz"):
+            found = segmentation.segment(AFFINITY, FOREGROUND, OFFSETS, segmenter, **{name: value})
+            assert found.shape == FOREGROUND.shape
+
+
+MASK = FOREGROUND > 0
+KERNEL = {
+    "stride 0": ({"stride": 0}, "stride must be a whole number from 1 to 1024"),
+    "stride -1": ({"stride": -1}, "stride must be"),
+    "a stride that 64 bits do not hold": ({"stride": 2**64}, "stride must be"),
+    "exponent nan": ({"exponent": math.nan}, "exponent must be a number above 0"),
+    "offsets of another dimension": ({"offsets": [[0, *offset] for offset in OFFSETS]}, "do not fit"),
+    "offsets of several dimensions": ({"offsets": [*OFFSETS[:3], [0, 0, -9]]}, "do not fit"),
+    "too few affinities": ({"affinity": AFFINITY[:3]}, "do not fit"),
+    "a larger mask": ({"mask": np.ones((12, 14), bool)}, "do not fit"),
+}
+
+
+@pytest.mark.parametrize("change", KERNEL)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_mutex_watershed_looks_at_what_it_gets(change, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(mutex, "MOST_PIXELS", 0)
+    given = {"affinity": AFFINITY, "mask": MASK, "offsets": OFFSETS} | KERNEL[change][0]
+    with pytest.raises(ValueError, match=KERNEL[change][1]) as error:
+        mutex.mutex_watershed(**given)
+    sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [
+        (limits.Count, True, "x must be a whole number of at least 1 (got True)"),
+        (limits.Count, "3", "x must be a whole number of at least 1 (got '3')"),
+        (limits.Counts, [3, 2], "x must be the smaller number, then the larger one (got [3, 2])"),
+        (tuple[limits.Count, ...], [4, 0], "x.1 must be a whole number of at least 1 (got 0)"),
+        (limits.PerSplit, {"train": 1, "val": 2}, "x must have test"),
+        (limits.PerSplit, {"train": 1, "val": 0, "test": 1}, "x.val must be"),
+    ],
+)
+def test_kinds(kind, value, words):
+    with pytest.raises(ValueError, match="must") as error:
+        limits.checked("x", kind, value)
+    sentence(error, words)
