@@ -1,15 +1,25 @@
-"""Where every number comes from, and the pages that tell it, against a study whose files are made by hand."""
+"""Where every number comes from, and the pages and captions that tell it, against a study whose files are made by hand."""
 
+import io as streams
+import itertools
 import json
 import re
 from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
 
+import jinja2
 import numpy as np
 import pytest
+import yaml
+from docutils.core import publish_parts
 
 from gdlib import io
 from gdlib.report import markup, provenance, story
 
+ROOT = Path(__file__).parents[1]
+CAPTIONS = sorted((ROOT / "workflow" / "report").glob("*.rst"))
+STUDIES = yaml.safe_load((ROOT / "config.yaml").read_text())["studies"]
 DATASET, TITLES = "cells", {"cells": "Cells & co", "large": "Large", "tiny": "Tiny"}
 RUNS = [("large", "teacher", 0), *(("tiny", method, seed) for method in ("none", "grd") for seed in (0, 1))]
 SUMMARY = ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n")
@@ -185,3 +195,81 @@ def test_tables_as_a_page():
     assert "<h2>Cells &amp; co</h2>" in text
     assert "<p>A &amp; B</p>" in text
     assert '<p class="note">a note</p>' in text
+
+
+# --- Captions -------------------------------------------------------------------------------------------------------------
+
+
+def rendered(path, **snakemake):
+    """Render a caption as Snakemake does, links behind it included; return the page and what docutils has to say."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    links = "\n\n.. _Workflow: javascript:show_panel('workflow')\n\n.. _2. Tables: javascript:app.showCategory('2.%20Tables')\n"
+    text = environment.from_string(path.read_text() + links).render(snakemake=SimpleNamespace(**snakemake))
+    said = streams.StringIO()
+    page = publish_parts(text, writer_name="html", settings_overrides={"warning_stream": said})["html_body"]
+    return page, said.getvalue()
+
+
+as_snakemake_calls_it = pytest.mark.filterwarnings("ignore:Argument .writer_name.:PendingDeprecationWarning")
+
+
+def assert_clean(page, said):
+    assert said == ""
+    assert "system-message" not in page
+    assert "problematic" not in page
+    assert not re.search(r"\*\*|``|\{\{|\{%|mailto:", page), "markup that did not become anything"
+
+
+@as_snakemake_calls_it
+@pytest.mark.parametrize("path", CAPTIONS, ids=lambda path: path.stem)
+def test_captions_say_nothing_of_docutils(path):
+    for dataset, ndim, crop in itertools.product(("bbbc039", "my_cells_", "a*b"), (2, 3), (None, 256)):
+        wildcards = SimpleNamespace(dataset=dataset, ablation="bank_size")
+        params = SimpleNamespace(ndim=ndim, crop=crop, sample=3)
+        page, said = rendered(path, wildcards=wildcards, params=params, config={"study": "quick", "studies": STUDIES})
+        assert_clean(page, said)
+        assert (dataset in page) == ("wildcards.dataset" in path.read_text())
+
+
+@as_snakemake_calls_it
+@pytest.mark.parametrize("only", [None, "bbbc039,celegans", ["my_cells_"]])
+@pytest.mark.parametrize("name", [*STUDIES, "my_study_"])
+def test_the_front_page_fits_every_study(name, only):
+    awkward = "1. *Cells_ `in` |3D|* and a title that is far longer than the line that is usually put below titles\n"
+    own = {
+        "title": awkward,
+        "datasets": ["my_cells_"],
+        "teacher": "big",
+        "students": ["tiny_"],
+        "methods": ["none", "grd@big"],
+    }
+    studies = STUDIES | {"my_study_": own | {"seeds": [0]}}
+    config = {"study": name, "studies": studies} | ({"only": only} if only else {})
+    page, said = rendered(ROOT / "workflow" / "report" / "workflow.rst", config=config)
+    assert_clean(page, said)
+    text = " ".join(unescape(re.sub("<.*?>", "", page)).split())
+    assert " ".join(studies[name]["title"].split()) in text
+    chosen = only.split(",") if isinstance(only, str) else only
+    command = f"snakemake --cores all --config study={name}" + f" only={','.join(chosen or [])}" * bool(only)
+    assert f'<pre class="literal-block">\n{command}\n</pre>' in page
+    assert ("more datasets" in text) == bool(only)
+    assert f"On {', '.join(chosen or studies[name]['datasets'])}, a teacher (" in text
+    seeds = len(studies[name]["seeds"])
+    assert (
+        f"each with {seeds} seed{'s' * (seeds > 1)} and by each of these methods: {', '.join(studies[name]['methods'])}"
+        in text
+    )
+
+
+def test_every_caption_is_used_and_there():
+    rules = "".join(path.read_text() for path in (ROOT / "workflow" / "rules").glob("*.smk"))
+    used = set(re.findall(r"report/(\w+)\.rst", rules)) | set(re.findall(r'\b(?:page|figure)\(\s*f?"([a-z]+)', rules))
+    assert {path.stem for path in CAPTIONS} == used
+
+
+def test_pages_have_only_characters_that_fonts_have():
+    """All but ASCII is in the set that fonts of every common system share (WGL4), so that no icon is an empty box."""
+    common = set("±×÷²³¹½µ°·§«»éäöüßÖÄÜ–—‘’“”…−≈≠≤≥√∞∑∂∆Ωλμπσ ΔΣαβγδε←↑→↓↔█▌░■□●")
+    for path in [*CAPTIONS, *(ROOT / "gdlib" / "report").glob("*.py"), *(ROOT / "workflow").rglob("*.smk")]:
+        found = {c for c in path.read_text() if not c.isascii()} - common
+        assert not found, f"{path.name}: {found}"

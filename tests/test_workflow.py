@@ -147,6 +147,9 @@ def test_report_holds_the_table_and_every_figure(smoke, tmp_path):
     landing = files.read("report/report.html").decode()
     assert "Smoke test" in landing
     assert "snakemake --cores all --config study=smoke" in landing
+    for name in files.namelist():
+        if name.endswith(".html"):
+            assert "System Message" not in files.read(name).decode(), name
 
 
 def test_provenance_knows_the_runs_behind_every_number(smoke):
