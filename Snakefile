@@ -40,3 +40,11 @@ rule all:
         rules.provenance.output,
         PAPER,
         FIGURES,
+
+
+onsuccess:
+    print_warnings()
+
+
+onerror:
+    print_warnings()

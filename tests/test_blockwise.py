@@ -318,7 +318,10 @@ def config_of(volume, teacher, out, **more):
         ({"segmenter": "mutexx"}, 'there is no segmenter "mutexx"'),
         ({"segmenter": "mutex_watershed_masked"}, "needs the foreground of a ground truth"),
         ({"parameters": {"min_sise": 3}}, 'no parameter "min_sise".*min_size'),
-        ({"parameters": {"min_size": "many"}}, "min_size of mutex_watershed must be a whole number of at least 0 .got .many"),
+        (
+            {"parameters": {"min_size": "many"}},
+            "min_size of mutex_watershed must be a whole number of at least 0 .got .many",
+        ),
     ],
 )
 def test_a_mistake_in_the_options_is_one_sentence(change, message, volume, teacher):

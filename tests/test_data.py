@@ -492,8 +492,11 @@ def test_split_components_is_the_components_of_each_id(dtype):
     assert ((split == 0) == (label == 0)).all()
 
 
-def test_constant_images_of_two_dimensions_are_accepted():
-    assert check_sample(Sample("a", np.full((1, *SIZE), 7, np.uint8), _label()), 1, SIZE).image.max() == 7
+def test_constant_images_are_accepted_without_objects_only():
+    flat = np.full((1, *SIZE), 7, np.uint8)
+    assert check_sample(Sample("a", flat, np.zeros(SIZE, np.uint8)), 1, SIZE).image.max() == 7
+    with pytest.raises(DataError, match="a: all pixels of the image are 7, but its label has 3 objects; export"):
+        check_sample(Sample("a", flat, _label()), 1, SIZE)
 
 
 def test_what_to_ignore(tmp_path, capsys, monkeypatch):
@@ -518,7 +521,7 @@ def test_what_to_ignore(tmp_path, capsys, monkeypatch):
         "def read(root, *, ignored=0):\n"
         "    def one(name):\n"
         "        label = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)\n"
-        "        yield Sample(name, label[None], label, ignore=label < ignored)\n"
+        "        yield Sample(name, label[None] + len(name), label, ignore=label < ignored)\n"
         "    return {split: one(split) for split in ('train', 'val', 'test')}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -8,6 +8,7 @@ from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import jinja2
 import numpy as np
 import pytest
@@ -68,6 +69,17 @@ def study(tmp_path, monkeypatch):
         "configuration": "steps: 7 # <few>\n", "benchmarks": "benchmarks", "data": {DATASET: data},
         "teachers": {DATASET: "large/teacher/seed0"}, "given": {},
     }  # fmt: skip
+
+
+def test_warnings_about_data_are_problems_and_stand_below_their_table(study):
+    sentence = "images/a.tif: the image is its label, drawn; put <it> there"
+    for path in study["data"][DATASET].values():
+        with h5py.File(path, "r+") as file:
+            file.attrs["warnings"] = json.dumps([sentence])
+    found = provenance.record(**study)
+    assert found["problems"] == [f"{DATASET}: {sentence}"]
+    assert f"Warning: {sentence}." in unescape(story.data_page(found, TITLES))
+    assert sentence in unescape(story.provenance_page(found, TITLES))
 
 
 def measure(path, seconds, mib=64.5):

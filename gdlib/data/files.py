@@ -159,6 +159,11 @@ def check_shapes(name: Path | str, image: Sequence[int], label: Sequence[int]) -
 
 def check_label(name: Path | str, label: np.ndarray) -> None:
     """Raise `DataError` unless a label holds integers, none of them negative."""
+    if label.dtype == bool:
+        raise DataError(
+            f"{name}: the label has type bool, a mask; store it as integers, one number per instance, or set the option "
+            "`label_regions: true` of the source `folder`"
+        )
     if not np.issubdtype(label.dtype, np.integer):
         raise DataError(f"{name}: the label has type {label.dtype}; store it as integers, one number per instance")
     if label.min() < 0:

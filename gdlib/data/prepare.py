@@ -1,7 +1,8 @@
-"""Turn a data source into the three sample files; every image is checked, and one bad image means no file at all."""
+"""Turn a data source into the three sample files; all images are checked, and one bad image means no file at all."""
 
 import contextlib
 import hashlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from skimage.segmentation import relabel_sequential
 
 from gdlib import io
+from gdlib.data import sense
 from gdlib.data.files import SPLITS, check_label, check_shapes
 from gdlib.io import DataError, Sample
 from gdlib.registry import SOURCES
@@ -29,6 +31,8 @@ def prepare(
 ) -> dict[str, dict[str, Any]]:
     """Write the train, val and test samples of a data source, all three or none, and print a line about each.
 
+    What is probably not meant (see `gdlib.data.sense`) is printed on stderr, `warning: ` before each sentence.
+
     Images of 8 and 16 bits may be mixed in one dataset: networks see each image normalised by its own percentiles, so
     that its scale does not matter. The types are counted, printed and stored, for a mixture may be a slip of an export.
 
@@ -42,7 +46,8 @@ def prepare(
 
     Returns:
         For each split the file attributes: `samples`, `instances`, `empty_labels`, `ignored` (voxels), `types`, `sha256` (of
-        names and content), `source`, `options`, `provenance`, `channels`, `axes`, `split`.
+        names and content), `source`, `options`, `provenance`, `channels`, `axes`, `split`; `warnings`, if there are any,
+        are of all three.
 
     Raises:
         DataError: for input that cannot be used.
@@ -61,21 +66,44 @@ def prepare(
         "channels": channels,
         "axes": "C" + "ZYX"[-len(min_size) :],
     }
-    summary = {}
-    seen: dict[str, str] = {}
+    summary: dict[str, dict[str, Any]] = {}
+    names: dict[str, str] = {}
+    seen: list[sense.Seen] = []
+    temporary: dict[str, Path] = {}
     with contextlib.ExitStack() as stack:
         for split in SPLITS:
-            temporary = stack.enter_context(io.atomic(outputs[split]))
+            temporary[split] = stack.enter_context(io.atomic(outputs[split]))
             tally = _Tally()
-            checked = _checked(splits[split], split, seen, channels, min_size)
-            io.write_samples(temporary, tally.count(checked), split=split, **fixed)
+            checked = _checked(splits[split], split, names, seen, channels, min_size)
+            io.write_samples(temporary[split], tally.count(checked), split=split, **fixed)
             if not tally.samples:
                 raise DataError(f'data source "{source}": split "{split}" has no image; check the split lists')
-            with h5py.File(temporary, "r+", libver="latest") as file:
-                file.attrs.update(tally.attrs())
-            summary[split] = {**fixed, "split": split, **tally.attrs()}
+            sense.check_splits(seen)
+            summary[split] = tally.attrs()
             print(f"{source} {split}: {tally}")
-    return summary
+        if found := _senseless(source, options, seen):
+            summary = {split: {**attrs, "warnings": found} for split, attrs in summary.items()}
+            print(*(f"warning: {sentence}" for sentence in found), sep="\n", file=sys.stderr)
+        for split, attrs in summary.items():
+            with h5py.File(temporary[split], "r+", libver="latest") as file:
+                for key, value in attrs.items():
+                    file.attrs[key] = json.dumps(value) if isinstance(value, list) else value
+    return {split: {**fixed, "split": split, **attrs} for split, attrs in summary.items()}
+
+
+def _senseless(source: str, options: Mapping[str, Any], seen: Sequence[sense.Seen]) -> list[str]:
+    """Return what is probably not meant; `DataError` where numbers are no objects, and it was not said that they are."""
+    option = "label_regions"
+    mend = "give each object a number of its own"
+    if ":" not in source and option in SOURCES.parameters(source):
+        if options.get(option) is None:
+            sense.check_numbers(
+                seen,
+                f"set its option `{option}: true`, so that each region becomes an object (those that touch become one), or to "
+                "false if the labels are right",
+            )
+        mend = f"the option `{option}: true` does so for regions that do not touch" * (options.get(option) is None)
+    return sense.warnings(seen, mend)
 
 
 def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Sample:
@@ -133,21 +161,32 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
             image = image.astype(np.float32)
         if not np.isfinite(image).all():
             raise DataError(f"{name}: the image has NaN or infinite pixels; replace them by numbers")
-    if label.ndim == 3 and image.min() == image.max():
-        raise DataError(f"{name}: all voxels of the image are {image.flat[0]}; export the volume again")
+    if image.min() == image.max() and label.any():
+        what = "voxels" if label.ndim == 3 else "pixels"
+        count = len(np.unique(label[label > 0]))
+        raise DataError(
+            f"{name}: all {what} of the image are {image.flat[0]}, but its label has {count} objects; export the image again"
+        )
     ignore = ignore if ignore is not None and ignore.any() else None
     return replace(sample, image=image, label=relabel_sequential(label)[0].astype(np.uint32), ignore=ignore)
 
 
 def _checked(
-    samples: Iterable[Sample], split: str, seen: dict[str, str], channels: int, min_size: Sequence[int]
+    samples: Iterable[Sample],
+    split: str,
+    names: dict[str, str],
+    seen: list[sense.Seen],
+    channels: int,
+    min_size: Sequence[int],
 ) -> Iterator[Sample]:
     for sample in samples:
         # A name in two splits would be an image that is both trained and tested on.
-        if sample.id in seen:
-            raise DataError(f'"{sample.id}" is in split {seen[sample.id]} and again in {split}; name each image once')
-        seen[sample.id] = split
-        yield check_sample(sample, channels, min_size)
+        if sample.id in names:
+            raise DataError(f'"{sample.id}" is in split {names[sample.id]} and again in {split}; name each image once')
+        names[sample.id] = split
+        checked = check_sample(sample, channels, min_size)
+        seen.append(sense.look(checked, split))
+        yield checked
 
 
 class _Tally:

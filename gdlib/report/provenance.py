@@ -125,6 +125,9 @@ def record(
             "metrics_sha256": io.sha256(path),
         }
     splits = {d: {split: _samples(Path(p)) for split, p in files.items()} for d, files in data.items()}
+    for dataset, samples in splits.items():  # of all three, each split tells them
+        found = next((one["warnings"] for one in samples.values() if one and "warnings" in one), [])
+        problems += [f"{dataset}: {sentence}" for sentence in found]
     costs = {f"{p['dataset']}/{p['network']}": p for p in (json.loads(Path(path).read_text()) for path in profiles)}
     return {
         "study": study,
@@ -164,7 +167,7 @@ def _attrs(path: Path) -> dict[str, Any]:
 def _samples(path: Path) -> dict[str, Any] | None:
     """What a samples file says of itself."""
     attrs = _attrs(path)
-    keys = ("samples", "instances", "types", "source", "options", "provenance", "sha256")
+    keys = ("samples", "instances", "types", "source", "options", "provenance", "sha256", "warnings")
     found = {key: attrs[key] for key in keys if key in attrs}
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in found.items()}
     return {"file": path.as_posix(), **plain} if attrs else None

@@ -64,7 +64,8 @@ def data_page(found: Mapping[str, Any], titles: Titles) -> str:
             f"{about.get('provenance', '')} Source {about.get('source', 'unknown')}{f' ({options})' * bool(options)}."
         )
         header = ["split", "images", "objects", "types", "SHA-256 of the content"]
-        sections.append((title(dataset, titles), [Table(dataset, caption, header, [rows], [], names=1)]))
+        notes = [f"Warning: {sentence}." for sentence in about.get("warnings", [])]
+        sections.append((title(dataset, titles), [Table(dataset, caption, header, [rows], notes, names=1)]))
     return markup.html(sections)
 
 

@@ -115,7 +115,7 @@ def code(*paths):
     return [os.path.relpath(file) for file in files]
 
 
-PREPARE_CODE = code("data/prepare.py", "data/files.py")
+PREPARE_CODE = code("data/prepare.py", "data/sense.py", "data/files.py")
 # Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
 TRAIN_CODE = code("training.py", "cache.py")
 TRAIN_CODE += code("data/patches.py", "data/augment.py")
@@ -149,6 +149,14 @@ def prepare_code(wildcards):
     source = CFG.datasets[wildcards.dataset].source
     lists = (registry.SOURCES.folder.parent / "splits" / source).rglob("*.txt")
     return PREPARE_CODE + plugin(registry.SOURCES, source) + code(*sorted(lists))
+
+
+def print_warnings():
+    """Say again what is probably not meant in the data of this study: hours may lie between, or another machine."""
+    for log in (f"logs/prepare/{dataset}.log" for dataset in STUDY.datasets):
+        lines = open(log).readlines() if os.path.exists(log) else []
+        for line in (line for line in lines if line.startswith("warning: ")):
+            print(f"{log}: {line}", end="", file=sys.stderr)
 
 
 def spec_of(wildcards):

@@ -31,4 +31,5 @@ rule prepare:
         "Prepare {wildcards.dataset}"
     shell:
         "python -m gdlib step prepare --dataset {params.dataset:q} {params.root:q}"
-        " --train {output.train} --val {output.val} --test {output.test} > {log} 2>&1"
+        " --train {output.train} --val {output.val} --test {output.test} > {log} 2>&1;"
+        " sed -n 's/^warning: /{wildcards.dataset}: &/p' {log} >&2"

@@ -1,6 +1,7 @@
 """Own data: a folder with `images/` and `labels/`, PNG, TIFF or HDF5, one label file per image file and of equal name.
 
-A label file holds one integer per pixel: 0 = background, any other number = one instance. The endings may differ:
+A label file holds one integer per pixel: 0 = background, any other number = one instance; masks and classes can be split
+into their regions. The endings may differ:
 `a.png` goes with `a.tif`. Grey and colour images, 2D or 3D; axes in the order z, y, x. The voxel size is the attribute
 `resolution` (nm) or `element_size_um` of the arrays of an HDF5 file, or an option.
 
@@ -16,16 +17,20 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from gdlib.data.files import (
     HDF5_SUFFIXES,
     SPLITS,
     Splits,
+    check_label,
     existing_folder,
     find_files,
     open_volume,
     read_image,
     read_label,
     read_list,
+    split_components,
     voxel_size,
 )
 from gdlib.io import DataError, Sample
@@ -41,6 +46,7 @@ def folder(
     test_fraction: float = 0.2,
     image_dataset: str | None = None,
     label_dataset: str | None = None,
+    label_regions: bool | None = None,
     voxel_size_nm: Sequence[float] | None = None,
 ) -> Splits:
     """Read a folder of images and labels.
@@ -52,6 +58,9 @@ def folder(
         test_fraction: expected part of the images for testing; unused with split lists.
         image_dataset: path of the image inside HDF5 files, e.g. `volumes/raw`; not needed where they hold one array.
         label_dataset: the same for labels.
+        label_regions: true makes each connected region of equal numbers an object, for masks of 0 and 255 and for classes;
+            objects that touch become one, regions that touch at corners only are two. false says that a number is an object
+            however many regions it has. If nothing is said, labels that look like masks or classes are refused.
         voxel_size_nm: one number per axis ([Z,] Y, X), instead of what HDF5 files say.
 
     Returns:
@@ -79,6 +88,7 @@ def folder(
             channels,
             image_dataset,
             label_dataset,
+            bool(label_regions),
             voxel_size_nm,
         )
         for split, names in split_names.items()
@@ -91,15 +101,19 @@ def _read(
     channels: int,
     image_dataset: str | None,
     label_dataset: str | None,
+    regions: bool,
     size: Sequence[float] | None,
 ) -> Iterator[Sample]:
-    for image, label in pairs:
+    for image, path in pairs:
         attrs = {"source": image.relative_to(root).as_posix()}
-        if found := size or _stored_size((image, image_dataset), (label, label_dataset)):
+        if found := size or _stored_size((image, image_dataset), (path, label_dataset)):
             attrs["voxel_size_nm"] = [float(side) for side in found]
-        yield Sample(
-            image.stem, read_image(image, channels, image_dataset), read_label(label, label_dataset), attrs=attrs
-        )
+        label = read_label(path, label_dataset)
+        if regions:
+            label = label.astype(np.uint8) if label.dtype == bool else label
+            check_label(path, label)
+            label = split_components(label)
+        yield Sample(image.stem, read_image(image, channels, image_dataset), label, attrs=attrs)
 
 
 def _stored_size(*files: tuple[Path, str | None]) -> list[float] | None:
