@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scenes import bare_step, folder, roof, spec, trainings
+from gdlib import process
 from gdlib.bench import Bench, synchronise
 from gdlib.distill import Term, Truth, View
 from gdlib.inference import choose_precision
@@ -49,6 +50,7 @@ def run(bench: Bench) -> None:
 
     A time is the mean of as many steps as there are between two entries in the log, after some that warm up.
     """
+    process.keep_memory()  # as the command line does
     warm, together, count = bench.pick((5, 10, 4), (3, 10, 2), (1, 1, 2))
     for axes, (patch, batch, data) in trainings(bench).items():
         bare = bare_step(bench, len(patch), (batch, 1, *patch))

@@ -19,7 +19,7 @@ from gdlib.config import RunSpec
 from gdlib.data.patches import PatchSampler, largest_id
 from gdlib.distill import Batch, see
 from gdlib.inference import choose_device, choose_precision
-from gdlib.models import Embedding, build, folded
+from gdlib.models import Embedding, build, folded, restored
 from gdlib.progress import Progress
 
 
@@ -83,8 +83,7 @@ def teach(
     target = choose_device(device)
     dtype = choose_precision(precision, target)
     state, header = io.load_weights(teacher)
-    network = build(header["model"], header["options"])
-    network.load_state_dict(state)
+    network = restored(header, state)
     names = ["embedding", "foreground"] if level is None else [level] if level in network.levels else []
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}[network.ndim]
     network = folded(network).to(target, memory_format=layout)

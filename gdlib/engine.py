@@ -111,10 +111,16 @@ class _Maps(nn.Module):
         return out.embedding, out.foreground
 
 
+@functools.cache
 def _library() -> ModuleType:
-    # It would report to its makers that it was used; without this package it does not, and lacks nothing else.
-    sys.modules.setdefault("openvino_telemetry", None)
-    return importlib.import_module("openvino")
+    # It would report to its makers that it was used; imported without this package it does not, and lacks nothing else.
+    telemetry = "openvino_telemetry"
+    hidden = sys.modules.setdefault(telemetry, None) is None
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if hidden:  # whoever else wants it shall find it
+            sys.modules.pop(telemetry, None)
 
 
 @functools.cache

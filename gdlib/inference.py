@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gdlib import io, ops
 from gdlib.data.patches import intensity_range, rescale
 from gdlib.engine import Engine, choose_engine, make_engine
-from gdlib.models import build, folded
+from gdlib.models import folded, restored
 
 Box = tuple[slice, ...]
 BLOCK = {2: (1024, 1024), 3: (32, 256, 256)}  # pixels; larger ones waste less on context, where there is memory
@@ -193,9 +193,7 @@ class Predictor:
     def load(cls, weights: Path | str, *, engine: str = "auto", **kwargs: Any) -> "Predictor":
         """Read a weights file and make its network, to be run by the fastest engine there is."""
         state, header = io.load_weights(weights)
-        network = build(header["model"], header["options"])
-        network.load_state_dict(state)
-        return cls(network, header, engine=engine, **kwargs)
+        return cls(restored(header, state), header, engine=engine, **kwargs)
 
     def __call__(self, image: np.ndarray | h5py.Dataset, *, keep_embedding: bool = False) -> Prediction:
         """Predict one image.

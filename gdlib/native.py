@@ -3,7 +3,6 @@
 Nothing needs it: without a compiler, on another device or for another type, `ops` computes the same in plain torch.
 """
 
-import contextlib
 import ctypes
 from collections.abc import Sequence
 
@@ -18,18 +17,6 @@ def usable(*tensors: Tensor | None) -> bool:
     """Tell whether the compiled functions are there and take these tensors: all float32, or all float64, on the CPU."""
     kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors if tensor is not None}
     return kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)}) and library() is not None
-
-
-def keep_memory() -> None:
-    """Let this process keep memory that is freed, for the next step, where the C library is glibc.
-
-    By default it returns large maps to the system and gets them back page by page, filled with zeros; a step of a small network
-    on a CPU takes up to a fifth longer.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, value)
 
 
 class _Relate(torch.autograd.Function):

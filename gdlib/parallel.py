@@ -4,27 +4,35 @@ They share the work of `accumulate`: each step's batches are dealt out to them, 
 goes into the memory bank of each. So the recipe alone says what is computed; a run means the same in one process and in eight.
 """
 
-import atexit
+import contextlib
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def join(device: torch.device) -> torch.device:
-    """Meet the other processes, if there are any, and return the device of this one."""
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Meet the other processes, if there are any and the program has not done so, and leave them at the end.
+
+    Yields:
+        The device of this process.
+    """
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # The others wait while the first one validates.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
-    atexit.register(dist.destroy_process_group)
-    return device
+        yield device
+        return
+    cuda = device.type == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else device
+    with torch.cuda.device(device) if cuda else contextlib.nullcontext():
+        # The others wait while the first one validates.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+        try:
+            yield device
+        finally:
+            dist.destroy_process_group()
 
 
 def world() -> int:

@@ -108,11 +108,12 @@ def profile(
 
     Returns:
         `parameters`; `image_shape` and, for this shape, `macs`, `latency_ms` (median) and `latency_ms_p90` of the network
-        alone, from the normalised image to the embedding, and `peak_memory_mib` (of the device, or the growth of the process
-        on a CPU); device, engine, threads, precision.
+        alone, from the normalised image to the embedding, and `peak_memory_mib` (of the device, whose peak is counted anew, or
+        the growth of the process on a CPU); device, engine, threads, precision.
     """
     target = choose_device(device)
-    network = build(model, options)
+    with torch.random.fork_rng([]):  # the program's random numbers go on as if nothing had been drawn
+        network = build(model, options)
     _check_axes(model, network, shape)
     channels = options.get("in_channels", 1)
     predictor = Predictor(network, {"channels": channels}, device=target, precision=precision, engine=engine)

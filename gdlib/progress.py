@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 from typing import Any
 
 from tqdm import tqdm
@@ -17,6 +18,9 @@ class Progress(tqdm):
         iterable: as for `tqdm`.
         options: of `tqdm`.
     """
+
+    # That of tqdm is for several processes too, and settles how the program starts them.
+    _lock = threading.RLock()
 
     def __init__(self, iterable: Any = None, **options: Any) -> None:
         self.logs = not sys.stderr.isatty()

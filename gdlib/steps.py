@@ -5,10 +5,11 @@ import json
 import math
 from pathlib import Path
 
-from gdlib import io
+from gdlib import io, process
 from gdlib.parameters import checked, is_masked
 from gdlib.volume_steps import add_volume_steps
 
+INTERRUPTED = 75  # exit status of a training that was told to stop and can be resumed (EX_TEMPFAIL)
 BLOCK_HELP = (
     "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster where there is memory for "
     "it, the result is the same (default: 1024 in 2D, 32x256x256 in 3D)"
@@ -146,22 +147,18 @@ def _teach(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from gdlib.config import RunSpec
-    from gdlib.training import fit
+    from gdlib.training import Interrupted, fit
 
-    scores = fit(
-        RunSpec.model_validate(arguments.spec),
-        train=arguments.train,
-        val=arguments.val,
-        teacher=arguments.teacher,
-        patches=arguments.patches,
-        taught=arguments.taught,
-        weights=arguments.weights,
-        last=arguments.last,
-        history=arguments.history,
-        state=arguments.state,
-        device=arguments.device,
-        max_seconds=arguments.max_seconds,
-    )
+    process.keep_memory()
+    keys = (
+        "train", "val", "teacher", "patches", "taught", "weights", "last", "history", "state", "device", "max_seconds",
+    )  # fmt: skip
+    options = {key: getattr(arguments, key) for key in keys}
+    try:
+        with process.stop_signal() as stop:
+            scores = fit(RunSpec.model_validate(arguments.spec), stop=stop, **options)
+    except Interrupted:
+        raise SystemExit(INTERRUPTED) from None
     if scores:  # of several processes, one validates
         keys = ("aji", "pq", "f1_50", "dice", "arand", "voi")
         print("validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in keys))

@@ -4,9 +4,8 @@ import contextlib
 import copy
 import hashlib
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gdlib import __version__, io, native, parallel
+from gdlib import __version__, io, parallel
 from gdlib.cache import source_of_patches
 from gdlib.config import Recipe, RunSpec
 from gdlib.distill import Batch, Distiller, build_term
 from gdlib.distill.bank import MemoryBank, check_entries
 from gdlib.inference import Predictor, choose_device, choose_precision
 from gdlib.metrics import is_better
-from gdlib.models import build, folded
+from gdlib.models import build, folded, restored
 from gdlib.progress import Progress
 from gdlib.segmentation import defaults, score, tune
 
 HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
 LOG_EVERY = 10  # steps; losses are averaged over them, so that nothing waits for the device at every step
-INTERRUPTED = 75  # exit status of a run that was told to stop and can be resumed (EX_TEMPFAIL)
 
 
-class Interrupted(SystemExit):
-    """The run was told to stop; its state is saved and the same command goes on from there."""
+class Interrupted(Exception):
+    """The run was told to stop; its state is saved and the same call goes on from there."""
 
 
 def fit(
@@ -49,8 +47,12 @@ def fit(
     taught: Sequence[Path | str] = (),
     device: str = "auto",
     max_seconds: float = math.inf,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Train one network and write its weights; in several processes at once where `torchrun` started them.
+
+    It may run in any thread and leaves the program as it was: it handles no signals, and torch's random numbers go on after it as
+    if it had not been. While it runs nobody else should draw them: what drops channels at random would not repeat.
 
     Args:
         spec: what to train and how.
@@ -65,75 +67,77 @@ def fit(
         taught: files of `gdlib.cache.teach`, instead of asking the teacher at every step; only with `patches`.
         device: name, or `auto`.
         max_seconds: stop and save the state after this time.
+        stop: asked after every step whether to do so, e.g. the `is_set` of a `threading.Event`.
 
     Returns:
         Mean validation metrics of the best weights, with the first segmenter; nothing in processes that do not validate.
 
     Raises:
-        Interrupted: on SIGTERM or after `max_seconds`.
+        Interrupted: it was told to stop, or `max_seconds` are over.
     """
-    target = parallel.join(choose_device(device))
-    native.keep_memory()
-    recipe, alone, leader = spec.recipe, parallel.world() == 1, parallel.rank() == 0
-    if recipe.accumulate % parallel.world():
-        raise ValueError(
-            f"{parallel.world()} processes share the batches of a step: make accumulate, which is {recipe.accumulate}, a "
-            "multiple of that, with a smaller batch_size if the step shall stay the same"
-        )
-    # Validation first: a file that cannot be used must not cost a training.
-    judge = Judge(spec, val, target) if leader else None
-    trainer = _Trainer(spec, teacher, target)
-    sampler = source_of_patches(spec, train, trainer.margin, target, patches, taught, teacher)
-    resume = Path(state) / "resume.pt"
-    fingerprint = _fingerprint(spec, train, val, teacher) + f"/{patches is not None:d}{len(taught)}"
-    if resume.exists():
-        trainer.resume(resume, fingerprint)
+    with parallel.joined(choose_device(device)) as target, _own_random_numbers(target):
+        recipe, alone, leader = spec.recipe, parallel.world() == 1, parallel.rank() == 0
+        if recipe.accumulate % parallel.world():
+            raise ValueError(
+                f"{parallel.world()} processes share the batches of a step: make accumulate, which is {recipe.accumulate}, a "
+                "multiple of that, with a smaller batch_size if the step shall stay the same"
+            )
+        # Validation first: a file that cannot be used must not cost a training.
+        judge = Judge(spec, val, target) if leader else None
+        trainer = _Trainer(spec, teacher, target)
+        sampler = source_of_patches(spec, train, trainer.margin, target, patches, taught, teacher)
+        resume = Path(state) / "resume.pt"
+        fingerprint = _fingerprint(spec, train, val, teacher) + f"/{patches is not None:d}{len(taught)}"
+        if resume.exists():
+            trainer.resume(resume, fingerprint)
 
-    stop = _StopRequest(max_seconds)
-    name = f"{spec.network}/{spec.method}/seed{spec.seed}"
-    bar = Progress(total=recipe.steps, initial=trainer.step, unit="step", desc=name, disable=not leader)
-    with bar, stop:
-        bar.say(f"training on {_device_name(target)} in {str(trainer.dtype).removeprefix('torch.')}")
-        while trainer.step < recipe.steps:
-            trainer.advance(sampler.batch(number) for number in trainer.batches())
-            bar.update()
-            if trainer.step % LOG_EVERY == 0 or trainer.step == recipe.steps:
-                bar.set_postfix(loss=f"{trainer.flush_losses():.4f}")
-            if leader and (trainer.step % recipe.validate_every == 0 or trainer.step == recipe.steps):
-                trainer.consider(judge(trainer.deployed))
-                reached = f"{recipe.selection} {trainer.last_scores[recipe.selection]:.4f}"
-                best = ", the best so far" * (trainer.best_step == trainer.step)
-                bar.say(f"step {trainer.step}: validation {reached}{best}")
-            # Several processes must agree, for which they wait for their devices: not at every step.
-            asked = (alone or trainer.step % LOG_EVERY == 0) and parallel.any_of(bool(stop), target)
-            if leader and (asked or (trainer.step % recipe.save_every == 0 and trainer.step < recipe.steps)):
-                trainer.save(resume, fingerprint)
-            if asked:
-                bar.say(f"stopped after step {trainer.step} of {recipe.steps}; the same command goes on from there")
-                raise Interrupted(INTERRUPTED)
-    if not leader:
-        return {}
+        deadline = time.monotonic() + max_seconds
+        name = f"{spec.network}/{spec.method}/seed{spec.seed}"
+        bar = Progress(total=recipe.steps, initial=trainer.step, unit="step", desc=name, disable=not leader)
+        with bar:
+            bar.say(f"training on {_device_name(target)} in {str(trainer.dtype).removeprefix('torch.')}")
+            while trainer.step < recipe.steps:
+                trainer.advance(sampler.batch(number) for number in trainer.batches())
+                bar.update()
+                if trainer.step % LOG_EVERY == 0 or trainer.step == recipe.steps:
+                    bar.set_postfix(loss=f"{trainer.flush_losses():.4f}")
+                if leader and (trainer.step % recipe.validate_every == 0 or trainer.step == recipe.steps):
+                    trainer.consider(judge(trainer.deployed))
+                    reached = f"{recipe.selection} {trainer.last_scores[recipe.selection]:.4f}"
+                    best = ", the best so far" * (trainer.best_step == trainer.step)
+                    bar.say(f"step {trainer.step}: validation {reached}{best}")
+                # Several processes must agree, for which they wait for their devices: not at every step.
+                asked = alone or trainer.step % LOG_EVERY == 0
+                asked = asked and parallel.any_of(stop() or time.monotonic() > deadline, target)
+                if leader and (asked or (trainer.step % recipe.save_every == 0 and trainer.step < recipe.steps)):
+                    trainer.save(resume, fingerprint)
+                if asked:
+                    said = f"stopped after step {trainer.step} of {recipe.steps}; the same command goes on from there"
+                    bar.say(said)
+                    raise Interrupted(said)
+        if not leader:
+            return {}
 
-    header = {
-        **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"}),
-        "run": spec.model_dump(mode="json"),
-        "gdlib": __version__,
-        "torch": torch.__version__,
-        "device": _device_name(target),
-        "precision": str(trainer.dtype).removeprefix("torch."),
-    }
-    final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
-    trainer.deployed.load_state_dict(trainer.best_state)
-    bar.say(f"choosing segmentation parameters on {len(judge.samples)} validation images")
-    parameters, scores = judge.tune(trainer.deployed)
-    header |= {"segmentation": parameters, "validation": scores}
-    main = {spec.segmenters[0]: trainer.last_scores}
-    io.save_weights(last, final, header | {"step": recipe.steps, "validation": main})
-    io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
-    print(f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted")
-    io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
-    resume.unlink(missing_ok=True)
-    return scores[spec.segmenters[0]]
+        header = {
+            **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"}),
+            "run": spec.model_dump(mode="json"),
+            "gdlib": __version__,
+            "torch": torch.__version__,
+            "device": _device_name(target),
+            "precision": str(trainer.dtype).removeprefix("torch."),
+        }
+        final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
+        trainer.deployed.load_state_dict(trainer.best_state)
+        bar.say(f"choosing segmentation parameters on {len(judge.samples)} validation images")
+        parameters, scores = judge.tune(trainer.deployed)
+        header |= {"segmentation": parameters, "validation": scores}
+        main = {spec.segmenters[0]: trainer.last_scores}
+        io.save_weights(last, final, header | {"step": recipe.steps, "validation": main})
+        io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
+        print(f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted")
+        io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
+        resume.unlink(missing_ok=True)
+        return scores[spec.segmenters[0]]
 
 
 class Judge:
@@ -188,7 +192,7 @@ class _Trainer:
 
     def __init__(self, spec: RunSpec, teacher: Path | str | None, device: torch.device) -> None:
         recipe = spec.recipe
-        torch.manual_seed(spec.seed)
+        _seed(spec.seed, device)
         self.spec = spec
         self.device = device
         self.dtype = choose_precision(recipe.precision, device)
@@ -248,7 +252,7 @@ class _Trainer:
         start = time.perf_counter()
         recipe = self.spec.recipe
         if parallel.world() > 1:  # networks that drop channels at random must not drop the same ones in all processes
-            torch.manual_seed(self.spec.seed * 1_000_003 + self.batches().start)
+            _seed(self.spec.seed * 1_000_003 + self.batches().start, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, recipe)
         self.optimizer.zero_grad(set_to_none=True)
@@ -320,8 +324,8 @@ class _Trainer:
         content = {name: part.state_dict() for name, part in self._state().items()}
         content |= {name: getattr(self, name) for name in self._PLAIN}
         content |= {"fingerprint": fingerprint, "rng": torch.get_rng_state()}
-        if self.device.type == "cuda":  # where networks that drop channels at random draw from
-            content["rng_device"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type != "cpu":  # where networks that drop channels at random draw from
+            content["rng_device"] = torch.get_device_module(self.device).get_rng_state(self.device)
         io.save_state(path, content)
 
     def resume(self, path: Path, fingerprint: str) -> None:
@@ -339,9 +343,22 @@ class _Trainer:
         for name in self._PLAIN:
             setattr(self, name, content[name])
         torch.set_rng_state(content["rng"].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(content["rng_device"].cpu(), self.device)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(content["rng_device"].cpu(), self.device)
         print(f"resumed after step {self.step}", flush=True)
+
+
+def _own_random_numbers(device: torch.device) -> contextlib.AbstractContextManager:
+    """Networks draw from torch's generators, of the CPU and of the device: give them back as they were."""
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+
+
+def _seed(number: int, device: torch.device) -> None:
+    """Seed the generators that a network on this device draws from, and no others."""
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        state = torch.Generator(device).manual_seed(number).get_state()
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _check_patch(network: nn.Module, spec: RunSpec) -> None:
@@ -401,9 +418,7 @@ def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
             raise io.DataError(
                 f"{path}: the teacher was trained with {key} {header[key]}, this run uses {mine}; make them equal"
             )
-    teacher = build(header["model"], header["options"])
-    teacher.load_state_dict(state)
-    return folded(teacher)
+    return folded(restored(header, state))
 
 
 def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:
@@ -417,24 +432,3 @@ def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-class _StopRequest(contextlib.AbstractContextManager):
-    """True after SIGTERM or when the time is over; a signal then never interrupts a step or a write."""
-
-    def __init__(self, max_seconds: float) -> None:
-        self.deadline = time.monotonic() + max_seconds
-        self.asked = False
-
-    def __enter__(self) -> "_StopRequest":
-        self.previous = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self.previous)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-
-    def __bool__(self) -> bool:
-        return self.asked or time.monotonic() > self.deadline

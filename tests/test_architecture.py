@@ -28,6 +28,7 @@ ALLOWED = {
     "gdlib.__main__": "gdlib.cli",
     "gdlib.registry": "",
     "gdlib.devices": "",
+    "gdlib.process": "",
     "gdlib.io": "",
     "gdlib.metrics": "",
     "gdlib.ops": "gdlib.native",
@@ -66,7 +67,7 @@ ALLOWED = {
     "gdlib.volume_steps": "gdlib.blockwise",
     "gdlib.blockwise": "gdlib gdlib.io gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
-    "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.native gdlib.metrics gdlib.segmentation gdlib.models "
+    "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.segmentation gdlib.models "
     "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",
     "gdlib.profile": "gdlib.models gdlib.inference",
     "gdlib.report": "",
@@ -82,7 +83,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|parameters|reference|steps|tensorboard|registry|schema|config|io|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
     r"|data|data\.(files|prepare|sense|download|sources(\..*)?)))?"
 )
 

@@ -93,8 +93,9 @@ def test_batches_are_dealt_out_without_remainder(make_spec, monkeypatch):
 
 def test_one_process_alone_does_nothing():
     device = torch.device("cpu")
-    assert parallel.join(device) is device
-    assert (parallel.world(), parallel.rank()) == (1, 0)
+    with parallel.joined(device) as mine:
+        assert mine is device
+        assert (parallel.world(), parallel.rank()) == (1, 0)
     tensor = torch.ones(2)
     parallel.add([tensor])
     assert tensor.tolist() == [1, 1]

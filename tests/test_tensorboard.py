@@ -7,6 +7,7 @@ import torch
 
 from gdlib import io, tensorboard
 from gdlib.cli import main
+from gdlib.training import Interrupted
 
 # One event, `train/loss` 0.5 at step 300, as written by tensorboard 2.21 (RecordWriter, Event and Summary).
 KNOWN = bytes.fromhex(
@@ -36,7 +37,7 @@ def study(tmp_path_factory, make_spec, train):
     done = folder / "runs" / "squares" / "tiny" / "none" / "seed0"
     train(make_spec(steps=6), done)
     state = folder / "state" / "squares" / "tiny" / "none" / "seed1"
-    with pytest.raises(SystemExit):
+    with pytest.raises(Interrupted):
         train(make_spec(seed=1, steps=6), folder / "x", state=state, max_seconds=0)
     return folder
 

@@ -4,9 +4,10 @@ import copy
 import itertools
 import math
 import pickle
-import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,16 +95,17 @@ def rows(folder, split=None, name=None):
     return [(int(s), float(v)) for s, p, n, v in lines if split in (None, p) and name in (None, n)]
 
 
-def stop_at(monkeypatch, batch, action):
-    """Do something when the sampler is asked for this batch."""
-    original = cache.PatchSampler.batch
+def stop_at(monkeypatch, batch):
+    """Return a `stop` that is true as soon as the sampler has been asked for this batch."""
+    original, asked = cache.PatchSampler.batch, threading.Event()
 
     def replacement(self, step):
         if step == batch:
-            action()
+            asked.set()
         return original(self, step)
 
     monkeypatch.setattr(cache.PatchSampler, "batch", replacement)
+    return asked.is_set
 
 
 def assert_nothing_written(folder):
@@ -191,17 +193,14 @@ def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, spl
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("step", [0, 1, 3, 4])
-def test_sigterm_then_resume_is_bit_for_bit_the_same(
+def test_stopped_then_resumed_is_bit_for_bit_the_same(
     name, step, finished, train, teacher, tmp_path, monkeypatch, capsys
 ):
     spec, scores, whole = finished(name)
-    before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        stop_at(patch, step * spec.recipe.accumulate, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(training.Interrupted) as caught:
-            train(spec, tmp_path, teacher=teacher)
-    assert caught.value.code == 75
-    assert signal.getsignal(signal.SIGTERM) is before
+        stop = stop_at(patch, step * spec.recipe.accumulate)
+        with pytest.raises(training.Interrupted, match=f"stopped after step {step + 1} of 6"):
+            train(spec, tmp_path, teacher=teacher, stop=stop)
     assert_nothing_written(tmp_path)
     assert f"stopped after step {step + 1} of 6" in "".join(capsys.readouterr())
     assert train(spec, tmp_path, teacher=teacher) == scores
@@ -214,32 +213,33 @@ def test_sigterm_then_resume_is_bit_for_bit_the_same(
 def test_out_of_time_after_every_step_is_the_same_too(name, finished, train, teacher, tmp_path):
     spec, scores, whole = finished(name)
     for _ in range(spec.recipe.steps):
-        with pytest.raises(training.Interrupted) as caught:
+        with pytest.raises(training.Interrupted):
             train(spec, tmp_path, teacher=teacher, max_seconds=0)
-        assert caught.value.code == 75
         assert_nothing_written(tmp_path)
     assert train(spec, tmp_path, teacher=teacher, max_seconds=0) == scores
     assert outputs(tmp_path) == outputs(whole)
 
 
-@pytest.mark.parametrize("name", ["grd, ema, accumulation, clipping"])
-def test_kill_9_then_resume_is_bit_for_bit_the_same(name, finished, splits, teacher, tmp_path):
-    spec, _, whole = finished(name)
+@pytest.mark.parametrize(("name", "status", "resumed"), [("SIGKILL", -9, 4), ("SIGTERM", 75, 6)])
+def test_a_signal_then_resume_is_bit_for_bit_the_same(name, status, resumed, finished, splits, teacher, tmp_path):
+    """On the command line. At SIGTERM it makes its step and saves; of SIGKILL it knows nothing."""
+    spec, _, whole = finished("grd, ema, accumulation, clipping")
     command = ["step", "train", "--spec", spec.model_dump_json(), "--device", "cpu", "--teacher", str(teacher)]
     command += [f"--{split}={splits[split]}" for split in ("train", "val")] + [f"--state={tmp_path / 'state'}"]
     command += [f"--{Path(file).stem}={tmp_path / file}" for file in OUTPUTS]
     killer = (
         "import os, signal, sys; from gdlib import cache, cli; batch = cache.PatchSampler.batch\n"
         "def deadly(self, step):\n"
-        f"    return os.kill(os.getpid(), signal.SIGKILL) if step == {5 * spec.recipe.accumulate} else batch(self, step)\n"
+        f"    if step == {5 * spec.recipe.accumulate}: os.kill(os.getpid(), signal.{name})\n"
+        "    return batch(self, step)\n"
         "cache.PatchSampler.batch = deadly; sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run([sys.executable, "-c", killer, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == status, done.stderr
     assert_nothing_written(tmp_path)
     done = subprocess.run([sys.executable, "-m", "gdlib", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "resumed after step 4" in done.stdout
+    assert f"resumed after step {resumed}" in done.stdout
     assert outputs(tmp_path) == outputs(whole)
 
 
@@ -351,6 +351,13 @@ def test_one_seed_is_one_result_and_another_seed_another(finished, make_spec, tr
     assert outputs(tmp_path / "other")["history"] != outputs(whole)["history"]
     states = [io.load_weights(folder / "last.safetensors")[0] for folder in (tmp_path / "other", whole)]
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_run_in_another_thread_is_the_same(finished, train, teacher, tmp_path):
+    spec, scores, whole = finished("grd")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, spec, tmp_path, teacher=teacher).result() == scores
+    assert outputs(tmp_path) == outputs(whole)
 
 
 def test_methods_of_one_seed_start_from_the_same_network_and_see_the_same_patches(make_spec, splits, teacher):
@@ -640,9 +647,9 @@ def test_a_run_on_volumes_is_resumed_bit_for_bit(step, volume_runs, train_volume
     spec, scores, whole = volume_runs["student"]
     weights = volume_runs["teacher"][2] / "weights.safetensors"
     with monkeypatch.context() as patch:
-        stop_at(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        stop = stop_at(patch, step)
         with pytest.raises(training.Interrupted):
-            train_volume(spec, tmp_path, teacher=weights)
+            train_volume(spec, tmp_path, teacher=weights, stop=stop)
     assert_nothing_written(tmp_path)
     assert train_volume(spec, tmp_path, teacher=weights) == scores
     assert outputs(tmp_path) == outputs(whole)

@@ -22,9 +22,10 @@ a block of a network that does not may look beyond the nearer side of the block 
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -54,6 +55,17 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
         options: keyword arguments of its class, e.g. `{"widths": [4, 8, 16, 32, 64], "in_channels": 1}`.
     """
     return NETWORKS.get(name)(**options)
+
+
+def restored(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """Make the network of a weights file, from what `io.load_weights` returns.
+
+    It starts at random before it gets its weights; the program's random numbers go on as if it had not.
+    """
+    with torch.random.fork_rng([]):
+        network = build(header["model"], header["options"])
+    network.load_state_dict(state)
+    return network
 
 
 def normed(convolution: nn.Module, activation: nn.Module | None = None) -> nn.Sequential:
