@@ -68,6 +68,10 @@ def relate(
     window: Sequence[int] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`ops.relate`; `index` and `size` are those of the instances."""
+    if window is not None and (len(window) != rows.ndim - 2 or min(window) < 1):
+        raise ValueError(f"windows of {tuple(window)} pixels must have {rows.ndim - 2} sides of at least 1")
+    _fit("other rows", other, rows.shape, rows.dtype)
+    _fit("nodes of pixels", index, rows.shape[:-1].numel(), torch.int64)
     other = None if other is None else other.contiguous()
     return _Relate.apply(rows.contiguous(), offsets, index, size, moments, other, window)
 
@@ -116,7 +120,31 @@ def pair_losses(
     goal = None if goal is None else goal.contiguous()
     offsets = offsets or [()] * affinity.shape[1]
     weights = None if weights is None else weights.to(affinity.dtype)
+    batch, count, *sides = affinity.shape
+    if len(offsets) != count:
+        raise ValueError(f"there are {count} affinities of each pixel, but {len(offsets)} offsets")
+    _fit("the goal", goal, affinity.shape, affinity.dtype)
+    _fit("weights", weights, (batch, count, 2), affinity.dtype)
+    _fit("the label", label, (batch, *sides), torch.int32)
+    _fit("what to ignore", ignore, (batch, *sides), torch.bool)
     return _PairLosses.apply(affinity.contiguous(), goal, offsets, weights, label, ignore, connected)
+
+
+def count_pairs(
+    label: Tensor, offsets: Sequence[Sequence[int]], ignore: Tensor | None = None, connected: bool = False
+) -> Tensor:
+    """Return (B, K, 2) int64: the pairs that count, and those of them that are connected; for the arguments see `pair_losses`."""
+    _fit("what to ignore", ignore, label.shape, torch.bool)
+    counts = torch.empty(len(label), len(offsets), 2, dtype=torch.int64)
+    call("count_pairs", label.shape, offsets, label, ignore, connected, counts)
+    return counts
+
+
+def _fit(name: str, tensor: Tensor | None, shape: Sequence[int] | int, dtype: torch.dtype) -> None:
+    """Raise unless compiled code, which looks at no shape, may read a tensor."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
+        raise ValueError(f"{name} must be {shape} of {dtype}, not {tuple(tensor.shape)} of {tensor.dtype}")
 
 
 def call(
@@ -130,6 +158,8 @@ def call(
         offsets: K displacements in array order.
         arguments: what comes after the grid: contiguous tensors, None for a null pointer, numbers.
     """
+    if any(len(offset) not in (0, len(images) - 1) for offset in offsets):
+        raise ValueError(f"offsets {list(map(list, offsets))} do not fit images with {len(images) - 1} axes")
     flat = [d for offset in offsets for d in (*(0,) * (3 - len(offset)), *offset)]
     batch, *sides = images
     sides = (*(1,) * (3 - len(sides)), *sides)

@@ -267,8 +267,7 @@ class Pairs:
         """What compiled code wants to know of the pairs instead; see `native.pair_losses`."""
         label, ignore = (None if x is None else x.contiguous() for x in (numbered(self.label).int(), self.ignore))
         about = label, ignore, self.background_connected
-        counts = torch.empty(len(label), len(self.offsets), 2, dtype=torch.int64)
-        native.call("count_pairs", label.shape, self.offsets, *about, counts)
+        counts = native.count_pairs(label, self.offsets, *about[1:])
         return self.offsets, class_weights(counts, self.per_offset), *about
 
 

@@ -164,6 +164,33 @@ def test_maps_that_are_not_contiguous():
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
 
 
+MISFITS = {
+    "a window of no pixels": lambda rows, label: native.relate(rows, (), None, None, False, None, (0, 3)),
+    "a window of another dimension": lambda rows, label: native.relate(rows, (), None, None, False, None, (3,)),
+    "other rows": lambda rows, label: native.relate(rows, (), None, None, True, rows[:, 1:], None),
+    "too few nodes": lambda rows, label: native.relate(rows, (), label[0].long().flatten(), label, False, None, None),
+    "offsets of another dimension": lambda rows, label: native.relate(
+        rows, [(0, 0, -1)], None, None, False, None, None
+    ),
+    "a smaller goal": lambda rows, label: native.pair_losses(rows, rows[:1]),
+    "too few offsets": lambda rows, label: native.pair_losses(rows, None, [(0, -1)]),
+    "a label of 64 bits": lambda rows, label: native.pair_losses(
+        rows, None, label=torch.zeros(2, 5, 16, dtype=torch.int64)
+    ),
+    "too few weights": lambda rows, label: native.pair_losses(rows, None, weights=torch.zeros(2, 3, 2)),
+    "ignored in too few": lambda rows, label: native.count_pairs(label, [(0, -1)], label[:1] > 0),
+}
+
+
+@pytest.mark.parametrize("call", MISFITS.values(), ids=MISFITS)
+def test_compiled_code_gets_nothing_that_does_not_fit(call):
+    """It would read what is beside it in memory, or divide by 0, which ends the process."""
+    rows, label = torch.rand(2, 4, 5, 16), torch.ones(2, 4, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"must|but|do not fit") as error:
+        call(rows, label)
+    assert "\n" not in str(error.value)
+
+
 # --- Without it -----------------------------------------------------------------------------------------------------
 
 CODE = """
