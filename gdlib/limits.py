@@ -5,38 +5,60 @@ weights are all checked against that, before anything is loaded. Starts without 
 """
 
 import argparse
+import ast
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError, WrapValidator
+from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError, WrapValidator
 
 
 @dataclass(frozen=True)
 class Range:
-    """Annotation of an int or a float: from `low` to `high`, without these two where they are `open`."""
+    """Annotation of an int or a float: an interval as one writes it, `[0, 1)` without its end."""
 
-    low: float = -math.inf
-    high: float = math.inf
-    open: bool = False
+    interval: str = "(-inf, inf)"
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest number, or what they are below and above of."""
+        low, high = self.interval[1:-1].split(",")
+        return float(low), float(high)
 
     def words(self, whole: bool) -> str:
         """Say which numbers these are.
 
-        >>> Range(0, 1).words(whole=False), Range(0, open=True).words(whole=False), Range(1).words(whole=True)
+        >>> Range("[0, 1]").words(whole=False), Range("(0, inf)").words(whole=False), Range("[1, inf)").words(whole=True)
         ('a number from 0 to 1', 'a number above 0', 'a whole number of at least 1')
         """
         kind = "a whole number" if whole else "a number"
-        if math.isinf(self.high):
-            return kind if math.isinf(self.low) else f"{kind} {'above' if self.open else 'of at least'} {self.low:g}"
-        ends = ("above", "and below") if self.open else ("from", "to")
-        return f"{kind} {ends[0]} {self.low:.10g} {ends[1]} {self.high:.10g}"
+        low, high = (f"{end:.10g}" for end in self.ends)
+        closed = self.interval[0] == "[", self.interval[-1] == "]"
+        if high == "inf":
+            return kind if low == "-inf" else f"{kind} {'of at least' if closed[0] else 'above'} {low}"
+        if closed == (True, True):
+            return f"{kind} from {low} to {high}"
+        return (
+            f"{kind} {'of at least' if closed[0] else 'above'} {low} and {'at most' if closed[1] else 'below'} {high}"
+        )
+
+    def signs(self) -> str:
+        """Say the same briefly.
+
+        >>> Range("(0, 1]").signs()
+        '> 0 and ≤ 1'
+        """
+        both = zip(
+            self.ends, ("≥" if self.interval[0] == "[" else ">", "≤" if self.interval[-1] == "]" else "<"), strict=True
+        )
+        return " and ".join(f"{sign} {end:.10g}" for end, sign in both if math.isfinite(end))
 
     def __contains__(self, value: float) -> bool:
-        inside = self.low < value < self.high if self.open else self.low <= value <= self.high
-        return inside and math.isfinite(value)
+        low, high = self.ends
+        closed = low == value and self.interval[0] == "[", high == value and self.interval[-1] == "]"
+        return low < value < high or any(closed)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Let pydantic check it."""
@@ -50,16 +72,6 @@ class Range:
             raise ValueError(f"must be {self.words(source is int)}")
 
         return WrapValidator(check).__get_pydantic_core_schema__(source, handler)
-
-
-def words(kind: Any) -> str:
-    """Say which values are of a kind that has a range.
-
-    >>> words(Inside)
-    'a number above 0 and below 1'
-    """
-    base, limits = get_args(kind)
-    return limits.words(base is int)
 
 
 def once(values: tuple) -> tuple:
@@ -85,21 +97,53 @@ def _rising(pair: tuple) -> tuple:
 
 
 Number = Annotated[float, Range()]
-Positive = Annotated[float, Range(0, open=True)]
-NotNegative = Annotated[float, Range(0)]
-Share = Annotated[float, Range(0, 1)]
-Inside = Annotated[float, Range(0, 1, open=True)]
-Count = Annotated[int, Range(1)]
-Whole = Annotated[int, Range(0)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]
-Stride = Annotated[int, Range(1, 1024)]
-Counts = Annotated[tuple[Count, Count], AfterValidator(_rising)]
-Numbers = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_rising)]
-Sizes = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
+Positive = Annotated[float, Range("(0, inf)")]
+NotNegative = Annotated[float, Range("[0, inf)")]
+Share = Annotated[float, Range("[0, 1]")]
+NotAll = Annotated[float, Range("[0, 1)")]
+Inside = Annotated[float, Range("(0, 1)")]
+Integer = Annotated[int, Range()]
+Count = Annotated[int, Range("[1, inf)")]
+Whole = Annotated[int, Range("[0, inf)")]
+Seed = Annotated[int, Range("[0, 4294967295]")]
+Stride = Annotated[int, Range("[1, 1024]")]
+# The smallest and the largest.
+FromTo = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
+CountFromTo = Annotated[tuple[Whole, Whole], AfterValidator(_rising)]
 PerSplit = Annotated[dict[Literal["train", "val", "test"], Count], AfterValidator(_complete)]
+# The first section, and the one after the last.
+Sections = Annotated[dict[Literal["train", "val", "test"], tuple[Whole, Count]], AfterValidator(_complete)]
 
-# What an annotation in the source text of a plug-in may be made of.
-NAMES: dict[str, Any] = {key: value for key, value in globals().items() if key[0].isupper()} | {"Literal": Literal}
+# What an annotation of an option may be made of. A plain number is finite, and no true or false.
+NAMES: dict[str, Any] = {key: value for key, value in globals().items() if get_origin(value) is Annotated} | {
+    "int": Integer,
+    "float": Number,
+    "str": str,
+    "bool": Annotated[bool, Strict()],
+    "tuple": tuple,
+    "Sequence": Sequence,
+    "Mapping": Mapping,
+    "Literal": Literal,
+}
+
+
+def kind_of(annotation: ast.expr | None) -> Any:
+    """Return the kind of value that an annotation in a source text stands for; what it says by other names is not checked.
+
+    >>> kind_of(ast.parse("Sequence[str] | None", mode="eval").body)
+    collections.abc.Sequence[str] | None
+    """
+    match annotation:
+        case ast.Name(id=name):
+            return NAMES.get(name, Any)
+        case ast.Constant(value=value):
+            return value
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return kind_of(left) | kind_of(right)
+        case ast.Subscript(value=ast.Name(id=name), slice=inner) if name in NAMES:
+            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            return NAMES[name][tuple(map(kind_of, parts))]
+    return Any
 
 
 @functools.cache
@@ -134,10 +178,10 @@ def told(error: ValidationError, name: str) -> str:
     place = ".".join([name, *(str(part) for part in problem["loc"])])
     if problem["type"] == "missing":
         return f"{place} is missing"
-    return f"{place} {words_of(problem)} (got {problem['input']!r})"
+    return f"{place} {_words(problem)} (got {problem['input']!r})"
 
 
-def words_of(problem: Any) -> str:
+def _words(problem: Any) -> str:
     """Return what one problem of a validation error says, as the end of a sentence about the value."""
     words = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
     return words if words.startswith("must") else f"does not fit: {words[:1].lower()}{words[1:]}"

@@ -5,13 +5,15 @@ import ast
 import json
 import re
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gdlib import limits, registry
+from gdlib import registry
 from gdlib.config import SEGMENTERS, Config
+from gdlib.limits import Range
 from gdlib.parameters import PARAMETERS
 
 # Keys that change a part of a recipe: editors help there as they do in a whole one.
@@ -89,9 +91,9 @@ def markdown() -> str:
         (registry.TERMS, "`options` of a term"),
     ):
         parts += [f"## Options of a {kind.kind}", f"{place}. Those of a plug-in that lives elsewhere are its own."]
-        rows = [(f"`{name}`", f"`{o}`", _value(d), m) for name in kind.names() for o, d, m in _options(kind, name)]
+        rows = [(f"`{name}`", *row) for name in kind.names() for row in _options(kind, name)]
         without = [f"`{name}`" for name in kind.names() if not kind.parameters(name)]
-        parts.append(_table((kind.kind, "option", "default", "meaning"), rows))
+        parts.append(_table((kind.kind, "option", "value", "default", "meaning"), rows))
         parts += [f"Without options: {', '.join(without)}."] if without else []
     parts += ["## Parameters of segmenters", _segmenters(), "## Metrics", _metrics()]
     return "\n\n".join(parts) + "\n"
@@ -147,6 +149,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, types.UnionType):
         return " or ".join(_type(one) for one in inner if one is not type(None))
+    if origin is Sequence:
+        return f"[{_type(inner[0])}, …]"
     if origin is tuple:
         return (
             f"[{', '.join(map(_type, inner[:-1]))}, …]"
@@ -157,8 +161,11 @@ def _type(annotation: Any) -> str:
         return f"{{name: {_type(inner[1])}, …}}"
     if annotation is Any:
         return "any"
-    if hasattr(annotation, "__metadata__"):  # e.g. PositiveInt
-        return f"{_type(inner[0])} > 0"
+    if origin is Annotated:
+        base, *limits = inner
+        if isinstance(limits[0], Range):
+            return f"{_type(base)} {limits[0].signs()}".rstrip()
+        return f"{_type(base)} > 0" if base is int else _type(base)  # PositiveInt, or checked as a whole
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
 
 
@@ -184,8 +191,8 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _options(kind: registry.Registry, name: str) -> list[tuple[str, Any, str]]:
-    """Option, default and meaning of a plug-in, read from its source text."""
+def _options(kind: registry.Registry, name: str) -> list[tuple[str, str, str, str]]:
+    """Option, value, default and meaning of a plug-in, read from its source text."""
     tree = ast.parse((kind.folder / f"{name}.py").read_text())
     nodes = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     nodes.sort(key=lambda node: node.name not in ast.literal_eval(_listed(tree)))  # the plug-in itself comes first
@@ -195,7 +202,8 @@ def _options(kind: registry.Registry, name: str) -> list[tuple[str, Any, str]]:
         found = re.findall(rf"^    {option}: (.*(?:\n        .*)*)", texts, flags=re.MULTILINE)
         found = [text for text in found if not text.startswith("see `")] or found  # of a function in the same file
         meanings[option] = " ".join(found[0].split()).rstrip(".") if found else ""
-    return [(option, default, meanings[option]) for option, default in kind.parameters(name).items()]
+    kinds = kind.kinds(name)
+    return [(f"`{o}`", _type(kinds[o]), _value(d), meanings[o]) for o, d in kind.parameters(name).items()]
 
 
 def _listed(tree: ast.Module) -> ast.expr:
@@ -208,7 +216,7 @@ def _listed(tree: ast.Module) -> ast.expr:
 def _segmenters() -> str:
     """The parameters of every segmenter before tuning; `gdlib.segmentation.segment` says what they are."""
     rows = [
-        (f"`{segmenter}`", f"`{name}`", limits.words(kind), *(_value(values[ndim][0]) for ndim in (2, 3)))
+        (f"`{segmenter}`", f"`{name}`", _type(kind), *(_value(values[ndim][0]) for ndim in (2, 3)))
         for segmenter in SEGMENTERS
         for name, (kind, values) in PARAMETERS[segmenter].items()
     ]

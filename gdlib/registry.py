@@ -8,8 +8,11 @@ import ast
 import difflib
 import functools
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
+
+from gdlib import limits
 
 
 class UnknownName(ValueError):
@@ -44,32 +47,45 @@ class Registry:
         return sorted(path.stem for path in self.folder.glob("*.py") if not path.stem.startswith("_"))
 
     def check(self, name: str, options: dict[str, Any] | None = None) -> None:
-        """Raise `UnknownName` unless the plug-in exists and takes these options. Imports nothing.
+        """Raise `UnknownName` unless the plug-in exists and has these options, `ValueError` on a value it does not take.
 
-        A plug-in named `package.module:Object` is checked when it is loaded.
+        Imports nothing. A plug-in named `package.module:Object` is checked when it is made.
         """
         if ":" in name:
             return
         if name not in self.names():
             raise UnknownName(f'there is no {self.kind} "{name}": {nearest(name, self.names())}')
         valid = self.parameters(name)
-        for option in options or {}:
+        for option, value in (options or {}).items():
             if option not in valid:
                 raise UnknownName(f'{self.kind} "{name}" has no option "{option}": {nearest(option, list(valid))}')
+            limits.checked(f'{self.kind} "{name}": {option}', self.kinds(name)[option], value)
 
     def parameters(self, name: str) -> dict[str, Any]:
         """Return the options of a plug-in, its keyword-only parameters, with their defaults; read from the source text.
 
         The default is None where there is none, or where it is no plain value.
         """
-        public = _public(self.folder / f"{name}.py")
-        if isinstance(public, ast.ClassDef):
-            inits = [item for item in public.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
-            if not inits:
-                return {}
-            public = inits[0]
-        pairs = zip(public.args.kwonlyargs, public.args.kw_defaults, strict=True)
-        return {argument.arg: _literal(default) for argument, default in pairs}
+        return {option: _literal(default) for option, (_, default) in _options(self.folder / f"{name}.py").items()}
+
+    def kinds(self, name: str) -> dict[str, Any]:
+        """Return which values the options of a plug-in take, as their annotations say in the words of `gdlib.limits`."""
+        return {option: limits.kind_of(kind) for option, (kind, _) in _options(self.folder / f"{name}.py").items()}
+
+    def make(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Import one plug-in and call its public object.
+
+        Raises:
+            UnknownName: there is no such plug-in, or it has no such option.
+            ValueError: it does not take a value.
+        """
+        self.check(name, options)
+        public = self.get(name)
+        try:
+            inspect.signature(public).bind(*arguments, **options)
+        except TypeError as error:
+            raise UnknownName(f'{self.kind} "{name}": {error}') from None
+        return public(*arguments, **options)
 
     def get(self, name: str) -> Any:
         """Import one plug-in and return its public object."""
@@ -93,6 +109,19 @@ def _public(path: Path) -> ast.FunctionDef | ast.ClassDef:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and listed == [node.name]:
             return node
     raise UnknownName(f"{path}: a plug-in file needs `__all__` with exactly one name, of a class or a function in it")
+
+
+@functools.cache
+def _options(path: Path) -> dict[str, tuple[ast.expr | None, ast.expr | None]]:
+    """Return annotation and default of every option of a plug-in."""
+    public = _public(path)
+    if isinstance(public, ast.ClassDef):
+        inits = [item for item in public.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+        if not inits:
+            return {}
+        public = inits[0]
+    pairs = zip(public.args.kwonlyargs, public.args.kw_defaults, strict=True)
+    return {argument.arg: (argument.annotation, default) for argument, default in pairs}
 
 
 def _literal(node: ast.expr | None) -> Any:

@@ -48,7 +48,7 @@ def test_every_key_has_a_meaning():
 def test_every_option_of_a_plug_in_is_explained():
     for kind in (reference.registry.SOURCES, reference.registry.NETWORKS, reference.registry.TERMS):
         for name in kind.names():
-            for option, _, meaning in reference._options(kind, name):
+            for option, _, _, meaning in reference._options(kind, name):
                 assert meaning, f"{name}: {option}"
 
 

@@ -184,7 +184,7 @@ def test_wrong_levels_are_told():
     with pytest.raises(ValueError, match='"response" compares the outputs as a whole'):
         Distiller(build("resunet", {}), build("resunet", {}), whole, OFFSETS[2], levels=["stride8"])
     student, flat = build("resunet3d", {}), build("resunet3d", {})
-    flat.pools = ((1, 2, 2),) * 4  # nothing is pooled in z
+    flat.pools, flat.divisor = ((1, 2, 2),) * 4, (1, 16, 16)  # nothing is pooled in z
     with pytest.raises(ValueError, match='level "stride8" of student and teacher differ in resolution'):
         Distiller(student, flat, [("at", 1.0, build_term("at", False, {}))], OFFSETS[3], levels=["stride8"])
 

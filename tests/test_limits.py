@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_config import SMALL
 from gdlib import grid, io, limits, mutex, parameters, segmentation
 from gdlib.cli import main
 from gdlib.config import Config, ConfigError
+from gdlib.registry import NETWORKS, SOURCES, TERMS, UnknownName
 
 OFFSETS = [[-1, 0], [0, -1], [-9, 0], [0, -9]]
 AFFINITY, FOREGROUND = np.full((4, 12, 13), 200, np.uint8), np.full((12, 13), 255, np.uint8)
@@ -145,12 +147,92 @@ def test_the_mutex_watershed_looks_at_what_it_gets(change, compiled, monkeypatch
     sentence(error)
 
 
+WIDTHS = [4, 8, 16, 32]
+ONE = "a whole number of at least 1"
+# Kind of plug-in, name, options, what the sentence says of it.
+PLUG_INS = [
+    (SOURCES, "nuclei_phantom", {"size": [0, 256]}, f"size.0 must be {ONE} (got 0)"),
+    (SOURCES, "nuclei_phantom", {"size": [64]}, "size"),
+    (SOURCES, "nuclei_phantom", {"size": [8, 64, 64]}, "size"),
+    (SOURCES, "nuclei_phantom", {"images": {"train": 0, "val": 1, "test": 1}}, f"images.train must be {ONE} (got 0)"),
+    (SOURCES, "nuclei_phantom", {"images": {"train": 4, "val": 1}}, "images must have test"),
+    (SOURCES, "nuclei_phantom", {"images": {"train": 4, "val": 1, "tset": 1}}, "tset"),
+    (SOURCES, "nuclei_phantom", {"radius": [17, 9]}, "radius must be the smaller number, then the larger one"),
+    (SOURCES, "nuclei_phantom", {"radius": [0, 9]}, "radius.0 must be a number above 0"),
+    (SOURCES, "nuclei_phantom", {"seed": -1}, "seed must be a whole number from 0 to 4294967295 (got -1)"),
+    (SOURCES, "nuclei_phantom", {"touching": 1.5}, "touching must be a number from 0 to 1 (got 1.5)"),
+    (SOURCES, "nuclei_phantom", {"haze": "1e-3"}, "haze must be a number of at least 0 (got '1e-3')"),
+    (SOURCES, "neurites_phantom", {"size": [256, 256]}, "size"),
+    (SOURCES, "neurites_phantom", {"anisotropy": 0}, "anisotropy must be a number above 0"),
+    (SOURCES, "worms_phantom", {"overlap": "frist"}, "overlap must be 'ignore', 'first' or 'last' (got 'frist')"),
+    (SOURCES, "leaves_phantom", {"stalk": 1}, "stalk must be a number of at least 0 and below 1"),
+    (SOURCES, "bbbc039", {"split": "held_out"}, "split must be 'heldout' or 'official' (got 'held_out')"),
+    (SOURCES, "bbbc039", {"min_area": -1}, "min_area"),
+    (SOURCES, "cremi", {"every_section": 0}, f"every_section must be {ONE}"),
+    (SOURCES, "cremi", {"sections": {"train": [0, 9], "val": [9, 12], "test": [12]}}, "sections.test"),
+    (SOURCES, "cremi", {"samples": "ABC"}, "samples"),
+    (SOURCES, "ac34", {"components": "no"}, "components must be a valid boolean (got 'no')"),
+    (SOURCES, "folder", {"val_fraction": 1}, "val_fraction must be a number above 0 and below 1"),
+    (SOURCES, "folder", {"voxel_size_nm": [40, 0, 4]}, "voxel_size_nm.1 must be a number above 0"),
+    (NETWORKS, "resunet", {"widths": [0, *WIDTHS]}, f"widths.0 must be {ONE} (got 0)"),
+    (NETWORKS, "resunet", {"widths": [4.5, *WIDTHS]}, f"widths.0 must be {ONE} (got 4.5)"),
+    (NETWORKS, "resunet", {"widths": WIDTHS}, "widths.4 is missing"),
+    (NETWORKS, "resunet3d", {"widths": 16}, "widths must be a valid tuple (got 16)"),
+    (NETWORKS, "nestedunet", {"widths": [*WIDTHS, 64, 128]}, "widths"),
+    (NETWORKS, "mala", {"decoder": [8, 8]}, "decoder.2 is missing"),
+    (NETWORKS, "enet", {"dropout": 1}, "dropout must be a number of at least 0 and below 1"),
+    (NETWORKS, "segformer", {"heads": [0, 2, 5, 8]}, "heads.0 must be"),
+    (NETWORKS, "mobilenetv2", {"embedding_dim": 0}, f"embedding_dim must be {ONE}"),
+    (TERMS, "agd", {"pool": 0}, f"pool must be {ONE} (got 0)"),
+    (TERMS, "skd", {"pool": -2}, "pool"),
+    (TERMS, "igd", {"power": 3}, "power must be 1 or 2 (got 3)"),
+    (TERMS, "igd", {"part": "node"}, "part must be 'nodes' or 'edges'"),
+    (TERMS, "cwd", {"temperature": 0}, "temperature must be a number above 0"),
+    (TERMS, "response", {"temperature": math.nan}, "temperature must be a number above 0 (got nan)"),
+    (TERMS, "rkd", {"angle": -1}, "angle"),
+    (TERMS, "rekd", {"middle": 0}, "middle"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "options", "words"), PLUG_INS)
+def test_an_option_of_a_plug_in(kind, name, options, words):
+    with pytest.raises(ValueError, match=f'^{kind.kind} "{name}"') as error:
+        kind.make(name, *[None] * (kind is SOURCES), **options)
+    sentence(error, words)
+    raw = yaml.safe_load(SMALL)
+    if kind is SOURCES:
+        place = "datasets.more"
+        raw["datasets"]["more"] = raw["datasets"]["bbbc039"] | {"source": name, "options": options}
+    elif kind is NETWORKS:
+        place = "teachers.more"
+        raw["teachers"]["more"] = {"model": name, "options": options}
+    else:
+        place = "methods.more"
+        raw["methods"]["more"] = [{"term": name, "weight": 1, "options": options}]
+    with pytest.raises(ConfigError) as error:
+        Config.parse(raw)
+    sentence(error, f"config: {place}: ", words)
+
+
+def test_every_default_of_a_plug_in_is_in_its_range():
+    for kind in (SOURCES, NETWORKS, TERMS):
+        for name in kind.names():
+            kind.check(name, {key: value for key, value in kind.parameters(name).items() if value is not None})
+            unchecked = [option for option, one in kind.kinds(name).items() if one is Any]
+            assert not unchecked
+
+
+def test_a_plug_in_that_lives_elsewhere_is_told_what_it_has_no_option_for():
+    with pytest.raises(UnknownName, match=r"network.*unexpected keyword argument 'width'"):
+        NETWORKS.make("gdlib.models.resunet:ResUNet", width=3)
+
+
 @pytest.mark.parametrize(
     ("kind", "value", "words"),
     [
         (limits.Count, True, "x must be a whole number of at least 1 (got True)"),
         (limits.Count, "3", "x must be a whole number of at least 1 (got '3')"),
-        (limits.Counts, [3, 2], "x must be the smaller number, then the larger one (got [3, 2])"),
+        (limits.FromTo, [3, 2], "x must be the smaller number, then the larger one (got [3, 2])"),
         (tuple[limits.Count, ...], [4, 0], "x.1 must be a whole number of at least 1 (got 0)"),
         (limits.PerSplit, {"train": 1, "val": 2}, "x must have test"),
         (limits.PerSplit, {"train": 1, "val": 0, "test": 1}, "x.val must be"),

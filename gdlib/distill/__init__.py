@@ -257,7 +257,7 @@ def label_at(label: Tensor, shape: Sequence[int], stride: Sequence[int]) -> tupl
 def build_term(name: str, memory: bool, options: dict) -> Term:
     """Make one term by name; only terms that can use the memory bank accept `memory=True`."""
     kwargs = {**options, "memory": True} if memory else options
-    return TERMS.get(name)(**kwargs)
+    return TERMS.make(name, **kwargs)
 
 
 def see(network: nn.Module, batch: Batch) -> Embedding:

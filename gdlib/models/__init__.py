@@ -5,7 +5,8 @@ The contract is `forward(image) -> Embedding` and six attributes of the class or
 | attribute | meaning; tuples have one entry per axis, in array order |
 |---|---|
 | `ndim` | number of axes, 2 or 3; written in the class body, where the configuration reads it without an import |
-| `divisor` | an image may be moved by multiples of it, and the output moves along |
+| `divisor` | an image may be moved by multiples of it, and the output moves along; if it and the next are written in the |
+| | class body, the configuration refuses patches that do not fit |
 | `remainder` | legal output sides are `k * divisor + remainder` |
 | `margin` | pixels that the output is smaller than the image on each side: 0 for networks that pad |
 | `halo` | pixels of context that a block needs on each side: what is farther does not change it; None if every pixel sees all |
@@ -54,7 +55,7 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
         name: which network.
         options: keyword arguments of its class, e.g. `{"widths": [4, 8, 16, 32, 64], "in_channels": 1}`.
     """
-    return NETWORKS.get(name)(**options)
+    return NETWORKS.make(name, **options)
 
 
 def restored(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdlib.limits import Count, NotAll
 from gdlib.models import Embedding, Layer, normed, radius
 
 __all__ = ["ENet"]
@@ -111,7 +112,7 @@ class ENet(nn.Module):
     remainder = margin = (0, 0)
     levels = {"stride8": (128, (8, 8)), "stride4": (64, (4, 4)), "stride2": (16, (2, 2))}
 
-    def __init__(self, *, in_channels: int = 1, embedding_dim: int = 16, dropout: float = 0.1) -> None:
+    def __init__(self, *, in_channels: Count = 1, embedding_dim: Count = 16, dropout: NotAll = 0.1) -> None:
         super().__init__()
         self.stem = Shrink(in_channels, 16, nn.PReLU())
         self.down4 = Down(16, 64, dropout / 10)

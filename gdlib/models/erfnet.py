@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from gdlib.limits import Count, NotAll
 from gdlib.models import Embedding, Layer, normed, radius
 from gdlib.models.enet import Shrink
 
@@ -54,7 +55,7 @@ class ERFNet(nn.Module):
     remainder = margin = (0, 0)
     levels = {"stride8": (128, (8, 8)), "stride4": (64, (4, 4)), "stride2": (16, (2, 2))}
 
-    def __init__(self, *, in_channels: int = 1, embedding_dim: int = 16, dropout: float = 0.3) -> None:
+    def __init__(self, *, in_channels: Count = 1, embedding_dim: Count = 16, dropout: NotAll = 0.3) -> None:
         super().__init__()
         self.down8 = nn.Sequential(
             Shrink(in_channels, 16, nn.ReLU(inplace=True)),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdlib.limits import Count
 from gdlib.models import Embedding, Layer, normed, radius
 
 __all__ = ["ESPNet"]
@@ -58,7 +59,7 @@ class ESPNet(nn.Module):
     remainder = margin = (0, 0)
     levels = {f"stride{s}": (WIDTH, (s, s)) for s in (8, 4, 2)}
 
-    def __init__(self, *, in_channels: int = 1, embedding_dim: int = 16) -> None:
+    def __init__(self, *, in_channels: Count = 1, embedding_dim: Count = 16) -> None:
         super().__init__()
         self.stem = normed(nn.Conv2d(in_channels, 16, 3, 2, padding=1, bias=False), nn.PReLU(16))
         self.settle2 = settled(16 + in_channels)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdlib.limits import Count
 from gdlib.models import Embedding
 
 __all__ = ["MALA"]
@@ -67,10 +68,10 @@ class MALA(nn.Module):
     def __init__(
         self,
         *,
-        widths: Sequence[int] = (8, 16, 32, 64),
-        decoder: Sequence[int] | None = None,
-        in_channels: int = 1,
-        embedding_dim: int = 16,
+        widths: tuple[Count, Count, Count, Count] = (8, 16, 32, 64),
+        decoder: tuple[Count, Count, Count] | None = None,
+        in_channels: Count = 1,
+        embedding_dim: Count = 16,
     ) -> None:
         super().__init__()
         f0, f1, f2, f3 = widths

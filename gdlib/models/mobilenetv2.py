@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from gdlib.limits import Count
 from gdlib.models import Embedding, Layer, enlarged, normed, radius
 
 __all__ = ["MobileNetV2"]
@@ -54,7 +55,7 @@ class MobileNetV2(nn.Module):
     remainder = margin = (0, 0)
     levels = {f"stride{s}": (TOP if s == 8 else PLAN[s][-1][1], (s, s)) for s in (8, 4, 2)}
 
-    def __init__(self, *, in_channels: int = 1, embedding_dim: int = 16) -> None:
+    def __init__(self, *, in_channels: Count = 1, embedding_dim: Count = 16) -> None:
         super().__init__()
         self.stem = normed(nn.Conv2d(in_channels, STEM, 3, 2, padding=1, bias=False), nn.ReLU6(inplace=True))
         self.stages = nn.ModuleList()

@@ -1,11 +1,10 @@
 """UNet++, a 2D teacher: between encoder and decoder, every map is refined by all maps of its size and the one below."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdlib.limits import Count
 from gdlib.models import Embedding, Layer, enlarged, normed, radius
 
 __all__ = ["NestedUNet"]
@@ -23,7 +22,7 @@ class NestedUNet(nn.Module):
     """UNet++ with an embedding head and a foreground head.
 
     Args:
-        widths: channels at full resolution, 1/2, 1/4, 1/8 and so on; `divisor` is 2 to the number of pools.
+        widths: channels at full resolution, 1/2, 1/4, 1/8 and 1/16.
         in_channels: channels of the image.
         embedding_dim: length D of the pixel vectors.
 
@@ -34,10 +33,15 @@ class NestedUNet(nn.Module):
     """
 
     ndim = 2
+    divisor = (16, 16)
     remainder = margin = (0, 0)
 
     def __init__(
-        self, *, widths: Sequence[int] = (64, 128, 256, 512, 1024), in_channels: int = 1, embedding_dim: int = 16
+        self,
+        *,
+        widths: tuple[Count, Count, Count, Count, Count] = (64, 128, 256, 512, 1024),
+        in_channels: Count = 1,
+        embedding_dim: Count = 16,
     ) -> None:
         super().__init__()
         self.widths = tuple(widths)
@@ -48,11 +52,6 @@ class NestedUNet(nn.Module):
             self.rows.append(nn.ModuleList([pair(enter[row], width), *(pair(n, width) for n in below)]))
         self.embedding = nn.Conv2d(widths[0], embedding_dim, 1)
         self.foreground = nn.Conv2d(widths[0], 1, 1)
-
-    @property
-    def divisor(self) -> tuple[int, int]:
-        """The product of all pools."""
-        return (2 ** (len(self.widths) - 1),) * 2
 
     @property
     def halo(self) -> tuple[int, int]:

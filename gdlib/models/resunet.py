@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdlib.limits import Count
 from gdlib.models import Embedding, Layer, radius
 
 __all__ = ["ResUNet"]
@@ -64,6 +65,7 @@ class ResUNet(nn.Module):
 
     ndim = 2
     pools = ((2, 2), (2, 2), (2, 2), (2, 2))
+    divisor = (16, 16)  # the product of all pools
     # Of the blocks before each pool, and of those that meet their maps again.
     kernels = ((3, 3), (3, 3), (3, 3), (3, 3))
     remainder = margin = (0, 0)
@@ -71,9 +73,9 @@ class ResUNet(nn.Module):
     def __init__(
         self,
         *,
-        widths: Sequence[int] = (4, 8, 16, 32, 64),
-        in_channels: int = 1,
-        embedding_dim: int = 16,
+        widths: tuple[Count, Count, Count, Count, Count] = (4, 8, 16, 32, 64),
+        in_channels: Count = 1,
+        embedding_dim: Count = 16,
         pooled_skips: bool = False,
     ) -> None:
         super().__init__()
@@ -99,14 +101,6 @@ class ResUNet(nn.Module):
         )
         self.embedding = CONVOLUTION[self.ndim](f1, embedding_dim, 1)
         self.foreground = CONVOLUTION[self.ndim](f1, 1, 1)
-
-    @property
-    def divisor(self) -> tuple[int, ...]:
-        """The product of all pools."""
-        out = [1] * self.ndim
-        for pool in self.pools:
-            out = [n * p for n, p in zip(out, pool, strict=True)]
-        return tuple(out)
 
     @property
     def halo(self) -> tuple[int, ...]:

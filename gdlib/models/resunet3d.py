@@ -1,7 +1,6 @@
 """Residual U-Net in 3D for anisotropic volumes: a modern alternative to MALA that pads, so that no context is lost."""
 
-from collections.abc import Sequence
-
+from gdlib.limits import Count
 from gdlib.models.resunet import ResUNet
 
 __all__ = ["ResUNet3D"]
@@ -25,15 +24,16 @@ class ResUNet3D(ResUNet):
 
     ndim = 3
     pools = ((1, 2, 2), (1, 2, 2), (2, 2, 2), (1, 2, 2))
+    divisor = (2, 16, 16)
     kernels = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
     remainder = margin = (0, 0, 0)
 
     def __init__(
         self,
         *,
-        widths: Sequence[int] = (4, 8, 16, 32, 64),
-        in_channels: int = 1,
-        embedding_dim: int = 16,
+        widths: tuple[Count, Count, Count, Count, Count] = (4, 8, 16, 32, 64),
+        in_channels: Count = 1,
+        embedding_dim: Count = 16,
         pooled_skips: bool = False,
     ) -> None:
         super().__init__(widths=widths, in_channels=in_channels, embedding_dim=embedding_dim, pooled_skips=pooled_skips)

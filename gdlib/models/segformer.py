@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdlib.limits import Count
 from gdlib.models import Embedding, enlarged, normed
 
 __all__ = ["SegFormer"]
@@ -117,14 +118,16 @@ class SegFormer(nn.Module):
     def __init__(
         self,
         *,
-        dims: Sequence[int] = (64, 128, 320, 512),
-        heads: Sequence[int] = (1, 2, 5, 8),
-        depths: Sequence[int] = (3, 3, 18, 3),
-        decoder_dim: int = 256,
-        in_channels: int = 1,
-        embedding_dim: int = 16,
+        dims: tuple[Count, Count, Count, Count] = (64, 128, 320, 512),
+        heads: tuple[Count, Count, Count, Count] = (1, 2, 5, 8),
+        depths: tuple[Count, Count, Count, Count] = (3, 3, 18, 3),
+        decoder_dim: Count = 256,
+        in_channels: Count = 1,
+        embedding_dim: Count = 16,
     ) -> None:
         super().__init__()
+        if any(dim % count for dim, count in zip(dims, heads, strict=True)):
+            raise ValueError(f"segformer: dims {list(dims)} must be multiples of heads {list(heads)}")
         self.stages = nn.ModuleList()
         channels, patches = in_channels, ((7, 4), (3, 2), (3, 2), (3, 2))
         for dim, depth, patch, *options in zip(dims, depths, patches, heads, REDUCTIONS, EXPANSIONS, strict=True):

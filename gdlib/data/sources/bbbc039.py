@@ -15,17 +15,19 @@ Splits:
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from skimage.measure import label as connected_regions
 
 from gdlib.data.files import Splits, existing_folder, published_split, read_image, read_list
 from gdlib.io import Sample
+from gdlib.limits import Whole
 
 __all__ = ["bbbc039"]
 
 
-def bbbc039(root: Path | None, *, split: str = "heldout", min_area: int = 20) -> Splits:
+def bbbc039(root: Path | None, *, split: Literal["heldout", "official"] = "heldout", min_area: Whole = 20) -> Splits:
     """Read BBBC039v1.
 
     Args:

@@ -27,6 +27,7 @@ Splits (lists in `gdlib/data/splits/celegans`; PAPER: the original's lists are n
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from gdlib.data.files import Splits, existing_folder, merge_masks, published_split, read_image, read_masks
 from gdlib.io import DataError, Sample
@@ -38,7 +39,11 @@ CHANNELS = {"brightfield": "w2", "fluorescence": "w1"}
 
 
 def celegans(
-    root: Path | None, *, split: str = "all97", channel: str = "brightfield", overlap: str = "ignore"
+    root: Path | None,
+    *,
+    split: Literal["all97", "subset43"] = "all97",
+    channel: Literal["brightfield", "fluorescence"] = "brightfield",
+    overlap: Literal["ignore", "first", "last"] = "ignore",
 ) -> Splits:
     """Read BBBC010v1.
 

@@ -9,7 +9,7 @@ Splits (the paper's): of each volume train is sections 0 to 49, test 50 to 99, v
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -28,6 +28,7 @@ from gdlib.data.files import (
     voxel_size,
 )
 from gdlib.io import DataError, Sample
+from gdlib.limits import Count, Sections
 
 __all__ = ["cremi"]
 
@@ -40,8 +41,8 @@ def cremi(
     *,
     samples: Sequence[str] = ("A", "B", "C"),
     file: str = "sample_{}_20160501.hdf",
-    sections: Mapping[str, Sequence[int]] = SECTIONS,
-    every_section: int = 1,
+    sections: Sections = SECTIONS,
+    every_section: Count = 1,
     components: bool = True,
     ignore_zero: bool = False,
 ) -> Splits:

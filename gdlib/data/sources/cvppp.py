@@ -17,6 +17,7 @@ Splits (`local20`, lists in `gdlib/data/splits/cvppp`):
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from gdlib.data.files import SPLITS, Splits, existing_folder, published_split, read_image, read_label
 from gdlib.io import DataError, Sample
@@ -31,7 +32,7 @@ PLACES = (
 )  # of the images below the folder: official, original code, unpacked archive
 
 
-def cvppp(root: Path | None, *, split: str = "local20") -> Splits:
+def cvppp(root: Path | None, *, split: Literal["local20"] = "local20") -> Splits:
     """Read the labelled plants of A1.
 
     Args:

@@ -13,6 +13,7 @@ Splits:
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from gdlib.data.files import (
     Splits,
@@ -28,7 +29,7 @@ from gdlib.io import Sample
 __all__ = ["dsb2018"]
 
 
-def dsb2018(root: Path | None, *, split: str = "subset60") -> Splits:
+def dsb2018(root: Path | None, *, split: Literal["subset60"] = "subset60") -> Splits:
     """Read the images of a published split.
 
     Args:

@@ -34,6 +34,7 @@ from gdlib.data.files import (
     voxel_size,
 )
 from gdlib.io import DataError, Sample
+from gdlib.limits import Count, Inside, Positive
 
 __all__ = ["folder"]
 
@@ -41,13 +42,13 @@ __all__ = ["folder"]
 def folder(
     root: Path | None,
     *,
-    channels: int = 1,
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.2,
+    channels: Count = 1,
+    val_fraction: Inside = 0.2,
+    test_fraction: Inside = 0.2,
     image_dataset: str | None = None,
     label_dataset: str | None = None,
     label_regions: bool | None = None,
-    voxel_size_nm: Sequence[float] | None = None,
+    voxel_size_nm: Sequence[Positive] | None = None,
 ) -> Splits:
     """Read a folder of images and labels.
 

@@ -7,7 +7,7 @@ the middle and on top. A leaf that others cut in two stays one instance.
 Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from scipy.ndimage import gaussian_filter, shift
 from gdlib.data.files import Splits, merge_masks
 from gdlib.data.sources._phantom import phantom_splits, smooth_noise, uneven_light
 from gdlib.io import Sample
+from gdlib.limits import Count, CountFromTo, FromTo, NotAll, NotNegative, PerSplit, Positive, Seed, Share
 
 __all__ = ["leaves_phantom"]
 
@@ -30,21 +31,21 @@ YOUNG, OLD = (150, 182, 74), (92, 138, 58)
 def leaves_phantom(
     root: Path | None,
     *,
-    size: Sequence[int] = (256, 256),
-    images: Mapping[str, int] = IMAGES,
-    seed: int = 0,
-    count: Sequence[int] = (7, 18),
-    radius: Sequence[float] = (0.25, 0.48),
-    smallest: float = 0.12,
-    crowding: float = 1.25,
-    stalk: float = 0.4,
-    bend: float = 0.15,
-    colour: float = 0.08,
-    shadow: float = 0.45,
-    moss: float = 0.4,
-    illumination: float = 0.35,
-    blur: float = 0.7,
-    noise: float = 4.0,
+    size: tuple[Count, Count] = (256, 256),
+    images: PerSplit = IMAGES,
+    seed: Seed = 0,
+    count: CountFromTo = (7, 18),
+    radius: FromTo = (0.25, 0.48),
+    smallest: Positive = 0.12,
+    crowding: Positive = 1.25,
+    stalk: NotAll = 0.4,
+    bend: NotNegative = 0.15,
+    colour: NotNegative = 0.08,
+    shadow: Share = 0.45,
+    moss: Share = 0.4,
+    illumination: Share = 0.35,
+    blur: NotNegative = 0.7,
+    noise: NotNegative = 4.0,
 ) -> Splits:
     """Make images of one plant each.
 

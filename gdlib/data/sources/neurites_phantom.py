@@ -7,7 +7,7 @@ neighbouring sections that are shifted, brighter or darker, blurred or missing.
 Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many volumes are made.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from scipy.special import ndtr
 from gdlib.data.files import Splits, split_components
 from gdlib.data.sources._phantom import phantom_splits
 from gdlib.io import DataError, Sample
+from gdlib.limits import Count, FromTo, NotNegative, PerSplit, Positive, Seed, Share
 
 __all__ = ["neurites_phantom"]
 
@@ -54,25 +55,25 @@ class _Tubes:
 def neurites_phantom(
     root: Path | None,
     *,
-    size: Sequence[int] = (32, 160, 160),
-    volumes: Mapping[str, int] = VOLUMES,
-    seed: int = 0,
-    anisotropy: float = 5.0,
-    crowding: float = 6.0,
-    radius: Sequence[float] = (3.0, 55.0),
-    drift: float = 0.5,
-    branching: float = 0.2,
-    wobble: float = 5.0,
-    membrane: float = 4.0,
-    organelles: float = 0.7,
-    vesicles: float = 0.4,
-    misalignment: float = 1.0,
-    contrast: float = 0.12,
-    brightness: float = 14.0,
-    missing: float = 0.005,
-    blurred: float = 0.05,
-    blur: float = 0.7,
-    noise: float = 8.0,
+    size: tuple[Count, Count, Count] = (32, 160, 160),
+    volumes: PerSplit = VOLUMES,
+    seed: Seed = 0,
+    anisotropy: Positive = 5.0,
+    crowding: Positive = 6.0,
+    radius: FromTo = (3.0, 55.0),
+    drift: NotNegative = 0.5,
+    branching: Share = 0.2,
+    wobble: NotNegative = 5.0,
+    membrane: NotNegative = 4.0,
+    organelles: Share = 0.7,
+    vesicles: Share = 0.4,
+    misalignment: NotNegative = 1.0,
+    contrast: NotNegative = 0.12,
+    brightness: NotNegative = 14.0,
+    missing: Share = 0.005,
+    blurred: Share = 0.05,
+    blur: NotNegative = 0.7,
+    noise: NotNegative = 8.0,
 ) -> Splits:
     """Make volumes of neurites.
 

@@ -7,7 +7,7 @@ projection, with faint borders between them. Light adds up where nuclei overlap;
 Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from skimage.measure import label as connected_regions
 from gdlib.data.files import Splits
 from gdlib.data.sources._phantom import phantom_splits, uneven_light
 from gdlib.io import Sample
+from gdlib.limits import Count, CountFromTo, FromTo, NotNegative, PerSplit, Positive, Seed, Share
 
 __all__ = ["nuclei_phantom"]
 
@@ -29,22 +30,22 @@ TRIES = 8  # positions tried for a nucleus before it is left out
 def nuclei_phantom(
     root: Path | None,
     *,
-    size: Sequence[int] = (256, 256),
-    images: Mapping[str, int] = IMAGES,
-    seed: int = 0,
-    radius: Sequence[float] = (9.0, 17.0),
-    count: Sequence[int] = (20, 60),
-    touching: float = 0.65,
-    overlap: float = 0.2,
-    irregularity: float = 0.12,
-    texture: float = 0.12,
-    brightness: float = 450.0,
-    dim: float = 0.15,
-    illumination: float = 0.4,
-    haze: float = 0.25,
-    blur: float = 1.3,
-    gain: float = 0.7,
-    read_noise: float = 3.0,
+    size: tuple[Count, Count] = (256, 256),
+    images: PerSplit = IMAGES,
+    seed: Seed = 0,
+    radius: FromTo = (9.0, 17.0),
+    count: CountFromTo = (20, 60),
+    touching: Share = 0.65,
+    overlap: Share = 0.2,
+    irregularity: NotNegative = 0.12,
+    texture: NotNegative = 0.12,
+    brightness: Positive = 450.0,
+    dim: Share = 0.15,
+    illumination: Share = 0.4,
+    haze: NotNegative = 0.25,
+    blur: NotNegative = 1.3,
+    gain: Positive = 0.7,
+    read_noise: NotNegative = 3.0,
 ) -> Splits:
     """Make images of nuclei.
 

@@ -7,8 +7,9 @@ such a pixel belongs cannot be seen, and by default it is ignored, as in the sou
 Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -16,6 +17,7 @@ from scipy.ndimage import gaussian_filter
 from gdlib.data.files import Splits, merge_masks
 from gdlib.data.sources._phantom import phantom_splits, smooth_noise, uneven_light
 from gdlib.io import Sample
+from gdlib.limits import Count, CountFromTo, FromTo, NotNegative, PerSplit, Positive, Seed, Share
 
 __all__ = ["worms_phantom"]
 
@@ -28,24 +30,24 @@ STEP = 0.5  # pixels from one point of a centre line to the next
 def worms_phantom(
     root: Path | None,
     *,
-    size: Sequence[int] = (256, 256),
-    images: Mapping[str, int] = IMAGES,
-    seed: int = 0,
-    count: Sequence[int] = (5, 9),
-    length: Sequence[float] = (90.0, 125.0),
-    width: Sequence[float] = (9.0, 13.0),
-    curled: float = 0.5,
-    crossing: float = 0.35,
-    shared: float = 0.12,
-    overlap: str = "ignore",
-    well: float = 0.9,
-    absorption: float = 0.75,
-    texture: float = 0.25,
-    dirt: float = 12.0,
-    brightness: float = 2600.0,
-    illumination: float = 0.9,
-    blur: float = 0.7,
-    noise: float = 25.0,
+    size: tuple[Count, Count] = (256, 256),
+    images: PerSplit = IMAGES,
+    seed: Seed = 0,
+    count: CountFromTo = (5, 9),
+    length: FromTo = (90.0, 125.0),
+    width: FromTo = (9.0, 13.0),
+    curled: Share = 0.5,
+    crossing: Share = 0.35,
+    shared: Share = 0.12,
+    overlap: Literal["ignore", "first", "last"] = "ignore",
+    well: Positive = 0.9,
+    absorption: Share = 0.75,
+    texture: NotNegative = 0.25,
+    dirt: NotNegative = 12.0,
+    brightness: Positive = 2600.0,
+    illumination: Share = 0.9,
+    blur: NotNegative = 0.7,
+    noise: NotNegative = 25.0,
 ) -> Splits:
     """Make images of worms.
 

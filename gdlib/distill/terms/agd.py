@@ -5,6 +5,7 @@ from torch import Tensor
 from gdlib import ops
 from gdlib.distill import Term, Truth, View, check_comparable
 from gdlib.distill.bank import mean_record
+from gdlib.limits import Count
 
 __all__ = ["AGD"]
 
@@ -39,7 +40,7 @@ class AGD(Term):
     """
 
     def __init__(
-        self, *, memory: bool = False, balanced: bool = False, wrap_around: bool = False, pool: int = 1
+        self, *, memory: bool = False, balanced: bool = False, wrap_around: bool = False, pool: Count = 1
     ) -> None:
         super().__init__(memory)
         self.balanced = balanced

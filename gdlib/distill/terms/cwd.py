@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from gdlib.distill import Term, Truth, View, check_comparable
+from gdlib.limits import Positive
 
 __all__ = ["CWD"]
 
@@ -29,7 +30,7 @@ class CWD(Term):
         temperature: see `channel_loss`.
     """
 
-    def __init__(self, *, temperature: float = 4.0) -> None:
+    def __init__(self, *, temperature: Positive = 4.0) -> None:
         super().__init__()
         self.temperature = temperature
 

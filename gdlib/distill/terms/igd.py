@@ -82,7 +82,7 @@ class IGD(Term):
         *,
         part: Literal["nodes", "edges"] = "edges",
         memory: bool = False,
-        power: int = 2,
+        power: Literal[1, 2] = 2,
         background: bool = False,
         detach_norm: bool = False,
         accumulate: bool = False,

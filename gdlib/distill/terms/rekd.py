@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdlib.distill import Term, Truth, View
+from gdlib.limits import Count
 
 __all__ = ["ReKD"]
 
@@ -89,7 +90,7 @@ class ReKD(Term):
         self,
         *,
         levels: Sequence[str] = ("stride27", "stride9", "stride8", "stride4", "stride3", "stride2"),
-        middle: int = 64,
+        middle: Count = 64,
     ) -> None:
         super().__init__()
         self.levels = tuple(levels)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdlib.distill import Term, Truth, View
+from gdlib.limits import NotNegative, Positive
 
 __all__ = ["Response"]
 
@@ -47,7 +48,7 @@ class Response(Term):
 
     whole = True
 
-    def __init__(self, *, temperature: float = 1.0, balanced: bool = False, foreground: float = 1.0) -> None:
+    def __init__(self, *, temperature: Positive = 1.0, balanced: bool = False, foreground: NotNegative = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
         self.balanced = balanced

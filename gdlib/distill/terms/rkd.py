@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gdlib import ops
 from gdlib.distill import Term, Truth, View
+from gdlib.limits import NotNegative
 
 __all__ = ["RKD"]
 
@@ -63,7 +64,7 @@ class RKD(Term):
 
     projected = False
 
-    def __init__(self, *, distance: float = 1.0, angle: float = 2.0) -> None:
+    def __init__(self, *, distance: NotNegative = 1.0, angle: NotNegative = 2.0) -> None:
         super().__init__()
         self.distance = distance
         self.angle = angle

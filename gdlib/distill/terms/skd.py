@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gdlib import ops
 from gdlib.distill import Term, Truth, View
+from gdlib.limits import Count
 
 __all__ = ["SKD"]
 
@@ -47,7 +48,7 @@ class SKD(Term):
 
     projected = False
 
-    def __init__(self, *, pool: int = 2) -> None:
+    def __init__(self, *, pool: Count = 2) -> None:
         super().__init__()
         self.pool = pool
 
