@@ -259,7 +259,7 @@ def test_real_data_pass_in_silence_and_their_labels_fit_no_other_way(name, catal
 
 def test_the_catalogue_says_what_regions_are():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert "| `folder` | `label_regions` | – |" in page
+    assert "| `folder` | `label_regions` | true or false | – |" in page
     assert yaml.safe_load("label_regions: true") == {"label_regions": True}
 
 
