@@ -15,6 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from scipy.ndimage import label as components_of_one
 from skimage.measure import label as connected_regions
 
+from gdlib import io
 from gdlib.data.files import SPLITS, published_split, read_volume, split_components
 from gdlib.data.prepare import check_sample
 from gdlib.data.sources import neurites_phantom as neurites
@@ -23,8 +24,9 @@ from gdlib.data.sources.bbbc039 import bbbc039, decode
 from gdlib.data.sources.cremi import UNASSIGNED, cremi
 from gdlib.data.sources.dsb2018 import dsb2018
 from gdlib.data.sources.folder import _split, folder
+from gdlib.data.sources.joined import joined
 from gdlib.data.sources.nuclei_phantom import MIN_AREA, nuclei_phantom
-from gdlib.io import DataError
+from gdlib.io import DataError, Sample
 from gdlib.registry import SOURCES
 
 RAW = Path(os.environ.get("GDLIB_RAW", Path(__file__).parents[1].parent / "shared" / "data"))
@@ -696,3 +698,33 @@ def test_neurites_need_every_split_and_three_sides():
         neurites.neurites_phantom(None, volumes={"train": 3})
     with pytest.raises(DataError, match="three side lengths"):
         neurites.neurites_phantom(None, size=[256, 256])
+
+
+# --- Joined ---------------------------------------------------------------------------------------------------------
+
+
+def test_joined_datasets_are_all_their_images(tmp_path, squares):
+    seed = iter(range(100))
+    for name, dtype, counts in (("a", np.uint8, (2, 1, 1)), ("b", np.uint16, (1, 2, 1))):
+        for split, count in zip(SPLITS, counts, strict=True):
+            samples = []
+            for i in range(count):
+                image, label = squares(next(seed))
+                samples.append(Sample(f"s{i}", image.astype(dtype), label, attrs={"source": f"{name}/{i}"}))
+            (tmp_path / name).mkdir(exist_ok=True)
+            io.write_samples(tmp_path / name / f"{split}.h5", samples)
+    found = {split: list(samples) for split, samples in joined(tmp_path, datasets=["b", "a"]).items()}
+    names = {split: [sample.id for sample in samples] for split, samples in found.items()}
+    assert names == {"train": ["b-s0", "a-s0", "a-s1"], "val": ["b-s0", "b-s1", "a-s0"], "test": ["b-s0", "a-s0"]}
+    (original,) = io.read_samples(tmp_path / "b" / "train.h5")
+    first = found["train"][0]
+    assert first.image.dtype == np.uint16
+    np.testing.assert_array_equal(first.image, original.image)
+    np.testing.assert_array_equal(first.label, original.label)
+    assert first.attrs == {"source": "b/0", "dataset": "b"}
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "a", "b"]])
+def test_one_dataset_is_not_joined(tmp_path, names):
+    with pytest.raises(DataError, match="not several datasets; name each once"):
+        joined(tmp_path, datasets=names)

@@ -5,6 +5,12 @@ RAW = os.path.normpath(CFG.raw_folders[0])
 RECORD = ".download.json"
 
 
+def parts(dataset):
+    """The datasets that are joined to this one, which are prepared first."""
+    data = CFG.datasets[dataset]
+    return list(data.options.get("datasets", ())) if data.source == "joined" else []
+
+
 def is_there(dataset):
     """Are there raw data, or prepared ones, which are used as they are?"""
     try:
@@ -15,7 +21,11 @@ def is_there(dataset):
 
 def advice(lacking):
     """How to get the data of these datasets, a line for each, and how to go on with the rest of the study."""
-    there = [dataset for dataset in STUDY.datasets if dataset not in lacking]
+    there = [
+        dataset
+        for dataset in STUDY.datasets
+        if not set(parts(dataset) or [dataset]).intersection(lacking)
+    ]
     can_come = [dataset for dataset in lacking if CFG.datasets[dataset].download]
     start = f"--config study={CFG.study}"
     lines = [
@@ -36,7 +46,10 @@ def advice(lacking):
     return "\n".join(lines)
 
 
-MISSING = [dataset for dataset in STUDY.datasets if not is_there(dataset)]
+NEEDED = dict.fromkeys(
+    name for dataset in STUDY.datasets for name in parts(dataset) or [dataset]
+)
+MISSING = [dataset for dataset in NEEDED if not is_there(dataset)]
 FETCHED = {
     CFG.datasets[dataset].folder: dataset
     for dataset in MISSING
@@ -73,6 +86,8 @@ if CFG.left_out:
 
 def raw_root(dataset):
     """Where the raw files of a dataset are, or will be."""
+    if parts(dataset):
+        return os.path.dirname(DATA)
     to_come = CFG.datasets[dataset].folder in FETCHED or dataset in LACKING
     return CFG.new_folder(dataset) if to_come else CFG.raw_folder(dataset)
 
@@ -82,6 +97,13 @@ def raw_files(wildcards):
 
     Hidden files are left out, file browsers leave them there.
     """
+    if names := parts(wildcards.dataset):
+        splits = ("train", "val", "test")
+        return [
+            f"{DATA}/{split}.h5".format(dataset=name)
+            for name in names
+            for split in splits
+        ]
     if wildcards.dataset in LACKING:
         return []
     try:
