@@ -33,7 +33,8 @@ rule segment:
     input:
         predictions=f"{RUN}/predictions.h5",
         truth=true_foreground,
-        code=code("segmentation.py", "mutex.py", "mutex.cpp"),
+        code=code("segmentation.py", "parameters.py", "limits.py")
+        + code("mutex.py", "mutex.cpp"),
     output:
         f"{SEGMENTED}/segmentation.h5",
     log:

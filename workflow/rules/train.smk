@@ -77,7 +77,9 @@ rule ask_teacher:
     input:
         teacher=lambda wildcards: weights_of(wildcards.dataset, wildcards.network)[0],
         patches=PATCHES,
-        code=lambda wildcards: code("cache.py", "models/__init__.py")
+        code=lambda wildcards: code(
+            "cache.py", "models/__init__.py", "distill/__init__.py"
+        )
         + plugin(registry.NETWORKS, CFG.network(wildcards.network).model),
     output:
         TAUGHT,
