@@ -54,9 +54,12 @@ ALLOWED = {
     "gdlib.data": "",
     "gdlib.data.augment": "gdlib.ops",
     "gdlib.data.patches": "gdlib.io gdlib.ops gdlib.data.augment gdlib.distill",  # of the distillation, the type of a batch
-    "gdlib.data.files": "gdlib.io gdlib.registry",
+    "gdlib.data.axes": "",
+    "gdlib.data.decoders": "",
+    "gdlib.data.tiff": "gdlib.io gdlib.data.decoders",
+    "gdlib.data.files": "gdlib.io gdlib.registry gdlib.data.tiff",
     "gdlib.data.sense": "gdlib.io",
-    "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data gdlib.data.files gdlib.data.sense",
+    "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data gdlib.data.axes gdlib.data.files gdlib.data.sense",
     "gdlib.data.download": "gdlib gdlib.io gdlib.schema",
     "gdlib.data.sources": "",
     "gdlib.data.sources.*": "gdlib.io gdlib.limits gdlib.registry gdlib.data.files gdlib.data.sources._phantom",
@@ -84,7 +87,7 @@ ALLOWED = {
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
     r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
-    r"|data|data\.(files|prepare|sense|download|sources(\..*)?)))?"
+    r"|data|data\.(axes|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 
 

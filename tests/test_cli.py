@@ -181,7 +181,7 @@ def test_segment_refuses_with_one_line(teacher, images, refusal, tmp_path, squar
         assert str(model) in refusal(*segment_command(model, out, good))
     (images / "broken.png").write_bytes(good.read_bytes()[:100])
     assert "broken.png" in refusal(*segment_command(teacher, out, images / "broken.png"))
-    Image.fromarray(np.repeat(squares(50)[0][0][..., None], 3, 2)).save(images / "colour.png")
+    Image.fromarray(squares(50)[0][0][..., None] // np.uint8([1, 2, 3])).save(images / "colour.png")
     line = refusal(*segment_command(teacher, out, images / "colour.png"))
     assert "colour.png" in line
     assert "1 channel" in line
@@ -471,7 +471,7 @@ def test_evaluate_refuses_with_one_line(pairs, refusal, tmp_path):
     assert str(found) not in line  # not the fault of the segmentation
     assert "missing" in refusal("evaluate", tmp_path / "missing", found, *out)
     assert "missing" in refusal("evaluate", labels, tmp_path / "missing", *out)
-    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(labels / "a.png")
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8) + np.uint8([1, 2, 3])).save(labels / "a.png")
     assert "a.png" in refusal("evaluate", labels / "a.png", found / "a.tif", *out)
     assert not (tmp_path / "scores.csv").exists()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import tifffile
 from bioimage_cpp.segmentation import label as connected_regions
 from PIL import Image
 
+from gdlib.data.tiff import read_tiff
 from gdlib.io import DataError, Sample, check_inside
 from gdlib.registry import nearest
 
@@ -45,27 +45,59 @@ def find_files(folder: Path) -> dict[str, Path]:
 
 
 def read_image(path: Path | str, channels: int = 1, dataset: str | None = None) -> np.ndarray:
-    """Read an image with its channels first, in the stored type; the alpha channel of a PNG is dropped.
+    """Read an image with its channels first, in the stored type, bright values high.
+
+    Opacity is dropped, and so are the second and third of three equal colours where one channel is expected.
 
     Args:
         path: PNG, TIFF or HDF5 file; `file.h5:inner/path` names a dataset of an HDF5 file.
-        channels: number expected; only used to find the channel axis of a file that does not name its axes.
+        channels: number expected; also used to find the channel axis of a file that does not name its axes.
         dataset: of an HDF5 file; see `read_volume`.
 
     Returns:
-        (C, [Z,] Y, X) array; C is what the file has, not what was expected.
+        (C, [Z,] Y, X) array; C is what the file has, not what was expected. Axes of one pixel are left where they are.
     """
-    array, axis = _read(path, dataset, indices=False)
-    if axis is None and channels > 1 and channels in (array.shape[0], array.shape[-1]):
-        axis = 0 if array.shape[0] == channels else -1
-    return array[None] if axis is None else np.ascontiguousarray(np.moveaxis(array, axis, 0))
+    array, axes, alpha = _read(path, dataset, indices=False)
+    named = [(axis, name) for axis, (name, n) in enumerate(zip(axes, array.shape, strict=False)) if n > 1]
+    for _, name in named:
+        if name not in "SCZYXIQ":
+            what = "time" if name == "T" else f'"{name}"'
+            raise DataError(
+                f"{path}: of its axes {axes} {array.shape} one is {what}, which is no depth; save its parts as single "
+                "images, or, if it is depth, name it so (Z; in Fiji under Image > Properties)"
+            )
+    found = [axis for axis, name in named if name in "SC"]
+    if len(found) > 1:
+        raise DataError(f"{path}: of its axes {axes} {array.shape} two are channels; save it as one image per channel")
+    if not found and channels > 1:
+        first = next((axis for axis, n in enumerate(array.shape) if n > 1), 0)
+        found = [axis for axis in (first, array.ndim - 1) if array.shape[axis] == channels]
+    if not found:
+        return array[None]
+    array = np.moveaxis(array, found[0], 0)
+    if alpha and len(array) != channels:
+        array = array[:-1]
+    if channels == 1 and len(array) == 3 and "S" in axes and (array == array[:1]).all():
+        array = array[:1]
+    return np.ascontiguousarray(array)
 
 
 def read_label(path: Path | str, dataset: str | None = None) -> np.ndarray:
-    """Read an instance map ([Z,] Y, X) of any integer type; a palette PNG gives its indices, not its colours."""
-    array, axis = _read(path, dataset, indices=True)
-    if axis is not None:
-        raise DataError(f"{path}: the label is a colour image; store one integer per pixel, 0 = background")
+    """Read an instance map ([Z,] Y, X); a palette gives its indices, not its colours, and whole numbers become integers."""
+    array, axes, alpha = _read(path, dataset, indices=True)
+    channel = next((axis for axis, n in enumerate(array.shape) if n > 1 and axes[axis : axis + 1] in ("S", "C")), None)
+    if channel is not None:
+        array = np.moveaxis(array, channel, 0)[: -1 if alpha else None]
+        if axes[channel] == "C" or (array != array[:1]).any():
+            what = "colour image" if axes[channel] == "S" else f"image of {len(array)} channels (axes {axes})"
+            raise DataError(f"{path}: the label is a {what}; store one integer per pixel, 0 = background")
+        array = array[0]
+    if array.dtype.kind == "f" and (np.isfinite(array) & (np.rint(array) == array)).all():
+        if (most := np.abs(array).max(initial=0)) > 2 ** (np.finfo(array.dtype).nmant + 1):
+            raise DataError(
+                f"{path}: the label has numbers up to {most:.0f}, which {array.dtype} does not tell apart; store it as integers"
+            )
+        array = array.astype(np.int64)
     return array
 
 
@@ -250,40 +282,40 @@ def published_split(source: str, split: str) -> dict[str, list[str]]:
     return {name: read_list(path) for name, path in lists.items() if path.exists()}
 
 
-def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.ndarray, int | None]:
-    """Return the array as stored and the axis of its channels, None where it has none."""
+def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.ndarray, str, bool]:
+    """Return the array as stored, the names of its axes as of `read_tiff`, "" if it has none, and whether it has opacity."""
     file, inner = split_h5_path(path)
     if file.suffix.lower() in HDF5_SUFFIXES:
-        return read_volume(file, inner or dataset), None
+        return read_volume(file, inner or dataset), "", False
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: the file is missing; restore it or take its name off the split list")
+    if path.suffix.lower() != ".png":
+        return read_tiff(path, indices=indices)
     try:
-        if path.suffix.lower() == ".png":
-            return _read_png(path, indices)
-        with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            # S = samples of a pixel (RGB), C = channel; other axes are space.
-            axis = next((i for i, name in enumerate(series.axes) if name in "SC"), None)
-            return series.asarray(), axis
+        return _read_png(path, indices)
     except DataError:
         raise
     except Exception as error:  # decoders raise anything, from struct.error to zlib.error
         raise DataError(f"{path}: cannot be read ({error}); save it again as PNG or uncompressed TIFF") from error
 
 
-def _read_png(path: Path, indices: bool) -> tuple[np.ndarray, int | None]:
+def _read_png(path: Path, indices: bool) -> tuple[np.ndarray, str, bool]:
     with path.open("rb") as file:
-        if file.read(26)[24:] in (b"\x10\x02", b"\x10\x06"):  # bit depth and colour type of the header
-            raise DataError(f"{path}: a 16-bit colour PNG would be read with 8 bits; save it as TIFF")
+        # Bit depth and colour type of the header: RGB, grey or RGB with opacity.
+        if file.read(26)[24:] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):
+            raise DataError(f"{path}: a 16-bit PNG of several channels would be read with 8 bits; save it as TIFF")
     with Image.open(path) as image:
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise DataError(
+                f"{path}: there are {frames} images in this file; save each that is wanted as a file of its own"
+            )
         if image.mode == "P" and not indices:
             image = image.convert("RGB")
         array = np.asarray(image)
         if image.mode == "I":  # 16 bit, as older versions of Pillow give it
             array = array.astype(np.uint16)
-        alpha = image.mode in ("LA", "RGBA")
-    return (array[..., :-1], -1) if alpha else (array, -1 if array.ndim == 3 else None)
+        return array, "YXS" if array.ndim == 3 else "YX", image.mode in ("LA", "RGBA")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,52 @@
+"""Axes of one pixel, which files may have anywhere, dropped without reading or copying the array."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import h5py
+import numpy as np
+
+
+def kept_axes(shape: Sequence[int], ndim: int) -> list[int]:
+    """Return the axes that are left when axes of one pixel are dropped, from the first on, until there are no more than `ndim`.
+
+    >>> kept_axes((1, 30, 1, 20), 2), kept_axes((1, 1, 30, 20), 3), kept_axes((5, 30, 20), 2)
+    ([1, 3], [1, 2, 3], [0, 1, 2])
+    """
+    surplus = max(0, len(shape) - ndim)
+    single = [axis for axis, n in enumerate(shape) if n == 1][:surplus]
+    return [axis for axis in range(len(shape)) if axis not in single]
+
+
+class View:
+    """A dataset on disk seen without some axes of one pixel, and with a first axis of one channel if wanted.
+
+    Args:
+        array: the dataset; parts of it are read by integers and slices.
+        kept: its other axes.
+        channel: add the axis.
+    """
+
+    def __init__(self, array: h5py.Dataset, kept: Sequence[int], *, channel: bool = False) -> None:
+        self.array = array
+        self.kept = list(kept)
+        self.channel = channel
+        self.dtype = array.dtype
+        self.shape = (1,) * channel + tuple(array.shape[axis] for axis in kept)
+        self.ndim = len(self.shape)
+        self.chunks = array.chunks and (1,) * channel + tuple(array.chunks[axis] for axis in kept)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        key = key if isinstance(key, tuple) else (key,)
+        first, key = (key[0], key[1:]) if self.channel and key else (slice(None), key)
+        inside: list[int | slice] = [0] * self.array.ndim
+        for place, axis in enumerate(self.kept):
+            inside[axis] = key[place] if place < len(key) else slice(None)
+        part = self.array[tuple(inside)]
+        return part[None][first] if self.channel else part
+
+
+def without_single_axes(array: np.ndarray | h5py.Dataset) -> np.ndarray | View:
+    """Return an array or a dataset without any axis of one pixel."""
+    kept = kept_axes(array.shape, 0)
+    return View(array, kept) if isinstance(array, h5py.Dataset) else array.reshape([array.shape[axis] for axis in kept])
