@@ -24,7 +24,7 @@ MODULES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
 
 # Every import of gdlib by gdlib, at the top of a file or inside a function. `x.*` stands for all modules of a folder.
 ALLOWED = {
-    "gdlib": "",
+    "gdlib": "gdlib.trained",
     "gdlib.__main__": "gdlib.cli",
     "gdlib.registry": "gdlib.limits",
     "gdlib.devices": "",
@@ -72,6 +72,7 @@ ALLOWED = {
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
     "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.segmentation gdlib.models "
     "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",
+    "gdlib.trained": "gdlib.io gdlib.registry gdlib.inference gdlib.parameters gdlib.segmentation",
     "gdlib.profile": "gdlib.models gdlib.inference",
     "gdlib.report": "",
     "gdlib.report.*": "gdlib.io gdlib.metrics gdlib.config gdlib.report.*",
@@ -86,7 +87,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
     r"|data|data\.(axes|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 

@@ -1,0 +1,147 @@
+"""Trained networks: those that come with the package, and one call to use any of them on arrays."""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdlib.io import DataError
+from gdlib.registry import nearest
+
+FOLDER = Path(__file__).parent / "weights"
+
+
+def names() -> list[str]:
+    """Return the names of the networks that come with the package, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+
+
+def find(model: Path | str) -> Path:
+    """Return the weights file of a network: a file, or the name of one that comes with the package.
+
+    Raises:
+        DataError: there is neither.
+    """
+    path = Path(model)
+    if path.exists() or path.suffix or path.name != str(model):
+        return path  # what is wrong with it is said where it is read
+    if str(model) not in names():
+        raise DataError(
+            f'there is no file and no built-in network "{model}": {nearest(str(model), names())}, or give a weights file'
+        )
+    return FOLDER / f"{model}.safetensors"
+
+
+class Model:
+    """A trained network that segments arrays; made by `load`. Several threads may share one."""
+
+    def __init__(self, path: Path, **kwargs: Any) -> None:
+        """See `load`; the arguments are those of `gdlib.inference.Predictor`."""
+        from gdlib.inference import Predictor
+
+        self.path = path
+        self._predictor = Predictor.load(path, **kwargs)
+        self._lock = threading.Lock()  # an engine computes one image at a time
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the weights file says of itself: network, offsets, normalisation, segmenters, validation scores, training."""
+        return self._predictor.header
+
+    @property
+    def ndim(self) -> int:
+        """Axes that the network sees at once: 2 or 3."""
+        return self._predictor.network.ndim
+
+    def __repr__(self) -> str:
+        header = self.info
+        return f"<{self.path.stem}: {header['model']}, {self.ndim}D, {header['channels']} channel(s)>"
+
+    def segment(
+        self, image: np.ndarray, axes: str | None = None, *, segmenter: str | None = None, **parameters: float
+    ) -> np.ndarray:
+        """Find the objects of an image.
+
+        Args:
+            image: intensities as recorded, of any real type. Without `axes`: (Y, X) or (Z, Y, X), as the network wants them,
+                with the channels first if it wants several.
+            axes: a letter per axis, of `TCZYX`, in any order, e.g. `"YXC"`. Along T, and along Z where the network is 2D, every
+                frame is segmented on its own.
+            segmenter: what makes objects of affinities; the one that the weights were chosen with if left out.
+            parameters: of the segmenter, instead of those that were tuned.
+
+        Returns:
+            uint32 labels, 0 = background; the axes of the image without C, in the order T, Z, Y, X.
+
+        Raises:
+            DataError: the image does not fit the network.
+            ValueError: no such segmenter, parameter or value.
+        """
+        from gdlib.parameters import chosen
+        from gdlib.segmentation import segment
+
+        segmenter, all_of_them = chosen(self.path, self.info, segmenter, parameters)
+        frames = self._frames(image, axes)
+        labels = np.empty(frames.shape[: -1 - self.ndim] + frames.shape[-self.ndim :], np.uint32)
+        for index in np.ndindex(frames.shape[: -1 - self.ndim]):
+            found = self._predict(frames[index], False)
+            labels[index] = segment(found.affinity, found.foreground, self.info["offsets"], segmenter, **all_of_them)
+        return labels
+
+    def predict(self, image: np.ndarray, axes: str | None = None) -> Any:
+        """Predict affinities, foreground and embedding of one image; for the arguments see `segment`.
+
+        Returns:
+            A `gdlib.inference.Prediction`: `affinity` (K, [Z,] Y, X) uint8, 255 times the affinity to the neighbour at each of
+            `info["offsets"]`; `foreground` ([Z,] Y, X) uint8, 255 times its probability; `embedding` (D, [Z,] Y, X) float32.
+        """
+        frames = self._frames(image, axes)
+        if frames.ndim != self.ndim + 1:
+            raise DataError(f"an image of shape {np.shape(image)} has several frames: predict them one by one")
+        return self._predict(frames, True)
+
+    def _predict(self, image: np.ndarray, keep_embedding: bool) -> Any:
+        with self._lock:
+            return self._predictor(image, keep_embedding=keep_embedding)
+
+    def _frames(self, image: np.ndarray, axes: str | None) -> np.ndarray:
+        """Return an image as ([T,] [Z,] C, [Z,] Y, X): the frames first, then what the network sees at once."""
+        image = np.asarray(image)
+        channels, own = self.info["channels"], "ZYX"[-self.ndim :]
+        if axes is None:
+            axes = own if image.ndim == self.ndim and channels == 1 else f"C{own}"
+        axes = axes.upper()
+        known = sorted(set(axes)) == sorted(axes) and set(own) <= set(axes) <= set("TCZYX")
+        if not known or len(axes) != image.ndim:
+            raise DataError(
+                f"an image of shape {image.shape} does not have the axes {axes}: give a letter of TCZYX for each axis, once, "
+                f"with {' and '.join(own)} among them, as in axes={f'C{own}'!r}"
+            )
+        if "C" not in axes:
+            image, axes = image[None], f"C{axes}"
+        wanted = [axis for axis in "TZ" if axis in axes and axis not in own] + ["C", *own]
+        image = image.transpose([axes.index(axis) for axis in wanted])
+        found = image.shape[wanted.index("C")]
+        if found != channels:
+            raise DataError(
+                f"an image of shape {image.shape}, axes {''.join(wanted)}, has {found} channel(s), and the network "
+                f"{self.path.stem} wants {channels}: choose which, as in image[0], or say which axis is which by `axes`"
+            )
+        return image
+
+
+def load(model: Path | str = "nuclei", *, device: str = "auto", precision: str = "auto", engine: str = "auto") -> Model:
+    """Load a trained network.
+
+    Args:
+        model: `names()` says which come with the package; or a weights file of your own.
+        device: `auto`, `cpu`, `cuda`, `mps`, ...
+        precision: of the arithmetic: `auto`, `float32`, `bfloat16` or `float16`.
+        engine: what runs the network: `auto`, `torch` or `openvino`.
+
+    Raises:
+        DataError: there is no such file or name, or it is no weights file.
+    """
+    return Model(find(model), device=device, precision=precision, engine=engine)
