@@ -115,7 +115,12 @@ def code(*paths):
     return [os.path.relpath(file) for file in files]
 
 
-PREPARE_CODE = code(*(f"data/{name}.py" for name in ("prepare", "sense", "files", "tiff", "decoders", "axes")))
+PREPARE_CODE = code(
+    *(
+        f"data/{name}.py"
+        for name in ("prepare", "sense", "files", "tiff", "decoders", "axes")
+    )
+)
 # Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
 TRAIN_CODE = code("training.py", "cache.py")
 TRAIN_CODE += code("data/patches.py", "data/augment.py")
