@@ -1,8 +1,10 @@
 """One call: weights in, arrays in, labels out."""
 
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +142,15 @@ def test_importing_the_package_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == ""
     assert done.stderr.strip().endswith("AttributeError: module 'gdlib' has no attribute 'nothing'")
+
+
+def test_what_the_readme_shows_runs(teacher, tmp_path, monkeypatch, squares):
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import gdlib\n.*?)```", readme, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(teacher.read_bytes())
+    image = squares(0)[0][0]
+    scope = {"image": image, "movie": np.stack([image, image])}
+    exec(code, scope)
+    assert scope["labels"].shape == (2, *image.shape)
+    assert scope["found"].embedding.shape == (4, *image.shape)
