@@ -172,7 +172,8 @@ class Intensity(Section):
     gamma: float = Field(0.5, ge=0, description="exponent from [2^-gamma, 2^gamma]")
     blur: float = Field(1.0, ge=0, description="largest standard deviation, in pixels, of a blur in the last two axes")
     noise: float = Field(0.05, ge=0, description="largest standard deviation of Gaussian noise")
-    probability: float = Field(0.5, ge=0, le=1, description="of each change")
+    invert: float = Field(0.0, ge=0, le=1, description="probability that dark becomes bright and bright dark")
+    probability: float = Field(0.5, ge=0, le=1, description="of each other change")
 
 
 class Sections(Section):

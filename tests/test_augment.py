@@ -423,6 +423,15 @@ def test_neutral_settings_change_nothing(shape):
     torch.testing.assert_close(augment_intensity(image, rng(), **STRONG, probability=0.0), image, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(500, 1, 8, 9), (500, 2, 2, 8, 9)])
+def test_some_patches_are_negatives(shape):
+    image = torch.rand(shape, generator=rng(1))
+    out = augment_intensity(image, rng(2), invert=0.3)
+    kinds = [torch.equal(a, 1 - b) - torch.equal(a, b) for a, b in zip(out, image, strict=True)]
+    assert set(kinds) == {1, -1}
+    assert kinds.count(1) / len(kinds) == pytest.approx(0.3, abs=0.08)  # four standard deviations
+
+
 @pytest.mark.parametrize("name", STRONG)
 @pytest.mark.parametrize("shape", [(400, 1, 8, 9), (400, 2, 2, 8, 9)])
 def test_each_change_happens_with_its_probability_and_strength(shape, name):

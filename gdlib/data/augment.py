@@ -167,6 +167,7 @@ def augment_intensity(
     gamma: float = 0.0,
     blur: float = 0.0,
     noise: float = 0.0,
+    invert: float = 0.0,
     probability: float = 0.5,
 ) -> Tensor:
     """Change the intensities of each patch at random; every change happens with the same probability, independently.
@@ -179,10 +180,14 @@ def augment_intensity(
         gamma: exponent from [2^-gamma, 2^gamma], on the part of the values in [0, 1].
         blur: largest standard deviation, in pixels, of a Gaussian blur in the last two axes.
         noise: largest standard deviation of Gaussian noise.
-        probability: of each change.
+        invert: probability that dark becomes bright and bright dark.
+        probability: of each other change.
     """
     batch = len(image)
     column = (batch,) + (1,) * (image.ndim - 1)
+    if invert > 0:
+        negative = ops.send((torch.rand(batch, generator=generator) < invert).reshape(column), image.device)
+        image = torch.where(negative, 1 - image, image)
 
     def draw(low: float, high: float, neutral: float) -> Tensor:
         value = _uniform(low, high, (batch,), generator)
