@@ -38,7 +38,7 @@ def draw(
         drawing: of their runs; see `RunSpec`.
         train: samples `.h5`.
         out: `.h5` with `image` (N, C, [Z,] Y, X) float32, `label` (N, [Z,] Y, X) int32 and, where some labels are not known,
-            `ignore` (N, [Z,] Y, X) bool.
+            `ignore` (N, [Z,] Y, X) bool; what was learned of the `normalisation` is an attribute.
         batches: how many steps of training they are for.
         margin: the largest of the students and teachers.
         networks: `model` and `options` of those that must be built to know it.
@@ -47,7 +47,8 @@ def draw(
         margins = [margin, *(build(network["model"], network["options"]).margin for network in networks)]
     margin = [max(sides) for sides in zip(*margins, strict=True)]
     sampler, size = PatchSampler(train, **drawing, margin=margin), drawing["batch_size"]
-    with io.create_h5(out, drawing=drawing, train=io.sha256(train), batches=batches, margin=margin) as file:
+    about = {"drawing": drawing, "train": io.sha256(train), "batches": batches, "margin": margin}
+    with io.create_h5(out, **about, normalisation=sampler.normalisation) as file:
         for step in Progress(range(batches), unit="batch", desc="draw"):
             batch = sampler.batch(step)
             parts = {"image": batch.image, "label": batch.label.int(), "ignore": batch.ignore}
@@ -136,6 +137,7 @@ class CachedPatches:
         device: torch.device | str = "cpu",
     ) -> None:
         self.attrs = io.read_attrs(patches)
+        self.normalisation = self.attrs.get("normalisation")
         self.file = h5py.File(patches, "r")
         files = [h5py.File(path, "r") for path in taught]
         self.taught = {name: file[name] for file in files for name in file}

@@ -187,7 +187,7 @@ def _info(arguments: argparse.Namespace) -> None:
         (
             "input",
             f"{header['channels']} channel(s), {ndim}D, percentiles {header['normalisation']['lower']} to "
-            f"{header['normalisation']['upper']} become 0 to 1",
+            f"{header['normalisation']['upper']} become 0 to 1{_floor(header['normalisation'])}",
         ),
         (
             "trained on",
@@ -206,6 +206,12 @@ def _info(arguments: argparse.Namespace) -> None:
     made = f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, {header['precision']}"
     for key, value in [*lines, ("made by", made)]:
         print(f"{key:13} {value}")
+
+
+def _floor(normalisation: dict[str, Any]) -> str:
+    if "contrast" not in normalisation:
+        return "; no floor, so that an image without objects is stretched too"
+    return f", {' and '.join(f'{c:g}' for c in normalisation['contrast'])} times the noise or more"
 
 
 def _catalogue(path: Path) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gdlib import io, ops
-from gdlib.data.patches import intensity_range, rescale
+from gdlib.data.intensity import intensity_range, rescale
 from gdlib.engine import Engine, choose_engine, make_engine
 from gdlib.models import folded, restored
 

@@ -18,6 +18,13 @@ class Normalisation(Section):
 
     lower: float = Field(1.0, ge=0, lt=100, description="percentile that becomes 0")
     upper: float = Field(99.8, gt=0, le=100, description="percentile that becomes 1")
+    floor: float = Field(
+        0.5,
+        ge=0,
+        description="the range is at least so many times as large, relative to the noise of the image, as that of training "
+        "images with objects, or an image of noise alone would be stretched until it looks like objects; 0 for no such floor, "
+        "and so where `targets.background_connected` is off: where there is no background there are no empty images",
+    )
 
 
 class Targets(Section):
@@ -192,6 +199,13 @@ class Augment(Section):
 
     geometry: Geometry = Field(Geometry(), description="where pixels come from")
     intensity: Intensity = Field(Intensity(), description="of whole patches")
+    empty: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="probability that a patch shows noise and no object, as empty fields do; 0 where "
+        "`targets.background_connected` is off",
+    )
     sections: Sections = Field(Sections(), description="of each section of a volume")
 
 
@@ -338,9 +352,12 @@ class RunSpec(Section):
     def drawing(self) -> dict[str, Any]:
         """All that its training patches depend on besides the images: arguments of `gdlib.data.patches.PatchSampler`."""
         recipe = self.recipe.model_dump(mode="json", include={"patch", "batch_size", "augment"})
+        normalisation = self.normalisation.model_dump(mode="json")
+        if not self.targets.background_connected:
+            recipe["augment"]["empty"] = normalisation["floor"] = 0.0
         return {
             **recipe,
-            "normalisation": self.normalisation.model_dump(mode="json"),
+            "normalisation": normalisation,
             "border": self.targets.border,
             "seed": self.seed,
         }

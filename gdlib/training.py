@@ -86,6 +86,8 @@ def fit(
         judge = Judge(spec, val, target) if leader else None
         trainer = _Trainer(spec, teacher, target)
         sampler = source_of_patches(spec, train, trainer.margin, target, patches, taught, teacher)
+        if judge is not None:
+            judge.normalisation = sampler.normalisation
         resume = Path(state) / "resume.pt"
         fingerprint = _fingerprint(spec, train, val, teacher) + f"/{patches is not None:d}{len(taught)}"
         if resume.exists():
@@ -118,6 +120,7 @@ def fit(
         if not leader:
             return {}
 
+<<<<<<< HEAD
         header = {
             **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"}),
             "run": spec.model_dump(mode="json"),
@@ -138,6 +141,29 @@ def fit(
         io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
         resume.unlink(missing_ok=True)
         return scores[spec.segmenters[0]]
+=======
+    header = {
+        **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets"}),
+        "normalisation": sampler.normalisation,
+        "run": spec.model_dump(mode="json"),
+        "gdlib": __version__,
+        "torch": torch.__version__,
+        "device": _device_name(target),
+        "precision": str(trainer.dtype).removeprefix("torch."),
+    }
+    final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
+    trainer.deployed.load_state_dict(trainer.best_state)
+    bar.say(f"choosing segmentation parameters on {len(judge.samples)} validation images")
+    parameters, scores = judge.tune(trainer.deployed)
+    header |= {"segmentation": parameters, "validation": scores}
+    main = {spec.segmenters[0]: trainer.last_scores}
+    io.save_weights(last, final, header | {"step": recipe.steps, "validation": main})
+    io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
+    print(f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted")
+    io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
+    resume.unlink(missing_ok=True)
+    return scores[spec.segmenters[0]]
+>>>>>>> eec6fc8 (Noise alone no longer fills the range of an image: a floor learned in training, and patches without objects)
 
 
 class Judge:
@@ -146,6 +172,7 @@ class Judge:
     def __init__(self, spec: RunSpec, path: Path | str, device: torch.device) -> None:
         self.spec = spec
         self.device = device
+        self.normalisation: dict[str, Any] = spec.normalisation.model_dump(include={"lower", "upper"})
         self.samples = list(io.read_samples(path))
         if not self.samples:
             raise io.DataError(f"{path}: there is no validation image; check the split lists")
@@ -178,7 +205,8 @@ class Judge:
         return {name: c[0] for name, c in chosen.items()}, {name: c[1] for name, c in chosen.items()}
 
     def _predict(self, network: nn.Module, samples: list[io.Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
-        header = self.spec.model_dump(mode="json", include={"channels", "offsets", "normalisation"})
+        header = self.spec.model_dump(mode="json", include={"channels", "offsets"})
+        header["normalisation"] = self.normalisation
         predictor = Predictor(network, header, device=self.device, precision=self.spec.recipe.precision)
         out = []
         for sample in samples:
@@ -412,11 +440,15 @@ def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
     if path is None:
         raise ValueError(f'method "{spec.method}" learns from a teacher: give its weights')
     state, header = io.load_weights(path)
-    for key in ("channels", "normalisation"):
-        mine = spec.model_dump(mode="json")[key]
-        if header[key] != mine:
+    mine = spec.model_dump(mode="json", include={"channels", "normalisation"})
+    # Of the floor below the range, both see what this run learned from its own images; theirs with objects are above either.
+    theirs = {"channels": header["channels"], "normalisation": header["normalisation"]}
+    for one in (mine, theirs):
+        one["normalisation"] = {key: one["normalisation"][key] for key in ("lower", "upper")}
+    for key in mine:
+        if theirs[key] != mine[key]:
             raise io.DataError(
-                f"{path}: the teacher was trained with {key} {header[key]}, this run uses {mine}; make them equal"
+                f"{path}: the teacher was trained with {key} {theirs[key]}, this run uses {mine[key]}; make them equal"
             )
     return folded(restored(header, state))
 

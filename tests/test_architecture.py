@@ -53,7 +53,9 @@ ALLOWED = {
     "gdlib.distill.terms.*": "gdlib.ops gdlib.limits gdlib.distill gdlib.distill.bank",
     "gdlib.data": "",
     "gdlib.data.augment": "gdlib.ops",
-    "gdlib.data.patches": "gdlib.io gdlib.ops gdlib.data.augment gdlib.distill",  # of the distillation, the type of a batch
+    "gdlib.data.intensity": "",
+    "gdlib.data.patches": "gdlib.io gdlib.ops gdlib.data.augment gdlib.data.intensity "
+    "gdlib.distill",  # the type of a batch
     "gdlib.data.axes": "",
     "gdlib.data.decoders": "",
     "gdlib.data.tiff": "gdlib.io gdlib.data.decoders",
@@ -64,7 +66,7 @@ ALLOWED = {
     "gdlib.data.sources": "",
     "gdlib.data.sources.*": "gdlib.io gdlib.limits gdlib.registry gdlib.data.files gdlib.data.sources._phantom",
     "gdlib.engine": "",
-    "gdlib.inference": "gdlib.io gdlib.ops gdlib.engine gdlib.models gdlib.data.patches",
+    "gdlib.inference": "gdlib.io gdlib.ops gdlib.engine gdlib.models gdlib.data.intensity",
     "gdlib.streaming": "gdlib.progress gdlib.io gdlib.inference",
     "gdlib.grid": "gdlib.io gdlib.registry gdlib.parameters gdlib.data.files",
     "gdlib.volume_steps": "gdlib.blockwise",

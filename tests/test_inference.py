@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdlib import engine, inference, io, streaming
-from gdlib.data.patches import normalise
+from gdlib.data.intensity import normalise
 from gdlib.engine import choose_engine
 from gdlib.inference import Predictor, choose_device, choose_precision, legal_shape, quantised_affinities
 from gdlib.models import Embedding, build

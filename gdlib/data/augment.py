@@ -208,6 +208,50 @@ def augment_intensity(
     return image
 
 
+def empty_patches(
+    shape: Sequence[int],
+    generator: Generator,
+    *,
+    lower: float,
+    upper: float,
+    contrast: Sequence[float] | None = None,
+    level: Sequence[float] | None = None,
+) -> Tensor:
+    """Draw patches of images without objects, as networks see them: noise on an even or sloping ground.
+
+    Their range is from none of what images with objects have to all of it: an image of noise that is smooth from pixel to
+    pixel, after a filter or a lossy compression, is stretched more than `intensity_range` means to.
+
+    Args:
+        shape: (B, C, [Z,] Y, X).
+        generator: source of randomness (CPU).
+        lower: percentile that would become 0 in an image that is stretched to the full range.
+        upper: percentile that would become 1.
+        contrast: not used; with it, these are the keyword arguments of `intensity_range`.
+        level: for each channel, where the background is; 0 if left out.
+
+    Returns:
+        (B, C, [Z,] Y, X) float32.
+    """
+    batch, channels, *sides = shape
+    column = (batch,) + (1,) * (len(shape) - 1)
+    noise = torch.randn(*shape, generator=generator)
+    noise = _blur(noise, _uniform(0.0, 1.0, (batch,), generator))
+    noise = noise / noise.flatten(1).std(1).reshape(column)
+    for axis in (-2, -1):
+        slope = _uniform(-1.5, 1.5, column, generator)
+        place = torch.linspace(-1, 1, sides[axis])
+        noise = noise + slope * (place if axis == -1 else place[:, None])
+    flat = noise.flatten(2)
+    low, high = (
+        flat.kthvalue(1 + round(percent / 100 * (flat.shape[-1] - 1)), -1).values.reshape(batch, channels, *column[2:])
+        for percent in (lower, upper)
+    )
+    share = _uniform(0.0, 1.0, column, generator)
+    ground = torch.tensor(level or [0.0] * channels).reshape(1, channels, *column[2:])
+    return ground * (1 - share) + share * (noise - low) / (high - low)
+
+
 def augment_sections(
     image: Tensor,
     generator: Generator,

@@ -1,4 +1,4 @@
-"""Images for networks: normalisation, and augmented training patches as a pure function of (seed, step)."""
+"""Augmented training patches as a pure function of (seed, step)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,80 +11,11 @@ import torch
 from torch import Tensor
 
 from gdlib import io, ops
-from gdlib.data.augment import augment_intensity, augment_sections, mirrored, sample_patch, sampling_grid
+from gdlib.data.augment import augment_intensity, augment_sections, empty_patches, mirrored, sample_patch, sampling_grid
+from gdlib.data.intensity import intensity_range, learn, span
 from gdlib.distill import Batch
 
 IN_MEMORY = 2**31  # bytes; a split that is larger stays in its file, and patches are read from there
-SLAB = 2**24  # pixels looked at at once
-
-
-def intensity_range(image: np.ndarray | h5py.Dataset, lower: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
-    """Find what becomes 0 and 1: two percentiles of each channel, or its minimum and maximum where they are equal.
-
-    Args:
-        image: (C, [Z,] Y, X), any real type, in memory or in a file; it is read slab by slab. Of images of more than
-            2^24 pixels per channel in another type than uint8 and uint16, every n-th section or row is looked at.
-        lower: percentile, e.g. 1.
-        upper: percentile, e.g. 99.8.
-
-    Returns:
-        Two (C,) float32 arrays; equal values mean a flat channel.
-    """
-    out = np.empty((2, image.shape[0]), np.float32)
-    thickness = max(1, SLAB // max(1, int(np.prod(image.shape[2:]))))
-    slabs = [slice(k, k + thickness) for k in range(0, image.shape[1], thickness)]
-    if image.dtype not in (np.uint8, np.uint16) and len(slabs) > 1:
-        slabs = [slice(0, None, len(slabs))]
-    for channel in range(image.shape[0]):
-        if image.dtype in (np.uint8, np.uint16):
-            count = sum(
-                np.bincount(image[channel, slab].ravel(), minlength=2 ** (8 * image.dtype.itemsize)) for slab in slabs
-            )
-            values = np.flatnonzero(count)
-            low, high = _percentiles(values, count[values], (lower, upper))
-            lowest, highest = values[0], values[-1]
-        else:
-            flat = np.concatenate([image[channel, slab].ravel() for slab in slabs]).astype(np.float32)
-            low, high = np.percentile(flat, [lower, upper])
-            lowest, highest = flat.min(), flat.max()
-        out[:, channel] = (low, high) if np.float32(high) > np.float32(low) else (lowest, highest)
-    return out[0], out[1]
-
-
-def _percentiles(values: np.ndarray, count: np.ndarray, percents: Sequence[float]) -> list[float]:
-    """`np.percentile` of sorted values that occur `count` times."""
-    last = np.cumsum(count) - 1  # position of the last occurrence of each value in the sorted data
-    out = []
-    for percent in percents:
-        position = percent / 100 * last[-1]
-        before, after = (values[np.searchsorted(last, p)] for p in (np.floor(position), np.ceil(position)))
-        out.append(float(before) + (position - np.floor(position)) * (float(after) - float(before)))
-    return out
-
-
-def rescale(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Map `low` to 0 and `high` to 1; values outside stay outside, a flat channel becomes 0.
-
-    Args:
-        image: (C, [Z,] Y, X), any real type.
-        low: (C,) float32, from `intensity_range`, as is `high`.
-        high: (C,) float32.
-
-    Returns:
-        float32 array of the same shape.
-    """
-    column = (-1,) + (1,) * (image.ndim - 1)
-    return (image.astype(np.float32) - low.reshape(column)) / _span(low, high).reshape(column)
-
-
-def _span(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """What a value is divided by; a flat channel becomes 0."""
-    return np.where(high > low, high - low, np.inf).astype(np.float32)
-
-
-def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
-    """Map each channel's `lower` and `upper` percentile to 0 and 1; see `intensity_range` and `rescale`."""
-    return rescale(image, *intensity_range(image, lower, upper))
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -120,11 +51,16 @@ class PatchSampler:
         patch: side lengths of the label in pixels.
         margin: the image is larger by this on each side, for networks that lose it; 0 if left out.
         batch_size: patches per step.
-        normalisation: keyword arguments of `intensity_range`.
-        augment: keyword arguments of `sampling_grid`, `augment_intensity` and, for volumes, `augment_sections`.
+        normalisation: keyword arguments of `learn`.
+        augment: `geometry`, `intensity` and, for volumes, `sections`: keyword arguments of `sampling_grid`,
+            `augment_intensity` and `augment_sections`; and perhaps `empty`, the probability that a patch is one of
+            `empty_patches` in place of what was drawn.
         border: label pixels so near to another instance become background (`ops.widen_borders`).
         seed: of the run.
         device: where patches are made and returned.
+
+    Attributes:
+        normalisation: keyword arguments of `intensity_range`, as learned from the images.
     """
 
     def __init__(
@@ -161,9 +97,11 @@ class PatchSampler:
                     f'{path}: image "{name}" of {arrays["label"].shape} pixels is smaller than the patch {self.patch}; '
                     "choose a smaller patch"
                 )
-            low, high = intensity_range(arrays["image"], **normalisation)
+        self.normalisation = learn(found.values(), **normalisation)
+        for arrays in found.values():
+            low, high = intensity_range(arrays["image"], **self.normalisation)
             column = (-1,) + (1,) * len(self.patch)
-            held = arrays | {"low": low.reshape(column), "span": _span(low, high).reshape(column)}
+            held = arrays | {"low": low.reshape(column), "span": span(low, high).reshape(column)}
             self.samples.append(
                 {k: _tensor(a).to(self.device) if isinstance(a, np.ndarray) else a for k, a in held.items()}
             )
@@ -192,10 +130,26 @@ class PatchSampler:
         if self.border:
             label = ops.widen_borders(label, self.border)
         label = label.long() & 0xFFFFFFFF
+        if self.augment.get("empty", 0) > 0:
+            image, label, ignore = self._emptied(image, label, ignore, step)
         image = augment_intensity(image, generator, **self.augment["intensity"])
         if len(self.patch) == 3:
             image = augment_sections(image, generator, **self.augment["sections"])
         return Batch(image, label, ops.send(ids, self.device), ignore, largest=self.largest)
+
+    def _emptied(
+        self, image: Tensor, label: Tensor, ignore: Tensor | None, step: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Put noise without objects in the place of some patches; random numbers of their own leave all others as they are."""
+        generator = torch.Generator().manual_seed(~(self.seed * 2_654_435_761 + step) % 2**32)
+        which = (torch.rand(len(image), generator=generator) < self.augment["empty"]).nonzero()[:, 0]
+        if not len(which):
+            return image, label, ignore
+        noise = empty_patches((len(which), *image.shape[1:]), generator, **self.normalisation)
+        which = ops.send(which, self.device)
+        image = image.index_copy(0, which, ops.send(noise, self.device))
+        label = label.index_fill(0, which, 0)
+        return image, label, None if ignore is None else ignore.index_fill(0, which, False)
 
     def _cut(self, sample: Mapping[str, Any], grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read the box that holds all points of a grid, and resample it."""

@@ -1,0 +1,196 @@
+"""Intensities as networks see them: two percentiles of an image become 0 and 1, but noise alone does not fill that range."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import h5py
+import numpy as np
+
+SLAB = 2**24  # pixels looked at at once
+SAMPLE = 2**20  # pixels from which noise is estimated
+STEPS = (1, 2)  # pixels between those that are compared
+GAUSSIAN_MEDIAN = 1.4826  # standard deviations per median of the absolute values of a Gaussian
+ROUNDING = 12**-0.5  # standard deviation of what rounding to whole numbers adds
+ENOUGH = 0.01  # share of the pixels; from smaller objects, percentiles may not know that there are any
+
+
+def intensity_range(
+    image: np.ndarray | h5py.Dataset,
+    lower: float,
+    upper: float,
+    contrast: Sequence[float] | None = None,
+    level: Sequence[float] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find what becomes 0 and 1: two percentiles of each channel, or its minimum and maximum where they are equal.
+
+    In an image without objects these are nothing but noise. With `contrast`, the range is at least so many times the noise: it
+    is widened on both sides, such that what is there comes to lie where networks know the background from.
+
+    Args:
+        image: (C, [Z,] Y, X), any real type, in memory or in a file; it is read slab by slab. Of images of more than
+            2^24 pixels per channel in another type than uint8 and uint16, every n-th section or row is looked at.
+        lower: percentile, e.g. 1.
+        upper: percentile, e.g. 99.8.
+        contrast: for each channel, the least range in standard deviations of its noise, from `learn`; without it there is none.
+        level: for each channel, the part of a widened range that is below the image, from 0 to 1, from `learn`.
+
+    Returns:
+        Two (C,) float32 arrays; equal values mean a flat channel.
+    """
+    low, high = _percentile_range(image, lower, upper)
+    if contrast is None:
+        return low, high
+    with np.errstate(invalid="ignore"):  # NaN and infinite pixels are told where they are read
+        more = np.maximum(np.float32(contrast) * noise(image) - (high - low), 0)
+        more[(high == low) & (more == 0)] = 1
+        return low - np.float32(level) * more, high + (1 - np.float32(level)) * more
+
+
+def _percentile_range(image: np.ndarray | h5py.Dataset, lower: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
+    out = np.empty((2, image.shape[0]), np.float32)
+    thickness = max(1, SLAB // max(1, int(np.prod(image.shape[2:]))))
+    slabs = [slice(k, k + thickness) for k in range(0, image.shape[1], thickness)]
+    if image.dtype not in (np.uint8, np.uint16) and len(slabs) > 1:
+        slabs = [slice(0, None, len(slabs))]
+    for channel in range(image.shape[0]):
+        if image.dtype in (np.uint8, np.uint16):
+            count = sum(
+                np.bincount(image[channel, slab].ravel(), minlength=2 ** (8 * image.dtype.itemsize)) for slab in slabs
+            )
+            values = np.flatnonzero(count)
+            low, high = _percentiles(values, count[values], (lower, upper))
+            lowest, highest = values[0], values[-1]
+        else:
+            flat = np.concatenate([image[channel, slab].ravel() for slab in slabs]).astype(np.float32)
+            low, high = np.percentile(flat, [lower, upper])
+            lowest, highest = flat.min(), flat.max()
+        out[:, channel] = (low, high) if np.float32(high) > np.float32(low) else (lowest, highest)
+    return out[0], out[1]
+
+
+def _percentiles(values: np.ndarray, count: np.ndarray, percents: Sequence[float]) -> list[float]:
+    """`np.percentile` of sorted values that occur `count` times."""
+    last = np.cumsum(count) - 1  # position of the last occurrence of each value in the sorted data
+    out = []
+    for percent in percents:
+        position = percent / 100 * last[-1]
+        before, after = (values[np.searchsorted(last, p)] for p in (np.floor(position), np.ceil(position)))
+        out.append(float(before) + (position - np.floor(position)) * (float(after) - float(before)))
+    return out
+
+
+def noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
+    """Estimate the standard deviation of the noise from pixel to pixel.
+
+    As J. Immerkær does (Comput. Vis. Image Underst. 64, 1996), from second differences along both axes of the plane, in which
+    even surfaces and straight edges cancel; but from their median, which what is left of objects moves little, and between
+    neighbours or every other pixel, whichever say more: in slightly smoothed images, neighbours have nearly equal noise.
+
+    Args:
+        image: (C, [Z,] Y, X), any real type, in memory or in a file. Of a channel of more than 2^20 pixels about so many are
+            looked at, in 16 strips.
+
+    Returns:
+        (C,) float32, in grey values; of whole numbers at least what rounding adds.
+    """
+    strips = _strips(image.shape)
+    out = np.zeros(image.shape[0], np.float32)
+    for channel in range(len(out)):
+        parts = [np.asarray(image[channel, strip], np.float32) for strip in strips]
+        for step in STEPS:
+            with np.errstate(invalid="ignore", over="ignore"):
+                ripples = np.concatenate([_ripples(part, step) for part in parts])
+                if ripples.size:
+                    out[channel] = max(out[channel], np.median(ripples) * GAUSSIAN_MEDIAN / 6)  # 1 + 4 + 1
+    return np.maximum(out, ROUNDING) if image.dtype.kind in "ui" else out
+
+
+def _ripples(part: np.ndarray, step: int) -> np.ndarray:
+    """Absolute values of second differences along y and x, between pixels so many steps apart, as a list."""
+    for axis in (-1, -2):
+        moved = np.moveaxis(part, axis, -1)
+        second = moved[..., 2 * step :] - 2 * moved[..., step:-step] + moved[..., : -2 * step]
+        part = np.moveaxis(second, -1, axis)
+    return np.abs(part).ravel()
+
+
+def _strips(shape: Sequence[int]) -> list[slice]:
+    """Rows or sections of an image (C, [Z,] Y, X) that stand for the whole: all, or up to 16 groups of neighbours."""
+    least = (
+        1 + 2 * max(STEPS) if len(shape) == 3 else 1
+    )  # rows that second differences need; in a volume they are in a section
+    count = max(least, SAMPLE // max(1, int(np.prod(shape[2:]))))
+    if count >= shape[1]:
+        return [slice(0, shape[1])]
+    groups = min(16, count // least)
+    size = count // groups
+    return [slice(k, k + size) for k in np.linspace(0, shape[1] - size, groups).astype(int).tolist()]
+
+
+def learn(samples: Iterable[Mapping[str, Any]], lower: float, upper: float, floor: float = 0.0) -> dict[str, Any]:
+    """Find how images are to be normalised from those of a training.
+
+    The contrast of an image is its range in standard deviations of its noise. In images with objects it is large, e.g. 103 and
+    more in BBBC039; in one without objects it is 5 to 9. The least contrast is `floor` times that of nearly all images with
+    objects, so that none of their kind is changed, nor their crops or copies in 8 bits, but noise alone stays small.
+
+    Args:
+        samples: `image` (C, [Z,] Y, X), `label` ([Z,] Y, X), perhaps `ignore`, as arrays or datasets.
+        lower: percentile, e.g. 1.
+        upper: percentile, e.g. 99.8.
+        floor: 0 for no least contrast.
+
+    Returns:
+        Keyword arguments of `intensity_range`, for this and all other images: lower, upper and, unless no image has objects or
+        `floor` is 0, contrast and level. `level` is where the background of the images is, between 0 and 1.
+    """
+    found: dict[str, Any] = {"lower": lower, "upper": upper}
+    contrasts, levels = [], []
+    for sample in samples if floor else ():
+        strips = _strips(sample["image"].shape)
+        objects = np.concatenate([np.asarray(sample["label"][strip]) > 0 for strip in strips])
+        if objects.mean() < ENOUGH:
+            continue
+        low, high = _percentile_range(sample["image"], lower, upper)
+        width, noises = high - low, noise(sample["image"])
+        contrasts.append(np.divide(width, noises, out=np.full_like(width, np.inf), where=noises > 0))
+        ground = ~objects
+        if "ignore" in sample:
+            ground &= ~np.concatenate([sample["ignore"][strip] for strip in strips])
+        if ground.any() and (width > 0).all():
+            parts = (np.concatenate([sample["image"][c, strip] for strip in strips]) for c in range(len(width)))
+            levels.append((np.array([np.median(part[ground]) for part in parts]) - low) / width)
+    if contrasts:
+        # Of so many values the smallest: where a few images are unlike all others, or falsely annotated, they do not count.
+        least = floor * np.quantile(contrasts, 0.05, axis=0, method="lower")
+        least[~np.isfinite(least)] = 0  # of images without noise nothing can be learned
+        level = np.clip(np.median(levels, axis=0), 0, 1) if levels else np.zeros_like(least)
+        found |= {
+            key: np.round(value.astype(float), 4).tolist() for key, value in (("contrast", least), ("level", level))
+        }
+    return found
+
+
+def rescale(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Map `low` to 0 and `high` to 1; values outside stay outside, a flat channel becomes 0.
+
+    Args:
+        image: (C, [Z,] Y, X), any real type.
+        low: (C,) float32, from `intensity_range`, as is `high`.
+        high: (C,) float32.
+
+    Returns:
+        float32 array of the same shape.
+    """
+    column = (-1,) + (1,) * (image.ndim - 1)
+    return (image.astype(np.float32) - low.reshape(column)) / span(low, high).reshape(column)
+
+
+def span(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """What a value is divided by; a flat channel becomes 0."""
+    return np.where(high > low, high - low, np.inf).astype(np.float32)
+
+
+def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
+    """Map each channel's `lower` and `upper` percentile to 0 and 1; see `intensity_range` and `rescale`."""
+    return rescale(image, *intensity_range(image, lower, upper))
