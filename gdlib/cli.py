@@ -210,7 +210,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _floor(normalisation: dict[str, Any]) -> str:
     if "contrast" not in normalisation:
-        return "; no floor, so that an image without objects is stretched too"
+        return "; so too in an image without objects: noise is stretched to the full range"
     return f", {' and '.join(f'{c:g}' for c in normalisation['contrast'])} times the noise or more"
 
 

@@ -18,12 +18,12 @@ class Normalisation(Section):
 
     lower: float = Field(1.0, ge=0, lt=100, description="percentile that becomes 0")
     upper: float = Field(99.8, gt=0, le=100, description="percentile that becomes 1")
-    floor: float = Field(
-        0.5,
-        ge=0,
-        description="the range is at least so many times as large, relative to the noise of the image, as that of training "
-        "images with objects, or an image of noise alone would be stretched until it looks like objects; 0 for no such floor, "
-        "and so where `targets.background_connected` is off: where there is no background there are no empty images",
+    noise: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="part of this range that noise alone may fill: without objects, an image is not stretched further; images as "
+        "noisy as those of the training stay as they are; 1 for no limit, and so where `targets.background_connected` is off",
     )
 
 
@@ -200,7 +200,7 @@ class Augment(Section):
     geometry: Geometry = Field(Geometry(), description="where pixels come from")
     intensity: Intensity = Field(Intensity(), description="of whole patches")
     empty: float = Field(
-        0.05,
+        0.02,
         ge=0,
         le=1,
         description="probability that a patch shows noise and no object, as empty fields do; 0 where "
@@ -354,7 +354,7 @@ class RunSpec(Section):
         recipe = self.recipe.model_dump(mode="json", include={"patch", "batch_size", "augment"})
         normalisation = self.normalisation.model_dump(mode="json")
         if not self.targets.background_connected:
-            recipe["augment"]["empty"] = normalisation["floor"] = 0.0
+            recipe["augment"]["empty"], normalisation["noise"] = 0.0, 1.0  # no image is empty
         return {
             **recipe,
             "normalisation": normalisation,

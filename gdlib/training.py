@@ -441,7 +441,7 @@ def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
         raise ValueError(f'method "{spec.method}" learns from a teacher: give its weights')
     state, header = io.load_weights(path)
     mine = spec.model_dump(mode="json", include={"channels", "normalisation"})
-    # Of the floor below the range, both see what this run learned from its own images; theirs with objects are above either.
+    # What was learned from the images may differ: both see images as this run does, and those with objects are the same.
     theirs = {"channels": header["channels"], "normalisation": header["normalisation"]}
     for one in (mine, theirs):
         one["normalisation"] = {key: one["normalisation"][key] for key in ("lower", "upper")}

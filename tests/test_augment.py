@@ -12,7 +12,7 @@ from scipy import ndimage
 from gdlib import io
 from gdlib.data import patches
 from gdlib.data.augment import _enlarged, augment_intensity, augment_sections, mirrored, sample_patch, sampling_grid
-from gdlib.data.intensity import intensity_range, normalise
+from gdlib.data.intensity import normalise
 from gdlib.data.patches import PatchSampler
 
 EXACT = {"flip": False, "rotate90": False}

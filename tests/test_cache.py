@@ -106,6 +106,8 @@ def test_training_from_the_cache_is_training_online(files, method, make_spec, tr
     asked = {"teacher": teacher} if method != "none" else {}
     train(spec, tmp_path / "online", **asked)
     train(spec, tmp_path / "cached", **use)
+    headers = [io.read_header(tmp_path / name / "weights.safetensors") for name in ("online", "cached")]
+    assert headers[0]["normalisation"] == headers[1]["normalisation"]
     online, fresh = (_losses(tmp_path / name / "history.csv") for name in ("online", "cached"))
     assert online.keys() == fresh.keys()
     tolerance = 0 if method == "none" else 2e-3  # half precision

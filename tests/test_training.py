@@ -18,6 +18,7 @@ from torch import nn
 
 from gdlib import cache, io, native, training
 from gdlib.config import Recipe
+from gdlib.data.intensity import learn
 from gdlib.inference import Predictor
 from gdlib.metrics import METRICS
 from gdlib.models import Embedding
@@ -143,6 +144,36 @@ def test_a_run_ends_with_its_files(name, finished):
     assert header["step"] in {step for step, _ in rows(folder, "val", "aji")} == {3, 6}
     assert io.read_header(folder / "last.safetensors")["step"] == 6
     assert [step for step, _ in rows(folder, "train", "loss")] == [6]
+
+
+def test_teacher_student_and_validation_see_images_as_the_training_learned(
+    make_spec, train, teacher, splits, tmp_path, monkeypatch
+):
+    seen = []
+
+    class Recorder(Predictor):
+        def __call__(self, image, **kwargs):
+            seen.append(self.header["normalisation"])
+            return super().__call__(image, **kwargs)
+
+    monkeypatch.setattr(training, "Predictor", Recorder)
+    train(make_spec("grd"), tmp_path, teacher=teacher)
+    expected = learn(map(vars, io.read_samples(splits["train"])), 1.0, 99.8, 0.1)
+    assert len(expected["contrast"]) == len(expected["level"]) == 1
+    assert len(seen) > 3
+    assert all(one == expected for one in seen)
+    headers = [io.read_header(path)["normalisation"] for path in (tmp_path / "weights.safetensors", teacher)]
+    assert headers == [expected, expected]
+
+
+def test_a_teacher_of_an_older_version_can_teach(make_spec, train, teacher, tmp_path):
+    """Without a learned contrast in its file: it sees the images that the student sees."""
+    state, header = io.load_weights(teacher)
+    io.save_weights(tmp_path / "old.safetensors", state, header | {"normalisation": {"lower": 1.0, "upper": 99.8}})
+    runs = {name: tmp_path / name for name in ("new", "old")}
+    for name, weights in (("new", teacher), ("old", tmp_path / "old.safetensors")):
+        train(make_spec("grd"), runs[name], teacher=weights)
+    assert outputs(runs["old"])["history"] == outputs(runs["new"])["history"]
 
 
 def scores_of(weights, path):

@@ -236,7 +236,7 @@ def empty_patches(
     batch, channels, *sides = shape
     column = (batch,) + (1,) * (len(shape) - 1)
     noise = torch.randn(*shape, generator=generator)
-    noise = _blur(noise, _uniform(0.0, 1.0, (batch,), generator))
+    noise = _blur(noise, _uniform(0.0, 1.5, (batch,), generator))
     noise = noise / noise.flatten(1).std(1).reshape(column)
     for axis in (-2, -1):
         slope = _uniform(-1.5, 1.5, column, generator)
@@ -247,7 +247,7 @@ def empty_patches(
         flat.kthvalue(1 + round(percent / 100 * (flat.shape[-1] - 1)), -1).values.reshape(batch, channels, *column[2:])
         for percent in (lower, upper)
     )
-    share = _uniform(0.0, 1.0, column, generator)
+    share = _uniform(0.0, 1.0, column, generator) ** 2  # small ones more often, as they are
     ground = torch.tensor(level or [0.0] * channels).reshape(1, channels, *column[2:])
     return ground * (1 - share) + share * (noise - low) / (high - low)
 

@@ -1,6 +1,7 @@
 """Intensities as networks see them: two percentiles of an image become 0 and 1, but noise alone does not fill that range."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import h5py
@@ -41,7 +42,7 @@ def intensity_range(
     if contrast is None:
         return low, high
     with np.errstate(invalid="ignore"):  # NaN and infinite pixels are told where they are read
-        more = np.maximum(np.float32(contrast) * noise(image) - (high - low), 0)
+        more = np.maximum(np.float32(contrast) * pixel_noise(image) - (high - low), 0)
         more[(high == low) & (more == 0)] = 1
         return low - np.float32(level) * more, high + (1 - np.float32(level)) * more
 
@@ -79,7 +80,7 @@ def _percentiles(values: np.ndarray, count: np.ndarray, percents: Sequence[float
     return out
 
 
-def noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
+def pixel_noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
     """Estimate the standard deviation of the noise from pixel to pixel.
 
     As J. Immerkær does (Comput. Vis. Image Underst. 64, 1996), from second differences along both axes of the plane, in which
@@ -116,9 +117,8 @@ def _ripples(part: np.ndarray, step: int) -> np.ndarray:
 
 def _strips(shape: Sequence[int]) -> list[slice]:
     """Rows or sections of an image (C, [Z,] Y, X) that stand for the whole: all, or up to 16 groups of neighbours."""
-    least = (
-        1 + 2 * max(STEPS) if len(shape) == 3 else 1
-    )  # rows that second differences need; in a volume they are in a section
+    # As many as second differences need; in a volume they are within a section.
+    least = 1 + 2 * max(STEPS) if len(shape) == 3 else 1
     count = max(least, SAMPLE // max(1, int(np.prod(shape[2:]))))
     if count >= shape[1]:
         return [slice(0, shape[1])]
@@ -127,43 +127,45 @@ def _strips(shape: Sequence[int]) -> list[slice]:
     return [slice(k, k + size) for k in np.linspace(0, shape[1] - size, groups).astype(int).tolist()]
 
 
-def learn(samples: Iterable[Mapping[str, Any]], lower: float, upper: float, floor: float = 0.0) -> dict[str, Any]:
+def learn(samples: Iterable[Mapping[str, Any]], lower: float, upper: float, noise: float = 1.0) -> dict[str, Any]:
     """Find how images are to be normalised from those of a training.
 
-    The contrast of an image is its range in standard deviations of its noise. In images with objects it is large, e.g. 103 and
-    more in BBBC039; in one without objects it is 5 to 9. The least contrast is `floor` times that of nearly all images with
-    objects, so that none of their kind is changed, nor their crops or copies in 8 bits, but noise alone stays small.
+    The contrast of an image is its range in standard deviations of its noise: about 5 where there is noise alone, 103 and more
+    in images of BBBC039 with objects. The least contrast is that with which noise alone fills a given part of the range, but
+    not more than nearly all images with objects have: they stay as they are.
 
     Args:
         samples: `image` (C, [Z,] Y, X), `label` ([Z,] Y, X), perhaps `ignore`, as arrays or datasets.
         lower: percentile, e.g. 1.
         upper: percentile, e.g. 99.8.
-        floor: 0 for no least contrast.
+        noise: part of the range that noise alone may fill; 1 for no least contrast.
 
     Returns:
         Keyword arguments of `intensity_range`, for this and all other images: lower, upper and, unless no image has objects or
-        `floor` is 0, contrast and level. `level` is where the background of the images is, between 0 and 1.
+        `noise` is 1, contrast and level. `level` is where the background of the images is, between 0 and 1.
     """
     found: dict[str, Any] = {"lower": lower, "upper": upper}
     contrasts, levels = [], []
-    for sample in samples if floor else ():
+    for sample in samples if noise < 1 else ():
         strips = _strips(sample["image"].shape)
         objects = np.concatenate([np.asarray(sample["label"][strip]) > 0 for strip in strips])
         if objects.mean() < ENOUGH:
             continue
         low, high = _percentile_range(sample["image"], lower, upper)
-        width, noises = high - low, noise(sample["image"])
-        contrasts.append(np.divide(width, noises, out=np.full_like(width, np.inf), where=noises > 0))
+        width, sigma = high - low, pixel_noise(sample["image"])
+        contrasts.append(np.divide(width, sigma, out=np.full_like(width, np.inf), where=sigma > 0))
         ground = ~objects
-        if "ignore" in sample:
+        if sample.get("ignore") is not None:
             ground &= ~np.concatenate([sample["ignore"][strip] for strip in strips])
         if ground.any() and (width > 0).all():
             parts = (np.concatenate([sample["image"][c, strip] for strip in strips]) for c in range(len(width)))
             levels.append((np.array([np.median(part[ground]) for part in parts]) - low) / width)
     if contrasts:
         # Of so many values the smallest: where a few images are unlike all others, or falsely annotated, they do not count.
-        least = floor * np.quantile(contrasts, 0.05, axis=0, method="lower")
-        least[~np.isfinite(least)] = 0  # of images without noise nothing can be learned
+        usual = np.quantile(contrasts, 0.05, axis=0, method="lower")
+        alone = [NormalDist().inv_cdf(min(max(percent / 100, 1e-4), 1 - 1e-4)) for percent in (lower, upper)]
+        least = np.minimum(usual, (alone[1] - alone[0]) / noise)
+        least[~np.isfinite(usual)] = 0  # of images without noise nothing can be learned
         level = np.clip(np.median(levels, axis=0), 0, 1) if levels else np.zeros_like(least)
         found |= {
             key: np.round(value.astype(float), 4).tolist() for key, value in (("contrast", least), ("level", level))
