@@ -120,9 +120,9 @@ def fit(
         if not leader:
             return {}
 
-<<<<<<< HEAD
         header = {
-            **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"}),
+            **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets"}),
+            "normalisation": sampler.normalisation,
             "run": spec.model_dump(mode="json"),
             "gdlib": __version__,
             "torch": torch.__version__,
@@ -141,29 +141,6 @@ def fit(
         io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
         resume.unlink(missing_ok=True)
         return scores[spec.segmenters[0]]
-=======
-    header = {
-        **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets"}),
-        "normalisation": sampler.normalisation,
-        "run": spec.model_dump(mode="json"),
-        "gdlib": __version__,
-        "torch": torch.__version__,
-        "device": _device_name(target),
-        "precision": str(trainer.dtype).removeprefix("torch."),
-    }
-    final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
-    trainer.deployed.load_state_dict(trainer.best_state)
-    bar.say(f"choosing segmentation parameters on {len(judge.samples)} validation images")
-    parameters, scores = judge.tune(trainer.deployed)
-    header |= {"segmentation": parameters, "validation": scores}
-    main = {spec.segmenters[0]: trainer.last_scores}
-    io.save_weights(last, final, header | {"step": recipe.steps, "validation": main})
-    io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
-    print(f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted")
-    io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
-    resume.unlink(missing_ok=True)
-    return scores[spec.segmenters[0]]
->>>>>>> eec6fc8 (Noise alone no longer fills the range of an image: a floor learned in training, and patches without objects)
 
 
 class Judge:
