@@ -196,8 +196,8 @@ def test_provenance_knows_the_runs_behind_every_number(smoke):
     assert found["data"][DATA]["test"]["samples"] == 3
 
 
-# Carries what is computed, or says what is computed, which comes in through the parameters.
-CARRIERS = {"__init__", "compiled", "config", "data/__init__", "io", "progress", "registry", "schema"}
+# Carries or checks what is computed, or says what is, which comes in through the parameters.
+CARRIERS = {"__init__", "compiled", "config", "data/__init__", "io", "limits", "progress", "registry", "schema"}
 # Imported by the code of these jobs, but not for what they make.
 UNUSED = {
     "train_teacher": {"distill/bank", "inference", "metrics", "segmentation"},  # these judge
@@ -209,8 +209,8 @@ UNUSED = {
         "native",
     },  # no network is asked, no loss computed
     "ask_teacher": {"data/patches", "distill/bank", "inference", "native", "ops", "parallel"},  # patches are there
-    "predict": {"data/augment", "distill/__init__", "native"},  # of patches, the normalisation alone
-    "profile": {"data/augment", "distill/__init__", "native"},
+    "predict": {"native"},
+    "profile": {"native"},
     "segment": {"metrics"},  # for tuning
     **{rule: {"metrics"} for rule in ("summarize", "provenance", *(f"figure_{name}" for name in FIGURES[VOLUMES]))},
 }

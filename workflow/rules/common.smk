@@ -123,12 +123,12 @@ PREPARE_CODE = code(
 )
 # Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
 TRAIN_CODE = code("training.py", "cache.py")
-TRAIN_CODE += code("data/patches.py", "data/augment.py")
+TRAIN_CODE += code("data/patches.py", "data/intensity.py", "data/augment.py")
 TRAIN_CODE += code("ops.py", "compiled.py", "native.py", "native.cpp", "parallel.py")
 TRAIN_CODE += code("models/__init__.py", "distill/__init__.py")
 MEMORY_CODE = code("distill/bank.py")
 PREDICT_CODE = code("inference.py", "streaming.py", "models/__init__.py", "ops.py")
-PREDICT_CODE += code("engine.py", "data/patches.py")
+PREDICT_CODE += code("engine.py", "data/intensity.py")
 REPORT_CODE = code(*sorted((registry.NETWORKS.folder.parent / "report").glob("*.py")))
 
 
