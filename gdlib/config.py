@@ -5,14 +5,16 @@ never changes what a name means. A run is (dataset, network, method, seed); `Con
 nothing else, so that an edit of the configuration re-runs exactly what depends on it.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from gdlib import registry
-from gdlib.parameters import checked
+from gdlib.mistakes import ConfigError, check_name, one_line, within
+from gdlib.parameters import check_offsets, checked
 from gdlib.schema import (
     Ablation,
     Dataset,
@@ -30,10 +32,6 @@ from gdlib.schema import (
 
 TEACHER = "teacher"  # the method name of every teacher run
 SEGMENTERS = get_args(Segmenter)
-
-
-class ConfigError(ValueError):
-    """A mistake in the configuration, in one readable line."""
 
 
 class Config(Section):
@@ -71,13 +69,13 @@ class Config(Section):
         try:
             config = cls.model_validate(raw)
             config._check_names()
-            _check_name("study", config.study, config.studies)
+            check_name("study", config.study, config.studies)
             for name in config.only:
-                _check_name("only", name, config.studies[config.study].datasets)
+                check_name("only", name, config.studies[config.study].datasets)
             for name in config.studies:
                 config._check_study(name)
         except ValidationError as error:
-            raise ConfigError(_one_line(error, cls)) from None
+            raise ConfigError(one_line(error, cls)) from None
         except registry.UnknownName as error:
             raise ConfigError(f"config: {error}") from None
         return config
@@ -125,7 +123,11 @@ class Config(Section):
         study = self.selected
         other = self.teachers_of(dataset)[1:]
         more = [f"{m}@{teacher}" for teacher in other for m in study.methods if self.methods[m].terms]
-        return [*study.methods, *more, *(m for name in study.ablations for m in self.ablated(name))]
+        return [*study.methods, *more, *self._own_methods(study)[len(study.methods) :]]
+
+    def _own_methods(self, study: Study) -> list[str]:
+        """The methods that a study names, and those of its ablations."""
+        return [*study.methods, *(m for name in study.ablations for m in self.ablated(name))]
 
     def ablated(self, ablation: str) -> list[str]:
         """Return the names of the methods of an ablation, in the order of their values."""
@@ -173,7 +175,7 @@ class Config(Section):
             (f"studies.{study}.recipes.{dataset}.{role}", chosen.recipes.get(dataset, {}).get(role, {})),
         ):
             if changes:
-                with _within(where):
+                with within(where):
                     recipe = out[where] = _merge(recipe, changes)
         return out
 
@@ -232,8 +234,16 @@ class Config(Section):
         return f"put the files into {folder}"
 
     def _check_names(self) -> None:
+        for group in ("studies", "datasets", "teachers", "students", "methods", "ablations"):
+            for key in getattr(self, group):
+                for name in self.ablated(key) if group == "ablations" else [key]:
+                    if not re.fullmatch(r"\w[^/{}\\\x00-\x1f]*", name):  # it is a part of the names of files
+                        raise registry.UnknownName(
+                            f'{group}.{key}: the name "{name}" must begin with a letter or digit, and cannot have "/", "\\", '
+                            '"{" or "}" in it'
+                        )
         for key, data in self.datasets.items():
-            with _within(f"datasets.{key}"):
+            with within(f"datasets.{key}"):
                 registry.SOURCES.check(data.source, data.options)
                 for part in data.options.get("datasets", ()) if data.source == "joined" else ():
                     _check_name("options.datasets", part, self.datasets.keys() - {key})
@@ -241,14 +251,14 @@ class Config(Section):
                     raise registry.UnknownName("what is downloaded needs a `folder`, and is not got `by_hand`")
                 if len({file.name for file in data.download}) < len(data.download):
                     raise registry.UnknownName("two files of `download` have the same name")
-                if len({len(o) for o in data.offsets} | {len(data.patch)}) != 1:
+                if len(data.offsets[0]) != data.ndim:
                     raise registry.UnknownName("offsets and patch must have the same number of axes")
                 for segmenter, parameters in data.segmentation.items():
-                    with _within(f"segmentation.{segmenter}"):
+                    with within(f"segmentation.{segmenter}"):
                         checked(segmenter, parameters)
         for group, networks in (("teachers", self.teachers), ("students", self.students)):
             for key, network in networks.items():
-                with _within(f"{group}.{key}"):
+                with within(f"{group}.{key}"):
                     registry.NETWORKS.check(network.model, network.options)
         for key, network in self.students.items():
             if network.weights is not None:
@@ -261,21 +271,22 @@ class Config(Section):
         if TEACHER in self.methods:
             raise registry.UnknownName(f'methods: the name "{TEACHER}" is taken by the teacher\'s own training')
         for key, method in self.methods.items():
-            with _within(f"methods.{key}"):
-                if set(key) & set("=@/"):
-                    raise registry.UnknownName('a name cannot have "=", "@" or "/" in it')
-                self._check_method(method)
+            with within(f"methods.{key}"):
+                if set(key) & set("=@"):
+                    raise registry.UnknownName('a name cannot have "=" or "@" in it')
+            self._check_method(f"methods.{key}", method)
         for key, ablation in self.ablations.items():
-            _check_name(f"ablations.{key}.method", ablation.method, self.methods)
-            with _within(f"ablations.{key}"):
-                for name in self.ablated(key):
-                    self._check_method(self.method(name))
+            check_name(f"ablations.{key}.method", ablation.method, self.methods)
+            for name in self.ablated(key):
+                with within(f"ablations.{key}"):
+                    method = self.method(name)
+                self._check_method(f"ablations.{key}", method)
         for role in ("teacher", "student"):
             if role not in self.recipes:
                 raise registry.UnknownName(f'the key "recipes.{role}" is missing')
             _check_recipe(f"recipes.{role}", self.recipes[role])
             for key, data in self.datasets.items():
-                with _within(f"datasets.{key}.recipe"):
+                with within(f"datasets.{key}.recipe"):
                     recipe = _merge(self.recipes[role], data.recipe)
                 _check_recipe(f"datasets.{key}.recipe", recipe)
         for where, shown in (("plot", self.plot), ("plot.volumes", self.plot.volumes)):
@@ -284,12 +295,15 @@ class Config(Section):
             if shown.main_metric not in shown.metrics:
                 raise registry.UnknownName(f'{where}.main_metric: "{shown.main_metric}" is not among {where}.metrics')
         for method in self.plot.panel_methods:
-            _check_name("plot.panel_methods", method, self.methods)
+            check_name("plot.panel_methods", method, self.methods)
 
-    def _check_method(self, method: Method) -> None:
-        _check_terms(method.terms)
+    def _check_method(self, where: str, method: Method) -> None:
+        with within(where):
+            _check_terms(method.terms)
         if method.recipe:
-            _check_recipe("recipe", _merge(self.recipes["student"], method.recipe))
+            with within(f"{where}.recipe"):
+                recipe = _merge(self.recipes["student"], method.recipe)
+            _check_recipe(f"{where}.recipe", recipe)
 
     def _check_study(self, name: str) -> None:
         study = self.studies[name]
@@ -303,7 +317,7 @@ class Config(Section):
             ("recipes", study.recipes, self.datasets),
         ):
             for one in chosen:
-                _check_name(f"studies.{name}.{key}", one, catalogue)
+                check_name(f"studies.{name}.{key}", one, catalogue)
         for dataset in study.datasets:
             axes = self.datasets[dataset].ndim
             for key, networks in (("teacher", study.teachers), ("students", study.students)):
@@ -311,41 +325,52 @@ class Config(Section):
                     raise registry.UnknownName(
                         f'studies.{name}.{key}: none takes images with {axes} axes, as dataset "{dataset}" has; add one'
                     )
+            with within(f"datasets.{dataset}"):
+                for segmenter in self.datasets[dataset].segmenters:
+                    check_offsets(segmenter, self.datasets[dataset].offsets)
+            asked = any(self.method(method).terms for method in self._own_methods(study))
             for role in ("teacher", "student"):
                 recipes = self._recipes(name, dataset, role)
                 for where, recipe in recipes.items():
                     _check_recipe(where, recipe)
-                if recipe.patch and len(recipe.patch) != axes:
-                    where = next(where for where, one in recipes.items() if one.patch == recipe.patch)
-                    raise registry.UnknownName(f'{where}.patch: it must have {axes} axes, as dataset "{dataset}" has')
+                networks = [*self._fitting(study.teachers, dataset)[:1], *self._fitting(study.more_teachers, dataset)]
+                if role == "student":
+                    networks = self._fitting(study.students, dataset) + networks * asked
+                patches = {where: one.patch for where, one in recipes.items() if one.patch == recipe.patch}
+                where, patch = next(iter(patches.items())) if recipe.patch else (f"datasets.{dataset}", None)
+                self._check_patch(f"{where}.patch", patch or self.datasets[dataset].patch, dataset, networks)
+            for method in self._own_methods(study):
+                if "patch" in (changes := self.method(method).recipe):
+                    patch = _merge(recipe, changes).patch or self.datasets[dataset].patch
+                    self._check_patch(f"methods.{method}.recipe.patch", patch, dataset, networks)
 
-
-class _within:
-    """Prefix an error with the place in the configuration."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, ValidationError):
-            raise ConfigError(_one_line(error, Recipe, self.where)) from None
-        if isinstance(error, ValueError) and not isinstance(error, ConfigError):
-            raise registry.UnknownName(f"{self.where}: {error}") from None
-
-
-def _check_name(where: str, name: str, valid: Iterable[str]) -> None:
-    if name not in valid:
-        raise registry.UnknownName(f'{where}: there is no "{name}": {registry.nearest(name, list(valid))}')
+    def _check_patch(self, where: str, patch: tuple[int, ...], dataset: str, networks: Iterable[str]) -> None:
+        """Can the networks make patches of this size, and has every offset of the dataset a pair of pixels in it?"""
+        data = self.datasets[dataset]
+        if len(patch) != data.ndim:
+            raise registry.UnknownName(f'{where}: it must have {data.ndim} axes, as dataset "{dataset}" has')
+        for network in networks:
+            divisor, rest = (registry.written(self.network(network).model, key) for key in ("divisor", "remainder"))
+            if divisor and rest and any((n - r) % d for n, d, r in zip(patch, divisor, rest, strict=True)):
+                fits = [max(0, -((r - n) // d)) * d + r for n, d, r in zip(patch, divisor, rest, strict=True)]
+                plus = f" plus {list(rest)}" if any(rest) else ""
+                raise registry.UnknownName(
+                    f'{where}: {list(patch)} does not fit the network "{network}", which takes multiples of '
+                    f"{list(divisor)}{plus}; choose for example {fits}"
+                )
+        for offset in data.offsets:
+            if any(abs(step) >= side for step, side in zip(offset, patch, strict=True)):
+                raise registry.UnknownName(
+                    f"{where}: no two pixels of a patch {list(patch)} are as far apart as {list(offset)}, an offset of dataset "
+                    f'"{dataset}"; choose a larger patch, or leave out the offset'
+                )
 
 
 def _check_metrics(where: str, names: Iterable[str]) -> None:
     from gdlib.metrics import METRICS
 
     for name in names:
-        _check_name(where, name, METRICS)
+        check_name(where, name, METRICS)
 
 
 def _check_terms(terms: tuple[Term, ...]) -> None:
@@ -370,7 +395,7 @@ def _put(method: dict[str, Any], key: str, value: Any) -> None:
         return
     if part == "terms" and len(path) > 1:
         names = {Term.model_validate(term).name: term for term in method["terms"]}
-        _check_name(f'key "{key}"', path[0], names)
+        check_name(f'key "{key}"', path[0], names)
         place, path = names[path[0]], path[1:]
     elif part == "recipe" and path:
         place = method["recipe"]
@@ -382,7 +407,7 @@ def _put(method: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check_recipe(where: str, recipe: Recipe) -> None:
-    with _within(f"{where}.terms"):
+    with within(f"{where}.terms"):
         _check_terms(recipe.terms)
     _check_metrics(f"{where}.selection", [recipe.selection])
 
@@ -396,29 +421,3 @@ def _merge(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
         return over
 
     return Recipe.model_validate(deep(recipe.model_dump(), changes))
-
-
-def _one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Turn one problem of a validation error into one line, with the nearest valid key for an unknown one."""
-    # A misspelt key is also a missing one; what was written is the better hint.
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    place = [str(part) for part in problem["loc"] if part not in ("[key]", "str", "int")]  # which are no keys
-    where = ".".join(([prefix] if prefix else []) + place)
-    if problem["type"] == "extra_forbidden":
-        valid = _keys_at(model, place[:-1])
-        return f'config: there is no key "{where}": {registry.nearest(place[-1], valid)}'
-    if problem["type"] == "missing":
-        return f'config: the key "{where}" is missing'
-    return f"config: {where}: {problem['msg'].lower()} (got {problem['input']!r})"
-
-
-def _keys_at(model: Any, path: list[str]) -> list[str]:
-    """Return the valid keys of the section at `path`, following fields, dict values and list items."""
-    for part in path:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[part].annotation
-        else:
-            model = model.__args__[1] if model.__origin__ is dict else model.__args__[0]
-    if hasattr(model, "__args__"):  # Optional[...]
-        model = next((m for m in model.__args__ if isinstance(m, type) and issubclass(m, BaseModel)), model)
-    return list(model.model_fields) if hasattr(model, "model_fields") else []

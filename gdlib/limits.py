@@ -73,14 +73,29 @@ class Range:
 
         return WrapValidator(check).__get_pydantic_core_schema__(source, handler)
 
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        """Tell editors."""
+        keys = (
+            ("minimum" if self.interval[0] == "[" else "exclusiveMinimum"),
+            ("maximum" if self.interval[-1] == "]" else "exclusiveMaximum"),
+        )
+        return handler(core) | {key: end for key, end in zip(keys, self.ends, strict=True) if math.isfinite(end)}
 
-def once(values: tuple) -> tuple:
-    """Raise unless every value is there once."""
+
+def _once(values: tuple) -> tuple:
     for value in values:
-        if values.count(value) > 1:
-            shown = list(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{shown} is there twice; leave one out")
+        if isinstance(values, tuple) and values.count(value) > 1:
+            raise ValueError(f"{list(value) if isinstance(value, tuple) else value} is there twice; leave one out")
     return values
+
+
+def _offsets(offsets: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    for offset in _once(offsets):
+        if len(offset) != len(offsets[0]):
+            raise ValueError(f"{list(offset)} and {list(offsets[0])} have different numbers of axes")
+        if not any(offset):
+            raise ValueError(f"{list(offset)} pairs every pixel with itself; leave it out")
+    return offsets
 
 
 def _complete(values: dict) -> dict:
@@ -107,6 +122,8 @@ Count = Annotated[int, Range("[1, inf)")]
 Whole = Annotated[int, Range("[0, inf)")]
 Seed = Annotated[int, Range("[0, 4294967295]")]
 Stride = Annotated[int, Range("[1, 1024]")]
+Once = AfterValidator(_once)  # no value of a list is there twice
+Offsets = Annotated[tuple[tuple[int, ...], ...], AfterValidator(_offsets)]
 # The smallest and the largest.
 FromTo = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
 CountFromTo = Annotated[tuple[Whole, Whole], AfterValidator(_rising)]
@@ -176,15 +193,16 @@ def told(error: ValidationError, name: str) -> str:
     """Return the first problem of a validation error as one sentence, about a value of this name."""
     problem = error.errors()[0]
     place = ".".join([name, *(str(part) for part in problem["loc"])])
-    if problem["type"] == "missing":
-        return f"{place} is missing"
-    return f"{place} {_words(problem)} (got {problem['input']!r})"
+    return f"{place} is missing" if problem["type"] == "missing" else f"{place} {words(problem)}"
 
 
-def _words(problem: Any) -> str:
+def words(problem: Any) -> str:
     """Return what one problem of a validation error says, as the end of a sentence about the value."""
-    words = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return words if words.startswith("must") else f"does not fit: {words[:1].lower()}{words[1:]}"
+    text = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if not text.startswith("must"):
+        text = f"does not fit: {text if problem['type'] == 'value_error' else text[:1].lower() + text[1:]}"
+    got = repr(problem["input"])
+    return f"{text} (got {got})" if len(got) < 100 else text
 
 
 def argument(kind: Any) -> Callable[[str], Any]:

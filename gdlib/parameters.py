@@ -3,7 +3,7 @@
 What each parameter does is said in `gdlib.segmentation.segment`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,19 @@ def checked(segmenter: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def is_masked(segmenter: str) -> bool:
     """Does this segmenter need the foreground of the ground truth?"""
     return segmenter.endswith("_masked")
+
+
+def check_offsets(segmenter: str, offsets: Sequence[Sequence[int]]) -> None:
+    """Raise `ValueError` unless a segmenter can use affinities of these offsets."""
+    ndim = len(offsets[0])
+    if len(offsets) < ndim:
+        raise ValueError(
+            f"the first {ndim} offsets are attractive, one for each axis, but there are {len(offsets)}; add more"
+        )
+    wanted = [[-int(i == axis) for i in range(ndim)] for axis in range(ndim)]
+    first = [list(offset) for offset in offsets[:ndim]]
+    if segmenter in ("waterz", "multicut") and first != wanted:
+        raise ValueError(f"{segmenter} needs affinities whose first offsets are {wanted}, but they are {first}")
 
 
 def main_segmenter(header: Mapping[str, Any]) -> str:

@@ -133,21 +133,34 @@ def _literal(node: ast.expr | None) -> Any:
 
 
 def _assigned(scope: ast.Module | ast.ClassDef, name: str) -> Any:
-    """Return the value of `name = value` in a module or class, None without one."""
+    """Return the value of `name = value` in a module or class, None without one, or if it is no plain value."""
     for node in scope.body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            return ast.literal_eval(node.value)
+            return _literal(node.value)
     return None
 
 
+def written(network: str, attribute: str) -> Any:
+    """Return an attribute of a network's class from the source text.
+
+    Args:
+        network: name.
+        attribute: one of those that are listed in `gdlib.models`.
+
+    Returns:
+        None where it is computed, and of a network that lives elsewhere.
+    """
+    return None if ":" in network else _assigned(_public(NETWORKS.folder / f"{network}.py"), attribute)
+
+
 def axes(network: str) -> int | None:
-    """Return the number of axes that a network takes, `ndim` of its class, from the source text; None if it lives elsewhere."""
-    return None if ":" in network else _assigned(_public(NETWORKS.folder / f"{network}.py"), "ndim")
+    """Return the number of axes that a network takes; see `written`."""
+    return written(network, "ndim")
 
 
 def margin(network: str) -> tuple[int, ...] | None:
-    """Return the `margin` of a network's class in the same way, None too where it is computed."""
-    return None if ":" in network else _assigned(_public(NETWORKS.folder / f"{network}.py"), "margin")
+    """Return the `margin` of a network in the same way."""
+    return written(network, "margin")
 
 
 SOURCES = Registry("gdlib.data.sources", "data source")

@@ -1,16 +1,21 @@
 """The sections of `config.yaml` as frozen, typed objects: every key, its default and what it means. Torch-free."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from gdlib.limits import FromTo, NotAll, Offsets, Once, Seed
 
 Segmenter = Literal["mutex_watershed", "waterz", "multicut", "mutex_watershed_masked"]
+AnyFloat = Annotated[float, AllowInfNan()]  # where a range says more
+Names = Annotated[tuple[str, ...], Once]
+Seeds = Annotated[tuple[Seed, ...], Once]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values never change."""
+    """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Normalisation(Section):
@@ -25,6 +30,12 @@ class Normalisation(Section):
         description="part of this range that noise alone may fill: without objects, an image is not stretched further; images as "
         "noisy as those of the training stay as they are; 1 for no limit, and so where `targets.background_connected` is off",
     )
+
+    @model_validator(mode="after")
+    def _rising(self) -> "Normalisation":
+        if self.lower >= self.upper:
+            raise ValueError(f"lower {self.lower:g} must be below upper {self.upper:g}")
+        return self
 
 
 class Targets(Section):
@@ -70,16 +81,14 @@ class Dataset(Section):
         description="in place of `download`, how one gets the files and what of them goes into the folder, as half a sentence",
     )
     channels: int = Field(1, ge=1, description="of the images")
-    offsets: tuple[tuple[int, ...], ...] = Field(
-        min_length=1, description="of the affinities, in pixels; the first ndim are attractive"
-    )
+    offsets: Offsets = Field(min_length=1, description="of the affinities, in pixels; the first ndim are attractive")
     patch: tuple[PositiveInt, ...] = Field(description="side lengths of training patches, in pixels")
     normalisation: Normalisation = Field(Normalisation(), description="how intensities are scaled")
     targets: Targets = Field(Targets(), description="what networks learn from a label")
-    segmenters: tuple[Segmenter, ...] = Field(
+    segmenters: Annotated[tuple[Segmenter, ...], Once] = Field(
         ("mutex_watershed",), min_length=1, description="how affinities become instances; the first chooses weights"
     )
-    segmentation: dict[Segmenter, dict[str, int | float]] = Field(
+    segmentation: dict[Segmenter, dict[str, int | AnyFloat]] = Field(
         {}, description="fixed parameters of a segmenter on test images, in place of those tuned on validation images"
     )
     recipe: dict[str, Any] = Field({}, description="changes to both recipes for this dataset")
@@ -105,7 +114,7 @@ class Term(Section):
     term: str = Field(description="a file stem of gdlib/distill/terms, or package.module:Class")
     weight: float = Field(ge=0, description="factor in the sum of all terms")
     memory: bool = Field(False, description="compare with other images through the memory bank")
-    level: str | tuple[str, ...] | None = Field(
+    level: str | Names | None = Field(
         None,
         description="feature map that is compared, by its name in both networks, or several names, the first that both have; "
         "else the embedding",
@@ -137,11 +146,13 @@ class Ablation(Section):
 
     title: str = Field("", description="name in tables and figures")
     method: str = Field(description="the method that is changed")
-    keys: tuple[str, ...] = Field(
+    keys: Names = Field(
         min_length=1,
         description="what gets the value: recipe.(key), or terms.(name of a term).(key); or `weight`: it multiplies all weights",
     )
-    values: tuple[bool | int | float | str, ...] = Field(min_length=1, description="what it gets, one after the other")
+    values: Annotated[tuple[bool | int | float | str, ...], Once] = Field(
+        min_length=1, description="what it gets, one after the other"
+    )
 
 
 class Bank(Section):
@@ -157,7 +168,7 @@ class Geometry(Section):
 
     flip: bool = Field(True, description="mirror each axis with probability 1/2")
     rotate90: bool = Field(True, description="turn by a multiple of 90 degrees in the last two axes")
-    scale: tuple[float, float] = Field((0.8, 1.25), description="range of the zoom factor in the last two axes")
+    scale: FromTo = Field((0.8, 1.25), description="range of the zoom factor in the last two axes")
     elastic: float = Field(2.0, ge=0, description="standard deviation, in pixels, of a smooth random displacement")
     elastic_spacing: int = Field(32, ge=4, description="pixels between its control points")
     rotate: float = Field(0.0, ge=0, description="largest angle, in degrees, of a turn in the last two axes")
@@ -214,7 +225,7 @@ class Optimizer(Section):
 
     name: Literal["adamw", "adam"] = Field("adamw", description="weight decay apart from the gradient, or within it")
     lr: float = Field(2e-3, gt=0, description="learning rate after the warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the running means")
+    betas: tuple[NotAll, NotAll] = Field((0.9, 0.999), description="decay of the running means")
     eps: float = Field(
         1e-8, gt=0, description="PAPER: the original trains with 0.01, which sets the scale of all its weights"
     )
@@ -260,14 +271,14 @@ class Study(Section):
     """A selection of the catalogue, and how large."""
 
     title: str = Field("", description="name in the report")
-    datasets: tuple[str, ...] = Field(min_length=1, description="what networks are trained and tested on")
-    teacher: str | tuple[str, ...] = Field(
+    datasets: Names = Field(min_length=1, description="what networks are trained and tested on")
+    teacher: str | Names = Field(
         min_length=1, description="or several: a dataset takes the first for its number of axes"
     )
-    students: tuple[str, ...] = Field(description="a dataset takes those for its number of axes")
-    methods: tuple[str, ...] = Field(description="by which every student is trained")
-    ablations: tuple[str, ...] = Field((), description="their methods are run too")
-    more_teachers: tuple[str, ...] = Field(
+    students: Names = Field(description="a dataset takes those for its number of axes")
+    methods: Names = Field(min_length=1, description="by which every student is trained")
+    ablations: Names = Field((), description="their methods are run too")
+    more_teachers: Names = Field(
         (), description="students learn from these too, by every method that asks a teacher: `method@teacher`"
     )
     teacher_cache: int | None = Field(
@@ -275,10 +286,8 @@ class Study(Section):
         gt=0,
         description="batches of patches that are drawn and shown to the teacher once, for all students of a seed",
     )
-    seeds: tuple[int, ...] = Field(description="of the students; each is a training of its own")
-    teacher_seeds: tuple[int, ...] = Field(
-        (0,), min_length=1, description="of the teachers; students learn from the first"
-    )
+    seeds: Seeds = Field(min_length=1, description="of the students; each is a training of its own")
+    teacher_seeds: Seeds = Field((0,), min_length=1, description="of the teachers; students learn from the first")
     teacher_recipe: dict[str, Any] = Field({}, description="changes to recipes: teacher")
     student_recipe: dict[str, Any] = Field({}, description="changes to recipes: student")
     recipes: dict[str, dict[Literal["teacher", "student"], dict[str, Any]]] = Field(
@@ -294,29 +303,29 @@ class Study(Section):
 class PlotMetrics(Section):
     """Which metrics are shown."""
 
-    metrics: tuple[str, ...] = Field(("aji", "pq", "f1_50", "f1_80"), description="in figures")
+    metrics: Names = Field(("aji", "pq", "f1_50", "f1_80"), description="in figures")
     main_metric: str = Field("aji", description="of differences, gaps and tests, and of accuracy against cost")
-    table_metrics: tuple[str, ...] = Field(("aji", "dice", "f1_50", "pq"), description="in tables")
+    table_metrics: Names = Field(("aji", "dice", "f1_50", "pq"), description="in tables")
 
 
 class PlotVolumes(PlotMetrics):
     """Which metrics are shown of datasets in 3D."""
 
-    metrics: tuple[str, ...] = Field(("voi", "voi_split", "voi_merge", "arand"), description="in figures")
+    metrics: Names = Field(("voi", "voi_split", "voi_merge", "arand"), description="in figures")
     main_metric: str = Field("voi", description="of differences, gaps and tests, and of accuracy against cost")
-    table_metrics: tuple[str, ...] = Field(("voi_split", "voi_merge", "voi", "arand"), description="in tables")
+    table_metrics: Names = Field(("voi_split", "voi_merge", "voi", "arand"), description="in tables")
 
 
 class Plot(PlotMetrics):
     """Looks only: an edit here redraws figures and never retrains. Its own metrics are those of datasets in 2D."""
 
     dpi: int = Field(200, gt=0, description="pixels per inch of figures")
-    formats: tuple[Literal["png", "pdf", "svg"], ...] = Field(
+    formats: Annotated[tuple[Literal["png", "pdf", "svg"], ...], Once] = Field(
         ("png", "pdf"), min_length=1, description="of every figure; the report shows the first"
     )
     volumes: PlotVolumes = Field(PlotVolumes(), description="the same for datasets in 3D")
     panel_sample: int = Field(0, ge=0, description="which of the kept test images the image figures show")
-    panel_methods: tuple[str, ...] = Field(("none", "grd"), description="in figures of images, beside the teacher")
+    panel_methods: Names = Field(("none", "grd"), description="in figures of images, beside the teacher")
     panel_crop: int | None = Field(None, gt=0, description="side of the shown crop, in pixels")
 
 
@@ -330,7 +339,7 @@ class RunSpec(Section):
     model: str
     options: dict[str, Any]
     channels: int
-    offsets: tuple[tuple[int, ...], ...]
+    offsets: Offsets
     normalisation: Normalisation
     targets: Targets
     segmenters: tuple[Segmenter, ...]

@@ -32,7 +32,7 @@ from skimage.segmentation import watershed
 
 from gdlib import metrics
 from gdlib.mutex import as_float, mutex_watershed
-from gdlib.parameters import checked, defaults, grid, is_masked
+from gdlib.parameters import check_offsets, checked, defaults, grid, is_masked
 
 Offsets = Sequence[Sequence[int]]
 Prediction = tuple[np.ndarray, np.ndarray]  # affinity, foreground
@@ -126,6 +126,7 @@ class _Image:
     """One prediction, to be segmented again and again: what the changed parameters do not touch is kept."""
 
     def __init__(self, affinity: np.ndarray, foreground: np.ndarray, offsets: Offsets, segmenter: str) -> None:
+        check_offsets(segmenter, offsets)
         self.prediction = affinity, foreground, offsets
         self.prepare = SEGMENTERS[segmenter].prepare
         keywords = inspect.signature(self.prepare).parameters.values()
@@ -215,7 +216,7 @@ def _waterz(
             'the segmenter "waterz" needs the package waterz: pip install "gdlib[em]", or choose another segmenter'
         ) from None
     ndim = foreground.ndim
-    near = _nearest(affinity, offsets, ndim)
+    near = as_float(affinity[:ndim])
     fragments = _fragments(near, as_float(foreground) >= foreground_threshold)
     volume = (1,) * (3 - ndim) + fragments.shape
     near = np.concatenate([np.zeros((3 - ndim, *fragments.shape), np.float32), near]).reshape(3, *volume)
@@ -247,7 +248,7 @@ def _multicut(
     PAPER: the original goes on from there with Kernighan-Lin. On 20 x 448 x 448 voxels with noise, 88,000 fragments, that
     lowered the cost by 0.1 %, moved VOI by less than 0.002, upwards, and took 7 to 17 times longer.
     """
-    near = _nearest(affinity, offsets, foreground.ndim)
+    near = as_float(affinity[: foreground.ndim])
     fragments = _fragments(near, as_float(foreground) >= foreground_threshold)
     touching = bic.graph.region_adjacency_graph(fragments, number_of_threads=1)
     mean, size = bic.graph.features.affinity_features(
@@ -264,15 +265,6 @@ def _multicut(
         return _project(bic.graph.multicut.GreedyAdditiveMulticut().optimize(objective), fragments)
 
     return finish
-
-
-def _nearest(affinity: np.ndarray, offsets: Offsets, ndim: int) -> np.ndarray:
-    """Return the affinities (n, [Z,] Y, X) of every pixel with the one before it along each axis, float32."""
-    wanted = [tuple(-int(i == axis) for i in range(ndim)) for axis in range(ndim)]
-    first = [tuple(offset) for offset in offsets[:ndim]]
-    if first != wanted:
-        raise ValueError(f"waterz and multicut need affinities whose first offsets are {wanted}, but they are {first}")
-    return as_float(affinity[:ndim])
 
 
 def _fragments(near: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ teachers:
   cube_w16: {model: resunet3d, options: {widths: [16, 32, 64, 128, 256]}}
 students:
   cube_tiny: {model: resunet3d}
-  cube_small: {model: mala}
+  cube_small: {model: resunet3d, options: {widths: [2, 4, 8, 16, 32]}}
 """
 
 
@@ -438,6 +439,107 @@ MISTAKES = {
     "weights of a student": (put("students.resunet_tiny.weights", "own.safetensors"), "students.resunet_tiny"),
     "no name at all": (put("study", None), "study"),
 }
+
+
+OFFSETS = [[-1, 0], [0, -1], [-9, 0]]
+STUDY = "studies.quick"
+# What is spoilt, and all that the one line must say.
+SENSELESS = {
+    "a pixel and itself": (put("datasets.bbbc039.offsets", [*OFFSETS, [0, 0]]), "datasets.bbbc039.offsets", "[0, 0]"),
+    "an offset twice": (
+        put("datasets.bbbc039.offsets", [*OFFSETS, [-9, 0]]), "datasets.bbbc039.offsets", "[-9, 0] is there twice",
+    ),
+    "offsets of two kinds": (put("datasets.bbbc039.offsets", [*OFFSETS, [0, 0, -9]]), "datasets.bbbc039.offsets", "axes"),
+    "too few offsets": (put("datasets.bbbc039.offsets", [[-1, 0]]), "datasets.bbbc039: ", "the first 2 offsets"),
+    "no offset of a nearest neighbour, for multicut": (
+        put("datasets.bbbc039", {"source": "bbbc039", "offsets": OFFSETS[1:], "patch": [64, 64], "segmenters": ["multicut"]}),
+        "datasets.bbbc039: multicut needs", "[[-1, 0], [0, -1]]",
+    ),
+    "an offset as long as the patch": (
+        put("datasets.bbbc039.offsets", [*OFFSETS, [0, -128]]),
+        "datasets.bbbc039.patch: ", "[0, -128]", "[128, 128]",
+    ),
+    "an offset longer than the patch of a study": (
+        put("studies.nuclei.student_recipe.patch", [64, 8]),
+        "studies.nuclei.student_recipe.patch: ", "[64, 8]", '"resunet_tiny"', "[64, 16]",
+    ),
+    "a small patch of a method": (
+        put("methods.agd", {"terms": [{"term": "agd", "weight": 1}], "recipe": {"patch": [0, 16]}}),
+        "methods.agd.recipe.patch.0", "greater than 0",
+    ),
+    "a patch of a method that no network takes": (
+        put("methods.agd", {"terms": [{"term": "agd", "weight": 1}], "recipe": {"patch": [40, 48]}}),
+        "methods.agd.recipe.patch: ", "[40, 48]", "[48, 48]",
+    ),
+    "a patch that the teacher does not take": (
+        put("datasets.bbbc039.patch", [100, 96]),
+        "datasets.bbbc039.patch: ", '"resunet_w32"', "multiples of [16, 16]", "[112, 96]",
+    ),
+    "a patch that the student's teacher does not take": (
+        lambda raw: (put("students.resunet_tiny", {"model": "enet"})(raw), put(f"{STUDY}.student_recipe.patch", [24, 24])(raw)),
+        f"{STUDY}.student_recipe.patch: ", '"resunet_w16"', "[32, 32]",
+    ),
+    "a seed twice": (put(f"{STUDY}.seeds", [0, 0]), f"{STUDY}.seeds: ", "0 is there twice"),
+    "a seed below 0": (put(f"{STUDY}.seeds", [-1]), f"{STUDY}.seeds.0: ", "from 0 to 4294967295 (got -1)"),
+    "half a seed": (put(f"{STUDY}.seeds", [0.5]), f"{STUDY}.seeds.0: ", "a whole number"),
+    "no seed": (put(f"{STUDY}.seeds", []), f"{STUDY}.seeds: "),
+    "a teacher's seed twice": (put(f"{STUDY}.teacher_seeds", [1, 2, 1]), f"{STUDY}.teacher_seeds: ", "1 is there twice"),
+    "a method twice": (put(f"{STUDY}.methods", ["grd", "none", "grd"]), f"{STUDY}.methods: ", "grd is there twice"),
+    "no method": (put(f"{STUDY}.methods", []), f"{STUDY}.methods: "),
+    "a dataset twice": (put(f"{STUDY}.datasets", ["bbbc039"] * 2), f"{STUDY}.datasets: ", "bbbc039 is there twice"),
+    "a student twice": (put(f"{STUDY}.students", ["resunet_tiny"] * 2), f"{STUDY}.students: ", "is there twice"),
+    "a teacher twice": (put(f"{STUDY}.teacher", ["resunet_w16"] * 2), f"{STUDY}.teacher: ", "resunet_w16 is there twice"),
+    "a segmenter twice": (
+        put("datasets.bbbc039.segmenters", ["waterz", "waterz"]), "datasets.bbbc039.segmenters: ", "waterz is there twice",
+    ),
+    "a metric twice": (put("plot.metrics", ["aji", "pq", "aji"]), "plot.metrics: ", "aji is there twice"),
+    "a format twice": (put("plot.formats", ["png", "png"]), "plot.formats: ", "png is there twice"),
+    "a value of an ablation twice": (
+        put("ablations", {"size": {"method": "grd", "keys": ["recipe.bank.capacity"], "values": [8, 8]}}),
+        "ablations.size.values: ", "8 is there twice",
+    ),
+    "a name that is a path": (put("datasets.a/b", {"source": "folder"}), "datasets.a/b"),
+    "a name that is another folder": (lambda raw: raw["studies"].update({"..": raw["studies"]["quick"]}), '"..", '[:4]),
+    "a value that is a path": (
+        put("ablations", {"x": {"method": "agd", "keys": ["recipe.selection"], "values": ["../aji"]}}), "ablations.x",
+    ),
+    "no number": (put("recipes.student.optimizer.lr", math.nan), "recipes.student.optimizer.lr: ", "(got nan)"),
+    "an endless number": (put("recipes.student.clip", math.inf), "recipes.student.clip: ", "finite", "(got inf)"),
+    "a weight that is no number": (put("methods.agd.0.weight", math.nan), "methods.agd.terms.0.weight: ", "(got nan)"),
+    "learning rate 0": (put("recipes.student.optimizer.lr", 0), "recipes.student.optimizer.lr: must be greater than 0"),
+    "no steps": (put("recipes.student.steps", 0), "recipes.student.steps: must be greater than 0 (got 0)"),
+    "no batch": (put("recipes.student.batch_size", -1), "recipes.student.batch_size: must be greater than 0"),
+    "never validated": (put("recipes.student.validate_every", 0), "recipes.student.validate_every: must be greater than 0"),
+    "never saved": (put("recipes.student.save_every", 0), "recipes.student.save_every: "),
+    "an average of nothing": (put("recipes.student.ema", 1), "recipes.student.ema: must be less than 1 (got 1)"),
+    "a running mean of nothing": (
+        put("recipes.student.optimizer.betas", [0.9, 1]), "recipes.student.optimizer.betas.1: ", "of at least 0 and below 1",
+    ),
+    "a zoom from large to small": (
+        put("recipes.student.augment", {"geometry": {"scale": [1.2, 0.8]}}), "recipes.student.augment.geometry.scale: ",
+    ),
+    "a zoom to nothing": (
+        put("recipes.student.augment", {"geometry": {"scale": [0, 1]}}), "recipes.student.augment.geometry.scale.0: ",
+    ),
+    "percentiles exchanged": (
+        put("datasets.bbbc039.normalisation", {"lower": 99, "upper": 1}), "datasets.bbbc039.normalisation: ", "below upper",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SENSELESS)
+def test_what_makes_no_sense_is_one_line_with_key_value_and_range(raw, what):
+    spoil, *words = SENSELESS[what]
+    spoil(raw)
+    text = message(raw)
+    assert [word for word in words if word not in text] == [], text
+
+
+def test_a_run_is_checked_as_the_configuration_is(raw):
+    spec = Config.parse(raw).run("bbbc039", "resunet_tiny", "grd", 0).model_dump(mode="json")
+    for offsets in ([[-1, 0], [0, 0]], [[-1, 0], [-1, 0]], [[-1, 0], [0, 0, -1]]):
+        with pytest.raises(ValueError, match="offsets"):
+            RunSpec.model_validate(spec | {"offsets": offsets})
 
 
 @pytest.mark.parametrize(("spoil", "key"), MISTAKES.values(), ids=MISTAKES)

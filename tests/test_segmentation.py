@@ -301,7 +301,7 @@ def test_unknown_names_are_one_clear_sentence():
     with pytest.raises(ValueError, match=r'no parameter "strid"'):
         score([(affinity, foreground)], [random_map(0, 2)], OFFSETS[2], {"strid": 2})
     for segmenter in ("waterz", "multicut"):
-        with pytest.raises(ValueError, match=r"first offsets are \[\(-1, 0\), \(0, -1\)\]"):
+        with pytest.raises(ValueError, match=r"first offsets are \[\[-1, 0\], \[0, -1\]\]"):
             segment(affinity, foreground, [(0, -1), (-1, 0), *OFFSETS[2][2:]], segmenter)
 
 

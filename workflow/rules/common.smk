@@ -87,8 +87,8 @@ shell.prefix(
 
 
 wildcard_constraints:
-    dataset="|".join(CFG.datasets),
-    network="|".join(CFG.teachers | CFG.students),
+    dataset="|".join(map(re.escape, CFG.datasets)),
+    network="|".join(map(re.escape, CFG.teachers | CFG.students)),
     method="|".join(map(re.escape, [TEACHER, *METHODS])),
     seed=r"\d+",
     segmenter="|".join(SEGMENTERS),
