@@ -246,7 +246,7 @@ class Config(Section):
             with within(f"datasets.{key}"):
                 registry.SOURCES.check(data.source, data.options)
                 for part in data.options.get("datasets", ()) if data.source == "joined" else ():
-                    _check_name("options.datasets", part, self.datasets.keys() - {key})
+                    check_name("options.datasets", part, self.datasets.keys() - {key})
                 if data.download and (data.by_hand or not data.folder):
                     raise registry.UnknownName("what is downloaded needs a `folder`, and is not got `by_hand`")
                 if len({file.name for file in data.download}) < len(data.download):
