@@ -49,8 +49,8 @@ def measure(shape: str, block: str, folder: Path) -> dict[str, float]:
     from torch import nn
 
     from gdlib.inference import Predictor
+    from gdlib.limits import sides
     from gdlib.models import Embedding
-    from gdlib.steps import sides
     from gdlib.streaming import predict_split
 
     class Network(nn.Module):

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from gdlib import __version__, io
+from gdlib.limits import Threads, argument
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 GROUPS = ("losses", "targets", "data", "train", "inference", "segmentation", "metrics", "workflow", "scale")
@@ -276,7 +277,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("group", choices=(*GROUPS, "all", "page"), help="what to measure")
     bench.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1 (default: cpu)")
     bench.add_argument("--size", default="full", choices=tuple(SIZES), help="of the cases (default: full)")
-    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    bench.add_argument("--threads", type=argument(Threads), metavar="N", help="CPU threads (default: all)")
     bench.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go, or come from (page)")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="also write a page, e.g. docs/performance.md")
     bench.set_defaults(function=_bench)

@@ -11,6 +11,7 @@ from typing import Any
 
 from gdlib import __version__, devices, io
 from gdlib.bench import add_bench
+from gdlib.limits import Count, argument
 from gdlib.parameters import main_segmenter
 from gdlib.reference import add_schema
 from gdlib.segmenting import add_segment, is_hdf5
@@ -90,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     models.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
     models.add_argument(
-        "--shape", type=int, nargs="+", help="image size (default: 544 544, or 32 256 256 for networks of volumes)"
+        "--shape",
+        type=argument(Count),
+        nargs="+",
+        help="image size (default: 544 544, or 32 256 256 for networks of volumes)",
     )
     models.add_argument(
         "--markdown", action="store_true", help="print a page with context and levels too, docs/networks.md"

@@ -7,6 +7,7 @@ from typing import Any
 
 from gdlib import io
 from gdlib.data.files import HDF5_SUFFIXES, open_volume, split_h5_path
+from gdlib.limits import Count, Whole, checked
 from gdlib.parameters import chosen
 from gdlib.registry import nearest
 
@@ -31,6 +32,15 @@ class Grid:
     shape: tuple[int, ...]
     block: tuple[int, ...]
     overlap: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        sides = tuple[Count, ...]
+        for name, kind in (("shape", sides), ("block", sides), ("overlap", tuple[Whole, ...])):
+            checked(name, kind, getattr(self, name))
+        if len(self.shape) not in CHUNK or not len(self.shape) == len(self.block) == len(self.overlap):
+            raise ValueError(
+                f"shape {self.shape}, block {self.block} and overlap {self.overlap} must have 2 or 3 axes, the same"
+            )
 
     @property
     def chunk(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ weights are all checked against that, before anything is loaded. Starts without 
 import argparse
 import ast
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ Integer = Annotated[int, Range()]
 Count = Annotated[int, Range("[1, inf)")]
 Whole = Annotated[int, Range("[0, inf)")]
 Seed = Annotated[int, Range("[0, 4294967295]")]
+Threads = Annotated[int, Range("[1, 1024]")]
 Stride = Annotated[int, Range("[1, 1024]")]
 Once = AfterValidator(_once)  # no value of a list is there twice
 Offsets = Annotated[tuple[tuple[int, ...], ...], AfterValidator(_offsets)]
@@ -206,19 +208,40 @@ def words(problem: Any) -> str:
 
 
 def argument(kind: Any) -> Callable[[str], Any]:
-    """Return a `type` of argparse that reads a number of this kind."""
+    """Return a `type` of argparse that reads a number of this kind, or JSON of any other."""
 
     def read(text: str) -> Any:
         try:
-            value: Any = number(text)
-        except ValueError:
-            value = text
-        try:
-            return checked("it", kind, value)
+            if get_origin(kind) is Annotated:
+                return checked("it", kind, _number_or_text(text))
+            return checked("it", kind, json.loads(text))
+        except json.JSONDecodeError as error:
+            raise argparse.ArgumentTypeError(f"it must be JSON ({error})") from None
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
+
+
+def sides(text: str) -> int | tuple[int, ...]:
+    """Read side lengths in pixels: one number for all axes, or one for each; a `type` of argparse.
+
+    >>> sides("1024"), sides("32x256x256")
+    (1024, (32, 256, 256))
+    """
+    try:
+        numbers = checked("sides", tuple[Count, ...], list(map(_number_or_text, text.split("x"))))
+    except ValueError:
+        words = "one side for all axes, or one for each as in 32x256x256, whole numbers of at least 1"
+        raise argparse.ArgumentTypeError(f"it must be {words} (got {text!r})") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _number_or_text(text: str) -> int | float | str:
+    try:
+        return number(text)
+    except ValueError:
+        return text
 
 
 def number(text: str) -> int | float:

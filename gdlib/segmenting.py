@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from gdlib import io
-from gdlib.limits import number
+from gdlib.limits import Threads, argument, number, sides
 from gdlib.parameters import chosen
-from gdlib.steps import BLOCK_HELP, sides
+from gdlib.steps import BLOCK_HELP
 
 
 def add_segment(commands: argparse._SubParsersAction) -> None:
@@ -41,13 +41,13 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     segment.add_argument(
         "--engine", default="auto", help="auto, torch, openvino (default: the fastest that is installed)"
     )
-    segment.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    segment.add_argument("--threads", type=argument(Threads), help="CPU threads (default: all)")
     segment.add_argument("--block", type=sides, metavar="SIDES", help=BLOCK_HELP)
     segment.add_argument(
         "--segmenter", help="mutex_watershed, waterz or multicut (default: the one the weights were chosen with)"
     )
-    segment.add_argument("--foreground-threshold", type=float, help="probability (default: tuned with the weights)")
-    segment.add_argument("--min-size", type=int, help="pixels (default: tuned with the weights)")
+    segment.add_argument("--foreground-threshold", type=number, help="probability (default: tuned with the weights)")
+    segment.add_argument("--min-size", type=number, help="pixels (default: tuned with the weights)")
     segment.add_argument(
         "--set",
         type=_parameter,

@@ -4,8 +4,11 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from gdlib import io, process
+from gdlib.limits import Count, Positive, Threads, Whole, argument, sides
+from gdlib.mistakes import within
 from gdlib.parameters import checked, is_masked
 from gdlib.volume_steps import add_volume_steps
 
@@ -14,16 +17,6 @@ BLOCK_HELP = (
     "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster where there is memory for "
     "it, the result is the same (default: 1024 in 2D, 32x256x256 in 3D)"
 )
-
-
-def sides(text: str) -> int | tuple[int, ...]:
-    """Read side lengths: one number for all axes, or one for each.
-
-    >>> sides("1024"), sides("32x256x256")
-    (1024, (32, 256, 256))
-    """
-    numbers = tuple(int(part) for part in text.split("x"))
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def add_steps(commands: argparse._SubParsersAction) -> None:
@@ -42,10 +35,12 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         parser.set_defaults(function=function)
 
     file = {"type": Path, "required": True, "metavar": "FILE"}
-    text = {"required": True, "metavar": "JSON", "type": json.loads}
+    text = {"required": True, "metavar": "JSON", "type": argument(dict[str, Any])}
+    rows = {**text, "type": argument(list[dict[str, Any]])}
+    numbers = {**text, "type": argument(tuple[Whole, ...])}
     maybe = {"type": Path, "metavar": "FILE"}
     many = {**maybe, "nargs": "*", "default": []}
-    threads = {"type": int, "metavar": "N", "help": "CPU threads"}
+    threads = {"type": argument(Threads), "metavar": "N", "help": "CPU threads"}
     device = {"default": "auto", "help": "auto, cpu, cuda, ..."}
     segmenter = {
         "required": True,
@@ -54,7 +49,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     }
     add(
         "download", _download, "Download the files of a dataset, all or none.",
-        files=text, folder={"type": Path, "required": True, "metavar": "DIR"},
+        files=rows, folder={"type": Path, "required": True, "metavar": "DIR"},
     )  # fmt: skip
     add(
         "prepare", _prepare, "Check the images of a dataset and write its train, val and test samples.",
@@ -62,7 +57,8 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add(
         "draw", _draw, "Draw augmented patches for all students of one seed.",
-        drawing=text, margin=text, networks=text, train=file, out=file, batches={"type": int, "required": True, "metavar": "N"},
+        drawing=text, margin=numbers, networks=rows, train=file, out=file,
+        batches={"type": argument(Count), "required": True, "metavar": "N"},
     )  # fmt: skip
     add(
         "teach", _teach, "Ask a teacher once about drawn patches.",
@@ -73,11 +69,12 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         "train", _train, "Train a teacher or a student.",
         spec=text, train=file, val=file, teacher=maybe, patches=maybe, taught=many, weights=file, last=file, history=file,
         state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
-        max_seconds={"type": float, "default": math.inf, "metavar": "S", "help": "stop, resumable, after this time"},
+        max_seconds={"type": argument(Positive), "default": math.inf, "metavar": "S", "help": "stop, resumable, after this time"},
     )  # fmt: skip
     add(
         "predict", _predict, "Predict affinities and foreground of a split.",
-        weights=file, data=file, out=file, keep_embeddings={"type": int, "default": 0}, threads=threads, device=device,
+        weights=file, data=file, out=file, threads=threads, device=device,
+        keep_embeddings={"type": argument(Whole), "metavar": "N", "default": 0},
         block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP},
         engine={"default": "auto", "help": "auto, torch, openvino"},
     )  # fmt: skip
@@ -99,7 +96,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         "profile", _profile, "Measure parameters, operations, latency and memory of a network.",
         spec=text, data=file, out=file, threads=threads, device=device,
     )  # fmt: skip
-    add_volume_steps(add, sides)
+    add_volume_steps(add)
 
 
 def _download(arguments: argparse.Namespace) -> None:
@@ -154,9 +151,11 @@ def _train(arguments: argparse.Namespace) -> None:
         "train", "val", "teacher", "patches", "taught", "weights", "last", "history", "state", "device", "max_seconds",
     )  # fmt: skip
     options = {key: getattr(arguments, key) for key in keys}
+    with within("--spec"):
+        spec = RunSpec.model_validate(arguments.spec)
     try:
         with process.stop_signal() as stop:
-            scores = fit(RunSpec.model_validate(arguments.spec), stop=stop, **options)
+            scores = fit(spec, stop=stop, **options)
     except Interrupted:
         raise SystemExit(INTERRUPTED) from None
     if scores:  # of several processes, one validates

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gdlib import io
+from gdlib.limits import Positive, argument
 
 EVENTS = "events.out.tfevents.gdlib"  # TensorBoard looks for names like this
 Row = tuple[int, str, float]  # step, tag, value
@@ -144,7 +145,9 @@ def add_tensorboard(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("study", type=Path, metavar="DIR", help="folder of the study, e.g. results/quick")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: tensorboard/ in that folder)")
-    parser.add_argument("--every", type=float, metavar="S", help="go on, writing what is new every so many seconds")
+    parser.add_argument(
+        "--every", type=argument(Positive), metavar="S", help="go on, writing what is new every so many seconds"
+    )
     parser.set_defaults(function=_tensorboard)
 
 

@@ -6,20 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gdlib.limits import Count, Threads, Whole, argument, sides
 
-def add_volume_steps(add: Callable[..., None], sides: Callable[[str], Any]) -> None:
+
+def add_volume_steps(add: Callable[..., None]) -> None:
     """Add them to `gdlib step`.
 
     Args:
         add: takes the name of a command, its function, help, and its arguments by keyword.
-        sides: reads side lengths.
     """
     file = {"type": Path, "required": True, "metavar": "FILE"}
     folder = {"type": Path, "required": True, "metavar": "DIR"}
     name = {"required": True, "metavar": "NAME", "help": "of the block, e.g. 0-3-12"}
-    text = {"type": json.loads, "required": True, "metavar": "JSON"}
+    text = {"type": argument(dict[str, Any]), "required": True, "metavar": "JSON"}
+    block = {**text, "type": argument(tuple[Count, ...])}
+    overlap = {**text, "type": argument(tuple[Whole, ...])}
     plan = {"type": _read_plan, "required": True, "metavar": "FILE", "help": "plan.json"}
-    count = {"type": int, "metavar": "N"}
 
     def command(step: str, function: str, help: str, /, **arguments: dict) -> None:
         def run(parsed: argparse.Namespace) -> None:
@@ -33,12 +35,13 @@ def add_volume_steps(add: Callable[..., None], sides: Callable[[str], Any]) -> N
 
     command(
         "plan-volume", "plan", "Blocks: find what all blocks of a volume have in common.",
-        image={"required": True, "metavar": "FILE"}, weights=file, out=file, block=text,
+        image={"required": True, "metavar": "FILE"}, weights=file, out=file, block=block,
         segmenter={"required": True, "metavar": "NAME"},
     )  # fmt: skip
     command(
         "predict-block", "predict", "Blocks: predict affinities and foreground of a block.",
-        plan=plan, name=name, weights=file, out=file, device={"default": "auto"}, threads=count,
+        plan=plan, name=name, weights=file, out=file, device={"default": "auto"},
+        threads={"type": argument(Threads), "metavar": "N"},
         passes={"type": sides, "metavar": "SIDES", "help": "largest part that goes through the network at once"},
     )  # fmt: skip
     command(
@@ -47,15 +50,15 @@ def add_volume_steps(add: Callable[..., None], sides: Callable[[str], Any]) -> N
     )  # fmt: skip
     command(
         "match-block", "match", "Blocks: find equal segments of a block and the next ones.",
-        plan=plan, name=name, segments=folder, out=file, overlap=text,
+        plan=plan, name=name, segments=folder, out=file, overlap=overlap,
     )  # fmt: skip
     command(
         "number-blocks", "number", "Blocks: number the objects of the whole volume.",
-        plan=plan, segments=folder, matches=folder, out=file, min_size={**count, "default": 0},
+        plan=plan, segments=folder, matches=folder, out=file, min_size={"type": argument(Whole), "metavar": "N", "default": 0},
     )  # fmt: skip
     command(
         "relabel-block", "relabel", "Blocks: give a block the numbers of the whole volume.",
-        plan=plan, name=name, segments=folder, numbers=file, out=file, overlap=text,
+        plan=plan, name=name, segments=folder, numbers=file, out=file, overlap=overlap,
     )  # fmt: skip
     command(
         "join-blocks", "join", "Blocks: put all blocks into one file.",

@@ -1,5 +1,6 @@
 """Values outside of their range: one sentence that names range and value, wherever they were written, before anything runs."""
 
+import argparse
 import json
 import math
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 from test_config import SMALL
 
 from gdlib import grid, io, limits, mutex, parameters, segmentation
-from gdlib.cli import main
+from gdlib.cli import _parser, main
 from gdlib.config import Config, ConfigError
 from gdlib.registry import NETWORKS, SOURCES, TERMS, UnknownName
 
@@ -121,6 +122,73 @@ def test_the_ends_of_a_range_are_no_traceback(value):
         if segmenter != "waterz" or pytest.importorskip("waterz"):
             found = segmentation.segment(AFFINITY, FOREGROUND, OFFSETS, segmenter, **{name: value})
             assert found.shape == FOREGROUND.shape
+
+
+TWO = {"step predict-block": "--passes", "step predict": "--block", "segment": "--block"}
+# Command, option, text, what is said of it.
+ARGUMENTS = [
+    (command, option, text, "whole numbers of at least 1")
+    for command, option in TWO.items()
+    for text in ("0", "4x0", "-1", "4.5", "4xa", "")
+]
+ARGUMENTS += [
+    (command, "--threads", text, "a whole number from 1 to 1024")
+    for command in ("segment", "bench", "step train", "step predict", "step segment", "step teach", "step profile")
+    for text in ("0", "-1", "2.5", "many")
+]
+ARGUMENTS += [
+    ("models", "--shape", "0", "a whole number of at least 1 (got 0)"),
+    ("segment", "--set", "stride=two", '"stride=two" is not NAME=NUMBER'),
+    ("tensorboard", "--every", "0", "a number above 0 (got 0)"),
+    ("tensorboard", "--every", "-3", "a number above 0"),
+    ("tensorboard", "--every", "nan", "a number above 0"),
+    ("step train", "--max-seconds", "-1", "a number above 0"),
+    ("step train", "--spec", "{", "must be JSON"),
+    ("step train", "--spec", "[1]", "must be a valid dictionary"),
+    ("step draw", "--batches", "0", "a whole number of at least 1"),
+    ("step draw", "--margin", "[0, -4]", "it.1 must be a whole number of at least 0"),
+    ("step predict", "--keep-embeddings", "-1", "a whole number of at least 0"),
+    ("step plan-volume", "--block", "[64, 0]", "it.1 must be a whole number of at least 1"),
+    ("step match-block", "--overlap", "[-1, 8]", "it.0 must be a whole number of at least 0"),
+    ("step number-blocks", "--min-size", "1.5", "a whole number of at least 0"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "text", "words"), ARGUMENTS)
+def test_a_number_on_the_command_line(command, option, text, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([*command.split(), f"{option}={text}"])
+    assert error.value.code == 2
+    sentence(capsys.readouterr().err.splitlines()[-1], f"gdlib {command}: error: argument {option}: ", words)
+
+
+def test_every_number_on_the_command_line_has_a_range():
+    """No option reads a bare int, float or JSON."""
+
+    def options(parser):
+        for action in parser._actions:
+            for inner in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
+                yield from options(inner)
+            yield parser.prog, action
+
+    bare = [f"{prog} {action.dest}" for prog, action in options(_parser()) if action.type in (int, float, json.loads)]
+    assert bare == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "overlap", "words"),
+    [
+        ((64, 64), (0, 32), (8, 8), "block.0 must be"),
+        ((64, 64), (32, 32), (8, -8), "overlap.1 must be a whole number of at least 0 (got -8)"),
+        ((64, 0), (32, 32), (8, 8), "shape.1 must be"),
+        ((64, 64), (32, 32, 32), (8, 8), "the same"),
+        ((64,), (32,), (8,), "2 or 3 axes"),
+    ],
+)
+def test_a_grid_of_blocks(shape, block, overlap, words):
+    with pytest.raises(ValueError, match="must") as error:
+        grid.Grid(shape, block, overlap)
+    sentence(error, words)
 
 
 MASK = FOREGROUND > 0

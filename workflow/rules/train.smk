@@ -45,7 +45,13 @@ rule train_teacher:
 rule draw_patches:
     input:
         train=f"{DATA}/train.h5",
-        code=code("cache.py", "data/patches.py", "data/intensity.py", "data/augment.py", "ops.py"),
+        code=code(
+            "cache.py",
+            "data/patches.py",
+            "data/intensity.py",
+            "data/augment.py",
+            "ops.py",
+        ),
     output:
         PATCHES,
     log:
