@@ -244,6 +244,24 @@ def test_code_that_a_job_imports_is_its_input(on_paper):
             assert not missing - UNUSED.get(record["rule"], set()), record["rule"]
 
 
+def test_the_data_of_each_step_are_of_the_right_split(on_paper):
+    """What learns or chooses never sees the test images, and what is judged or shown is nothing else."""
+    splits: dict[str, set[str]] = {}
+    for path in (on_paper / "work" / ".snakemake" / "metadata").iterdir():
+        record = json.loads(path.read_text())
+        found = re.findall(r"data/\w+/(\w+)\.h5", " ".join(record["input"]))
+        splits.setdefault(record["rule"], set()).update(found)
+    assert {rule: found for rule, found in splits.items() if found} == {
+        **{rule: {"train", "val"} for rule in ("train_teacher", "train_student")},
+        "draw_patches": {"train"},
+        "baselines": {"val", "test"},
+        **{
+            rule: {"test"}
+            for rule in ("predict", "evaluate", "profile", "figure_panel", "figure_embeddings", "figure_neurons")
+        },
+    }
+
+
 def touch_everything(repository: Path) -> dict[str, Any]:
     """As `git checkout` or a copy would."""
     for path in (repository / "gdlib").rglob("*"):
