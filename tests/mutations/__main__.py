@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -60,32 +61,20 @@ def seen(copy: Path, fault: Fault, tests: str | None, clean: bool) -> bool:
     # Real images are where they are for the project itself; compiled files of the fault must not be left behind.
     raw = os.environ.get("GDLIB_RAW", ROOT.parent / "shared" / "data")
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "GDLIB_RAW": str(raw)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *(shlex.split(tests) if tests else fault.tests),
-    ]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += shlex.split(tests) if tests else fault.tests
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT)
         code, text = done.returncode, done.stdout
     except subprocess.TimeoutExpired:
-        code, text = 1, "FAILED: it hangs"
+        code, text = 1, "FAILED it hangs"
     path.write_text(right)
     ok = code == (0 if clean else 1)
     word = "passes" if clean and ok else "caught" if ok else "FAILS" if clean else "NOT CAUGHT"
-    by = next(
-        (line.split(" - ")[0].removeprefix("FAILED ") for line in text.splitlines() if line.startswith("FAILED")), ""
-    )
-    odd = f" (pytest ended with {code})" * (code not in (0, 1))
-    print(
-        f"{word:10} {time.monotonic() - start:6.1f} s  {fault.file}: {fault.name}{f'  [{by}]' * bool(by)}{odd}",
-        flush=True,
-    )
+    by = re.search(r"^FAILED (?:tests/)?(.*?)(?: - |$)", text, re.MULTILINE)
+    notes = [f"[{by[1]}]"] if by else []
+    notes += [f"(pytest ended with {code})"] if code not in (0, 1) else []
+    print(f"{word:10} {time.monotonic() - start:6.1f} s  {fault.file}: {fault.name}", *notes, flush=True)
     return ok
 
 
