@@ -132,7 +132,10 @@ BAD = {
     "no label": (lambda r: (r / "labels/a02.png").unlink(), ["a02.tif", "no label", "add labels/a02"]),
     "no image": (lambda r: (r / "images/a02.tif").unlink(), ["a02.png", "no image", "add images/a02"]),
     "same stem": (lambda r: _write(r / "images/a02.png", _image(2)), ["a02.tif", "a02.png", "rename"]),
-    "float label": (lambda r: _label_tif(r, np.float32(_label()) / 2), ["a02", "float32", "store it as integers"]),
+    "float label": (
+        lambda r: _label_tif(r, np.float32(_label()) / 2),
+        ["a02", "float32", "probabilities", "store it as integers"],
+    ),
     "negative label": (lambda r: _label_tif(r, _label().astype(np.int16) - 1), ["a02", "negative", "use 0"]),
     "boolean label": (lambda r: _write(r / "labels/a02.png", _label() > 0), ["a02", "bool", "store it as integers"]),
     "colour label": (lambda r: _write(r / "labels/a02.png", _rgb()), ["a02.png", "colour image", "store one integer"]),

@@ -197,7 +197,10 @@ def check_label(name: Path | str, label: np.ndarray) -> None:
             "`label_regions: true` of the source `folder`"
         )
     if not np.issubdtype(label.dtype, np.integer):
-        raise DataError(f"{name}: the label has type {label.dtype}; store it as integers, one number per instance")
+        kind = ", with fractions, as maps of probabilities have" * bool(label.dtype.kind == "f" and (label % 1).any())
+        raise DataError(
+            f"{name}: the label has type {label.dtype}{kind}; store it as integers, one number per instance"
+        )
     if label.min() < 0:
         raise DataError(f"{name}: the label has negative numbers; use 0 for background and number instances from 1")
 
