@@ -171,7 +171,38 @@ def test_memory_keeps_the_levels_apart():
     for step in range(3):
         expected, got = alone(_batch(step), step)[1], both(_batch(step), step)[1]
         torch.testing.assert_close(got["agd_inter"], expected["agd_inter"])
-    assert set(both.bank.records) == {"agd_gram_1", "stride1/agd_gram_1"}
+    assert set(both.bank.records) == {"agd_inter/agd_gram_1", "level/agd_gram_1"}
+
+
+@pytest.mark.parametrize("width", [16, 5], ids=["as long as the embedding", "shorter than the embedding"])
+def test_losses_do_not_depend_on_the_order_of_the_terms(width):
+    """Of every two terms each comes first, and each is once the first and once the last of all."""
+    config = Config.parse(yaml.safe_load(Path("config.yaml").read_text()))
+    terms = [
+        (term.level, term.name, term.term, term.memory, term.options) for term in config.methods["grd_levels"].terms
+    ]
+    banked = [(name, *rest) for _, name, *rest in terms if rest[1]]
+    terms += [(level, f"{name}_{level}", *rest) for name, *rest in banked for level in ("stride2", "stride1")]
+    terms += [(None, "detached", "igd", True, {"part": "edges", "detach_norm": True})]
+
+    def losses(order):
+        torch.manual_seed(0)
+        student, teacher = (build("resunet", {"widths": w}) for w in ([2, 3, 4, 5, 6], [3, width, 5, width, 7]))
+        built = [(name, 1.0, build_term(term, memory, options)) for _, name, term, memory, options in order]
+        levels = [level for level, *_ in order]
+        distiller = Distiller(student, teacher, built, OFFSETS[2], MemoryBank(capacity=4, sample_size=2), {}, levels)
+        with torch.no_grad():
+            for projection in distiller.projections.values():  # drawn in the order of the terms
+                projection.weight.copy_(torch.linspace(-1, 1, projection.weight.numel()).view_as(projection.weight))
+            for step in range(2):  # at the first the bank is empty
+                _, out = distiller(_batch(step), step)
+        return {name: float(loss) for name, loss in out.items()}
+
+    expected = losses(terms)
+    assert len(expected) == len(terms)
+    for order in (terms, terms[::-1]):
+        for first in range(len(order)):
+            assert losses(order[first:] + order[:first]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_wrong_levels_are_told():

@@ -212,7 +212,7 @@ class Term(nn.Module):
         """Make learned modules that depend on the networks; they are trained along, saved to resume, and never deployed."""
 
     def record(self, teacher: View) -> dict[str, Tensor]:
-        """What the memory bank keeps of each teacher image: name to (B, ...) tensor. Only for terms with memory."""
+        """What the memory bank keeps of each teacher image for this term alone: name to (B, ...) tensor. Only with memory."""
         return {}
 
     def entries(self, memory: Memory) -> Tensor:
@@ -360,7 +360,7 @@ class Distiller(nn.Module):
                 self.entries["entries"] = memory["valid"].sum() if memory else batch.ids.new_zeros(())
             losses = {}
             for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
-                mine = {key.removeprefix(f"{level}/"): record for key, record in memory.items()} if level else memory
+                mine = {key.removeprefix(f"{name}/"): record for key, record in memory.items()}
                 *seen, goal, truth = views[level]
                 losses[name] = term(seen[term.projected], goal, truth, mine)
                 if term.memory:
@@ -396,10 +396,9 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def _recall(self, batch: Batch, views: Mapping[str | None, tuple], step: int) -> Memory:
         records: Memory = {}
-        for term, level in zip(self.terms, self.levels, strict=True):
-            if term.memory:
-                mine = term.record(views[level][-2])
-                records.update({f"{level}/{key}": record for key, record in mine.items()} if level else mine)
+        for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
+            if term.memory:  # each has its own: two that name their records alike may mean other maps, or other options
+                records |= {f"{name}/{key}": record for key, record in term.record(views[level][-2]).items()}
         if self.bank.original_ring:  # PAPER: the original code enqueues first and so meets the current images again
             self._enqueue(batch.ids, records)
             return self.bank.sample(batch.ids, step)
