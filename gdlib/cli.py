@@ -138,7 +138,7 @@ def _open_label(path: Path | str) -> Iterator[Any]:
 
     if is_hdf5(path):
         with open_volume(path) as volume:
-            yield volume
+            yield volume if volume.dtype.kind != "f" else read_label(path)  # that may be whole numbers
     else:
         yield read_label(path)
 
@@ -146,6 +146,7 @@ def _open_label(path: Path | str) -> Iterator[Any]:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import csv
 
+    from gdlib.data.axes import without_single_axes
     from gdlib.data.files import find_files, split_h5_path
     from gdlib.metrics import evaluate
 
@@ -161,8 +162,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     rows = []
     for name, path in labels.items():
         with _open_label(path) as label, _open_label(segmentations[name]) as segmentation:
+            if label.shape != segmentation.shape:
+                label, segmentation = without_single_axes(label), without_single_axes(segmentation)
             try:
                 scores = evaluate(label, segmentation)
+            except io.DataError:  # which names the one that cannot be read
+                raise
             except ValueError as error:
                 raise io.DataError(f"{path} and {segmentations[name]}: {error}") from None
         rows.append({"sample": name} | scores)

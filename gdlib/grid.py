@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gdlib import io
+from gdlib.data.axes import kept_axes
 from gdlib.data.files import HDF5_SUFFIXES, open_volume, split_h5_path
 from gdlib.limits import Count, Whole, checked
 from gdlib.parameters import chosen
@@ -132,10 +133,12 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
     ndim = len(header["offsets"][0])
     with open_volume(config["input"]) as image:
         file, shape = image.file.filename, image.shape
-    if len(shape) not in (ndim, ndim + 1) or 0 in shape:
+    wanted = ndim + (header["channels"] > 1)
+    sides = tuple(shape[axis] for axis in kept_axes(shape, wanted))
+    if len(sides) != wanted or 0 in sides:
         raise io.DataError(f"{config['input']}: its shape is {shape}, but the network is for images with {ndim} axes")
     grid = Grid(
-        shape[-ndim:],
+        sides[-ndim:],
         _sides("block", config.get("block", BLOCK[ndim]), ndim),
         _sides("overlap", config.get("overlap", OVERLAP[ndim]), ndim),
     )

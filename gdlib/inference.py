@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gdlib import io, ops
+from gdlib.data.axes import SECTIONS, View, fitted, kept_axes
 from gdlib.data.intensity import intensity_range, rescale
 from gdlib.engine import Engine, choose_engine, make_engine
 from gdlib.models import folded, restored
@@ -87,7 +88,7 @@ class Source:
 
     Args:
         array: (C, [Z,] Y, X), an array, or a dataset on disk that is read by slices; such a dataset may also be ([Z,] Y, X)
-            where C is 1.
+            where C is 1. Other axes may be there if they are of one pixel.
         channels: C that the network wants.
         ndim: number of axes that the network wants.
         normalisation: keyword arguments of `intensity_range`; the range is that of the whole image.
@@ -97,14 +98,18 @@ class Source:
         self, array: np.ndarray | h5py.Dataset, channels: int, ndim: int, normalisation: Mapping[str, float]
     ) -> None:
         shape = tuple(array.shape)
-        if channels == 1 and len(shape) == ndim and not isinstance(array, np.ndarray):
-            array, shape = _OneChannel(array), (1, *shape)
-        if len(shape) != ndim + 1 or shape[0] != channels or 0 in shape or array.dtype.kind not in "buif":
+        if isinstance(array, np.ndarray):
+            seen = fitted(array, ndim, leading=1)
+        else:
+            seen = View(array, kept_axes(shape, ndim + (channels > 1)), channel=channels == 1)
+        if seen.ndim != ndim + 1 or seen.shape[0] != channels or 0 in shape or array.dtype.kind not in "buif":
+            read_as = f", read as {shape[0]} channel(s) of {len(shape) - 1} axes," * isinstance(array, np.ndarray)
             raise io.DataError(
-                f"an image of shape {tuple(array.shape)} and type {array.dtype} does not fit this network, which wants "
+                f"an image of shape {shape}{read_as} and type {array.dtype} does not fit this network, which wants "
                 f"real numbers, {channels} channel(s) and {ndim} axes of at least one pixel; convert the image or choose "
-                "another model"
+                f"another model{SECTIONS * (channels == 1 and ndim == 3)}"
             )
+        array, shape = seen, seen.shape
         self.array = array
         self.shape = shape[1:]
         self.normalisation = normalisation
@@ -127,18 +132,6 @@ class Source:
         if not np.isfinite(image).all():
             raise io.DataError("the image has NaN or infinite pixels; replace them by numbers")
         return image
-
-
-class _OneChannel:
-    """A view of a dataset without a channel axis as one that has it."""
-
-    def __init__(self, array: h5py.Dataset) -> None:
-        self.array = array
-        self.shape = (1, *array.shape)
-        self.dtype = array.dtype
-
-    def __getitem__(self, key: tuple[int | slice, ...]) -> np.ndarray:
-        return self.array[key[1:]] if isinstance(key[0], int) else self.array[key[1:]][None]
 
 
 def _mirror(index: np.ndarray, n: int) -> np.ndarray:

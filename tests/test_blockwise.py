@@ -337,6 +337,12 @@ def test_options_are_completed(volume, teacher):
     assert chosen["grid"].names == ["0-0"]
 
 
+def test_the_grid_of_an_image_has_no_axes_of_one_pixel(volume, teacher, tmp_path):
+    with h5py.File(volume) as image, h5py.File(tmp_path / "more.h5", "w") as file:
+        file["main"] = image["main"][()].reshape(1, 100, 1, 90)
+    assert options(config_of(tmp_path / "more.h5", teacher, "out"))["grid"].shape == (100, 90)
+
+
 def test_predictions_of_blocks_are_those_of_the_image(volume, teacher, tmp_path):
     from gdlib.inference import Predictor
 

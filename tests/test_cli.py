@@ -310,7 +310,9 @@ def found_count(folder):
 
 def test_segment_a_tiff_stack_and_a_file_with_one_dataset(volume_model, volume, volume_by_hand, tmp_path):
     _, image, _ = volume
-    tifffile.imwrite(tmp_path / "stack.tif", image, photometric="minisblack")
+    tifffile.imwrite(
+        tmp_path / "stack.tif", image[:, None], photometric="minisblack"
+    )  # an axis of one pixel does no harm
     run(*segment_command(volume_model, tmp_path / "a", tmp_path / "stack.tif", block=16))
     assert np.array_equal(tifffile.imread(tmp_path / "a" / "stack.tif"), volume_by_hand())
     (tmp_path / "files").mkdir()

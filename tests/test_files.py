@@ -1,13 +1,18 @@
 """Image and label files as people have them: the right array, or one sentence that names file, cause and a mend."""
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 
+from gdlib.cli import main
 from gdlib.data import decoders
-from gdlib.data.files import find_files, read_image, read_label
-from gdlib.io import DataError
+from gdlib.data.axes import fitted, without_single_axes
+from gdlib.data.files import find_files, open_volume, read_image, read_label
+from gdlib.data.prepare import check_sample
+from gdlib.inference import Source
+from gdlib.io import DataError, Sample
 
 SIZE = (24, 32)
 RNG = np.random.default_rng(0)
@@ -347,3 +352,128 @@ def test_jpeg(tmp_path, colours):
     expected = np.asarray(Image.open(tmp_path / "a.tif"))
     image = read_image(tmp_path / "a.tif", colours.ndim)
     np.testing.assert_array_equal(image, np.moveaxis(expected, -1, 0) if colours.ndim == 3 else expected[None])
+
+
+# --- axes of one pixel ------------------------------------------------------------------------------------------------
+
+# Shape in the file, channels and axes that a network wants, and what it gets; of TIFF and of HDF5.
+SINGLE_AXES = [
+    ((24, 32), 1, 2, (24, 32)),
+    ((1, 24, 32), 1, 2, (24, 32)),
+    ((1, 1, 24, 32), 1, 2, (24, 32)),
+    ((5, 24, 32), 1, 3, (5, 24, 32)),
+    ((1, 5, 24, 32), 1, 3, (5, 24, 32)),
+    ((5, 1, 24, 32), 1, 3, (5, 24, 32)),
+    ((1, 5, 1, 24, 32), 1, 3, (5, 24, 32)),
+    ((1, 24, 32), 1, 3, (1, 24, 32)),
+    ((1, 1, 24, 32), 1, 3, (1, 24, 32)),
+    ((3, 24, 32), 3, 2, (24, 32)),
+    ((1, 3, 24, 32), 3, 2, (24, 32)),
+    ((3, 1, 24, 32), 3, 2, (24, 32)),
+    ((3, 1, 5, 24, 32), 3, 3, (5, 24, 32)),
+]
+
+
+@pytest.mark.parametrize(("shape", "channels", "ndim", "expected"), SINGLE_AXES)
+def test_axes_of_one_pixel(tmp_path, shape, channels, ndim, expected):
+    array = RNG.integers(0, 60000, shape).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("raw", data=array, chunks=(*[1] * (len(shape) - 2), 8, 8))
+    image, label = read_image(tmp_path / "a.tif", channels), array.reshape(channels, *expected)[0]
+    with open_volume(tmp_path / "a.h5") as volume:
+        for given in (image, volume):
+            source = Source(given, channels, ndim, {"lower": 0, "upper": 100})
+            assert source.shape == expected
+            low, high = (v.reshape(-1, *[1] * ndim) for v in source.range)
+            whole = (array.reshape(channels, *expected) - low) / (high - low)
+            np.testing.assert_allclose(source.read([0] * ndim, expected), whole, rtol=1e-6)
+            corner = [n // 2 for n in expected]
+            np.testing.assert_allclose(
+                source.read(corner, expected), whole[:, *(slice(n, None) for n in corner)], rtol=1e-6
+            )
+        if channels == 1:
+            squeezed = without_single_axes(volume)
+            assert squeezed.shape == squeezed[:].shape == tuple(n for n in shape if n > 1)
+            np.testing.assert_array_equal(squeezed[2:4], fitted(array, 0)[2:4])
+            assert squeezed.chunks[-2:] == (8, 8)
+    sample = check_sample(Sample("a", image, label.reshape(shape) if channels == 1 else label), channels, (1,) * ndim)
+    assert sample.image.shape == (channels, *expected)
+    assert sample.label.shape == expected
+
+
+@pytest.mark.parametrize(("stored", "said"), [
+    (tiff(STACK[:3], photometric="rgb", planarconfig="separate"), "read as 3 channel(s) of 2 axes"),
+    (tiff(STACK, imagej=True, metadata={"axes": "CYX"}), "read as 5 channel(s) of 2 axes"),
+])  # fmt: skip
+def test_sections_that_a_file_calls_channels(tmp_path, stored, said):
+    stored(tmp_path / "a.tif")
+    image = read_image(tmp_path / "a.tif")
+    with pytest.raises(DataError) as error:
+        Source(image, 1, 3, {"lower": 0, "upper": 100})
+    assert all(part in str(error.value) for part in (said, "1 channel(s) and 3 axes", "axes ZYX")), str(error.value)
+    with pytest.raises(DataError, match=r"says 1; convert .*axes ZYX"):
+        check_sample(Sample("a", image, LABEL), 1, (1, 1, 1))
+
+
+def test_evaluate_labels_of_other_axes_and_types(tmp_path, capsys):
+    """One pixel more or less along an axis, floats that are whole, in TIFF and in HDF5: the scores are the same."""
+    tiff(LABEL)(tmp_path / "a.tif")
+    tiff(LABEL[None].astype(np.float32))(tmp_path / "b.tif")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["whole"], file["deep"] = LABEL.astype(np.float64), LABEL[:, None, :, None]
+    for one, other in [
+        ("a.tif", "b.tif"),
+        ("b.tif", "a.h5:whole"),
+        ("a.h5:deep", "a.tif"),
+        ("a.h5:deep", "a.h5:whole"),
+    ]:
+        assert main(["evaluate", f"{tmp_path}/{one}", f"{tmp_path}/{other}"]) == 0
+        header, row, _ = capsys.readouterr().out.splitlines()
+        assert dict(zip(header.split(","), row.split(","), strict=True))["aji"] == "1"
+
+
+# --- HDF5 -------------------------------------------------------------------------------------------------------------
+
+
+def missing_filter(path):
+    """Write a dataset that says it was compressed in a way of which nobody knows."""
+    with h5py.File(path, "w") as file:
+        stored = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        stored.set_chunk(SIZE)
+        stored.set_filter(32_999, h5py.h5z.FLAG_OPTIONAL, ())
+        space = h5py.h5s.create_simple(SIZE)
+        volume = h5py.h5d.create(file.id, b"raw", h5py.h5t.NATIVE_UINT8, space, stored)
+        volume.write_direct_chunk((0, 0), GREY.tobytes())
+
+
+def damaged(path):
+    """Write a dataset of which one block cannot be unpacked."""
+    with h5py.File(path, "w") as file:
+        volume = file.create_dataset("raw", data=np.stack([LABEL] * 4), chunks=(2, *SIZE), compression="gzip")
+        block = volume.id.get_chunk_info(1)
+    content = bytearray(path.read_bytes())
+    content[block.byte_offset : block.byte_offset + block.size] = bytes(block.size)
+    path.write_bytes(content)
+
+
+def test_a_filter_that_is_not_installed(tmp_path):
+    missing_filter(tmp_path / "a.h5")
+    with pytest.raises(DataError) as error, open_volume(tmp_path / "a.h5"):
+        pass
+    message = str(error.value)
+    assert all(
+        part in message for part in (f"{tmp_path / 'a.h5'}: the dataset raw", "32999", "hdf5plugin", "or store it")
+    )
+
+
+def test_a_block_that_cannot_be_read_names_its_file(tmp_path, capsys):
+    damaged(tmp_path / "a.h5")
+    tiff(np.stack([LABEL] * 4))(tmp_path / "b.tif")
+    for one, other in [("a.h5", "b.tif"), ("b.tif", "a.h5")]:
+        assert main(["evaluate", f"{tmp_path}/{one}", f"{tmp_path}/{other}"]) == 1
+        assert capsys.readouterr().err.startswith(f"gdlib: error: {tmp_path}/a.h5: cannot be read as HDF5")
+    with open_volume(tmp_path / "a.h5") as volume:
+        source = Source(volume, 1, 3, {"lower": 0, "upper": 100})
+        with pytest.raises(DataError, match=r"a\.h5: cannot be read as HDF5"):
+            source.read([2, 0, 0], [4, 24, 32])

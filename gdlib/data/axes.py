@@ -6,6 +6,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+# Ends a sentence about a volume that was read as channels.
+SECTIONS = "; the sections of a volume are no channels: save them with axes ZYX"
+
 
 def kept_axes(shape: Sequence[int], ndim: int) -> list[int]:
     """Return the axes that are left when axes of one pixel are dropped, from the first on, until there are no more than `ndim`.
@@ -46,7 +49,18 @@ class View:
         return part[None][first] if self.channel else part
 
 
+def fitted(array: np.ndarray, ndim: int, leading: int = 0) -> np.ndarray:
+    """Return an array without surplus axes of one pixel.
+
+    Args:
+        array: any.
+        ndim: number of axes wanted; other axes than of one pixel stay, however many there are.
+        leading: so many axes before these stay in any case.
+    """
+    kept = kept_axes(array.shape[leading:], ndim)
+    return array.reshape(*array.shape[:leading], *(array.shape[leading + axis] for axis in kept))
+
+
 def without_single_axes(array: np.ndarray | h5py.Dataset) -> np.ndarray | View:
     """Return an array or a dataset without any axis of one pixel."""
-    kept = kept_axes(array.shape, 0)
-    return View(array, kept) if isinstance(array, h5py.Dataset) else array.reshape([array.shape[axis] for axis in kept])
+    return View(array, kept_axes(array.shape, 0)) if isinstance(array, h5py.Dataset) else fitted(array, 0)

@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -123,12 +124,16 @@ def read_volume(path: Path | str, dataset: str | None = None) -> np.ndarray:
         dataset: inner path; where neither names one, the file must hold a single array.
     """
     with open_volume(path, dataset) as volume:
-        return read_box(volume)
+        return volume[()]
 
 
 @contextlib.contextmanager
 def open_volume(path: Path | str, dataset: str | None = None) -> Iterator[h5py.Dataset]:
-    """Open one array of an HDF5 file without reading it; for the arguments see `read_volume`, to read use `read_box`."""
+    """Open one array of an HDF5 file without reading it; for the arguments see `read_volume`.
+
+    Yields:
+        A dataset of which parts are read by slices; what goes wrong then is one sentence too.
+    """
     path, inner = split_h5_path(path)
     if not path.is_file():
         raise DataError(f"{path}: the file is missing; restore it or correct its name")
@@ -136,15 +141,33 @@ def open_volume(path: Path | str, dataset: str | None = None) -> Iterator[h5py.D
         file = h5py.File(path, "r")
     with file:
         with _readable(path):
-            volume = _find_dataset(file, path, dataset or inner)
+            volume = _Volume(_find_dataset(file, path, dataset or inner).id)
             check_inside(volume, file)
+        _check_filters(volume)
         yield volume
 
 
-def read_box(volume: h5py.Dataset, box: Sequence[slice] = ()) -> np.ndarray:
-    """Return a part of an open array, all of it if no box is given."""
-    with _readable(volume.file.filename):
-        return volume[tuple(box)]
+class _Volume(h5py.Dataset):
+    """A dataset that names its file when it cannot be read."""
+
+    def __getitem__(self, key: Any, **options: Any) -> Any:
+        with _readable(self.file.filename):
+            return super().__getitem__(key, **options)
+
+
+def _check_filters(volume: h5py.Dataset) -> None:
+    """Raise `DataError` unless what a dataset was compressed with is installed; `hdf5plugin` has nearly all there is."""
+    stored = volume.id.get_create_plist()
+    for number, _, _, name in map(stored.get_filter, range(stored.get_nfilters())):
+        if not h5py.h5z.filter_avail(number):
+            with contextlib.suppress(ImportError):
+                import hdf5plugin  # noqa: F401  # makes its filters known
+        if not h5py.h5z.filter_avail(number):
+            name = name.decode(errors="replace").split(";")[0] or "without a name"
+            raise DataError(
+                f"{volume.file.filename}: the dataset {volume.name.strip('/')} was compressed with the filter {name} (number "
+                f"{number}), which is not installed; install the package hdf5plugin, or store it with gzip"
+            )
 
 
 def voxel_size(*volumes: h5py.Dataset) -> list[float] | None:

@@ -16,6 +16,7 @@ from skimage.segmentation import relabel_sequential
 
 from gdlib import io
 from gdlib.data import sense
+from gdlib.data.axes import SECTIONS, fitted
 from gdlib.data.files import SPLITS, check_label, check_shapes
 from gdlib.io import DataError, Sample
 from gdlib.registry import SOURCES
@@ -111,7 +112,8 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
 
     Args:
         sample: image (C, [Z,] Y, X) of any real type, label ([Z,] Y, X) of any integer type, not negative. A label
-            without an instance is fine. `ignore`, if there is one, boolean, of the label's shape.
+            without an instance is fine. `ignore`, if there is one, boolean, of the label's shape. All may have more axes of
+            one pixel.
         channels: C expected.
         min_size: n smallest side lengths in pixels, n = 2 or 3.
 
@@ -119,18 +121,19 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
         The sample with its label numbered 1, 2, ... in uint32 and its image in uint8, uint16 or, from any other type,
         float32; without `ignore` where that is False everywhere.
     """
-    image, label = sample.image, sample.label
+    ndim = len(min_size)
+    image, label = fitted(sample.image, ndim, leading=1), fitted(sample.label, ndim)
     name = sample.attrs.get("source", sample.id)
     if not sample.id or "/" in sample.id:
         raise DataError(f'{name}: the sample name "{sample.id}" is empty or has a "/"; rename the file')
     if image.shape[0] != channels:
         raise DataError(
             f"{name}: the image has {image.shape[0]} channels, but the dataset says {channels}; "
-            "convert the image or correct `channels`"
+            f"convert the image or correct `channels`{SECTIONS * (ndim == 3 and channels == 1)}"
         )
     check_shapes(name, image.shape[1:], label.shape)
-    if label.ndim != len(min_size):
-        raise DataError(f"{name}: the image has {label.ndim} axes, but the dataset {len(min_size)}; convert the image")
+    if label.ndim != ndim:
+        raise DataError(f"{name}: the image has {label.ndim} axes, but the dataset {ndim}; convert the image")
     if any(side < least for side, least in zip(label.shape, min_size, strict=True)):
         raise DataError(
             f"{name}: the image of {label.shape} pixels is smaller than the patch {tuple(min_size)}; "
@@ -139,6 +142,7 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
     check_label(name, label)
     ignore = sample.ignore
     if ignore is not None:
+        ignore = fitted(ignore, ndim)
         if ignore.shape != label.shape or ignore.dtype != bool:
             raise DataError(
                 f"{name}: what to ignore is {ignore.shape} of type {ignore.dtype}; it must be boolean and of the label's "

@@ -20,7 +20,6 @@ from gdlib.data.files import (
     check_shapes,
     existing_folder,
     open_volume,
-    read_box,
     split_components,
     voxel_size,
 )
@@ -60,7 +59,7 @@ def _read(root: Path, name: str, start: int, stop: int | None, components: bool)
         check_sections(path, start, stop, len(inputs))
         attrs = {"source": path.name, "voxel_size_nm": voxel_size(inputs, labels) or VOXEL_SIZE_NM}
         box = (slice(start, stop),)
-        image, label = read_box(inputs, box), read_box(labels, box)
+        image, label = inputs[box], labels[box]
     check_label(root / f"{name}_labels.h5", label)
     if components:
         label = split_components(label)

@@ -23,7 +23,6 @@ from gdlib.data.files import (
     check_shapes,
     existing_folder,
     open_volume,
-    read_box,
     split_components,
     voxel_size,
 )
@@ -89,9 +88,9 @@ def _read(path: Path, start: int, stop: int, step: int, components: bool, ignore
             )
         corner = _corner(path, raw, ids, size)
         check_sections(path, start, stop, len(ids))
-        label = read_box(ids, (slice(start, stop),))
+        label = ids[start:stop]
         box = [slice(first, first + side) for first, side in zip(corner, ids.shape, strict=True)]
-        image = read_box(raw, (slice(corner[0] + start, corner[0] + stop, step), *box[1:]))
+        image = raw[(slice(corner[0] + start, corner[0] + stop, step), *box[1:])]
     check_label(path, label)
     ignore = label == UNASSIGNED
     if ignore_zero:
