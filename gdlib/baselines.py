@@ -14,7 +14,7 @@ from skimage.measure import label as connected_regions
 from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
-from gdlib import io, metrics
+from gdlib import io, scores
 
 
 def one_segment(sample: io.Sample) -> np.ndarray:
@@ -71,15 +71,15 @@ def evaluate_baselines(path: Path | str) -> list[tuple[str, str, str, float]]:
         path: samples `.h5`.
 
     Returns:
-        Rows of baseline, sample, metric and value.
+        Rows of baseline, sample, metric or count (see `gdlib.scores`) and value.
     """
     rows = []
     for sample in io.read_samples(path):
         for name, (_, baseline) in BASELINES.items():
             if name in OF_VOLUMES and sample.label.ndim == 2:
                 continue
-            scores = metrics.evaluate(sample.label, baseline(sample), sample.ignore)
-            rows += [(name, sample.id, key, value) for key, value in scores.items()]
+            found = scores.of_image(sample.label, baseline(sample), sample.ignore)
+            rows += [(name, sample.id, key, value) for key, value in found.items()]
     return rows
 
 

@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         help="compare segmentations with the ground truth",
         description="Compare label images with ground truth of the same file name; every metric for every image, as CSV. "
-        + _metric_help(),
+        "The means are over the images with objects; those without have a row of means of their own, "
+        "for all that their metrics tell is whether anything was found. " + _metric_help(),
         formatter_class=raw,
     )
     evaluate.add_argument(
@@ -127,9 +128,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _metric_help() -> str:
     from gdlib.metrics import METRICS
+    from gdlib.scores import COUNTS
 
-    lines = [f"  {key:10} {m.definition} ({m.better} is better)" for key, m in METRICS.items()]
-    return "\n\nmetrics:\n" + "\n".join(lines)
+    lines = [f"  {key:13} {m.definition} ({m.better} is better)" for key, m in METRICS.items()]
+    counts = [f"  {key:13} {definition}" for key, (definition, _) in COUNTS.items()]
+    return "\n\nmetrics:\n" + "\n".join(lines) + "\n\ncounts:\n" + "\n".join(counts)
 
 
 @contextlib.contextmanager
@@ -148,7 +151,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from gdlib.data.axes import without_single_axes
     from gdlib.data.files import find_files, split_h5_path
-    from gdlib.metrics import evaluate
+    from gdlib.scores import of_image
 
     def files(path: str) -> dict[str, Path | str]:
         return find_files(Path(path)) if Path(path).is_dir() else {split_h5_path(path)[0].stem: path}
@@ -165,15 +168,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             if label.shape != segmentation.shape:
                 label, segmentation = without_single_axes(label), without_single_axes(segmentation)
             try:
-                scores = evaluate(label, segmentation)
+                scores = of_image(label, segmentation)
             except io.DataError:  # which names the one that cannot be read
                 raise
             except ValueError as error:
                 raise io.DataError(f"{path} and {segmentations[name]}: {error}") from None
         rows.append({"sample": name} | scores)
     keys = list(rows[0])
-    mean = {"sample": "mean"} | {key: sum(row[key] for row in rows) / len(rows) for key in keys[1:]}
-    table = [[row[key] for key in keys] for row in (*rows, mean)]
+    table = [list(row.values()) for row in rows]
+    for name, has_objects in (("mean of images without objects", False), ("mean", True)):
+        if part := [row for row in rows if (row["objects"] > 0) == has_objects]:
+            table.append([name, *(sum(row[key] for row in part) / len(part) for key in keys[1:])])
     if arguments.out:
         io.write_rows(arguments.out, keys, table)
     else:
@@ -183,6 +188,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    from gdlib.scores import in_empty
+
     header = io.read_header(arguments.weights)
     if arguments.json:
         print(json.dumps(header, indent=2, sort_keys=True))
@@ -211,7 +218,8 @@ def _info(arguments: argparse.Namespace) -> None:
         parameters = ", ".join(f"{k} {v}" for k, v in header["segmentation"][segmenter].items())
         scores = header["validation"].get(segmenter, {})
         lines.append(("segmentation", f"{segmenter}: {parameters}"))
-        lines.append(("validation", f"{segmenter}: " + ", ".join(f"{k} {scores[k]:.4f}" for k in shown if k in scores)))
+        texts = [f"{key} {scores[key]:.4f}" for key in shown if key in scores]
+        lines.append(("validation", f"{segmenter}: {', '.join(texts)}{in_empty(scores)}"))
     made = f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, {header['precision']}"
     for key, value in [*lines, ("made by", made)]:
         print(f"{key:13} {value}")

@@ -11,14 +11,14 @@ of the table and one entry there. The rules that hold for all of them:
 * **Empty images** count: both maps without objects is a perfect result (1, or no error); only one of them without is
   the worst one for everything that counts objects or foreground (0; |DiC| is the number of objects). ARAND and VOI look
   only at pixels of label objects: without such pixels there is nothing to get wrong and they are 0, and a
-  segmentation without objects is to them one segment that merges all. Every value is finite, no image is ever left out.
+  segmentation without objects is to them one segment that merges all. Every value is finite. For means see `gdlib.scores`.
 * **Ignored** pixels (`ignore`) are removed first, as if the image had never had them; their ids may even be negative.
 * **Borders** have no rule of their own: every pixel counts, but to ARAND and VOI those of label 0, which is what lies
   between cells in many volumes. A margin around borders that shall not count is given as `ignore`.
 
 PAPER: the original code's AJI depends on the order of the ids, its means leave out images whose segmentation is empty,
 its best Dice takes the smallest id for the background, and one of its evaluation scripts calls object F1 "Dice" and
-pixel Dice "F1". Here AJI and SBD follow their definitions, all images count, and the names mean what they say.
+pixel Dice "F1". Here AJI and SBD follow their definitions, all images with objects count, and names mean what they say.
 """
 
 import math

@@ -30,7 +30,8 @@ from scipy.sparse.csgraph import connected_components
 from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
-from gdlib import metrics
+from gdlib import scores
+from gdlib.metrics import is_better
 from gdlib.mutex import as_float, mutex_watershed
 from gdlib.parameters import check_offsets, checked, defaults, grid, is_masked
 
@@ -87,12 +88,16 @@ def tune(
         predictions: (affinity, foreground) of each image.
         labels: ground truth of each image.
         offsets: of the affinities.
-        metric: what to optimise, a key of `metrics.METRICS`, as the mean over images.
+        metric: what to optimise, a key of `metrics.METRICS`, by its `scores.worth`: the mean over the images with objects,
+            and what was found in those without.
         segmenter: a key of `SEGMENTERS`.
         ignores: pixels of each image that do not count, or None where all count.
 
     Returns:
-        The parameters, and the mean of every metric with them.
+        The parameters, and the scores with them, as `scores.mean` returns them.
+
+    Raises:
+        ValueError: no image has objects.
     """
     ndim = labels[0].ndim
     images = list(_images(predictions, labels, offsets, segmenter))
@@ -104,7 +109,7 @@ def tune(
                 continue
             trial = chosen | {name: value}
             result = _mean_scores(images, labels, ignores, trial)
-            if metrics.is_better(metric, result[metric], best[metric]):
+            if is_better(metric, scores.worth(result, metric), scores.worth(best, metric)):
                 chosen, best = trial, result
     return chosen, best
 
@@ -117,7 +122,7 @@ def score(
     segmenter: str = "mutex_watershed",
     ignores: Sequence[np.ndarray | None] | None = None,
 ) -> dict[str, float]:
-    """Mean of every metric over images, for one choice of parameters; those left out have their default."""
+    """Scores of images together (`scores.mean`) for one choice of parameters; those left out have their default."""
     parameters = defaults(segmenter, labels[0].ndim) | checked(segmenter, parameters)
     return _mean_scores(_images(predictions, labels, offsets, segmenter), labels, ignores, parameters)
 
@@ -156,10 +161,10 @@ def _mean_scores(
 ) -> dict[str, float]:
     ignores = [None] * len(labels) if ignores is None else ignores
     rows = [
-        metrics.evaluate(label, image(**parameters), ignore)
+        scores.of_image(label, image(**parameters), ignore)
         for image, label, ignore in zip(images, labels, ignores, strict=True)
     ]
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return scores.mean(rows)
 
 
 def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.ndarray:

@@ -144,6 +144,7 @@ def _teach(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from gdlib.config import RunSpec
+    from gdlib.scores import in_empty
     from gdlib.training import Interrupted, fit
 
     process.keep_memory()
@@ -160,7 +161,7 @@ def _train(arguments: argparse.Namespace) -> None:
         raise SystemExit(INTERRUPTED) from None
     if scores:  # of several processes, one validates
         keys = ("aji", "pq", "f1_50", "dice", "arand", "voi")
-        print("validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in keys))
+        print("validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in keys) + in_empty(scores))
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -213,7 +214,7 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from gdlib.metrics import evaluate
+    from gdlib.scores import of_image
 
     run, parts = arguments.run, ("dataset", "network", "method", "seed")
     if missing := [part for part in parts if part not in run]:
@@ -225,7 +226,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             if f"{name}/label" not in found:
                 raise io.DataError(f'{arguments.segmentation}: there is no segmentation of "{name}"; segment again')
             try:  # as datasets: they are read piece by piece
-                scores = evaluate(sample["label"], found[name]["label"], sample.get("ignore"))
+                scores = of_image(sample["label"], found[name]["label"], sample.get("ignore"))
             except ValueError as error:
                 raise io.DataError(f'{arguments.segmentation}: sample "{name}": {error}; segment again') from None
             rows += [(*identity, name, key, value) for key, value in scores.items()]

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +17,12 @@ from gdlib.cache import source_of_patches
 from gdlib.config import Recipe, RunSpec
 from gdlib.distill import Batch, Distiller, build_term
 from gdlib.distill.bank import MemoryBank, check_entries
-from gdlib.inference import Predictor, choose_device, choose_precision
+from gdlib.inference import choose_device, choose_precision
+from gdlib.judge import Judge
 from gdlib.metrics import is_better
 from gdlib.models import build, folded, restored
 from gdlib.progress import Progress
-from gdlib.segmentation import defaults, score, tune
+from gdlib.scores import FALSE, worth
 
 HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
 LOG_EVERY = 10  # steps; losses are averaged over them, so that nothing waits for the device at every step
@@ -143,55 +142,6 @@ def fit(
         return scores[spec.segmenters[0]]
 
 
-class Judge:
-    """Scores a network on the validation split by the real metric, through the real inference and segmentation."""
-
-    def __init__(self, spec: RunSpec, path: Path | str, device: torch.device) -> None:
-        self.spec = spec
-        self.device = device
-        self.normalisation: dict[str, Any] = spec.normalisation.model_dump(include={"lower", "upper"})
-        self.samples = list(io.read_samples(path))
-        if not self.samples:
-            raise io.DataError(f"{path}: there is no validation image; check the split lists")
-        # Spread over the split: neighbours in a list are often neighbours in the well plate.
-        count = min(spec.recipe.validate_images, len(self.samples))
-        self.some = [self.samples[i] for i in np.linspace(0, len(self.samples) - 1, count).round().astype(int)]
-
-    def __call__(self, network: nn.Module) -> dict[str, float]:
-        """Mean metrics on some images, with the default parameters of the first segmenter."""
-        segmenter = self.spec.segmenters[0]
-        parameters = defaults(segmenter, len(self.spec.patch))
-        predictions = self._predict(network, self.some)
-        labels, ignores = [s.label for s in self.some], [s.ignore for s in self.some]
-        return score(predictions, labels, self.spec.offsets, parameters, segmenter=segmenter, ignores=ignores)
-
-    def tune(self, network: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
-        """Choose the parameters of every segmenter on the whole split.
-
-        Returns:
-            By segmenter the parameters, and the mean metrics with them.
-        """
-        predictions = self._predict(network, self.samples)
-        labels, ignores = [s.label for s in self.samples], [s.ignore for s in self.samples]
-        chosen = {
-            segmenter: tune(
-                predictions, labels, self.spec.offsets, self.spec.recipe.selection, segmenter=segmenter, ignores=ignores
-            )
-            for segmenter in self.spec.segmenters
-        }
-        return {name: c[0] for name, c in chosen.items()}, {name: c[1] for name, c in chosen.items()}
-
-    def _predict(self, network: nn.Module, samples: list[io.Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
-        header = self.spec.model_dump(mode="json", include={"channels", "offsets"})
-        header["normalisation"] = self.normalisation
-        predictor = Predictor(network, header, device=self.device, precision=self.spec.recipe.precision)
-        out = []
-        for sample in samples:
-            prediction = predictor(sample.image)
-            out.append((prediction.affinity, prediction.foreground))
-        return out
-
-
 class _Trainer:
     """Everything that changes while training, so that it can be saved and taken back as a whole."""
 
@@ -306,7 +256,8 @@ class _Trainer:
         metric = self.spec.recipe.selection
         self.last_scores = scores
         self.history += [(self.step, "val", name, scores[name]) for name in dict.fromkeys((metric, *HISTORY_METRICS))]
-        if not self.best_scores or is_better(metric, scores[metric], self.best_scores[metric]):
+        self.history += [(self.step, "val", name, scores[name]) for name in FALSE if name in scores]
+        if not self.best_scores or is_better(metric, worth(scores, metric), worth(self.best_scores, metric)):
             self.best_scores, self.best_step = scores, self.step
             self.best_state = {name: tensor.clone() for name, tensor in self.deployed.state_dict().items()}
 

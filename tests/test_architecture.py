@@ -31,6 +31,7 @@ ALLOWED = {
     "gdlib.process": "",
     "gdlib.io": "",
     "gdlib.metrics": "",
+    "gdlib.scores": "gdlib.metrics",
     "gdlib.ops": "gdlib.native",
     "gdlib.compiled": "gdlib.io",
     "gdlib.native": "gdlib.compiled",
@@ -40,9 +41,9 @@ ALLOWED = {
     "gdlib.limits": "",
     "gdlib.parameters": "gdlib.limits gdlib.registry",
     "gdlib.config": "gdlib.registry gdlib.mistakes gdlib.schema gdlib.metrics gdlib.parameters",
-    "gdlib.segmentation": "gdlib.metrics gdlib.mutex gdlib.parameters",
+    "gdlib.segmentation": "gdlib.metrics gdlib.scores gdlib.mutex gdlib.parameters",
     "gdlib.mutex": "gdlib.compiled gdlib.limits",
-    "gdlib.baselines": "gdlib.io gdlib.metrics",
+    "gdlib.baselines": "gdlib.io gdlib.scores",
     "gdlib.models": "gdlib.registry",
     "gdlib.models.*": "gdlib.models gdlib.ops gdlib.limits",
     "gdlib.models.resunet3d": "gdlib.models.resunet gdlib.limits",
@@ -73,12 +74,13 @@ ALLOWED = {
     "gdlib.volume_steps": "gdlib.limits gdlib.blockwise",
     "gdlib.blockwise": "gdlib gdlib.io gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
-    "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.segmentation gdlib.models "
+    "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.scores gdlib.judge gdlib.models "
     "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",
     "gdlib.trained": "gdlib.io gdlib.registry gdlib.inference gdlib.parameters gdlib.segmentation",
+    "gdlib.judge": "gdlib.io gdlib.config gdlib.parameters gdlib.segmentation gdlib.inference",
     "gdlib.profile": "gdlib.models gdlib.inference",
     "gdlib.report": "",
-    "gdlib.report.*": "gdlib.io gdlib.metrics gdlib.config gdlib.report.*",
+    "gdlib.report.*": "gdlib.io gdlib.metrics gdlib.scores gdlib.config gdlib.report.*",
     "gdlib.reference": "gdlib.limits gdlib.registry gdlib.config gdlib.metrics gdlib.parameters",
     "gdlib.tensorboard": "gdlib.io gdlib.limits",
     "gdlib.progress": "",
@@ -90,7 +92,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
     r"|data|data\.(axes|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 

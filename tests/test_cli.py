@@ -23,6 +23,7 @@ from gdlib.cli import main
 from gdlib.config import TEACHER, Config
 from gdlib.metrics import METRICS, evaluate
 from gdlib.models import Embedding
+from gdlib.scores import COUNTS, of_image
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("prepare", "train", "predict", "segment", "evaluate", "baselines", "profile")
@@ -388,7 +389,7 @@ def test_evaluate_datasets_of_hdf5_files(volume, tmp_path, capsys):
     with h5py.File(tmp_path / "found.h5", "w") as file:
         file["main"] = worse
     run("evaluate", f"{path}:volumes/labels", f"{tmp_path}/found.h5:main")
-    expected = evaluate(label, worse)
+    expected = of_image(label, worse)
     check_table(capsys.readouterr().out, {"brain": expected, "mean": expected})
     tifffile.imwrite(tmp_path / "found.tif", worse)
     run("evaluate", f"{path}:volumes/labels", tmp_path / "found.tif")
@@ -428,21 +429,21 @@ def pairs(tmp_path):
     tifffile.imwrite(tmp_path / "labels" / "b.tif", label)
     tifffile.imwrite(tmp_path / "found" / "a.tif", label.astype(np.uint32))
     tifffile.imwrite(tmp_path / "found" / "b.tif", worse)
-    return tmp_path / "labels", tmp_path / "found", evaluate(label, label), evaluate(label, worse)
+    return tmp_path / "labels", tmp_path / "found", of_image(label, label), of_image(label, worse)
 
 
 def check_table(text, expected):
     rows = list(csv.DictReader(text_io.StringIO(text)))
     assert [row.pop("sample") for row in rows] == list(expected)
     for row, scores in zip(rows, expected.values(), strict=True):
-        assert list(row) == list(METRICS)
+        assert list(row) == [*METRICS, *COUNTS]
         assert {key: float(value) for key, value in row.items()} == pytest.approx(scores, rel=1e-5)
 
 
 def test_evaluate_prints_every_metric_and_the_mean(pairs, capsys, tmp_path):
     labels, found, good, bad = pairs
     assert good["aji"] == 1 > bad["aji"]
-    expected = {"a": good, "b": bad, "mean": {key: (good[key] + bad[key]) / 2 for key in METRICS}}
+    expected = {"a": good, "b": bad, "mean": {key: (good[key] + bad[key]) / 2 for key in good}}
     run("evaluate", labels, found)
     check_table(capsys.readouterr().out, expected)
     run("evaluate", labels, found, "--out", tmp_path / "scores" / "a.csv")
@@ -454,6 +455,25 @@ def test_evaluate_prints_every_metric_and_the_mean(pairs, capsys, tmp_path):
     check_table(capsys.readouterr().out, expected)
     run("evaluate", labels / "a.png", found / "b.tif")
     check_table(capsys.readouterr().out, {"a": bad, "mean": bad})
+
+
+def test_the_mean_is_over_images_with_objects(pairs, capsys):
+    labels, found, good, bad = pairs
+    nothing, field = np.zeros((20, 30), np.uint8), np.ones((20, 30), np.uint8)
+    for name, image in (("0", nothing), ("c", field)):
+        tifffile.imwrite(labels / f"{name}.tif", nothing)
+        tifffile.imwrite(found / f"{name}.tif", image)
+    run("evaluate", labels, found)
+    clean, filled = of_image(nothing, nothing), of_image(nothing, field)
+    assert (clean["aji"], filled["aji"], filled["false_objects"], filled["false_pixels"]) == (1, 0, 1, 600)
+    means = {
+        name: {key: (one[key] + other[key]) / 2 for key in one}
+        for name, one, other in (("mean of images without objects", clean, filled), ("mean", good, bad))
+    }
+    expected = {"0": clean, "a": good, "b": bad, "c": filled} | means
+    check_table(capsys.readouterr().out, expected)
+    run("evaluate", labels / "c.tif", found / "c.tif")
+    check_table(capsys.readouterr().out, {"c": filled, "mean of images without objects": filled})
 
 
 def test_evaluate_refuses_with_one_line(pairs, refusal, tmp_path):

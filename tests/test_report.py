@@ -34,12 +34,24 @@ def frame(values, metric="aji", segmenter="mutex_watershed"):
     return pd.DataFrame(rows, columns=list(io.METRIC_COLUMNS))
 
 
+def with_counts(metrics, empty=(), false=lambda method, seed: 0):
+    """Add how many objects the images have: none in those called empty, where `false` objects of ten pixels are found."""
+    runs = metrics.drop_duplicates([name for name in io.METRIC_COLUMNS if name not in ("metric", "value")])
+    none = runs["sample"].isin(empty)
+    found = np.array([false(*run) for run in zip(runs["method"], runs["seed"], strict=True)]) * none
+    counts = {"objects": np.where(none, 0, 9), "object_pixels": np.where(none, 0, 90)}
+    counts |= {"false_objects": found, "false_pixels": 10 * found}
+    return pd.concat([metrics, *(runs.assign(metric=key, value=one) for key, one in counts.items())], ignore_index=True)
+
+
 def study(methods=("none", "igd", "grd"), seeds=(0, 1, 2), teacher=0.9, images=7):
     """Make metrics of a whole study in which every method is a bit better than the one before; VOI = 1 - AJI."""
     rng = np.random.default_rng(0)
     values = {} if teacher is None else {(TEACHER, 0): np.full(images, teacher)}
     values |= {(m, s): 0.5 + 0.1 * k + rng.normal(0, 0.03, images) for k, m in enumerate(methods) for s in seeds}
-    return pd.concat([frame(values), frame({k: 1 - v for k, v in values.items()}, "voi")], ignore_index=True)
+    return with_counts(
+        pd.concat([frame(values), frame({k: 1 - v for k, v in values.items()}, "voi")], ignore_index=True)
+    )
 
 
 def profile(network, scale):
@@ -63,7 +75,7 @@ def em_study(segmenters=("waterz", "multicut"), images=3):
                 for s in ((0,) if m == TEACHER else (0, 1))
             }
             frames.append(frame(runs, metric, segmenter))
-    return pd.concat(frames, ignore_index=True).assign(dataset="tissue")
+    return with_counts(pd.concat(frames, ignore_index=True).assign(dataset="tissue"))
 
 
 PROFILES = {(DATASET, LARGE): profile(LARGE, 50), (DATASET, SMALL): profile(SMALL, 1)}
@@ -170,12 +182,12 @@ def files(tmp_path_factory):
 
 def test_summary_is_mean_over_images_then_seeds():
     out = summary.summarise(frame({(TEACHER, 0): [0.8, 1.0], ("none", 0): [0.2, 0.4], ("none", 1): [0.6, 0.8]}))
-    assert tuple(out.columns) == ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n")
+    assert ",".join(out.columns) == "dataset,student,method,segmenter,metric,mean,std,n,images"
     teacher, none = out.itertuples(index=False)
     assert teacher[:6] == (DATASET, LARGE, TEACHER, "mutex_watershed", "aji", pytest.approx(0.9))
     assert np.isnan(teacher.std)
     assert teacher.n == 1
-    assert none[1:] == (SMALL, "none", "mutex_watershed", "aji", pytest.approx(0.5), pytest.approx(np.sqrt(0.08)), 2)
+    assert none[1:] == (SMALL, "none", "mutex_watershed", "aji", pytest.approx(0.5), pytest.approx(np.sqrt(0.08)), 2, 2)
 
 
 def test_gap_closed_in_closed_form():
@@ -513,9 +525,132 @@ def test_written_tables(files, tmp_path):
     assert first == {name: path.read_bytes() for name, path in paths.items()}
     lines = paths["summary"].read_text().splitlines()
     assert lines[0] == ",".join(summary.SUMMARY_COLUMNS)
-    assert lines[1] == f"{DATASET},{LARGE},{TEACHER},mutex_watershed,aji,0.9,,1"
+    assert lines[1] == f"{DATASET},{LARGE},{TEACHER},mutex_watershed,aji,0.9,,1,7"
     assert len(lines) == 1 + 4 * 2
     assert len(paths["comparison"].read_text().splitlines()) == 1 + 2 * 2
+
+
+# --- Images without objects ----------------------------------------------------------------------------------------------
+
+
+EMPTY = ("i1", "i4")
+ALL = study()
+WITHOUT = ALL[~ALL["sample"].isin(EMPTY)]
+
+
+def hidden(methods=("none", "igd", "grd"), images=7, seeds=(0, 1, 2)):
+    """Make a study in which two images have no objects: IGD finds 3 + seed there, the others nothing, which scores 1."""
+    metrics = study(methods, images=images, seeds=seeds)
+    metrics = metrics[metrics["metric"].isin(METRICS)]
+    empty = metrics["sample"].isin(EMPTY)
+    clean = (metrics["method"] != "igd") == (metrics["metric"] == "aji")
+    metrics = metrics.assign(value=metrics["value"].where(~empty, clean.astype(float)))
+    return with_counts(metrics, EMPTY, lambda method, seed: (3 + seed) * (method == "igd"))
+
+
+def of_metrics(table):
+    return table[table["metric"].isin(METRICS)].reset_index(drop=True)
+
+
+def test_means_tests_and_figures_are_of_images_with_objects():
+    assert summary.images_of(hidden()) == (5, 2)
+    assert summary.images_of(ALL) == (7, 0)
+    pd.testing.assert_frame_equal(summary.compare(hidden()), summary.compare(WITHOUT))
+    pd.testing.assert_frame_equal(of_metrics(summary.summarise(hidden())), summary.summarise(WITHOUT))
+    assert set(summary.compare(hidden())["images"]) == {5}
+    for draw in (
+        lambda m: charts.methods(m, ["aji"]),
+        lambda m: charts.tradeoff(m, {n: PROFILES[DATASET, n] for n in (LARGE, SMALL)}, "aji"),
+    ):
+        drawn = [
+            [line.get_xydata().tolist() for axis in draw(m).axes for line in axis.lines] for m in (hidden(), WITHOUT)
+        ]
+        assert drawn[0] == drawn[1]
+
+
+def test_what_is_found_in_images_without_objects_is_a_mean_of_its_own():
+    out = summary.summarise(hidden()).set_index(["method", "metric"])
+    for metric, factor in (("false_objects", 1), ("false_pixels", 10)):
+        assert tuple(out.loc[("igd", metric), ["mean", "std", "n", "images"]]) == (4 * factor, factor, 3, 2)
+        assert tuple(out.loc[("none", metric), ["mean", "n", "images"]]) == (0, 3, 2)
+    assert set(of_metrics(out.reset_index())["images"]) == {5}
+    assert not set(summary.summarise(ALL)["metric"]) - set(METRICS), "where every image has objects, nothing is added"
+
+
+def test_tables_list_images_without_objects_apart(tmp_path):
+    source = write_metrics(tmp_path / "m.csv", hidden())
+    out = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
+    tables.write([source], [], **out, **LAYOUT)
+    text, tex = out["markdown"].read_text(), out["tex"].read_text()
+    assert cells(text) == cells(tables.table_markdown(WITHOUT, **LAYOUT))
+    for words in (
+        "5 images with objects and 2 without",
+        "over the 5 images",
+        "table of its own",
+        "in the 2 test images of",
+    ):
+        assert words in text
+        assert words in tex.replace("\\&", "&")
+    own = text[text.index("What was found in the 2 test images of Cells & co without objects") :]
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in own.splitlines() if line.startswith("|")]
+    assert lines == [
+        ["network", "method", "objects ↓", "their pixels ↓"], ["---", "---", "---:", "---:"],
+        ["Large", "teacher", "0.0", "0.0"],
+        ["Small", "student", "0.0 ± 0.0", "0.0 ± 0.0"],
+        ["", "IGD", "4.0 ± 1.0", "40.0 ± 10.0"],
+        ["", "IGD + AGD", "0.0 ± 0.0", "0.0 ± 0.0"],
+    ]  # fmt: skip
+    assert r"\label{tab:cells_1-empty}" in tex
+    assert r" & IGD & 4.0 $\pm$ 1.0 & 40.0 $\pm$ 10.0 \\" in tex
+    written = pd.read_csv(out["summary"]).set_index(["method", "metric"])
+    assert tuple(written.loc[("igd", "false_objects"), ["mean", "std", "images"]]) == (4, 1, 2)
+    assert written.loc[("igd", "aji"), "images"] == 5
+    assert set(pd.read_csv(out["comparison"])["images"]) == {5}
+    plain = tables.table_markdown(ALL, **LAYOUT)
+    assert "without objects" not in plain
+    assert "table of its own" not in plain
+
+
+def test_every_segmenter_found_its_own_in_images_without_objects():
+    metrics = with_counts(em_study()[lambda m: m["metric"].isin(METRICS)], ["i0"], lambda method, seed: 1 + seed)
+    ((_, (_, table)),) = tables.result_tables(metrics, keys=["voi"], main="voi")
+    rows = [[cell.text for cell in row] for group in table.groups for row in group]
+    block = [["large", "teacher", "1.0", "10.0"], ["small", "student", "1.5 ± 0.7", "15.0 ± 7.1"]]
+    block += [["", method, "1.5 ± 0.7", "15.0 ± 7.1"] for method in ("IGD", "IGD + AGD")]
+    assert rows == [["waterz"], *block, ["multicut"], *block]
+
+
+def test_one_image_with_objects_is_one_image():
+    text = tables.table_markdown(hidden(images=2).replace({"sample": {"i0": "i1", "i1": "i0"}}), **LAYOUT)
+    assert "1 image with objects and 1 without" in text
+    assert "One image: there is no test over images" in text
+    assert "p (images)" not in text
+
+
+def test_baselines_are_means_over_images_with_objects():
+    rows = [("tissue", "test", "one_segment", s, m, v) for s, m, v in (
+        ("a", "voi", 2.0), ("a", "objects", 3.0), ("b", "voi", 0.0), ("b", "objects", 0.0), ("b", "false_objects", 1.0),
+    )]  # fmt: skip
+    # The same name in another split is another image.
+    rows += [("tissue", "val", "one_segment", "b", m, v) for m, v in (("voi", 4.0), ("objects", 2.0))]
+    trivial = pd.DataFrame(rows, columns=list(summary.BASELINE_COLUMNS))
+    ((_, (_, table)),) = tables.result_tables(em_study(("waterz",)), keys=["voi"], main="voi", baselines=trivial)
+    assert [cell.text for cell in table.groups[0][0]] == ["one segment", "4.000", "2.000"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m[m["metric"] != "objects"], r"m\.csv: it does not say how many objects"),
+        (
+            lambda m: with_counts(m[m["metric"].isin(METRICS)], set(m["sample"])),
+            "no test image of cells_1 has an object",
+        ),
+    ],
+)
+def test_metrics_that_cannot_be_averaged_are_one_clear_sentence(change, message, tmp_path):
+    with pytest.raises(io.DataError, match=message):
+        summary.read_metrics([write_metrics(tmp_path / "m.csv", change(study()))])
 
 
 # --- Figures -------------------------------------------------------------------------------------------------------------

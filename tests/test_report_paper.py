@@ -304,6 +304,22 @@ def test_every_teacher_has_its_rows():
     assert rows[-1] == ["", "+ ours: IGD + AGD from NestedUNet"]
 
 
+def test_images_without_objects_are_in_no_mean_and_have_a_table():
+    metrics = frame(TWO_TEACHERS, metrics=("aji", "dice", "f1", "pq"), images=5)
+    first = metrics["sample"] == "i0"
+    runs = metrics[metrics["metric"] == "aji"]
+    counts = [
+        runs.assign(metric=key, value=np.where(runs["sample"] == "i0", *v))
+        for key, v in (("objects", (0, 7)), ("false_objects", (2, 0)), ("false_pixels", (30, 0)))
+    ]
+    hidden = pd.concat([metrics.assign(value=metrics["value"].where(~first, 0)), *counts])
+    ((_, (table, own)),) = laid_out(hidden)
+    ((_, (without,)),) = laid_out(metrics[~first])
+    assert lines(table) == lines(without)
+    assert "4 images with objects and 1 without" in table.caption
+    assert [row[2:] for row in lines(own)] == [["2.0", "30.0"]] * 2 + [["2.0 ± 0.0", "30.0 ± 0.0"]] * 3
+
+
 def test_datasets_that_the_paper_does_not_have_are_left_out():
     planes = ("aji", "dice", "f1", "pq")
     parts = [frame(TWO_TEACHERS, dataset, metrics=planes) for dataset in ("phantom", "bbbc039", "bbbc039_official")]
@@ -328,6 +344,8 @@ def test_what_the_paper_says_is_well_formed():
 def test_written_tables_say_where_they_come_from(tmp_path):
     source, run = tmp_path / "m.csv", {"dataset": "ac34", "network": "mala"}
     metrics = em()
+    counts = metrics[metrics["metric"] == "voi"].assign(metric="objects", value=5)
+    metrics = pd.concat([metrics, counts])
     io.write_rows(source, metrics.columns, metrics.itertuples(index=False))
     for k, device in enumerate(("GPU a", "GPU a", "GPU b")):
         header = {"run": run, "device": device, "precision": "bfloat16", "torch": "2.13", "gdlib": "0.1"}

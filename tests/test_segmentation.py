@@ -384,6 +384,36 @@ def test_score_is_the_mean_over_images():
         score(predictions, labels[:2], OFFSETS[2], parameters)
 
 
+def with_an_empty_image(strong):
+    """Three images of four objects, one of them faint or not, and an empty one in which something as faint is seen."""
+    label = boxes((2, 12, 2, 12), (2, 12, 20, 30), (20, 30, 2, 12), (20, 30, 20, 30))
+    nothing = np.zeros_like(label)
+    affinity, foreground = perfect(label)
+    foreground = np.where(label == 4, 0.95 if strong else 0.55, foreground)
+    faint = boxes((8, 16, 8, 16))
+    empty = perfect(faint)[0], np.where(faint > 0, 0.55, 0.0)
+    return [(affinity, foreground)] * 3 + [empty], [label] * 3 + [nothing]
+
+
+@pytest.mark.parametrize(("strong", "threshold", "found"), [(True, 0.6, 0), (False, 0.5, 1)])
+@pytest.mark.parametrize("metric", ["aji", "pq", "f1_80"])
+def test_an_empty_image_counts_in_tuning_and_does_not_decide(strong, threshold, found, metric):
+    """What is found in it is avoided where that costs nothing; a quarter of the objects in the others is worth more."""
+    predictions, labels = with_an_empty_image(strong)
+    chosen, scores = tune(predictions, labels, OFFSETS[2], metric)
+    assert chosen["foreground_threshold"] == threshold
+    assert (scores[metric], scores["empty_images"], scores["false_objects"]) == (1, 1, found)
+    plain, without = tune(predictions[:3], labels[:3], OFFSETS[2], metric)
+    assert plain["foreground_threshold"] == 0.5
+    assert {key: scores[key] for key in without} == without, "the mean is over the others"
+
+
+def test_nothing_is_tuned_on_empty_images_alone():
+    predictions, labels = with_an_empty_image(True)
+    with pytest.raises(ValueError, match="none of the images has an object"):
+        tune(predictions[3:], labels[3:], OFFSETS[2])
+
+
 # --- Fragments, waterz and multicut ----------------------------------------------------------------------------------
 
 

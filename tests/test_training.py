@@ -729,6 +729,54 @@ def test_mala_learns_from_mala(make_spec, train_volume, volume_splits, tmp_path)
         assert all(0 <= v < math.inf for v in losses)
 
 
+def with_empty(folder, squares, filled, empty):
+    """Write a validation split with so many images with objects, and then so many without."""
+    shape = squares(0)[1].shape
+    samples = [io.Sample(f"s{k}", *squares(k)) for k in range(filled)]
+    samples += [io.Sample(f"e{k}", np.zeros((1, *shape), np.uint8), np.zeros(shape, np.uint32)) for k in range(empty)]
+    io.write_samples(folder / "val.h5", samples)
+    return folder / "val.h5"
+
+
+@pytest.mark.parametrize(
+    ("filled", "empty", "asked", "chosen"),
+    [
+        (5, 0, 3, "s0 s2 s4"),
+        (5, 1, 3, "s0 s4 e0"),  # a part of one is one
+        (4, 4, 4, "s0 s3 e0 e3"),
+        (1, 4, 3, "s0 e0 e3"),
+        (2, 9, 1, "s0"),  # one that says something about objects
+        (2, 1, 99, "s0 s1 e0"),
+    ],
+)
+def test_validation_while_training_sees_empty_images_too(filled, empty, asked, chosen, make_spec, squares, tmp_path):
+    path = with_empty(tmp_path, squares, filled, empty)
+    judge = training.Judge(make_spec(validate_images=asked), path, torch.device("cpu"))
+    assert " ".join(sample.id for sample in judge.some) == chosen
+
+
+def test_a_validation_split_of_empty_images_is_refused_before_any_training(make_spec, train, squares, tmp_path):
+    path = with_empty(tmp_path, squares, 0, 2)
+    with pytest.raises(io.DataError, match=r"val\.h5: no validation image has an object; move"):
+        train(make_spec(), tmp_path / "run", val=path)
+    assert_nothing_written(tmp_path / "run")
+
+
+def test_weights_that_find_objects_in_empty_images_are_not_the_best(make_spec, train, tmp_path, monkeypatch):
+    marks = iter([(0.9, 0.2, 7), (0.8, 0.0, 0), (0.85, 0.1, 2)])
+
+    def judge(self, network):
+        value, share, found = next(marks)
+        empty = {"empty_images": 1, "false_objects": found, "false_pixels": 10 * found, "false_share": share}
+        return {**dict.fromkeys(METRICS, 0.0), "aji": value, **empty}
+
+    monkeypatch.setattr(training.Judge, "__call__", judge)
+    train(make_spec(validate_every=2), tmp_path)
+    assert io.read_header(tmp_path / "weights.safetensors")["step"] == 4
+    assert [value for _, value in rows(tmp_path, "val", "aji")] == [0.9, 0.8, 0.85]
+    assert [value for _, value in rows(tmp_path, "val", "false_objects")] == [7, 0, 2]
+
+
 def test_the_sampler_gets_the_margin_and_the_border(make_spec, train, splits, teacher, tmp_path, monkeypatch):
     """The larger margin of student and teacher, per axis; the label is that of a student without a margin."""
     monkeypatch.setenv(io.PLUGINS, __name__)

@@ -114,7 +114,7 @@ def on_paper(tmp_path_factory) -> Path:
 def test_smoke_study_gives_tables_and_figures(smoke):
     results = smoke / "work" / "results" / "smoke"
     summary = (results / "summary.csv").read_text().splitlines()
-    assert summary[0] == "dataset,student,method,segmenter,metric,mean,std,n"
+    assert summary[0] == "dataset,student,method,segmenter,metric,mean,std,n,images"
     assert {tuple(line.split(",")[:4]) for line in summary[1:]} == {
         (dataset, network, method, segmenter)
         for dataset, (teacher, student) in NETWORKS.items()
@@ -200,8 +200,8 @@ def test_provenance_knows_the_runs_behind_every_number(smoke):
 CARRIERS = {"__init__", "compiled", "config", "data/__init__", "io", "limits", "progress", "registry", "schema"}
 # Imported by the code of these jobs, but not for what they make.
 UNUSED = {
-    "train_teacher": {"distill/bank", "inference", "metrics", "segmentation"},  # these judge
-    "train_student": {"distill/bank", "inference", "metrics", "segmentation"},  # a bank is listed where there is one
+    "train_teacher": {"distill/bank", "inference", "judge", "metrics", "scores"},  # these judge
+    "train_student": {"distill/bank", "inference", "judge", "metrics", "scores"},  # a bank is listed where there is one
     "draw_patches": {
         "distill/__init__",
         "inference",
@@ -211,8 +211,11 @@ UNUSED = {
     "ask_teacher": {"data/patches", "distill/bank", "inference", "native", "ops", "parallel"},  # patches are there
     "predict": {"native"},
     "profile": {"native"},
-    "segment": {"metrics"},  # for tuning
-    **{rule: {"metrics"} for rule in ("summarize", "provenance", *(f"figure_{name}" for name in FIGURES[VOLUMES]))},
+    "segment": {"metrics", "scores"},  # for tuning
+    **{
+        rule: {"metrics", "scores"}
+        for rule in ("summarize", "provenance", *(f"figure_{name}" for name in FIGURES[VOLUMES]))
+    },
 }
 
 

@@ -14,11 +14,12 @@ from gdlib.report import markup
 from gdlib.report.markup import Cell, Table
 from gdlib.report.provenance import commit, trained_on
 from gdlib.report.style import NONE, Titles, ablation_of, metric_title, named_teacher, title
-from gdlib.report.summary import compare, measured_on, read_metrics, read_profiles, require, summarise
+from gdlib.report.summary import compare, measured_on, one_metric, read_metrics, read_profiles, require, summarise
 from gdlib.report.tables import (
     Profiles,
     description,
     digits_of,
+    false_tables,
     gap_cell,
     gap_notes,
     metric_cells,
@@ -60,8 +61,9 @@ def paper_tables(
         paper: as `read_paper` returns it.
 
     Returns:
-        For every dataset its title and its table. Rows: the teacher, then for every student what the paper has (empty where we
-        have not run it) and our other methods but for ablations. Another teacher has rows of its own below.
+        For every dataset its title and its table, and one of images without objects if there are any. Rows: the teacher, then
+        for every student what the paper has (empty where we have not run it) and our other methods but for ablations. Another
+        teacher has rows of its own below.
     """
     paper = paper or read_paper()
     out = []
@@ -76,7 +78,8 @@ def paper_tables(
         costs = [p for (data, _), p in (profiles or {}).items() if data == dataset]
         facts += [f"costs measured on {measured_on(costs)}"] if costs else []
         table = _table(runs, main[dataset], known, titles, paper)
-        out.append((title(dataset, titles), [table._replace(caption="; ".join([*facts, f"code: {code}."]))]))
+        table = table._replace(caption="; ".join([*facts, f"code: {code}."]))
+        out.append((title(dataset, titles), [table, *false_tables(runs, titles)]))
     return out
 
 
@@ -90,7 +93,7 @@ def _table(runs: pd.DataFrame, main: str, known: str, titles: Titles, paper: Pap
         if v["dataset"] == known
     }
     rows, tests, name = summarise(runs), tests_of(runs), METRICS[main].title
-    paired = compare(runs[runs["metric"] == main]).set_index(["segmenter", "student", "method"])
+    paired = compare(one_metric(runs, main)).set_index(["segmenter", "student", "method"])
     digits = digits_of(rows, keys)
     header = ["network", "method", *(text for key in keys for text in (metric_title(key), "paper"))]
     header += [f"gap in {name} closed", "paper", *(f"p ({test})" for test in tests), "seeds"]

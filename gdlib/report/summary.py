@@ -1,7 +1,7 @@
 """Numbers behind every table and figure: means over images and seeds, and paired comparisons.
 
 A value of a run is its mean over images; `std` is the sample standard deviation of that over seeds, i.e. what another seed
-would change.
+would change. Means and tests are over images with objects; of the others, what was found in them is averaged (`gdlib.scores`).
 """
 
 import json
@@ -17,8 +17,9 @@ from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.metrics import METRICS
 from gdlib.report.style import NONE, ablation_of, named_teacher
+from gdlib.scores import FALSE
 
-SUMMARY_COLUMNS = ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n")
+SUMMARY_COLUMNS = ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n", "images")
 COMPARISON_COLUMNS = (
     *("dataset", "student", "method", "segmenter", "metric", "difference", "difference_std"),
     *("gap_closed", "gap_closed_std", "p_images", "p_images_holm", "p_seeds", "p_seeds_holm", "seeds", "images"),
@@ -34,13 +35,16 @@ def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
     """Read metrics files into one frame, in the order given.
 
     Raises:
-        gdlib.io.DataError: columns or values are missing, something occurs twice, or runs saw different images.
+        gdlib.io.DataError: columns or values are missing, something occurs twice, runs saw different images, or no image of
+            a dataset has objects.
     """
     frames = []
     for path in paths:
         # Only values can be missing: a sample may well be called "NA".
         frame = pd.read_csv(path, dtype={"sample": str}, keep_default_na=False, na_values={"value": ["", "nan"]})
         _check(path, frame, io.METRIC_COLUMNS)
+        if "objects" not in set(frame["metric"]):
+            raise io.DataError(f"{path}: it does not say how many objects the images have; evaluate this run again")
         frames.append(frame)
     if not frames:
         raise io.DataError("there are no metrics to report; give at least one file")
@@ -50,6 +54,8 @@ def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
         row = twice.iloc[0]
         raise io.DataError(f"two metrics files hold the same run: {_run_name(row)}/{row['segmenter']}; give each once")
     for dataset, block in metrics.groupby("dataset", sort=False):
+        if is_empty(block).all():
+            raise io.DataError(f"no test image of {dataset} has an object: nothing can be measured; change its splits")
         images, keys, segmenters = (block[column].nunique() for column in ("sample", "metric", "segmenter"))
         for _, run in block.groupby(["network", "method", "seed"], sort=False):
             if len(run) != images * keys * segmenters:
@@ -126,10 +132,35 @@ def require(metrics: pd.DataFrame, keys: Iterable[str]) -> None:
         )
 
 
+def is_empty(metrics: pd.DataFrame) -> pd.Series:
+    """Say of every row whether its image has no objects; where the metric `objects` is left out, all images have some."""
+    image = pd.MultiIndex.from_frame(metrics[[name for name in ("dataset", "split", "sample") if name in metrics]])
+    none = (metrics["metric"] == "objects") & (metrics["value"] == 0)
+    return pd.Series(image.isin(image[none]), index=metrics.index)
+
+
+def meant(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that means are over: metrics of images with objects, and what was found in the others."""
+    empty, metric = is_empty(metrics), metrics["metric"]
+    return metrics[(empty & metric.isin(FALSE)) | (~empty & metric.isin(METRICS))]
+
+
+def images_of(metrics: pd.DataFrame) -> tuple[int, int]:
+    """Return the numbers of images with objects and without."""
+    empty = is_empty(metrics)
+    return metrics[~empty]["sample"].nunique(), metrics[empty]["sample"].nunique()
+
+
+def one_metric(metrics: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Return the rows of one metric, and those that say which images have objects."""
+    return metrics[metrics["metric"].isin((key, "objects"))]
+
+
 def per_seed(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Average over images: one row per dataset, network, method, seed, segmenter and metric."""
+    """Average over images (`meant`): one row per dataset, network, method, seed, segmenter and metric; how many `images`."""
     keys = ["dataset", "network", "method", "seed", "segmenter", "metric"]
-    return metrics.groupby(keys, sort=False, as_index=False)["value"].mean()
+    groups = meant(metrics).groupby(keys, sort=False)["value"]
+    return groups.agg(value="mean", images="count").reset_index()
 
 
 def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -139,11 +170,13 @@ def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
         metrics: columns `io.METRIC_COLUMNS`.
 
     Returns:
-        Columns `SUMMARY_COLUMNS`: `std` is the sample standard deviation over the `n` seeds (NaN for one seed). The teacher is
-        a row like any other; `student` is then the teacher's network. Order of first appearance.
+        Columns `SUMMARY_COLUMNS`: `std` is the sample standard deviation over the `n` seeds (NaN for one seed), `images` the
+        number of those with objects or, for `scores.FALSE`, without. The teacher is a row like any other; `student` is then
+        the teacher's network. Order of first appearance.
     """
-    groups = per_seed(metrics).groupby(["dataset", "network", "method", "segmenter", "metric"], sort=False)["value"]
-    out = groups.agg(["mean", "std", "count"]).reset_index()
+    groups = per_seed(metrics).groupby(["dataset", "network", "method", "segmenter", "metric"], sort=False)
+    value = ("value", "mean"), ("value", "std"), ("value", "count"), ("images", "max")
+    out = groups.agg(**dict(zip(SUMMARY_COLUMNS[-4:], value, strict=True))).reset_index()
     out.columns = list(SUMMARY_COLUMNS)
     return out
 
@@ -245,6 +278,8 @@ def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
         the per-seed differences averaged over images; `..._holm` is corrected for the methods that are compared with the
         same student, those of an ablation among themselves.
     """
+    metrics = meant(metrics)
+    metrics = metrics[metrics["metric"].isin(METRICS)]
     teachers = metrics[metrics["method"] == TEACHER]
     first = teachers.groupby("dataset")["network"].first()
     goals = per_seed(teachers).groupby(["dataset", "network", "segmenter", "metric"])["value"].agg(list)

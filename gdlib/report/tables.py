@@ -16,8 +16,11 @@ from gdlib.report.style import NONE, Titles, ablation_of, metric_title, named_te
 from gdlib.report.summary import (
     NOISE,
     compare,
+    images_of,
     least_gap,
+    meant,
     measured_on,
+    one_metric,
     read_baselines,
     read_metrics,
     read_profiles,
@@ -25,6 +28,7 @@ from gdlib.report.summary import (
     require,
     summarise,
 )
+from gdlib.scores import FALSE
 
 NO_GAP = "¹"
 SIGNIFICANT = 0.05
@@ -46,14 +50,14 @@ def result_tables(
     """Lay out the tables of all datasets; `table_markdown` and `table_tex` say what the arguments are.
 
     Returns:
-        For every dataset its title and its tables: results, ablations, trivial baselines where there are any, and costs of the
-        networks where there are profiles.
+        For every dataset its title and its tables: results, what was found in images without objects where there are any,
+        ablations, trivial baselines where there are any, and costs of the networks where there are profiles.
     """
     out = []
     for dataset, runs in metrics.groupby("dataset", sort=False):
         shown, chief, training = (v[dataset] if isinstance(v, Mapping) else v for v in (keys, main, budget))
         require(runs, (*shown, chief))
-        tables = [_results(runs, chief, shown, titles, training, ablations or {})]
+        tables = [_results(runs, chief, shown, titles, training, ablations or {}), *false_tables(runs, titles)]
         for name in dict.fromkeys(filter(None, map(ablation_of, runs["method"].unique()))):
             if base := (ablations or {}).get(name):
                 tables.append(_ablation(runs, name, base, chief, shown, titles))
@@ -117,7 +121,7 @@ def p_cells(pair: pd.Series, tests: Iterable[str]) -> list[Cell]:
 def tests_of(runs: pd.DataFrame) -> list[str]:
     """Return which tests the runs allow: over `images`, over `seeds`, both or none."""
     students = runs[runs["method"] != TEACHER]
-    return [test for test, column in (("images", "sample"), ("seeds", "seed")) if students[column].nunique() > 1]
+    return [test for test, n in (("images", images_of(students)[0]), ("seeds", students["seed"].nunique())) if n > 1]
 
 
 def digits_of(rows: pd.DataFrame, keys: Iterable[str]) -> dict[str, int]:
@@ -127,8 +131,9 @@ def digits_of(rows: pd.DataFrame, keys: Iterable[str]) -> dict[str, int]:
 
 def description(runs: pd.DataFrame, titles: Titles, budget: str) -> str:
     """Say what runs on one dataset have in common: dataset, split, images, seeds, training."""
-    dataset, images = runs["dataset"].iloc[0], runs["sample"].nunique()
+    dataset, (images, empty) = runs["dataset"].iloc[0], images_of(runs)
     facts = [f"{title(dataset, titles)}, test split, {images} image{'s' * (images != 1)}"]
+    facts[0] += f" with objects and {empty} without" * bool(empty)
     for role, chosen in (("students", runs["method"] != TEACHER), ("teacher", runs["method"] == TEACHER)):
         if seeds := sorted(set(runs[chosen]["seed"])):
             role += "s" * (role == "teacher" and runs[chosen]["network"].nunique() > 1)
@@ -144,7 +149,7 @@ def notes_on(runs: pd.DataFrame, difference: str = "") -> list[str]:
         difference: its name and what it is, `Δ AJI: difference to ...`.
     """
     notes, tests = [], tests_of(runs) if difference else ()
-    images, blocks = runs["sample"].nunique(), runs["segmenter"].nunique()
+    (images, empty), blocks = images_of(runs), runs["segmenter"].nunique()
     seeds = runs[runs["method"] != TEACHER]["seed"].nunique()
     if blocks > 1:
         notes.append("Blocks of rows: what makes objects of the affinities; the networks are the same.")
@@ -155,6 +160,10 @@ def notes_on(runs: pd.DataFrame, difference: str = "") -> list[str]:
         notes.append("One seed: there is no standard deviation, and another seed may change the order.")
     if images == 1:
         notes.append("One image: there is no test over images, and another image may change the order.")
+    if empty:
+        notes.append(
+            "Means and tests are over the images with objects; what was found in the others has a table of its own."
+        )
     if difference:
         notes.append(f"{difference}, paired by seed.")
     name = difference.partition(":")[0]
@@ -183,7 +192,7 @@ def _results(
 ) -> Table:
     """Lay out the results on one dataset, one block of rows per segmenter; the values of an ablation are a block too."""
     rows, name = summarise(runs), METRICS[main].title
-    paired = compare(runs[runs["metric"] == main]).set_index(["segmenter", "student", "method"])
+    paired = compare(one_metric(runs, main)).set_index(["segmenter", "student", "method"])
     digits, tests = digits_of(rows, (*keys, main)), tests_of(runs)
     header = ["network", "method", *map(metric_title, keys), f"Δ {name}", "gap closed", *(f"p ({t})" for t in tests)]
     groups: list[list[list[Cell]]] = []
@@ -219,6 +228,37 @@ def _results(
     return Table(runs["dataset"].iloc[0], f"{description(runs, titles, budget)}.", header, groups, notes, names=2)
 
 
+def false_tables(runs: pd.DataFrame, titles: Titles) -> list[Table]:
+    """Lay out what every network found in the test images of one dataset that have no objects; no table if all have some."""
+    dataset, (_, empty) = runs["dataset"].iloc[0], images_of(runs)
+    if not empty:
+        return []
+    rows = summarise(runs)
+    rows = rows[rows["metric"].isin(FALSE)]
+    groups = []
+    blocks = rows.groupby("segmenter", sort=False)
+    for segmenter, block in blocks:
+        heading = [[Cell(title(segmenter, titles))]] if len(blocks) > 1 else []
+        for student, part in block.groupby("student", sort=False):
+            group: list[list[Cell]] = []
+            for method, found in part.groupby("method", sort=False):
+                numbers = [
+                    number(mean, std, 1)
+                    for mean, std in found.set_index("metric").loc[[*FALSE], ["mean", "std"]].values
+                ]
+                names = "" if group else title(student, titles), title(method, titles)
+                group.append([Cell(text) for text in (*names, *numbers)])
+            groups.append(heading + group)
+            heading = []
+    images = f"{empty} test image{'s' * (empty > 1)} of {title(dataset, titles)} without objects"
+    caption = (
+        f"What was found in the {images}; means over these images, and mean ± sample standard deviation over seeds."
+    )
+    return [
+        Table(f"{dataset}-empty", caption, ["network", "method", "objects ↓", "their pixels ↓"], groups, [], names=2)
+    ]
+
+
 def _own_teacher(runs: pd.DataFrame) -> str:
     return ", with the teacher that the method learned from" * any(map(named_teacher, runs["method"].unique()))
 
@@ -228,7 +268,7 @@ def _ablation(runs: pd.DataFrame, ablation: str, base: str, main: str, keys: Seq
     values = [method for method in runs["method"].unique() if ablation_of(method) == ablation]
     runs = runs[runs["method"].isin([NONE, base, *values])]
     rows, name, tests = summarise(runs), METRICS[main].title, tests_of(runs)
-    paired = compare(runs[(runs["metric"] == main) & (runs["method"] != NONE)], base)
+    paired = compare(one_metric(runs, main)[lambda rows: rows["method"] != NONE], base)
     paired = paired.set_index(["segmenter", "student", "method"])
     digits = digits_of(rows, (*keys, main))
     groups = []
@@ -258,6 +298,7 @@ def _baselines(
     runs: pd.DataFrame, trivial: pd.DataFrame, validation: pd.DataFrame, keys: Sequence[str], titles: Titles
 ) -> Table:
     """Lay out what needs no network beside what the teachers give, on the validation and test splits of one dataset."""
+    runs, trivial = meant(runs), meant(trivial)
     dataset, segmenters = runs["dataset"].iloc[0], runs["segmenter"].unique()
     networks = runs[runs["method"] == TEACHER]["network"].unique()
     teacher = pd.concat([validation.assign(split="val"), runs[runs["method"] == TEACHER].assign(split="test")])

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from gdlib import io
 from gdlib.metrics import METRICS, is_better
+from gdlib.scores import worth
 
 
 def write(
@@ -32,11 +33,15 @@ def write(
         for segmenter, scores in header["validation"].items():
             rows += [(*key, run["seed"], segmenter, metric, value) for metric, value in scores.items()]
         first = header["validation"][run["segmenters"][0]]
-        seen.setdefault(key, []).append(first[main[run["dataset"]]])
+        seen.setdefault(key, []).append(worth(first, main[run["dataset"]]))
     io.write_rows(csv, ("dataset", "network", "method", "seed", "segmenter", "metric", "value"), rows)
 
     means = {key: fmean(values) for key, values in seen.items()}
-    lines = ["Scores on the validation split, means over seeds; in bold the best of each row.", ""]
+    lines = [
+        "Scores on the validation split, less what was found in images without objects, means over seeds; in bold the best of "
+        "each row.",
+        "",
+    ]
     for dataset, network in dict.fromkeys(key[:2] for key in means):
         own = {method: value for (d, n, method), value in means.items() if (d, n) == (dataset, network)}
         metric = main[dataset]

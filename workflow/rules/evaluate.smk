@@ -5,7 +5,7 @@ rule evaluate:
     input:
         data=f"{DATA}/test.h5",
         segmentation=f"{SEGMENTED}/segmentation.h5",
-        code=code("metrics.py"),
+        code=code("metrics.py", "scores.py"),
     output:
         f"{SEGMENTED}/metrics.csv",
     log:
@@ -39,7 +39,7 @@ rule baselines:
     input:
         val=f"{DATA}/val.h5",
         test=f"{DATA}/test.h5",
-        code=code("baselines.py", "metrics.py"),
+        code=code("baselines.py", "metrics.py", "scores.py"),
     output:
         f"{RESULTS}/baselines/{{dataset}}.csv",
     log:
