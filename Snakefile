@@ -6,11 +6,18 @@ from pathlib import Path
 from snakemake.utils import min_version
 
 from gdlib.config import Config, ConfigError
+from gdlib.text import read_yaml
 
 min_version("9.20")
 
 
 ROOT = str(workflow.current_basedir)  # of this file, whoever includes it
+
+
+try:  # Snakemake takes the last of two equal keys and forgets the first
+    read_yaml(Path(ROOT) / "config.yaml", *workflow.configfiles)
+except (ValueError, OSError) as error:
+    sys.exit(f"{error}")
 
 
 configfile: Path(ROOT) / "config.yaml"

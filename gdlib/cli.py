@@ -102,6 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     models.set_defaults(function=_models)
 
+    check = commands.add_parser(
+        "check",
+        help="look for mistakes in a configuration",
+        description="Read a catalogue, and files that change it as `snakemake --configfile` takes them, and tell the first "
+        "mistake: what is no YAML, a key that is written twice, wrong names, values out of their range.",
+    )
+    check.add_argument("files", nargs="*", type=Path, metavar="FILE", help="your own, e.g. mycells.yaml")
+    check.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    check.set_defaults(function=_check)
+
     download = commands.add_parser(
         "download",
         help="fetch public data sets",
@@ -231,15 +241,17 @@ def _floor(normalisation: dict[str, Any]) -> str:
     return f", {' and '.join(f'{c:g}' for c in normalisation['contrast'])} times the noise or more"
 
 
-def _catalogue(path: Path) -> Any:
-    import yaml
-
+def _catalogue(*paths: Path) -> Any:
     from gdlib.config import Config
+    from gdlib.text import read_yaml
 
-    try:
-        return Config.parse(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from None
+    return Config.parse(read_yaml(*paths))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    config = _catalogue(arguments.config, *arguments.files)
+    runs = len(config.runs())
+    print(f"nothing is wrong; study {config.study}: {runs} trainings on {', '.join(config.selected.datasets)}")
 
 
 def _download(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from gdlib import registry
+from gdlib.limits import Offsets, Place
 from gdlib.mistakes import ConfigError, check_name, one_line, within
 from gdlib.parameters import check_offsets, checked
 from gdlib.schema import (
@@ -39,12 +40,13 @@ class Config(Section):
 
     study: str = Field(description="the study that is run")
     only: tuple[str, ...] = Field((), description="of the study's datasets these alone, a list or joined by commas")
-    raw_folders: tuple[str, ...] = Field(
+    raw_folders: tuple[Place, ...] = Field(
         ("raw",), min_length=1, description="where datasets are looked for, in this order; downloads go into the first"
     )
     download: bool = Field(
         False, description="fetch what the study lacks and may be downloaded; nothing is fetched unasked"
     )
+    offsets: dict[str, Offsets] = Field({}, description="offsets that datasets can name")
     studies: dict[str, Study] = Field(description="what can be run")
     datasets: dict[str, Dataset] = Field(description="what there is to learn from")
     teachers: dict[str, Network] = Field(description="large networks")
@@ -67,7 +69,7 @@ class Config(Section):
             ConfigError: one line that names the key and, for a wrong name, the nearest valid one.
         """
         try:
-            config = cls.model_validate(raw)
+            config = cls.model_validate(_with_offsets(raw))
             config._check_names()
             check_name("study", config.study, config.studies)
             for name in config.only:
@@ -364,6 +366,18 @@ class Config(Section):
                     f"{where}: no two pixels of a patch {list(patch)} are as far apart as {list(offset)}, an offset of dataset "
                     f'"{dataset}"; choose a larger patch, or leave out the offset'
                 )
+
+
+def _with_offsets(raw: Any) -> Any:
+    """Put the offsets of the catalogue where a dataset names some; whatever else is wrong is told later."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("datasets"), dict):
+        return raw
+    known, datasets = raw.get("offsets") or {}, dict(raw["datasets"])
+    for key, data in datasets.items():
+        if isinstance(data, dict) and isinstance(name := data.get("offsets"), str):
+            check_name(f"datasets.{key}.offsets", name, known)
+            datasets[key] = {**data, "offsets": known[name]}
+    return {**raw, "datasets": datasets}
 
 
 def _check_metrics(where: str, names: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from gdlib.data.files import HDF5_SUFFIXES, open_volume, split_h5_path
 from gdlib.limits import Count, Whole, checked
 from gdlib.parameters import chosen
 from gdlib.registry import nearest
+from gdlib.text import expanded
 
 Box = tuple[slice, ...]
 # By number of axes, pixels. Larger blocks cost fewer pixels twice, and more memory.
@@ -125,6 +126,7 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"config: {key} is missing; say --config input=volume.h5:dataset model=weights.safetensors out=folder"
             )
+    config = {**config, **{key: expanded(str(config[key])) for key in KEYS[:3]}}
     if split_h5_path(config["input"])[0].suffix.lower() not in HDF5_SUFFIXES:
         raise io.DataError(
             f"{config['input']}: blocks can be read from an HDF5 file alone; copy the image into one (see docs/volumes.md)"

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError, WrapValidator
 
+from gdlib.text import expanded
+
 
 @dataclass(frozen=True)
 class Range:
@@ -126,6 +128,7 @@ Threads = Annotated[int, Range("[1, 1024]")]
 Stride = Annotated[int, Range("[1, 1024]")]
 Once = AfterValidator(_once)  # no value of a list is there twice
 Offsets = Annotated[tuple[tuple[int, ...], ...], AfterValidator(_offsets)]
+Place = Annotated[str, AfterValidator(expanded)]  # of a file or folder
 # The smallest and the largest.
 FromTo = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
 CountFromTo = Annotated[tuple[Whole, Whole], AfterValidator(_rising)]

@@ -25,8 +25,10 @@ the file.
 
 `config.yaml` is a catalogue of what exists, and `studies`, named selections of it. `study` names the one that is run;
 `--config study=nuclei` names another. Instead of editing the file, a second one may say what differs: `snakemake
---cores all --configfile mine.yaml`. Both are merged key by key; a list replaces a list, and anchors (`&name`,
-`*name`) do not reach from one file into the other. On the command line, `--config` takes the keys of the first table
+--cores all --configfile mine.yaml`. Both are merged key by key; a list replaces a list. Anchors (`&name`, `*name`) do
+not reach from one file into the other, but offsets have names that do: `offsets: nuclei`. A key that is written twice
+in one file is an error, for YAML would forget the first; `gdlib check mine.yaml` tells the line of every such mistake,
+where Snakemake may only say that a file is no YAML. On the command line, `--config` takes the keys of the first table
 that are text or true/false; anything nested belongs in a file.
 
 An unknown key is an error that names the nearest valid one. Editors that read JSON schemas complete and check keys
@@ -35,7 +37,9 @@ file.
 
 A recipe is put together from `recipes`, then `recipe` of the dataset, then `teacher_recipe` or `student_recipe` of
 the study, then `recipes` of the study for that dataset, then `recipe` of the method: each changes only the keys it
-names, and the last one counts."""
+names, and the last one counts.
+
+`~` and environment variables are replaced in places of files and folders."""
 
 
 def json_schema() -> dict[str, Any]:
@@ -60,7 +64,9 @@ def json_schema() -> dict[str, Any]:
         "properties": by_role,
         "additionalProperties": False,
     }
-    # Short forms that validators accept.
+    # Short forms that are accepted.
+    offsets = parts["Dataset"]["properties"]["offsets"]
+    offsets["anyOf"] = [{key: offsets.pop(key) for key in ("type", "items", "minItems")}, {"type": "string"}]
     parts["Method"] = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Term"}}, parts["Method"]]}
     only = schema["properties"]["only"]
     only["anyOf"] = [{"type": "array", "items": only.pop("items")}, {"type": only.pop("type") and "string"}]

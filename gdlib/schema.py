@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from gdlib.limits import FromTo, NotAll, Offsets, Once, Seed
+from gdlib.limits import FromTo, NotAll, Offsets, Once, Place, Seed
 
 Segmenter = Literal["mutex_watershed", "waterz", "multicut", "mutex_watershed_masked"]
 AnyFloat = Annotated[float, AllowInfNan()]  # where a range says more
@@ -74,7 +74,7 @@ class Dataset(Section):
     title: str = Field("", description="name in tables and figures")
     source: str = Field(description="a file stem of gdlib/data/sources, or package.module:function")
     options: dict[str, Any] = Field({}, description="keyword arguments of the source")
-    folder: str | None = Field(None, description="below one of `raw_folders`; none for synthetic data")
+    folder: Place | None = Field(None, description="below one of `raw_folders`; none for synthetic data")
     download: tuple[RemoteFile, ...] = Field((), description="what together makes the content of the folder")
     by_hand: str = Field(
         "",
@@ -105,7 +105,7 @@ class Network(Section):
     title: str = Field("", description="name in tables and figures")
     model: str = Field(description="a file stem of gdlib/models, or package.module:Class")
     options: dict[str, Any] = Field({}, description="keyword arguments of the model")
-    weights: str | None = Field(None, description="trained weights of your own; then it is not trained")
+    weights: Place | None = Field(None, description="trained weights of your own; then it is not trained")
 
 
 class Term(Section):

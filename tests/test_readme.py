@@ -28,14 +28,10 @@ def project(tmp_path):
         (folder / path).write_text(text)
 
     def add(entry):
-        catalogue = yaml.safe_load((ROOT / "config.yaml").read_text())
-        offsets = catalogue["datasets"]["bbbc039"]["offsets"]
-        for section, more in yaml.safe_load(entry.replace("*nuclei_offsets", str(offsets))).items():
-            assert not more.keys() & catalogue[section].keys()
-            catalogue[section] |= more
-        for study in yaml.safe_load(entry.replace("*", ""))["studies"]:  # as said, but small
-            catalogue["studies"][study] |= {"teacher_recipe": FEW | {"steps": 4}, "student_recipe": FEW | {"steps": 2}}
-        (folder / "config.yaml").write_text(yaml.safe_dump(catalogue))
+        own = yaml.safe_load(entry)
+        for study in own["studies"].values():  # as said, but small
+            study |= {"teacher_recipe": FEW | {"steps": 4}, "student_recipe": FEW | {"steps": 2}}
+        (folder / "mycells.yaml").write_text(yaml.safe_dump(own))
         return folder
 
     return add
@@ -53,7 +49,9 @@ def test_a_dataset_a_student_and_a_loss_are_a_file_each_and_an_entry(project, sq
         image, label = squares(seed, shape=(64, 64))
         tifffile.imwrite(folder / "raw" / "pairs" / f"{name}.tif", image[0])
         tifffile.imwrite(folder / "raw" / "pairs" / f"{name}.cells.tif", label.astype(np.uint16))
-    result = snakemake(folder, folder, "--cores", "1", "--config", "study=mine")
+    result = snakemake(
+        folder, folder, "--cores", "1", "--configfile", folder / "mycells.yaml", "--config", "study=mine"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = (folder / "results" / "mine" / "summary.csv").read_text().splitlines()[1:]
     methods = [("resunet_w8", "teacher"), ("plain", "none"), ("plain", "cosine")]
@@ -70,6 +68,8 @@ def test_images_of_ones_own_in_two_folders(project, squares):
         tifffile.imwrite(folder / "raw" / "mycells" / "labels" / f"{seed}.tif", label.astype(np.uint16))
     weights = "results/mycells/runs/mycells/resunet_tiny/grd/seed0/weights.safetensors"
     assert weights in README
-    result = snakemake(folder, folder, "--cores", "1", "--config", "study=mycells", "--", weights)
+    command = "snakemake --cores all --configfile mycells.yaml --config study=mycells"
+    assert command in README
+    result = snakemake(folder, folder, *command.replace("all", "1").split()[1:], "--", weights)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (folder / weights).exists()

@@ -18,8 +18,10 @@ ROOT = os.path.dirname(workflow.basedir)
 sys.path.insert(0, ROOT)
 
 from gdlib.grid import options
+from gdlib.text import read_yaml
 
 try:
+    read_yaml(*workflow.configfiles)
     CHOSEN = options(config)
 except (ValueError, OSError) as error:
     sys.exit(f"{error}")
