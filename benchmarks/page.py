@@ -38,12 +38,22 @@ def write(found: dict[str, Any], target: Path) -> None:
         found: content of the JSON file.
         target: where the page goes, e.g. `docs/performance.md`.
     """
-    picture = draw(found["results"], target.parent / "figures" / target.stem)
+    picture = draw(found["results"], files(target)[1].with_suffix(""))
     parts = [introduction(found, target), f"![Ratios and growth of cost](figures/{picture.name})\n", targets(found)]
     for group in dict.fromkeys(result["group"] for result in found["results"]):
         chosen = [result for result in found["results"] if result["group"] == group]
         parts.append(f"## {TITLES[group]}\n\n" + (growth(chosen) if group == "scale" else cases(chosen)))
     io.write_text(target, "\n".join(parts))
+
+
+def files(target: Path) -> tuple[Path, Path]:
+    """Return what is written for a page: it, and its figure."""
+    return target, target.parent / "figures" / f"{target.stem}.png"
+
+
+def is_page(target: Path) -> bool:
+    """Was this page made here?"""
+    return target.is_file() and "\nMade by `gdlib bench page" in target.read_text(errors="replace")
 
 
 def introduction(found: dict[str, Any], target: Path) -> str:

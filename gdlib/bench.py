@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gdlib import __version__, io
+from gdlib import __version__, io, outputs
 from gdlib.limits import Threads, argument
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -280,11 +280,19 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--threads", type=argument(Threads), metavar="N", help="CPU threads (default: all)")
     bench.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go, or come from (page)")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="also write a page, e.g. docs/performance.md")
+    bench.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     bench.set_defaults(function=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     page = load("page")
+    target = arguments.markdown or (FOLDER.parent / "docs/performance.md" if arguments.group == "page" else None)
+    inputs = [arguments.json] if arguments.group == "page" else []
+    written = [] if inputs else [outputs.Output(arguments.json, outputs.has_keys("gdlib", "results"))]
+    written += (
+        [outputs.Output(path, lambda path: page.is_page(target)) for path in page.files(target)] if target else []
+    )
+    outputs.check(written, inputs, overwrite=arguments.overwrite, option="--json or --markdown")
     if arguments.group == "page":
         try:
             found = json.loads(arguments.json.read_text())
@@ -296,7 +304,6 @@ def _bench(arguments: argparse.Namespace) -> None:
         groups = GROUPS if arguments.group == "all" else (arguments.group,)
         found = measure(groups, arguments.size, arguments.device)
         io.write_text(arguments.json, json.dumps(found, indent=1) + "\n")
-    target = arguments.markdown or (FOLDER.parent / "docs/performance.md" if arguments.group == "page" else None)
     if target:
         page.write(found, target)
 

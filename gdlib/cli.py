@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gdlib import __version__, devices, io
+from gdlib import __version__, devices, io, outputs
 from gdlib.bench import add_bench
 from gdlib.limits import Count, argument
 from gdlib.parameters import main_segmenter
@@ -19,9 +19,9 @@ from gdlib.steps import add_steps
 from gdlib.tensorboard import add_tensorboard
 
 EXAMPLES = """examples:
-  gdlib segment images/ --model weights.safetensors --out labels/
-  gdlib segment volume.h5:volumes/raw --model weights.safetensors --out labels/
-  gdlib evaluate ground_truth/ labels/ --out scores.csv
+  gdlib segment images/ --model weights.safetensors --out found/
+  gdlib segment volume.h5:volumes/raw --model weights.safetensors --out found/
+  gdlib evaluate ground_truth/ found/ --out scores.csv
   gdlib info weights.safetensors
   gdlib models
   gdlib download bbbc039
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("segmentations", help="the same for what is to be judged")
     evaluate.add_argument("--out", type=Path, metavar="CSV", help="where to write (default: the screen)")
+    evaluate.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     evaluate.set_defaults(function=_evaluate)
 
     info = commands.add_parser(
@@ -161,6 +162,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from gdlib.data.axes import without_single_axes
     from gdlib.data.files import find_files, split_h5_path
+    from gdlib.metrics import METRICS
     from gdlib.scores import of_image
 
     def files(path: str) -> dict[str, Path | str]:
@@ -172,6 +174,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for name, path in labels.items():
         if name not in segmentations:
             raise io.DataError(f'{path}: there is no segmentation called "{name}" in {arguments.segmentations}; add it')
+    if arguments.out:
+        inputs = [split_h5_path(path)[0] for path in (*labels.values(), *segmentations.values())]
+        out = outputs.Output(arguments.out, outputs.has_columns("sample", *METRICS))
+        outputs.check([out], inputs, overwrite=arguments.overwrite)
     rows = []
     for name, path in labels.items():
         with _open_label(path) as label, _open_label(segmentations[name]) as segmentation:

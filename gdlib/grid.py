@@ -3,9 +3,10 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from gdlib import io
+from gdlib import io, outputs
 from gdlib.data.axes import kept_axes
 from gdlib.data.files import HDF5_SUFFIXES, open_volume, split_h5_path
 from gdlib.limits import Count, Whole, checked
@@ -139,6 +140,9 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
     sides = tuple(shape[axis] for axis in kept_axes(shape, wanted))
     if len(sides) != wanted or 0 in sides:
         raise io.DataError(f"{config['input']}: its shape is {shape}, but the network is for images with {ndim} axes")
+    mine = {"labels.h5": outputs.has_attributes("weights_sha256"), "plan.json": outputs.has_keys("weights_sha256")}
+    written = [outputs.Output(Path(config["out"], name), test) for name, test in mine.items()]
+    outputs.check(written, [file, config["model"]], overwrite=None, option="out")
     grid = Grid(
         sides[-ndim:],
         _sides("block", config.get("block", BLOCK[ndim]), ndim),

@@ -47,7 +47,11 @@ SPACE = {
     errno.EDQUOT: "free some space and run the same command again",
     errno.EFBIG: "allow larger files (ulimit -f) and run the same command again",
 }
-ACCESS = dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make its folder writable, or choose another one")
+ACCESS = {
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make its folder writable, or choose another one"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file stands where a folder is wanted: choose another one"),
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 class DataError(ValueError):
@@ -98,6 +102,14 @@ def writing(path: Path | str, causes: Iterable[int] = SPACE) -> Iterator[None]:
         raise
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Return a hidden name beside a path, with this ending and short enough for file systems."""
+    name = os.fsencode(path.name)
+    if len(name) > 254 - len(os.fsencode(ending)):
+        return path.with_name(f".{hashlib.sha256(name).hexdigest()}{ending}")
+    return path.with_name(f".{path.name}{ending}")
+
+
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path` and move it there only when the block ends without an error.
@@ -106,10 +118,10 @@ def atomic(path: Path | str) -> Iterator[Path]:
         WriteError: there is no space, or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    temporary = beside(path, f".{platform.node()}.{os.getpid()}.tmp")
     with writing(path, SPACE | ACCESS):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        _remove_leftovers(temporary)
         temporary.touch()
         temporary.unlink()
     try:
@@ -122,11 +134,11 @@ def atomic(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files for `path` whose writers were killed on this machine."""
-    for file in path.parent.glob(f".*.{platform.node()}.*.tmp"):
-        process = file.name.split(".")[-2]
-        if f".{path.name}." in file.name and process.isdecimal() and not _is_running(int(process)):
+def _remove_leftovers(temporary: Path) -> None:
+    """Remove files that are called like a temporary one, whose writers were killed on this machine."""
+    for file in temporary.parent.glob(".*.tmp"):
+        name, process, _ = file.name.rsplit(".", 2)
+        if name == temporary.name.rsplit(".", 2)[0] and process.isdecimal() and not _is_running(int(process)):
             file.unlink(missing_ok=True)
 
 

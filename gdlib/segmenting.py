@@ -3,14 +3,16 @@
 import argparse
 import contextlib
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gdlib import io
+from gdlib import io, outputs
 from gdlib.limits import Threads, argument, number, sides
 from gdlib.parameters import chosen
 from gdlib.steps import BLOCK_HELP
@@ -23,8 +25,9 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         help="find the objects in images",
         description="Segment images and volumes of any size with trained weights. Every image gives one file of the same name "
         "in the output folder, with 32-bit labels: 0 = background, 1, 2, ... = objects. PNG and TIFF give TIFF, which opens in "
-        "napari and Fiji; a dataset of an HDF5 file gives an HDF5 file with a dataset of the same name. A volume that was "
-        "stopped half-way goes on from there when the same command is given again.",
+        "napari and Fiji; a dataset of an HDF5 file gives a dataset of the same name in an HDF5 file, whose other datasets stay. "
+        "Labels that are there already are replaced if they were made of the same image by this command, others never "
+        "without --overwrite. A volume that was stopped half-way goes on from there when the same command is given again.",
     )
     segment.add_argument(
         "images",
@@ -57,7 +60,52 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         help="any other parameter of the segmenter, e.g. threshold=0.4 of waterz, beta=0.6 of multicut, stride=4 of "
         "mutex_watershed; may be repeated",
     )
+    segment.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     segment.set_defaults(function=_segment)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image and where its label goes.
+
+    Attributes:
+        path: as it was given.
+        file: without the name of a dataset.
+        dataset: of an HDF5 file, None of another one.
+        target: file of the label.
+    """
+
+    path: str
+    file: Path
+    dataset: str | None
+    target: Path
+
+    @classmethod
+    def of(cls, path: str, folder: Path) -> "_Job":
+        """Find out where the label of an image goes."""
+        from gdlib.data.files import open_volume, split_h5_path
+
+        file, dataset = split_h5_path(path)[0], None
+        if is_hdf5(path):
+            with open_volume(path) as volume:
+                dataset = volume.name.strip("/")
+        return cls(path, file, dataset, folder / f"{file.stem}{'.tif' if dataset is None else '.h5'}")
+
+    @property
+    def mark(self) -> str:
+        """What the label says of itself."""
+        return outputs.mark(self.file, self.dataset)
+
+    @property
+    def output(self) -> outputs.Output:
+        """The label, for a check."""
+        shown = f"{self.target}:{self.dataset}" if self.dataset else ""
+        return outputs.Output(self.target, outputs.has_mark(self.mark, self.dataset), shown)
+
+    def hidden(self, ending: str) -> Path:
+        """Return a hidden path beside the label, for what is not finished."""
+        dataset = f".{urllib.parse.quote(self.dataset, safe='')}" if self.dataset else ""
+        return io.beside(self.target.with_suffix(""), f"{dataset}.{ending}")
 
 
 def _parameter(text: str) -> tuple[str, float]:
@@ -69,7 +117,7 @@ def _parameter(text: str) -> tuple[str, float]:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from gdlib.data.files import find_files, split_h5_path
+    from gdlib.data.files import find_files
     from gdlib.inference import Predictor, assembled
     from gdlib.segmentation import segment
     from gdlib.streaming import file_identity, predict_blocks
@@ -77,46 +125,47 @@ def _segment(arguments: argparse.Namespace) -> None:
     paths: list[str] = []
     for path in arguments.images:
         paths += map(str, find_files(Path(path)).values()) if Path(path).is_dir() else [path]
-    files = [split_h5_path(path)[0] for path in paths]
-    names = [file.stem for file in files]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    jobs = [_Job.of(path, arguments.out) for path in paths]
+    places = [(job.target, job.dataset) for job in jobs]
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
         raise io.DataError(
-            f'two images are called "{twice}" and would be written to the same file; segment them separately'
+            f'two images are called "{twice[0].stem}" and would be written to the same file; segment them separately, each '
+            "with an --out of its own"
         )
+    inputs = [arguments.model, *(job.file for job in jobs)]
+    outputs.check([job.output for job in jobs], inputs, overwrite=arguments.overwrite)
     segmenter, parameters = _segmenter(arguments, io.read_header(arguments.model))
     options = {key: getattr(arguments, key) for key in ("device", "precision", "engine", "block")}
     predictor = Predictor.load(arguments.model, **options)
     weights = io.sha256(arguments.model)
 
-    def finish(path: str, partial: Path, prediction: Any, target: Path, place: tuple[str, dict] | None) -> None:
+    def finish(job: _Job, prediction: Any, attributes: dict[str, Any]) -> None:
         offsets = predictor.header["offsets"]
         label = segment(prediction.affinity, prediction.foreground, offsets, segmenter, **parameters)
-        _write_label(target, label, place)
-        partial.unlink(missing_ok=True)
-        print(f"{path}: {int(label.max())} objects")
+        outputs.check([job.output], inputs, overwrite=arguments.overwrite)  # people go on working in their folders
+        _write_label(job, label, attributes)
+        job.hidden("partial").unlink(missing_ok=True)
+        print(f"{job.path}: {int(label.max())} objects")
 
     with ThreadPoolExecutor(1) as other:  # finds the objects of an image while the network is at work on the next
         finishing: Future | None = None
-        for path, file in zip(paths, files, strict=True):
-            with _open_image(path, predictor.header["channels"]) as image:
-                target = _target(arguments.out, file, image)
-                partial = arguments.out / f".{file.stem}.partial"
+        for job in jobs:
+            with _open_image(job.path, predictor.header["channels"]) as image:
                 try:
                     source = predictor.source(image)
                     boxes = predictor.blocks(source.shape)
                     prediction = predictor.predict(source, boxes[0]) if len(boxes) == 1 else None
                 except io.DataError as error:
-                    raise io.DataError(f"{path}: {error}") from None
+                    raise io.DataError(f"{job.path}: {error}") from None
                 if prediction is None:
-                    blocks = predict_blocks(
-                        predictor, {path: source}, partial, f"{weights} {file_identity(file)} {path}"
-                    )
+                    identity = f"{weights} {file_identity(job.file)} {job.path}"
+                    blocks = predict_blocks(predictor, {job.path: source}, job.hidden("partial"), identity)
                     prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
-                place = _place(image)
+                attributes = _where(image)
             if finishing is not None:
                 finishing.result()
-            finishing = other.submit(finish, path, partial, prediction, target, place)
+            finishing = other.submit(finish, job, prediction, attributes)
         if finishing is not None:
             finishing.result()
 
@@ -155,33 +204,19 @@ def is_hdf5(path: Path | str) -> bool:
     return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
 
 
-def _target(folder: Path, file: Path, image: Any) -> Path:
-    """Return where the label of an image goes; never over the image itself."""
-    import h5py
-
-    target = folder / f"{file.stem}{'.h5' if isinstance(image, h5py.Dataset) else '.tif'}"
-    if target.resolve() == file.resolve():
-        raise io.DataError(f"{file}: its label would be written over it; choose another folder for --out")
-    return target
+def _where(image: Any) -> dict[str, Any]:
+    """Return the attributes of an HDF5 dataset that say where its voxels are."""
+    attributes = {} if isinstance(image, np.ndarray) else dict(image.attrs)
+    return {key: value for key, value in attributes.items() if key in ("resolution", "offset", "element_size_um")}
 
 
-def _place(image: Any) -> tuple[str, dict[str, Any]] | None:
-    """Name and attributes of the label of an HDF5 dataset: where its voxels are."""
-    if isinstance(image, np.ndarray):
-        return None
-    return image.name.strip("/"), {
-        k: v for k, v in image.attrs.items() if k in ("resolution", "offset", "element_size_um")
-    }
-
-
-def _write_label(target: Path, label: np.ndarray, place: tuple[str, dict[str, Any]] | None) -> None:
+def _write_label(job: _Job, label: np.ndarray, attributes: dict[str, Any]) -> None:
     import tifffile
 
-    if place is None:
-        with io.atomic(target) as temporary:
-            tifffile.imwrite(temporary, label, compression="zlib", photometric="minisblack")
+    if job.dataset is None:
+        with io.atomic(job.target) as temporary:
+            tifffile.imwrite(temporary, label, compression="zlib", photometric="minisblack", software=job.mark)
         return
-    name, attributes = place
-    with io.create_h5(target) as file:
-        io.put(file, name, label, io.BLOCK if label.ndim == 3 else None)
-        file[name].attrs.update(attributes)
+    with outputs.added_h5(job.target) as file:
+        io.put(file, job.dataset, label, io.BLOCK if label.ndim == 3 else None)
+        file[job.dataset].attrs.update(attributes | {outputs.SOFTWARE: job.mark})

@@ -3,15 +3,18 @@
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gdlib import io, process
+from gdlib import io, outputs, process
 from gdlib.limits import Count, Positive, Threads, Whole, argument, sides
 from gdlib.mistakes import within
+from gdlib.outputs import has_attributes, has_columns, has_keys, is_weights
 from gdlib.parameters import checked, is_masked
 from gdlib.volume_steps import add_volume_steps
 
+BASELINE_COLUMNS = ("dataset", "split", "baseline", "sample", "metric", "value")
 INTERRUPTED = 75  # exit status of a training that was told to stop and can be resumed (EX_TEMPFAIL)
 BLOCK_HELP = (
     "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster where there is memory for "
@@ -28,11 +31,28 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     )
     steps = step.add_subparsers(required=True, metavar="STEP")
 
-    def add(name: str, function, help: str, /, **arguments: dict) -> None:
+    def add(name: str, function, help: str, own: dict[str, Callable[[Path], bool]], /, **arguments: dict) -> None:
+        """Add a step; `own` has the arguments that are outputs, and whether a file that is there is one of this step."""
+
+        def run(parsed: argparse.Namespace) -> None:
+            from gdlib.data.files import split_h5_path
+
+            values = [getattr(parsed, key) for key in arguments if key not in own]
+            read = [one for value in values for one in (value if isinstance(value, list) else [value])]
+            outputs.check(
+                [outputs.Output(getattr(parsed, key), test) for key, test in own.items()],
+                [split_h5_path(one)[0] for one in read if isinstance(one, str | Path)],
+                overwrite=parsed.overwrite,
+                option=" or ".join(f"--{key}" for key in own),
+            )
+            function(parsed)
+
         parser = steps.add_parser(name, help=help, description=help)
         for key, options in arguments.items():
             parser.add_argument(f"--{key.replace('_', '-')}", **options)
-        parser.set_defaults(function=function)
+        if own:
+            parser.add_argument("--overwrite", action="store_true", help=outputs.HELP)
+        parser.set_defaults(function=run if own else function)
 
     file = {"type": Path, "required": True, "metavar": "FILE"}
     text = {"required": True, "metavar": "JSON", "type": argument(dict[str, Any])}
@@ -49,30 +69,36 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     }
     add(
         "download", _download, "Download the files of a dataset, all or none.",
+        {},
         files=rows, folder={"type": Path, "required": True, "metavar": "DIR"},
     )  # fmt: skip
     add(
         "prepare", _prepare, "Check the images of a dataset and write its train, val and test samples.",
+        dict.fromkeys(("train", "val", "test"), has_attributes("split", "sha256")),
         dataset=text, root={"type": Path, "metavar": "DIR"}, train=file, val=file, test=file,
     )  # fmt: skip
     add(
         "draw", _draw, "Draw augmented patches for all students of one seed.",
+        {"out": has_attributes("drawing", "batches")},
         drawing=text, margin=numbers, networks=rows, train=file, out=file,
         batches={"type": argument(Count), "required": True, "metavar": "N"},
     )  # fmt: skip
     add(
         "teach", _teach, "Ask a teacher once about drawn patches.",
+        {"out": has_attributes("teacher")},
         teacher=file, patches=file, out=file, level={"metavar": "NAME", "help": "a feature map"},
         precision={"default": "auto"}, threads=threads, device=device,
     )  # fmt: skip
     add(
         "train", _train, "Train a teacher or a student.",
+        {"weights": is_weights, "last": is_weights, "history": has_columns(*io.HISTORY_COLUMNS)},
         spec=text, train=file, val=file, teacher=maybe, patches=maybe, taught=many, weights=file, last=file, history=file,
         state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
         max_seconds={"type": argument(Positive), "default": math.inf, "metavar": "S", "help": "stop, resumable, after this time"},
     )  # fmt: skip
     add(
         "predict", _predict, "Predict affinities and foreground of a split.",
+        {"out": has_attributes("weights_sha256", "kept")},
         weights=file, data=file, out=file, threads=threads, device=device,
         keep_embeddings={"type": argument(Whole), "metavar": "N", "default": 0},
         block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP},
@@ -80,20 +106,24 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add(
         "segment", _segment, "Turn predictions into instances.",
+        {"out": has_attributes("weights_sha256", "segmenter")},
         predictions=file, out=file, segmenter=segmenter, override={**text, "required": False, "default": {}},
         data={"type": Path, "metavar": "FILE", "help": "samples, for a segmenter that needs the true foreground"},
         threads=threads,
     )  # fmt: skip
     add(
         "evaluate", _evaluate, "Compute every metric of a split.",
+        {"out": has_columns(*io.METRIC_COLUMNS)},
         data=file, segmentation=file, out=file, run=text, segmenter=segmenter,
     )  # fmt: skip
     add(
         "baselines", _baselines, "Compute every metric of segmentations that need no network.",
+        {"out": has_columns(*BASELINE_COLUMNS)},
         dataset={"required": True, "metavar": "NAME"}, val=file, test=file, out=file,
     )  # fmt: skip
     add(
         "profile", _profile, "Measure parameters, operations, latency and memory of a network.",
+        {"out": has_keys("macs", "latency_ms")},
         spec=text, data=file, out=file, threads=threads, device=device,
     )  # fmt: skip
     add_volume_steps(add)
@@ -239,7 +269,7 @@ def _baselines(arguments: argparse.Namespace) -> None:
     rows = []
     for split in ("val", "test"):
         rows += [(arguments.dataset, split, *row) for row in evaluate_baselines(getattr(arguments, split))]
-    io.write_rows(arguments.out, ("dataset", "split", "baseline", "sample", "metric", "value"), rows)
+    io.write_rows(arguments.out, BASELINE_COLUMNS, rows)
 
 
 def _profile(arguments: argparse.Namespace) -> None:

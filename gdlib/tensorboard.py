@@ -67,6 +67,8 @@ def write(folder: Path, out: Path) -> int:
     for name, rows in histories(folder):
         path, content = out / name / EVENTS, events(rows)
         known = path.read_bytes() if path.exists() else b""
+        if not known.startswith(events([])[: len(known)]):
+            raise io.DataError(f"{path}: it is there already, and not from this command; choose another --out")
         if known and content.startswith(known):
             with open(path, "ab") as file:
                 file.write(content[len(known) :])

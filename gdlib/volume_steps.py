@@ -6,14 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gdlib import io
 from gdlib.limits import Count, Threads, Whole, argument, sides
+from gdlib.outputs import has_attributes, has_keys
+
+OF_A_BLOCK = has_attributes("made_for")
 
 
 def add_volume_steps(add: Callable[..., None]) -> None:
     """Add them to `gdlib step`.
 
     Args:
-        add: takes the name of a command, its function, help, and its arguments by keyword.
+        add: takes the name of a command, its function, help, its outputs, and its arguments by keyword.
     """
     file = {"type": Path, "required": True, "metavar": "FILE"}
     folder = {"type": Path, "required": True, "metavar": "DIR"}
@@ -21,20 +25,23 @@ def add_volume_steps(add: Callable[..., None]) -> None:
     text = {"type": argument(dict[str, Any]), "required": True, "metavar": "JSON"}
     block = {**text, "type": argument(tuple[Count, ...])}
     overlap = {**text, "type": argument(tuple[Whole, ...])}
-    plan = {"type": _read_plan, "required": True, "metavar": "FILE", "help": "plan.json"}
+    plan = {**file, "help": "plan.json"}
 
-    def command(step: str, function: str, help: str, /, **arguments: dict) -> None:
+    def command(step: str, function: str, help: str, /, own: Callable = OF_A_BLOCK, **arguments: dict) -> None:
         def run(parsed: argparse.Namespace) -> None:
             from gdlib import blockwise
 
             given = {key: getattr(parsed, key) for key in arguments if key != "threads"}
+            if "plan" in given:
+                given["plan"] = _read_plan(given["plan"])
             if (result := getattr(blockwise, function)(**given)) is not None:
                 print(f"{result} objects")
 
-        add(step, run, help, **arguments)
+        add(step, run, help, {"out": own}, **arguments)
 
     command(
         "plan-volume", "plan", "Blocks: find what all blocks of a volume have in common.",
+        has_keys("weights_sha256", "range"),
         image={"required": True, "metavar": "FILE"}, weights=file, out=file, block=block,
         segmenter={"required": True, "metavar": "NAME"},
     )  # fmt: skip
@@ -61,13 +68,13 @@ def add_volume_steps(add: Callable[..., None]) -> None:
         plan=plan, name=name, segments=folder, numbers=file, out=file, overlap=overlap,
     )  # fmt: skip
     command(
-        "join-blocks", "join", "Blocks: put all blocks into one file.",
+        "join-blocks", "join", "Blocks: put all blocks into one file.", has_attributes("weights_sha256", "range"),
         plan=plan, labels=folder, out=file, about={**text, "required": False, "default": {}},
     )  # fmt: skip
 
 
-def _read_plan(path: str) -> dict[str, Any]:
+def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: not a readable plan ({error}); make it again") from None
+        raise io.DataError(f"{path}: not a readable plan ({error}); make it again") from None

@@ -30,6 +30,7 @@ ALLOWED = {
     "gdlib.devices": "",
     "gdlib.process": "",
     "gdlib.io": "",
+    "gdlib.outputs": "gdlib gdlib.io",
     "gdlib.metrics": "",
     "gdlib.scores": "gdlib.metrics",
     "gdlib.ops": "gdlib.native",
@@ -71,8 +72,8 @@ ALLOWED = {
     "gdlib.engine": "",
     "gdlib.inference": "gdlib.io gdlib.ops gdlib.engine gdlib.models gdlib.data.axes gdlib.data.intensity",
     "gdlib.streaming": "gdlib.progress gdlib.io gdlib.inference",
-    "gdlib.grid": "gdlib.text gdlib.data.axes gdlib.limits gdlib.io gdlib.registry gdlib.parameters gdlib.data.files",
-    "gdlib.volume_steps": "gdlib.limits gdlib.blockwise",
+    "gdlib.grid": "gdlib.outputs gdlib.text gdlib.data.axes gdlib.limits gdlib.io gdlib.registry gdlib.parameters gdlib.data.files",
+    "gdlib.volume_steps": "gdlib.io gdlib.outputs gdlib.limits gdlib.blockwise",
     "gdlib.blockwise": "gdlib gdlib.io gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
     "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.scores gdlib.judge gdlib.models "
@@ -85,7 +86,7 @@ ALLOWED = {
     "gdlib.reference": "gdlib.limits gdlib.registry gdlib.config gdlib.metrics gdlib.parameters",
     "gdlib.tensorboard": "gdlib.io gdlib.limits",
     "gdlib.progress": "",
-    "gdlib.bench": "gdlib gdlib.limits gdlib.io gdlib.inference",
+    "gdlib.bench": "gdlib gdlib.limits gdlib.io gdlib.outputs gdlib.inference",
     "gdlib.segmenting": "*",
     "gdlib.steps": "*",
     "gdlib.cli": "*",
@@ -93,7 +94,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|outputs|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
     r"|data|data\.(axes|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 

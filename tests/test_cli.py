@@ -341,7 +341,7 @@ def test_a_volume_that_was_stopped_goes_on(volume_model, volume, volume_by_hand,
     monkeypatch.setattr(Predictor, "predict", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(*command)
-    assert [item.name for item in out.iterdir()] == [".brain.partial"]
+    assert [item.name for item in out.iterdir()] == [".brain.volumes%2Fraw.partial"]
     done.clear()
     monkeypatch.setattr(Predictor, "predict", lambda self, *args: done.append(args) or predict(self, *args))
     run(*command)
