@@ -72,7 +72,8 @@ ALLOWED = {
     "gdlib.engine": "",
     "gdlib.inference": "gdlib.io gdlib.ops gdlib.engine gdlib.models gdlib.data.axes gdlib.data.intensity",
     "gdlib.streaming": "gdlib.progress gdlib.io gdlib.inference",
-    "gdlib.grid": "gdlib.outputs gdlib.text gdlib.data.axes gdlib.limits gdlib.io gdlib.registry gdlib.parameters gdlib.data.files",
+    "gdlib.grid": "gdlib.outputs gdlib.text gdlib.data.axes gdlib.limits gdlib.io gdlib.registry gdlib.parameters "
+    "gdlib.data.files",
     "gdlib.volume_steps": "gdlib.io gdlib.outputs gdlib.limits gdlib.blockwise",
     "gdlib.blockwise": "gdlib gdlib.io gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
