@@ -161,7 +161,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import csv
 
     from gdlib.data.axes import without_single_axes
-    from gdlib.data.files import find_files, split_h5_path
+    from gdlib.data.files import find_files, spelt, split_h5_path
     from gdlib.metrics import METRICS
     from gdlib.scores import of_image
 
@@ -173,7 +173,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         segmentations = dict(zip(labels, segmentations.values(), strict=True))
     for name, path in labels.items():
         if name not in segmentations:
-            raise io.DataError(f'{path}: there is no segmentation called "{name}" in {arguments.segmentations}; add it')
+            hint = spelt(name, segmentations)
+            raise io.DataError(
+                f'{path}: there is no segmentation called "{name}" in {arguments.segmentations}{hint}; add it'
+            )
     if arguments.out:
         inputs = [split_h5_path(path)[0] for path in (*labels.values(), *segmentations.values())]
         out = outputs.Output(arguments.out, outputs.has_columns("sample", *METRICS))

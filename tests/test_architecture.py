@@ -63,7 +63,7 @@ ALLOWED = {
     "gdlib.data.axes": "",
     "gdlib.data.decoders": "",
     "gdlib.data.tiff": "gdlib.io gdlib.data.decoders",
-    "gdlib.data.files": "gdlib.io gdlib.registry gdlib.data.tiff",
+    "gdlib.data.files": "gdlib.text gdlib.io gdlib.registry gdlib.data.tiff",
     "gdlib.data.sense": "gdlib.io",
     "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data gdlib.data.axes gdlib.data.files gdlib.data.sense",
     "gdlib.data.download": "gdlib gdlib.io gdlib.schema",

@@ -1,5 +1,6 @@
 """The data sources: phantoms, folder, BBBC039, DSB2018, AC3/AC4, CREMI."""
 
+import itertools
 import os
 import sys
 import time
@@ -168,6 +169,110 @@ def test_folder_split_lists(tmp_path):
     (tmp_path / "val.txt").unlink()
     with pytest.raises(DataError, match=r"val.txt: the split list is missing"):
         folder(tmp_path)
+
+
+NFC, NFD = "zelle_\u00e9", "zelle_e\u0301"  # é as one character and as two
+LISTS = {"train": "c\nd\n", "val": "b.tif", "test": "a"}
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        str.encode,
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
+        lambda text: text.replace("a", "A.TIF").replace("A", "a").encode(),
+    ],
+)
+def test_folder_split_lists_of_any_editor(tmp_path, encode):
+    _folder(tmp_path)
+    for split, names in LISTS.items():
+        (tmp_path / f"{split}.txt").write_bytes(encode(names))
+    ids = {split: [sample.id for sample in samples] for split, samples in folder(tmp_path).items()}
+    assert ids == {"train": ["c", "d"], "val": ["b"], "test": ["a"]}
+
+
+@pytest.mark.parametrize(("listed", "image", "label"), list(itertools.product([NFC, NFD], repeat=3)))
+def test_folder_names_that_look_the_same_are_the_same(tmp_path, listed, image, label):
+    _folder(tmp_path)
+    for part, name in (("images", image), ("labels", label)):
+        (tmp_path / part / "d.tif").rename(tmp_path / part / f"{name}.tif")
+    for split, names in LISTS.items():
+        (tmp_path / f"{split}.txt").write_text(names.replace("d", listed))
+    assert [sample.id for sample in folder(tmp_path)["train"]] == ["c", NFC]
+    for split in LISTS:
+        (tmp_path / f"{split}.txt").unlink()
+    settled = {split: [sample.id for sample in samples] for split, samples in folder(tmp_path).items()}
+    assert sorted(itertools.chain(*settled.values())) == ["a", "b", "c", NFC]
+
+
+def _rename(part, old, new):
+    return lambda root: (root / part / old).rename(root / part / new)
+
+
+def _lists(**changes):
+    def write(root):
+        for split, names in (LISTS | changes).items():
+            (root / f"{split}.txt").write_bytes(names if isinstance(names, bytes) else names.encode())
+
+    return write
+
+
+# What is done to a good folder, and what the sentence says of it.
+NAMES = {
+    "a list in Latin-1": (_lists(train="c\nzelle_\u00e9\n".encode("latin-1")), ["train.txt, line 2", "UTF-8"]),
+    "a list in UTF-16 without a mark": (_lists(val="b\n".encode("utf-16-le")), ["val.txt", "save the file as UTF-8"]),
+    "capitals on a list": (_lists(val="B"), ['val.txt: there is no image "B" (there is "b"; capitals count)']),
+    "capitals of a label": (_rename("labels", "b.tif", "B.tif"), ['b.tif: this image has no label (there is "B"']),
+    "capitals of an image": (
+        lambda root: (_rename("images", "b.tif", "a2.tif")(root), _rename("labels", "b.tif", "A2.tif")(root)),
+        ['a2.tif: this image has no label (there is "A2"'],
+    ),
+    "capitals of a list's name": (
+        lambda root: (_lists()(root), _rename(".", "val.txt", "Val.TXT")(root)),
+        ["Val.TXT", "called train.txt, val.txt, test.txt"],
+    ),
+    "two names that look the same": (
+        lambda root: [
+            tifffile.imwrite(root / "images" / f"{name}.tif", np.ones((8, 8), np.uint8)) for name in (NFC, NFD)
+        ],
+        ["the name without its ending is also that of"],
+    ),
+    "a name that is no text": (
+        lambda root: os.rename(root / "images/b.tif", os.fsencode(root / "images") + b"/b\xff.tif"),
+        ["is no UTF-8 text", "rename it"],
+    ),
+    "a folder of JPEGs": (
+        lambda root: [path.rename(path.with_suffix(".jpg")) for path in (root / "images").glob("?.tif")],
+        [
+            "images: there is no PNG, TIFF or HDF5 file in this folder, but a.jpg, b.jpg, c.jpg, d.jpg; save images as one"
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_folder_names_that_do_not_match_are_one_sentence(tmp_path, what):
+    change, words = NAMES[what]
+    change(_folder(tmp_path))
+    with pytest.raises(DataError) as error:
+        folder(tmp_path)
+    assert "\n" not in str(error.value)
+    assert [word for word in words if word not in str(error.value)] == [], error.value
+
+
+def test_folder_says_which_files_it_does_not_read(tmp_path, capsys):
+    _folder(tmp_path)
+    folder(tmp_path)
+    assert capsys.readouterr().err == ""
+    for name in ("x.jpg", "y.CZI", "notes.txt", "Thumbs.db", ".z.jpg", *(f"{k}.bmp" for k in range(4))):
+        (tmp_path / "images" / name).write_text("")
+    (tmp_path / "images" / "more").mkdir()
+    folder(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = "images: not read: 0.bmp, 1.bmp, 2.bmp, 3.bmp, more and 2 more; save images as PNG, TIFF or HDF5"
+    assert line == f"warning: {tmp_path}/{expected}"
 
 
 # --- BBBC039 and DSB2018 ---------------------------------------------------------------------------------------------

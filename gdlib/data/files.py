@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from PIL import Image
 from gdlib.data.tiff import read_tiff
 from gdlib.io import DataError, Sample, check_inside
 from gdlib.registry import nearest
+from gdlib.text import read_text
 
 HDF5_SUFFIXES = (".h5", ".hdf", ".hdf5")
 SUFFIXES = (".png", ".tif", ".tiff", *HDF5_SUFFIXES)
+BESIDE = (".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".pdf", ".log", ".ini", ".db")  # no images
 SPLITS = ("train", "val", "test")
 OVERLAPS = ("ignore", "first", "last")
 Splits = dict[str, Iterator[Sample]]
@@ -32,17 +36,46 @@ def existing_folder(path: Path | str | None) -> Path:
 
 
 def find_files(folder: Path) -> dict[str, Path]:
-    """Return stem -> path of the PNG, TIFF and HDF5 files of a folder, sorted by stem; hidden files are left out."""
+    """Return name -> path of the PNG, TIFF and HDF5 files of a folder, sorted by name; hidden files are left out.
+
+    The name is that of the file without its ending, in composed characters, as most systems write it. What is no such file, and
+    no text beside the images, is told on stderr.
+    """
     found: dict[str, Path] = {}
+    others = []
     for path in sorted(existing_folder(folder).iterdir()):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        if path.name.startswith("."):
             continue
-        if path.stem in found:
-            raise DataError(f"{path}: the name without its ending is also that of {found[path.stem].name}; rename one")
-        found[path.stem] = path
+        if path.suffix.lower() not in SUFFIXES:
+            others += [path.name] if path.suffix.lower() not in BESIDE else []
+            continue
+        if any("\ud800" <= character <= "\udfff" for character in path.name):
+            raise DataError(f"{str(path)!a}: its name is no UTF-8 text, and could be written nowhere; rename it")
+        if (name := composed(path.stem)) in found:
+            raise DataError(f"{path}: the name without its ending is also that of {found[name].name}; rename one")
+        found[name] = path
+    listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not found:
-        raise DataError(f"{folder}: there is no PNG, TIFF or HDF5 file in this folder; put the images there")
+        inside = f", but {listed}; save images as one of these" if others else "; put the images there"
+        raise DataError(f"{folder}: there is no PNG, TIFF or HDF5 file in this folder{inside}")
+    if others:
+        print(f"warning: {folder}: not read: {listed}; save images as PNG, TIFF or HDF5", file=sys.stderr)
     return dict(sorted(found.items()))
+
+
+def composed(name: str) -> str:
+    """Return a name in composed characters: "é" may be one character, or two, and looks the same."""
+    return unicodedata.normalize("NFC", name)
+
+
+def spelt(name: str, names: Iterable[str]) -> str:
+    """Return a hint, or nothing, on a name among others that differs in capitals only.
+
+    >>> spelt("A01", ["a01", "a02"])
+    ' (there is "a01"; capitals count)'
+    """
+    other = next((other for other in names if other.casefold() == name.casefold()), None)
+    return f' (there is "{other}"; capitals count)' if other else ""
 
 
 def read_image(path: Path | str, channels: int = 1, dataset: str | None = None) -> np.ndarray:
@@ -291,7 +324,11 @@ def read_list(path: Path) -> list[str]:
     """Return the names in a text file, one per line, without the ending of an image file."""
     if not path.is_file():
         raise DataError(f"{path}: the split list is missing; add it, one name per line, or choose another split")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    names = [composed(line.strip()) for line in text.splitlines() if line.strip()]
     return [name.rpartition(".")[0] if name.lower().endswith(SUFFIXES) else name for name in names]
 
 

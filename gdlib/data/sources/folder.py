@@ -1,15 +1,15 @@
 """Own data: a folder with `images/` and `labels/`, PNG, TIFF or HDF5, one label file per image file and of equal name.
 
 A label file holds one integer per pixel: 0 = background, any other number = one instance; masks and classes can be split
-into their regions. The endings may differ:
-`a.png` goes with `a.tif`. Grey and colour images, 2D or 3D; axes in the order z, y, x. The voxel size is the attribute
-`resolution` (nm) or `element_size_um` of the arrays of an HDF5 file, or an option.
+into their regions. The endings may differ, `a.png` goes with `a.tif`; capitals count, but not how an accent is stored.
+Grey and colour images, 2D or 3D; axes in the order z, y, x. The voxel size is the attribute `resolution` (nm) or
+`element_size_um` of the arrays of an HDF5 file, or an option. Files of other kinds are listed as not read.
 
-Splits: if `train.txt`, `val.txt` and `test.txt` lie beside the two folders, they say which images (one name per line)
-go where, and an image on no list is left out. Otherwise the SHA-256 of its name puts each image at a place between 0
-and 1: below `test_fraction` is test, the next `val_fraction` is val, the rest train. An image never moves because
-others are added or removed. The one exception is for very few images: a split that would stay empty borrows, from the
-largest split, the image whose place is nearest to its own range, until an image of its own arrives.
+Splits: if `train.txt`, `val.txt` and `test.txt` lie beside the two folders, they say which images (one name per line, in
+UTF-8, or UTF-16 with a mark) go where, and an image on no list is left out. Otherwise the SHA-256 of its name puts each
+image at a place between 0 and 1: below `test_fraction` is test, the next `val_fraction` is val, the rest train. An image
+never moves because others are added or removed. The one exception is for very few images: a split that would stay empty
+borrows, from the largest split, the image whose place is nearest to its own range, until an image of its own arrives.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from gdlib.data.files import (
     read_image,
     read_label,
     read_list,
+    spelt,
     split_components,
     voxel_size,
 )
@@ -70,22 +71,28 @@ def folder(
     root = existing_folder(root)
     images, labels = find_files(root / "images"), find_files(root / "labels")
     for name in sorted(images.keys() - labels.keys()):
-        raise DataError(f"{images[name]}: this image has no label; add labels/{name}.tif or remove the image")
+        hint = spelt(name, labels)
+        raise DataError(f"{images[name]}: this image has no label{hint}; add labels/{name}.tif or remove the image")
     for name in sorted(labels.keys() - images.keys()):
-        raise DataError(f"{labels[name]}: this label has no image; add images/{name}.tif or remove the label")
+        hint = spelt(name, images)
+        raise DataError(f"{labels[name]}: this label has no image{hint}; add images/{name}.tif or remove the label")
     lists = [root / f"{split}.txt" for split in SPLITS]
+    for path in root.iterdir():
+        if path not in lists and path.name.lower() in [other.name for other in lists]:
+            raise DataError(f"{path}: split lists are called {', '.join(other.name for other in lists)}; rename it")
     if any(path.exists() for path in lists):
         split_names = {path.stem: read_list(path) for path in lists}
         for path in lists:
             for name in split_names[path.stem]:
                 if name not in images:
-                    raise DataError(f'{path}: there is no image "{name}"; correct the name or add the image')
+                    hint = spelt(name, images)
+                    raise DataError(f'{path}: there is no image "{name}"{hint}; correct the name or add the image')
     else:
         split_names = _split(list(images), val_fraction, test_fraction)
     return {
         split: _read(
             root,
-            [(images[name], labels[name]) for name in names],
+            [(name, images[name], labels[name]) for name in names],
             channels,
             image_dataset,
             label_dataset,
@@ -98,14 +105,14 @@ def folder(
 
 def _read(
     root: Path,
-    pairs: list[tuple[Path, Path]],
+    files: list[tuple[str, Path, Path]],
     channels: int,
     image_dataset: str | None,
     label_dataset: str | None,
     regions: bool,
     size: Sequence[float] | None,
 ) -> Iterator[Sample]:
-    for image, path in pairs:
+    for name, image, path in files:
         attrs = {"source": image.relative_to(root).as_posix()}
         if found := size or _stored_size((image, image_dataset), (path, label_dataset)):
             attrs["voxel_size_nm"] = [float(side) for side in found]
@@ -114,7 +121,7 @@ def _read(
             label = label.astype(np.uint8) if label.dtype == bool else label
             check_label(path, label)
             label = split_components(label)
-        yield Sample(image.stem, read_image(image, channels, image_dataset), label, attrs=attrs)
+        yield Sample(name, read_image(image, channels, image_dataset), label, attrs=attrs)
 
 
 def _stored_size(*files: tuple[Path, str | None]) -> list[float] | None:
