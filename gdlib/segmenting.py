@@ -162,7 +162,7 @@ def _segment(arguments: argparse.Namespace) -> None:
                     identity = f"{weights} {file_identity(job.file)} {job.path}"
                     blocks = predict_blocks(predictor, {job.path: source}, job.hidden("partial"), identity)
                     prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
-                attributes = _where(image)
+                attributes = _where(image, job.file)
             if finishing is not None:
                 finishing.result()
             finishing = other.submit(finish, job, prediction, attributes)
@@ -204,18 +204,24 @@ def is_hdf5(path: Path | str) -> bool:
     return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
 
 
-def _where(image: Any) -> dict[str, Any]:
-    """Return the attributes of an HDF5 dataset that say where its voxels are."""
-    attributes = {} if isinstance(image, np.ndarray) else dict(image.attrs)
-    return {key: value for key, value in attributes.items() if key in ("resolution", "offset", "element_size_um")}
+def _where(image: Any, file: Path) -> dict[str, Any]:
+    """Return what the file of an image says of how large its pixels are and where, of HDF5 as attributes."""
+    if not is_hdf5(file):
+        from gdlib.data.calibration import calibration
+
+        return calibration(file)
+    return {k: v for k, v in image.attrs.items() if k in ("resolution", "offset", "element_size_um")}
 
 
 def _write_label(job: _Job, label: np.ndarray, attributes: dict[str, Any]) -> None:
     import tifffile
 
+    from gdlib.data.calibration import written
+
     if job.dataset is None:
+        options = {"compression": "zlib", "photometric": "minisblack", "software": job.mark}
         with io.atomic(job.target) as temporary:
-            tifffile.imwrite(temporary, label, compression="zlib", photometric="minisblack", software=job.mark)
+            tifffile.imwrite(temporary, label, **options, **written(attributes, label.shape))
         return
     with outputs.added_h5(job.target) as file:
         io.put(file, job.dataset, label, io.BLOCK if label.ndim == 3 else None)

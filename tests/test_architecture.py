@@ -63,6 +63,7 @@ ALLOWED = {
     "gdlib.data.axes": "",
     "gdlib.data.decoders": "",
     "gdlib.data.tiff": "gdlib.io gdlib.data.decoders",
+    "gdlib.data.calibration": "gdlib.data.tiff",
     "gdlib.data.files": "gdlib.text gdlib.io gdlib.registry gdlib.data.tiff",
     "gdlib.data.sense": "gdlib.io",
     "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data gdlib.data.axes gdlib.data.files gdlib.data.sense",
@@ -96,7 +97,7 @@ ALLOWED = {
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
     r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|outputs|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
-    r"|data|data\.(axes|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
+    r"|data|data\.(axes|calibration|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 
 

@@ -311,11 +311,15 @@ def found_count(folder):
 
 def test_segment_a_tiff_stack_and_a_file_with_one_dataset(volume_model, volume, volume_by_hand, tmp_path):
     _, image, _ = volume
-    tifffile.imwrite(
-        tmp_path / "stack.tif", image[:, None], photometric="minisblack"
-    )  # an axis of one pixel does no harm
+    scale = {"resolution": (5, 5), "metadata": {"axes": "ZCYX", "unit": "um", "spacing": 2}}
+    tifffile.imwrite(tmp_path / "stack.tif", image[:, None], imagej=True, **scale)  # an axis of one pixel does no harm
     run(*segment_command(volume_model, tmp_path / "a", tmp_path / "stack.tif", block=16))
-    assert np.array_equal(tifffile.imread(tmp_path / "a" / "stack.tif"), volume_by_hand())
+    with tifffile.TiffFile(tmp_path / "a" / "stack.tif") as file:
+        assert np.array_equal(file.asarray(), volume_by_hand())
+        assert file.series[0].axes == "ZYX"
+        assert file.pages[0].tags["XResolution"].value == (5, 1)
+        assert file.imagej_metadata["unit"] == "um"
+        assert file.imagej_metadata["spacing"] == 2
     (tmp_path / "files").mkdir()
     with h5py.File(tmp_path / "files" / "one.hdf5", "w") as file:
         file["image"] = image[None]  # channels first is fine too

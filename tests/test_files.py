@@ -9,6 +9,7 @@ from PIL import Image
 from gdlib.cli import main
 from gdlib.data import decoders
 from gdlib.data.axes import fitted, without_single_axes
+from gdlib.data.calibration import calibration, written
 from gdlib.data.files import find_files, open_volume, read_image, read_label
 from gdlib.data.prepare import check_sample
 from gdlib.inference import Source
@@ -477,3 +478,63 @@ def test_a_block_that_cannot_be_read_names_its_file(tmp_path, capsys):
         source = Source(volume, 1, 3, {"lower": 0, "upper": 100})
         with pytest.raises(DataError, match=r"a\.h5: cannot be read as HDF5"):
             source.read([2, 0, 0], [4, 24, 32])
+
+
+# --- size of pixels ---------------------------------------------------------------------------------------------------
+
+MICRON = {"axes": "ZYX", "PhysicalSizeX": 0.2, "PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm", "PhysicalSizeZ": 0.4}
+PER_CM = {"resolution": (50000, 40000), "resolutionunit": "CENTIMETER"}
+# How an image is written, then its unit (by number, by name), pixels per unit along x and y, and distance of sections.
+SCALES = {
+    "ImageJ": ({"imagej": True, "resolution": (5, 4), "metadata": {"axes": "ZYX", "unit": "um", "spacing": 0.4}}, 2, "um", 0.4),
+    "ImageJ, escaped": (
+        {"imagej": True, "resolution": (5, 4), "metadata": {"axes": "ZYX", "unit": "\\u00B5m", "spacing": 0.4}},
+        2,
+        "\\u00B5m",
+        0.4,
+    ),
+    "OME": ({"ome": True, "metadata": MICRON}, 1, "micron", 0.4),
+    "tags": (PER_CM, 3, None, None),
+    "nothing": ({"metadata": None}, 2, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_label_has_the_scale_of_its_image(tmp_path, name):
+    options, unit, unit_name, spacing = SCALES[name]
+    tiff(STACK, **options)(tmp_path / "a.tif")
+    found = calibration(tmp_path / "a.tif")
+    for label in (STACK, STACK[:1], STACK[0]):
+        tifffile.imwrite(
+            tmp_path / "b.tif",
+            label.astype(np.uint32),
+            photometric="minisblack",
+            compression="zlib",
+            **written(found, label.shape),
+        )
+        np.testing.assert_array_equal(read_label(tmp_path / "b.tif"), label)
+        with tifffile.TiffFile(tmp_path / "b.tif") as file:
+            page, text = file.pages[0], file.imagej_metadata or {}
+            assert file.series[0].axes == "ZYX"[-label.ndim :]
+            assert len(file.pages) == (len(label) if label.ndim == 3 else 1)
+        if unit_name and len(label) > 1:
+            assert text["unit"] == unit_name
+            assert text.get("spacing") == (spacing if label.ndim == 3 else None)
+        per_unit = {"tags": (50000, 40000), "nothing": (1, 1)}.get(name, (5, 4))
+        assert page.tags[296].value == unit
+        assert [page.tags[tag].value[0] / page.tags[tag].value[1] for tag in (282, 283)] == pytest.approx(per_unit)
+
+
+def test_the_scale_of_a_png_and_of_one_that_has_none(tmp_path):
+    pillow(GREY, dpi=(254, 254))(tmp_path / "a.png")
+    assert calibration(tmp_path / "a.png") == {"resolution": pytest.approx((254, 254), rel=1e-4), "resolutionunit": 2}
+    pillow(GREY)(tmp_path / "b.png")
+    assert calibration(tmp_path / "b.png") == {}
+
+
+@pytest.mark.parametrize("size", ["0", "inf", "nan", "-1", "two"])
+def test_a_size_that_is_none_is_left_out(tmp_path, size):
+    text = '<OME xmlns="x"><Image ID="Image:0"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="32" SizeY="24" SizeZ="1" '
+    text += f'SizeC="1" SizeT="1" PhysicalSizeX="{size}" PhysicalSizeY="1"><TiffData/></Pixels></Image></OME>'
+    tiff(GREY, description=text, metadata=None)(tmp_path / "a.tif")
+    assert "unit" not in calibration(tmp_path / "a.tif")
