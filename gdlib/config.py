@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from gdlib import registry
+from gdlib.checks import check_metrics, check_patch, check_recipe, check_terms
 from gdlib.limits import Offsets, Place
 from gdlib.mistakes import ConfigError, check_name, one_line, within
 from gdlib.parameters import check_offsets, checked
@@ -78,7 +79,9 @@ class Config(Section):
                 config._check_study(name)
         except ValidationError as error:
             raise ConfigError(one_line(error, cls)) from None
-        except registry.UnknownName as error:
+        except ConfigError:
+            raise
+        except ValueError as error:
             raise ConfigError(f"config: {error}") from None
         return config
 
@@ -286,14 +289,14 @@ class Config(Section):
         for role in ("teacher", "student"):
             if role not in self.recipes:
                 raise registry.UnknownName(f'the key "recipes.{role}" is missing')
-            _check_recipe(f"recipes.{role}", self.recipes[role])
+            check_recipe(f"recipes.{role}", self.recipes[role])
             for key, data in self.datasets.items():
                 with within(f"datasets.{key}.recipe"):
                     recipe = _merge(self.recipes[role], data.recipe)
-                _check_recipe(f"datasets.{key}.recipe", recipe)
+                check_recipe(f"datasets.{key}.recipe", recipe)
         for where, shown in (("plot", self.plot), ("plot.volumes", self.plot.volumes)):
-            _check_metrics(f"{where}.metrics", shown.metrics)
-            _check_metrics(f"{where}.table_metrics", shown.table_metrics)
+            check_metrics(f"{where}.metrics", shown.metrics)
+            check_metrics(f"{where}.table_metrics", shown.table_metrics)
             if shown.main_metric not in shown.metrics:
                 raise registry.UnknownName(f'{where}.main_metric: "{shown.main_metric}" is not among {where}.metrics')
         for method in self.plot.panel_methods:
@@ -301,11 +304,11 @@ class Config(Section):
 
     def _check_method(self, where: str, method: Method) -> None:
         with within(where):
-            _check_terms(method.terms)
+            check_terms(method.terms)
         if method.recipe:
             with within(f"{where}.recipe"):
                 recipe = _merge(self.recipes["student"], method.recipe)
-            _check_recipe(f"{where}.recipe", recipe)
+            check_recipe(f"{where}.recipe", recipe)
 
     def _check_study(self, name: str) -> None:
         study = self.studies[name]
@@ -327,45 +330,26 @@ class Config(Section):
                     raise registry.UnknownName(
                         f'studies.{name}.{key}: none takes images with {axes} axes, as dataset "{dataset}" has; add one'
                     )
+            data = self.datasets[dataset]
             with within(f"datasets.{dataset}"):
-                for segmenter in self.datasets[dataset].segmenters:
-                    check_offsets(segmenter, self.datasets[dataset].offsets)
+                for segmenter in data.segmenters:
+                    check_offsets(segmenter, data.offsets)
             asked = any(self.method(method).terms for method in self._own_methods(study))
             for role in ("teacher", "student"):
                 recipes = self._recipes(name, dataset, role)
                 for where, recipe in recipes.items():
-                    _check_recipe(where, recipe)
+                    check_recipe(where, recipe, has_teacher=role != TEACHER)
                 networks = [*self._fitting(study.teachers, dataset)[:1], *self._fitting(study.more_teachers, dataset)]
                 if role == "student":
                     networks = self._fitting(study.students, dataset) + networks * asked
+                used = {key: self.network(key) for key in networks}
                 patches = {where: one.patch for where, one in recipes.items() if one.patch == recipe.patch}
                 where, patch = next(iter(patches.items())) if recipe.patch else (f"datasets.{dataset}", None)
-                self._check_patch(f"{where}.patch", patch or self.datasets[dataset].patch, dataset, networks)
+                check_patch(f"{where}.patch", patch or data.patch, dataset, data, used)
             for method in self._own_methods(study):
                 if "patch" in (changes := self.method(method).recipe):
-                    patch = _merge(recipe, changes).patch or self.datasets[dataset].patch
-                    self._check_patch(f"methods.{method}.recipe.patch", patch, dataset, networks)
-
-    def _check_patch(self, where: str, patch: tuple[int, ...], dataset: str, networks: Iterable[str]) -> None:
-        """Can the networks make patches of this size, and has every offset of the dataset a pair of pixels in it?"""
-        data = self.datasets[dataset]
-        if len(patch) != data.ndim:
-            raise registry.UnknownName(f'{where}: it must have {data.ndim} axes, as dataset "{dataset}" has')
-        for network in networks:
-            divisor, rest = (registry.written(self.network(network).model, key) for key in ("divisor", "remainder"))
-            if divisor and rest and any((n - r) % d for n, d, r in zip(patch, divisor, rest, strict=True)):
-                fits = [max(0, -((r - n) // d)) * d + r for n, d, r in zip(patch, divisor, rest, strict=True)]
-                plus = f" plus {list(rest)}" if any(rest) else ""
-                raise registry.UnknownName(
-                    f'{where}: {list(patch)} does not fit the network "{network}", which takes multiples of '
-                    f"{list(divisor)}{plus}; choose for example {fits}"
-                )
-        for offset in data.offsets:
-            if any(abs(step) >= side for step, side in zip(offset, patch, strict=True)):
-                raise registry.UnknownName(
-                    f"{where}: no two pixels of a patch {list(patch)} are as far apart as {list(offset)}, an offset of dataset "
-                    f'"{dataset}"; choose a larger patch, or leave out the offset'
-                )
+                    patch = _merge(recipe, changes).patch or data.patch
+                    check_patch(f"methods.{method}.recipe.patch", patch, dataset, data, used)
 
 
 def _with_offsets(raw: Any) -> Any:
@@ -378,21 +362,6 @@ def _with_offsets(raw: Any) -> Any:
             check_name(f"datasets.{key}.offsets", name, known)
             datasets[key] = {**data, "offsets": known[name]}
     return {**raw, "datasets": datasets}
-
-
-def _check_metrics(where: str, names: Iterable[str]) -> None:
-    from gdlib.metrics import METRICS
-
-    for name in names:
-        check_name(where, name, METRICS)
-
-
-def _check_terms(terms: tuple[Term, ...]) -> None:
-    for term in terms:
-        registry.TERMS.check(term.term, term.options | ({"memory": True} if term.memory else {}))
-    names = [term.name for term in terms]
-    if len(set(names)) < len(names):
-        raise registry.UnknownName(f"two terms of one method look the same: {', '.join(names)}")
 
 
 def _text(value: Any) -> str:
@@ -418,12 +387,6 @@ def _put(method: dict[str, Any], key: str, value: Any) -> None:
     for step in path[:-1]:
         place = place.setdefault(step, {})
     place[path[-1]] = value
-
-
-def _check_recipe(where: str, recipe: Recipe) -> None:
-    with within(f"{where}.terms"):
-        _check_terms(recipe.terms)
-    _check_metrics(f"{where}.selection", [recipe.selection])
 
 
 def _merge(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

@@ -127,7 +127,7 @@ Seed = Annotated[int, Range("[0, 4294967295]")]
 Threads = Annotated[int, Range("[1, 1024]")]
 Stride = Annotated[int, Range("[1, 1024]")]
 Once = AfterValidator(_once)  # no value of a list is there twice
-Offsets = Annotated[tuple[tuple[int, ...], ...], AfterValidator(_offsets)]
+Offsets = Annotated[tuple[tuple[Integer, ...], ...], AfterValidator(_offsets)]
 Place = Annotated[str, AfterValidator(expanded)]  # of a file or folder
 # The smallest and the largest.
 FromTo = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]

@@ -60,6 +60,20 @@ class Registry:
             if option not in valid:
                 raise UnknownName(f'{self.kind} "{name}" has no option "{option}": {nearest(option, list(valid))}')
             limits.checked(f'{self.kind} "{name}": {option}', self.kinds(name)[option], value)
+        chosen = valid | (options or {})
+        for apart in self.written(name, "apart") or ():
+            if all(chosen[option] == value for option, value in apart.items()):
+                raise ValueError(
+                    f'{self.kind} "{name}" cannot have {" and ".join(f"{k} {v}" for k, v in apart.items())}'
+                )
+
+    def written(self, name: str, attribute: str) -> Any:
+        """Return an attribute of a plug-in's class from the source text.
+
+        Returns:
+            None where it is not there, or computed, and of a plug-in that lives elsewhere.
+        """
+        return None if ":" in name else _assigned(_public(self.folder / f"{name}.py"), attribute)
 
     def parameters(self, name: str) -> dict[str, Any]:
         """Return the options of a plug-in, its keyword-only parameters, with their defaults; read from the source text.
@@ -140,27 +154,14 @@ def _assigned(scope: ast.Module | ast.ClassDef, name: str) -> Any:
     return None
 
 
-def written(network: str, attribute: str) -> Any:
-    """Return an attribute of a network's class from the source text.
-
-    Args:
-        network: name.
-        attribute: one of those that are listed in `gdlib.models`.
-
-    Returns:
-        None where it is computed, and of a network that lives elsewhere.
-    """
-    return None if ":" in network else _assigned(_public(NETWORKS.folder / f"{network}.py"), attribute)
-
-
 def axes(network: str) -> int | None:
-    """Return the number of axes that a network takes; see `written`."""
-    return written(network, "ndim")
+    """Return the number of axes that a network takes; see `Registry.written`."""
+    return NETWORKS.written(network, "ndim")
 
 
 def margin(network: str) -> tuple[int, ...] | None:
     """Return the `margin` of a network in the same way."""
-    return written(network, "margin")
+    return NETWORKS.written(network, "margin")
 
 
 SOURCES = Registry("gdlib.data.sources", "data source")

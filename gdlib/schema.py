@@ -1,8 +1,17 @@
 """The sections of `config.yaml` as frozen, typed objects: every key, its default and what it means. Torch-free."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from gdlib.limits import FromTo, NotAll, Offsets, Once, Place, Seed
 
@@ -16,6 +25,15 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, and true would count as 1."""
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {kind, *get_args(kind)} & {int, float}:
+            raise ValueError("must be a number, not true or false")
+        return value
 
 
 class Normalisation(Section):
@@ -183,7 +201,7 @@ class Geometry(Section):
 class Intensity(Section):
     """Intensity augmentation; see `gdlib.data.augment.augment_intensity`."""
 
-    contrast: float = Field(0.3, ge=0, description="factor from [1 - contrast, 1 + contrast]")
+    contrast: float = Field(0.3, ge=0, le=1, description="factor from [1 - contrast, 1 + contrast]")
     brightness: float = Field(
         0.1, ge=0, description="shift from [-brightness, brightness]; intensities are about 0 to 1"
     )
@@ -197,7 +215,7 @@ class Intensity(Section):
 class Sections(Section):
     """Augmentation of the sections of a volume; see `gdlib.data.augment.augment_sections`."""
 
-    contrast: float = Field(0.0, ge=0, description="factor from [1 - contrast, 1 + contrast], for every section")
+    contrast: float = Field(0.0, ge=0, le=1, description="factor from [1 - contrast, 1 + contrast], for every section")
     brightness: float = Field(0.0, ge=0, description="shift from [-brightness, brightness], for every section")
     blur: float = Field(0.0, ge=0, description="largest standard deviation, in pixels, of a blur")
     motion: int = Field(0, ge=0, description="longest motion blur, in pixels; below 2 there is none")

@@ -521,6 +521,30 @@ SENSELESS = {
     "a zoom to nothing": (
         put("recipes.student.augment", {"geometry": {"scale": [0, 1]}}), "recipes.student.augment.geometry.scale.0: ",
     ),
+    "true for a number": (put("recipes.student.steps", True), "recipes.student.steps: must be a number", "(got True)"),
+    "yes for a share": (put("recipes.student.ema", True), "recipes.student.ema: must be a number"),
+    "true for an offset": (put("datasets.bbbc039.offsets", [*OFFSETS, [True, 0]]), "datasets.bbbc039.offsets.3.0: "),
+    "a contrast that inverts": (
+        put("recipes.student.augment", {"intensity": {"contrast": 2}}), "intensity.contrast: must be less than or equal to 1",
+    ),
+    "channels that the images have not": (
+        put("students.resunet_tiny.options.in_channels", 3), '"resunet_tiny"', "in_channels is 3", '"nuclei_phantom" have 1',
+    ),
+    "options that do not go together": (
+        put("methods.more", [{"term": "igd", "weight": 1, "memory": True, "options": {"part": "nodes"}}]),
+        "methods.more: ", "cannot have part nodes and memory True",
+    ),
+    "a level of a term for whole outputs": (
+        put("methods.more", [{"term": "response", "weight": 1, "level": "stride2"}]), "methods.more: ", '"response"', "level",
+    ),
+    "a level of the labels": (
+        put("recipes.student.terms", [{"term": "supervised", "weight": 1, "level": "stride2"}]),
+        "recipes.student.terms: ", '"supervised" learns from the label',
+    ),
+    "a teacher that asks a teacher": (
+        put("recipes.teacher.terms", [{"term": "supervised", "weight": 1}, {"term": "agd", "weight": 1}]),
+        "recipes.teacher.terms: ", '"agd" asks a teacher',
+    ),
     "percentiles exchanged": (
         put("datasets.bbbc039.normalisation", {"lower": 99, "upper": 1}), "datasets.bbbc039.normalisation: ", "below upper",
     ),

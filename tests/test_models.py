@@ -89,8 +89,8 @@ class TestEveryNetwork:
     def test_the_contract_is_there_for_every_axis(self, name):
         network = narrow(name)
         assert registry.axes(name) == network.ndim == NETWORKS.get(name).ndim
-        assert registry.written(name, "divisor") == network.divisor
-        assert registry.written(name, "remainder") == network.remainder
+        assert registry.NETWORKS.written(name, "divisor") == network.divisor
+        assert registry.NETWORKS.written(name, "remainder") == network.remainder
         halo = network.halo or network.margin  # None: every pixel sees all others
         for value in (network.divisor, network.remainder, network.margin, halo):
             assert len(value) == network.ndim

@@ -13,7 +13,7 @@ from gdlib import ops
 from gdlib.distill import Truth, View, build_term
 from gdlib.distill.bank import mean_record
 from gdlib.distill.terms.agd import agd_inter_loss
-from gdlib.distill.terms.igd import edge_inter_loss
+from gdlib.distill.terms.igd import IGD, edge_inter_loss
 from gdlib.models import Embedding
 from gdlib.registry import UnknownName
 
@@ -608,10 +608,12 @@ def test_wrong_names_and_options():
     with pytest.raises(UnknownName, match=r'"adg".*did you mean "agd"'):
         build_term("adg", False, {})
     for options in ({"part": "edge"}, {"part": "nodes", "memory": True}, {"part": "nodes", "power": 3}):
-        with pytest.raises(ValueError, match="igd: part"):
+        with pytest.raises(ValueError, match=r'loss term "igd".*(part|power)'):
             build_term("igd", False, options)
+        with pytest.raises(ValueError, match="igd: part"):
+            IGD(**options)
     for name in ("supervised", "foreground"):
-        with pytest.raises(TypeError):
+        with pytest.raises(UnknownName, match=f'"{name}" has no option "memory"'):
             build_term(name, True, {})
 
 

@@ -8,6 +8,7 @@ if it compares with other images, what was sampled from the memory bank.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +194,7 @@ class Term(nn.Module):
         whole: it compares the outputs as a whole, not one map, and cannot have a level.
         projected: at a level it gets the student's map with as many channels as the teacher's, by a learned projection; off for
             terms that compare similarities alone.
+        apart: options that do not go together, each as a dict, written in the class body; the configuration refuses them.
         levels: feature maps that it reads from `View.output` itself, as far as the networks have them.
         uses: which of `affinity`, `nodes`, `gram`, `("means", side)` and `ops.PAIR_LOSSES` of the student's view it asks for.
             Only for speed: these are computed together.
@@ -201,6 +203,7 @@ class Term(nn.Module):
     needs_teacher = True
     whole = False
     projected = True
+    apart: Sequence[dict[str, Any]] = ()
     levels: Sequence[str] = ()
     uses: Collection[Use] = ()
 

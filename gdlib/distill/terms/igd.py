@@ -77,6 +77,8 @@ class IGD(Term):
             l-th image gets `2 N_b / (N_b + sum_(k<l) K_k)` instead of 1.
     """
 
+    apart = ({"part": "nodes", "memory": True},)  # nodes of other images are other objects
+
     def __init__(
         self,
         *,
