@@ -245,11 +245,11 @@ TERMS = [
 ]
 
 
-def make_distiller(names=None, teacher=True, bank=None, seed=0):
+def make_distiller(names=None, teacher=True, bank=None, seed=0, **options):
     terms = [(name, weight, build_term(*what)) for name, weight, what in TERMS if names is None or name in names]
     bank = bank or MemoryBank(capacity=3, sample_size=2)
     torch.manual_seed(seed)
-    return Distiller(Tiny(seed + 1), Tiny(seed + 2) if teacher else None, terms, OFFSETS, bank)
+    return Distiller(Tiny(seed + 1), Tiny(seed + 2) if teacher else None, terms, OFFSETS, bank, **options)
 
 
 def snapshot(module):
@@ -262,6 +262,7 @@ def same(a, b):
 
 def test_the_teacher_never_changes_and_the_student_learns():
     distiller = make_distiller()
+    assert not distiller.teacher.norm.training  # nor before anybody says so
     distiller.train()
     assert distiller.student.training
     assert distiller.student.norm.training
@@ -335,6 +336,15 @@ def test_the_bank_is_asked_before_it_takes_the_current_images():
         expected = term(student, teacher[1], truths[1], memory)
         assert float(losses[name].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
         assert float(expected.detach()) > 0
+
+
+def test_batches_of_one_step_do_not_meet_each_other():
+    distiller = make_distiller(["agd_inter"], together=2)
+    for number, known in ((0, []), (1, []), (2, [0, 1]), (3, [0, 1])):  # two batches a step
+        _, losses = distiller(make_batch(number, [number]), number)
+        assert (float(losses["agd_inter"].detach()) > 0) == bool(known)
+        assert distiller.entries["entries"] == len(known)
+    assert distiller.bank.ids.tolist() == [3, 1, 2]
 
 
 def test_only_images_of_the_batch_in_the_bank_is_like_an_empty_bank():
