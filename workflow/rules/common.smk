@@ -128,7 +128,7 @@ TRAIN_CODE += code("ops.py", "compiled.py", "native.py", "native.cpp", "parallel
 TRAIN_CODE += code("models/__init__.py", "distill/__init__.py")
 MEMORY_CODE = code("distill/bank.py")
 PREDICT_CODE = code("inference.py", "streaming.py", "models/__init__.py", "ops.py")
-PREDICT_CODE += code("engine.py", "data/intensity.py")
+PREDICT_CODE += code("engine.py", "data/axes.py", "data/intensity.py")
 REPORT_CODE = code(*sorted((registry.NETWORKS.folder.parent / "report").glob("*.py")))
 
 
