@@ -41,8 +41,11 @@ class Plain:
         return np.stack(self._intensity(images, generator, **augment["intensity"])), np.stack(labels)
 
     @staticmethod
-    def _intensity(images, generator, *, contrast, brightness, gamma, blur, noise, probability):
+    def _intensity(images, generator, *, contrast, brightness, gamma, blur, noise, invert, probability):
         batch = len(images)
+        if invert > 0:
+            negative = (torch.rand(batch, generator=generator) < invert).tolist()
+            images = [1 - image if dark else image for image, dark in zip(images, negative, strict=True)]
 
         def draw(low: float, high: float, neutral: float) -> list[float]:
             value = low + (high - low) * torch.rand(batch, generator=generator)

@@ -40,7 +40,7 @@ def networks(bench: Bench, ndim: int, shape: tuple[int, ...]) -> None:
         eager = build(model, options).eval().to(bench.device)
         eager.load_state_dict(network.state_dict())
         header = {"channels": 1, "offsets": OFFSETS[ndim], "normalisation": {}}
-        predictor = Predictor(network, header, device=bench.device)
+        predictor = Predictor(network, header, device=bench.device, precision=bench.precision)
         image = torch.rand(1, *shape)
 
         @torch.inference_mode()
@@ -57,10 +57,9 @@ def networks(bench: Bench, ndim: int, shape: tuple[int, ...]) -> None:
         found[role]["gflop_per_s"] = 2e-6 * count_macs(model, options, shape) / found[role]["ms"]
     share = 100 * found["student"]["ms"] / found["teacher"]["ms"]
     if ndim == 2:
-        macs = (
-            "its share of operations is 0.97 %; layers of 4 and 8 channels at full resolution are bound by memory and leave "
-            "matrix units, from which the teacher gains most, without work"
-        )
+        macs = "its share of operations is 0.97 %; layers of 4 and 8 channels at full resolution are bound by memory"
+        if bench.precision == "bfloat16":
+            macs += " and leave units for bfloat16, from which the teacher gains most, without work"
         bench.target(
             "time of the student against the teacher's in the same engine, 2D", share, 1.5, unit=" %", floor=macs
         )
@@ -77,14 +76,15 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
         sample = next(iter(io.read_samples(data)))
         tifffile.imwrite(out / "image.tif", sample.image[0])
         weights = out / "weights.safetensors"
-        predictor = Predictor.load(weights, device=bench.device)
+        predictor = Predictor.load(weights, device=bench.device, precision=bench.precision)
         parameters = predictor.header["segmentation"]["mutex_watershed"]
         offsets = predictor.header["offsets"]
-        command = ["segment", str(out / "image.tif"), "--model", str(weights), "--out", str(out / "labels"), "--device"]
+        command = ["segment", str(out / "image.tif"), "--model", str(weights), "--out", str(out / "labels")]
+        command += ["--precision", bench.precision, "--device", str(bench.device)]
 
         def whole() -> None:
             with redirect_stdout(StringIO()):
-                if cli.main([*command, str(bench.device)]):
+                if cli.main(command):
                     raise ValueError("gdlib segment failed")
 
         total = bench.compare(
@@ -96,7 +96,7 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
         sides = [-(-n // d) * d for n, d in zip(shape, predictor.network.divisor, strict=True)]
         ready = torch.rand(1, *sides)
         parts: dict[str, Callable] = {
-            "load the weights": lambda: Predictor.load(weights, device=bench.device),
+            "load the weights": lambda: Predictor.load(weights, device=bench.device, precision=bench.precision),
             "read": lambda: read_image(out / "image.tif", 1),
             "network": lambda: predictor.forward(ready),
             "predict (network and affinities)": lambda: predictor(image),
@@ -116,7 +116,7 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
 def streams(bench: Bench, shape: tuple[int, int]) -> None:
     """Images per second of the student, one after the other."""
     header = {"channels": 1, "offsets": OFFSETS[2], "normalisation": {"lower": 1, "upper": 99.8}}
-    predictor = Predictor(build(*NETWORKS[2]["student"]), header, device=bench.device)
+    predictor = Predictor(build(*NETWORKS[2]["student"]), header, device=bench.device, precision=bench.precision)
     images = [np.random.default_rng(k).integers(0, 4000, (1, *shape), np.uint16) for k in range(bench.pick(8, 4, 2))]
     times = []
     for _ in range(bench.pick(4, 2, 2)):

@@ -1,11 +1,13 @@
 """`docs/performance.md` and its figure, from the JSON file of `gdlib bench`."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.patches import Patch
 
 from gdlib import io
 from gdlib.report.style import PAGE, SPARE, STYLE, new_figure, save
@@ -24,53 +26,69 @@ TITLES = {
 INTRODUCTION = """\
 # Performance
 
-Made by `gdlib bench page --json docs/{source}` from what `gdlib bench {command} --json docs/{source}` measured. Every case
-runs beside a plain implementation of the same (`benchmarks/`): loops over instances, whole matrices of pairs, one call of another
-library. The two take turns in one process, and neither is timed unless their results agree. Times are medians, with quartiles in
-brackets; memory is what a call takes on top of what was held before it. Ratios carry over to other machines better than times.
-"""
+Made by `gdlib bench page --json docs/{source}` from what `gdlib bench {command} --json docs/{source}`
+measured, on each of these machines:
+
+{machines}
+Every case runs beside a plain implementation of the same (`benchmarks/`): loops over instances, whole matrices of pairs, one call
+of another library. The two take turns in one process, and neither is timed unless their results agree. Times are medians, with
+quartiles in brackets; memory is what a call takes on top of what was held before it. Ratios carry over to other machines better
+than times. A processor without units for bfloat16 computes in float32; `--precision float32` measures that on one that has them.
+{smaller}"""
+MISSING = "not measured yet"
+Machine = dict[str, Any]  # what `gdlib.bench.measure` returns
+Machines = Sequence[Machine]
 
 
-def write(found: dict[str, Any], target: Path) -> None:
+def write(machines: Machines, target: Path) -> None:
     """Write the page, and its figure into `figures/` beside it.
 
     Args:
-        found: content of the JSON file.
+        machines: from the JSON file.
         target: where the page goes, e.g. `docs/performance.md`.
     """
-    picture = draw(found["results"], files(target)[1].with_suffix(""))
-    parts = [introduction(found, target), f"![Ratios and growth of cost](figures/{picture.name})\n", targets(found)]
-    for group in dict.fromkeys(result["group"] for result in found["results"]):
-        chosen = [result for result in found["results"] if result["group"] == group]
-        parts.append(f"## {TITLES[group]}\n\n" + (growth(chosen) if group == "scale" else cases(chosen)))
+    names = headings(machines)
+    picture = draw(machines, names, target.parent / "figures" / target.stem)
+    parts = [introduction(machines, names, target), f"![Ratios and growth of cost](figures/{picture.name})\n"]
+    parts.append(targets(machines, names))
+    for group in TITLES:
+        found = [{r["name"]: r for r in one["results"] if r["group"] == group} for one in machines]
+        if any(found):
+            parts.append(f"## {TITLES[group]}\n\n" + (growth if group == "scale" else cases)(found, names))
     io.write_text(target, "\n".join(parts))
 
 
-def files(target: Path) -> tuple[Path, Path]:
-    """Return what is written for a page: it, and its figure."""
-    return target, target.parent / "figures" / f"{target.stem}.png"
+def headings(machines: Machines) -> list[str]:
+    """Return a short name for each machine, all different."""
+    names = []
+    for one in machines:
+        name = re.sub(r"\((R|TM)\)| Processor| CPU.*", "", one["device_name"]).strip()
+        names.append(f"{name}, {one['precision']}")
+    several = {name for name in names if names.count(name) > 1}
+    return [
+        f"{name}, {one['threads']} threads" * (name in several) or name
+        for name, one in zip(names, machines, strict=True)
+    ]
 
 
-def is_page(target: Path) -> bool:
-    """Was this page made here?"""
-    return target.is_file() and "\nMade by `gdlib bench page" in target.read_text(errors="replace")
-
-
-def introduction(found: dict[str, Any], target: Path) -> str:
+def introduction(machines: Machines, names: Sequence[str], target: Path) -> str:
     """Say what was measured where."""
-    groups = list(dict.fromkeys(result["group"] for result in found["results"]))
-    command = "all" if set(groups) == set(TITLES) else " and ".join(groups)
-    command += "" if found["size"] == "full" else f" --size {found['size']}"
-    command += "" if found["device"] == "cpu" else f" --device {found['device']}"
-    libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
-    load = f", load of the machine before {found['load']:.1f}" if found.get("load") is not None else ""
-    smaller = "" if found["size"] == "full" else "Cases are smaller than those that the targets were set for.\n"
-    where = f"Measured on {found['device_name']}"
-    where += f" beside {found['cpu']}" if found["device"] != "cpu" else ""
-    where += f", threads: {found['threads']}{load}"
-    return (
-        INTRODUCTION.format(source=f"{target.stem}.json", command=command)
-        + f"\n{where}. gdlib {found['gdlib']}, Python {found['python']}, {libraries}.\n{smaller}"
+    groups = [group for group in TITLES if any(group in one["loads"] for one in machines)]
+    size = machines[0]["size"]
+    command = ("all" if len(groups) == len(TITLES) else " and ".join(groups)) + f" --size {size}" * (size != "full")
+    rows = []
+    for name, one in zip(names, machines, strict=True):
+        device = one["device_name"] + f" beside {one['cpu']}" * (one["device"] != "cpu")
+        loads = sorted({f"{load:.1f}" for load in one["loads"].values() if load is not None}, key=float)
+        versions = [f"gdlib {one['gdlib']}", f"Python {one['python']}"]
+        versions += [f"{library} {version}" for library, version in one["libraries"].items()]
+        units = ", ".join(one["bfloat16_units"]) or "none"
+        load = " to ".join(dict.fromkeys((loads[0], loads[-1]))) if loads else "not known" if one["loads"] else MISSING
+        rows.append((name, device, units, one["precision"], str(one["threads"]), load, ", ".join(versions)))
+    head = ("machine", "processor", "units for bfloat16", "networks in", "threads", "load before", "software")
+    smaller = "" if size == "full" else "Cases are smaller than those that the targets were set for.\n"
+    return INTRODUCTION.format(
+        source=f"{target.stem}.json", command=command, machines=table(head, "llllrrl", rows), smaller=smaller
     )
 
 
@@ -91,101 +109,128 @@ def number(value: float | None, unit: str = "") -> str:
     return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
 
 
-def targets(found: dict[str, Any]) -> str:
+def union(found: Iterable[Iterable[str]]) -> list[str]:
+    """Return all names of several lists, each once, in their order."""
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def targets(machines: Machines, names: Sequence[str]) -> str:
     """Return the table of targets."""
-    rows = [
-        (
-            target["text"],
-            f"{'≥' if target['at_least'] else '≤'} {number(target['limit'], target['unit'])}",
-            number(target["value"], target["unit"]),
-            "met" if target["met"] else "**not met**",
-            target["floor"] or "",
-        )
-        for target in found["targets"]
+    found = [{target["text"]: target for target in one["targets"]} for one in machines]
+    rows: list[tuple[str, ...]] = []
+    floors: dict[tuple[str, str], list[str]] = {}
+    for text in union(found):
+        known = [one.get(text) for one in found]
+        first = next(filter(None, known))
+        limit = f"{'≥' if first['at_least'] else '≤'} {number(first['limit'], first['unit'])}"
+        values = []
+        for name, one in zip(names, known, strict=True):
+            value = number(one["value"], one["unit"]) if one else MISSING
+            values.append(value if one is None or one["met"] else f"**{value}, not met**")
+            if one and one["floor"]:
+                floors.setdefault((name, one["floor"]), []).append(text)
+        rows.append((text, limit, *values))
+    met = [
+        f"{sum(target['met'] for target in one.values())} of {len(one)} are met by {name}"
+        if one
+        else f"{name}: {MISSING}"
+        for one, name in zip(found, names, strict=True)
     ]
-    met = sum(target["met"] for target in found["targets"])
-    text = f"## Targets\n\n{met} of {len(rows)} are met. A floor is what no implementation on this machine can be below.\n\n"
-    return text + table(("target", "limit", "measured", "", "floor"), "lrrll", rows)
+    out = f"## Targets\n\n{'; '.join(met)}.\n\n" + table(("target", "limit", *names), "lr" + "r" * len(names), rows)
+    if floors:
+        lines = [f"* {'; '.join(texts)}, on {name}: {floor}." for (name, floor), texts in floors.items()]
+        out += "\nWhat no implementation on the machine can be below:\n\n" + "\n".join(lines) + "\n"
+    return out
 
 
-def cases(results: Sequence[dict[str, Any]]) -> str:
-    """Return the table of one group."""
+Found = Sequence[dict[str, dict[str, Any]]]  # for each machine, results by name
+
+
+def of_each(names: Sequence[str], *columns: str) -> list[str]:
+    """Return the heads of columns that every machine has."""
+    return [f"{name}: {column}" if len(names) > 1 else column for name in names for column in columns]
+
+
+def cases(found: Found, names: Sequence[str]) -> str:
+    """Return the table of one group; memory is that of the first machine that has the case."""
 
     def time(ms: float | None, spread: Sequence[float] | None) -> str:
         return "" if ms is None else f"{number(ms)} [{number(spread[0])}, {number(spread[1])}]"
 
-    rows = [
-        (
-            result["name"],
-            time(result["ms"], result["ms_spread"]),
-            time(result["reference_ms"], result["reference_ms_spread"]),
-            number(result["ratio"]),
-            number(result["peak_mib"]),
-            number(result["reference_peak_mib"]),
-        )
-        for result in results
-    ]
-    head = ("case", "ms", "reference, ms", "ratio", "MiB", "reference, MiB")
-    about = dict.fromkeys(result["about"] for result in results if result["reference_ms"] is not None)
-    note = f"\nReference: {'; '.join(about)}.\n" if about else ""
-    accuracy = [
-        f"{result['name']} {result['aji']:.3f} (reference {result['reference_aji']:.3f})"
-        for result in results
-        if "aji" in result
-    ]
-    speeds = [
-        f"{r['name']} {number(r['gflop_per_s'])} ({r.get('engine', 'torch')}, {r['precision']})"
-        for r in results
-        if "gflop_per_s" in r
-    ]
-    note += f"\n10^9 operations per second: {', '.join(speeds)}.\n" if speeds else ""
-    heavy = [result["name"].removeprefix("step ") for result in results if result.get("imports_torch")]
-    note += f"\nImport torch: {', '.join(heavy)}.\n" if heavy else ""
-    note += f"\nMean AJI: {', '.join(accuracy)}.\n" if accuracy else ""
-    return table(head, "lrrrrr", rows) + note
-
-
-def growth(results: Sequence[dict[str, Any]]) -> str:
-    """Return the tables of exponents and of what fits into memory."""
-    slopes = [
-        (
-            result["name"],
-            " → ".join(" x ".join(map(str, size)) for size in result["sizes"]),
-            " → ".join(number(ms) for ms in result["ms_by_size"]),
-            f"{result['slope']:.2f}",
-            f"{result['expected']:g}",
-        )
-        for result in results
-        if "slope" in result
-    ]
-    fits = [
-        (
-            result["name"],
-            number(result["mib_per_unit"]),
-            result["unit"],
-            number(result["most_in_24_gib"]),
-            result["about"],
-        )
-        for result in results
-        if "most_in_24_gib" in result
-    ]
-    text = "Exponent p of cost ~ size^p, fitted on a doubly logarithmic scale; below the order, fixed costs still show.\n\n"
-    text += table(("cost", "sizes", "ms", "p", "order"), "lllrr", slopes)
-    if fits:
-        text += "\nMemory, and how much of it 24 GiB hold, by the line through two measured sizes:\n\n"
-        text += table(("what", "MiB per unit", "unit", "units in 24 GiB", "of what"), "lrlrl", fits)
+    rows = []
+    for name in union(found):
+        cells = []
+        for one in (machine.get(name) for machine in found):
+            mine = (
+                (time(one["ms"], one["ms_spread"]), time(one["reference_ms"], one["reference_ms_spread"]))
+                if one
+                else ()
+            )
+            cells += [*mine, number(one["ratio"])] if one else [MISSING, "", ""]
+        first = next(machine[name] for machine in found if name in machine)
+        rows.append((name, *cells, number(first["peak_mib"]), number(first["reference_peak_mib"])))
+    head = ("case", *of_each(names, "ms", "reference, ms", "ratio"), "MiB", "reference, MiB")
+    text = table(head, "l" + "rrr" * len(names) + "rr", rows)
+    results = [result for machine in found for result in machine.values()]
+    if about := dict.fromkeys(result["about"] for result in results if result["reference_ms"] is not None):
+        text += f"\nReference: {'; '.join(about)}.\n"
+    notes = {
+        "10^9 operations per second": lambda r: (
+            f"{r['name']} {number(r['gflop_per_s'])} ({r.get('engine', 'torch')}, {r['precision']})"
+            if "gflop_per_s" in r
+            else ""
+        ),
+        "Import torch": lambda r: r["name"].removeprefix("step ") if r.get("imports_torch") else "",
+        "Mean AJI": lambda r: f"{r['name']} {r['aji']:.3f} (reference {r['reference_aji']:.3f})" if "aji" in r else "",
+    }
+    for title, note in notes.items():
+        said = [", ".join(filter(None, map(note, machine.values()))) for machine in found]
+        for name, one in zip(names, said, strict=True):
+            if one and len(set(filter(None, said))) > 1:
+                text += f"\n{title}, {name}: {one}.\n"
+        if len(set(filter(None, said))) == 1:
+            text += f"\n{title}: {next(filter(None, said))}.\n"
     return text
 
 
-def draw(results: Sequence[dict[str, Any]], stem: Path) -> Path:
-    """Draw ratios as bars, and growth as lines.
+def growth(found: Found, names: Sequence[str]) -> str:
+    """Return the tables of exponents and of what fits into memory."""
+    slopes, fits = [], []
+    for name in union(found):
+        known = [machine.get(name) for machine in found]
+        first = next(filter(None, known))
+        if "slope" in first:
+            sizes = " → ".join(" x ".join(map(str, size)) for size in first["sizes"])
+            cells = [
+                (" → ".join(map(number, one["ms_by_size"])), f"{one['slope']:.2f}") if one else (MISSING, "")
+                for one in known
+            ]
+            slopes.append((name, sizes, f"{first['expected']:g}", *sum(cells, ())))
+        if "most_in_24_gib" in first:
+            cells = [
+                (number(one["mib_per_unit"]), number(one["most_in_24_gib"])) if one else (MISSING, "") for one in known
+            ]
+            fits.append((name, first["unit"], *sum(cells, ()), first["about"]))
+    text = "Exponent p of cost ~ size^p, fitted on a doubly logarithmic scale; below the order, fixed costs still show.\n\n"
+    text += table(("cost", "sizes", "order", *of_each(names, "ms", "p")), "llr" + "lr" * len(names), slopes)
+    if fits:
+        text += "\nMemory, and how much of it 24 GiB hold, by the line through two measured sizes:\n\n"
+        head = ("what", "unit", *of_each(names, "MiB per unit", "units in 24 GiB"), "of what")
+        text += table(head, "ll" + "rr" * len(names) + "l", fits)
+    return text
+
+
+def draw(machines: Machines, names: Sequence[str], stem: Path) -> Path:
+    """Draw ratios as bars, those of other machines than the first as marks, and growth as lines, of the first.
 
     Args:
-        results: of the JSON file.
+        machines: from the JSON file.
+        names: of the machines.
         stem: path of the figure without its ending.
     """
-    bars = [result for result in results if result["ratio"] and result["group"] not in ("workflow", "train")]
-    lines = [result for result in results if "slope" in result]
+    first, *others = machines
+    bars = [result for result in first["results"] if result["ratio"] and result["group"] not in ("workflow", "train")]
+    lines = [result for result in first["results"] if "slope" in result]
     with mpl.rc_context(STYLE):
         figure = new_figure(PAGE, max(2.4, 0.17 * len(bars) + 0.6))
         axes = figure.subplots(1, 1 + bool(lines), squeeze=False, width_ratios=[3, 2][: 1 + bool(lines)])[0]
@@ -196,6 +241,16 @@ def draw(results: Sequence[dict[str, Any]], stem: Path) -> Path:
         axes[0].set_yticks(range(len(bars)), [f"{b['group']}: {b['name']}" for b in bars], fontsize=5.5)
         for k, bar in enumerate(bars):
             axes[0].text(bar["ratio"], k, f" {number(bar['ratio'])}", va="center", fontsize=5.5)
+        for one, name, marker in zip(others, names[1:], "DovsP", strict=False):
+            ratios = {(r["group"], r["name"]): r["ratio"] for r in one["results"] if r["ratio"]}
+            places = [(ratios[key], k) for k, bar in enumerate(bars) if (key := (bar["group"], bar["name"])) in ratios]
+            if places:
+                axes[0].plot(
+                    *zip(*places, strict=True), marker, color="black", markersize=2.5, linestyle="none", label=name
+                )
+        if others:
+            handles = [Patch(color="#7a7a7a", label=names[0]), *axes[0].get_legend_handles_labels()[0]]
+            figure.legend(handles=handles, loc="outside upper center", ncols=len(names), fontsize=6)
         axes[0].set_xscale("log")
         axes[0].invert_yaxis()
         axes[0].axvline(1, color="black", linewidth=0.6)

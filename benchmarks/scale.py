@@ -91,7 +91,7 @@ def run(bench: Bench) -> None:
     def predict(shape: Sequence[int], network: tuple, block: Sequence[int] | None = None) -> Callable[[], Any]:
         torch.manual_seed(0)
         about = header | {"offsets": OFFSETS[len(shape)]}
-        predictor = Predictor(build(*network), about, device=bench.device, block=block)
+        predictor = Predictor(build(*network), about, device=bench.device, precision=bench.precision, block=block)
         image = rng.integers(0, 255, (1, *shape), np.uint8)
         return lambda: predictor(image)
 

@@ -116,6 +116,7 @@ def trainings(bench: Bench) -> dict[str, tuple[tuple[int, ...], int, Path]]:
 def spec(ndim: int, patch: Sequence[int], batch_size: int, terms: Sequence[dict] = (), **recipe: Any) -> RunSpec:
     """Return what the training of the small student on phantoms needs to know; the rest is the catalogue's."""
     model, options = NETWORKS[ndim]["student"]
+    nuclei = {"augment": {"empty": 0.0}}  # patches of noise are none that another way to cut them would have
     neurons = {
         "augment": {
             "geometry": {"scale": [0.9, 1.1], "elastic": 2.0, "rotate": 15, "misalign": 6},
@@ -143,7 +144,7 @@ def spec(ndim: int, patch: Sequence[int], batch_size: int, terms: Sequence[dict]
                 "validate_every": 10**6,
                 "validate_images": 1,
                 "save_every": 10**6,
-                **({} if ndim == 2 else neurons),
+                **(nuclei if ndim == 2 else neurons),
                 **recipe,
             },
             "terms": list(terms),
@@ -153,13 +154,10 @@ def spec(ndim: int, patch: Sequence[int], batch_size: int, terms: Sequence[dict]
 
 def roof(bench: Bench) -> None:
     """Time a large product of matrices: what no network can be faster than."""
-    from gdlib.inference import choose_precision
-
     n = bench.pick(2048, 1024, 128) * (4 if bench.device.type == "cuda" else 1)
-    dtype = choose_precision("auto", bench.device)
-    a, b = (torch.rand(n, n, device=bench.device).to(dtype) for _ in range(2))
+    a, b = (torch.rand(n, n, device=bench.device).to(getattr(torch, bench.precision)) for _ in range(2))
     found = bench.compare("a product of matrices", lambda: a @ b, about="the most operations per second", shape=[n, n])
-    found.update({"precision": str(dtype).removeprefix("torch."), "gflop_per_s": 2e-6 * n**3 / found["ms"]})
+    found.update({"precision": bench.precision, "gflop_per_s": 2e-6 * n**3 / found["ms"]})
 
 
 def bare_step(bench: Bench, ndim: int, image: Sequence[int]) -> Any:
@@ -170,7 +168,6 @@ def bare_step(bench: Bench, ndim: int, image: Sequence[int]) -> Any:
         ndim: number of axes.
         image: (B, 1, [Z,] Y, X).
     """
-    from gdlib.inference import choose_precision
     from gdlib.models import build
 
     torch.manual_seed(0)
@@ -178,7 +175,7 @@ def bare_step(bench: Bench, ndim: int, image: Sequence[int]) -> Any:
     layout = torch.channels_last if ndim == 2 else torch.channels_last_3d
     network = build(model, options).to(bench.device, memory_format=layout).train()
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
-    dtype = choose_precision("auto", bench.device)
+    dtype = getattr(torch, bench.precision)
     x = torch.rand(*image, device=bench.device).contiguous(memory_format=layout)
     gradients: list[Tensor] = []
 

@@ -15,7 +15,6 @@ from benchmarks.scenes import bare_step, folder, roof, spec, trainings
 from gdlib import process
 from gdlib.bench import Bench, synchronise
 from gdlib.distill import Term, Truth, View
-from gdlib.inference import choose_precision
 
 
 class Clock(Term):
@@ -38,7 +37,7 @@ def train(bench: Bench, steps: int, ndim: int, patch: Sequence[int], batch: int,
     clock = {"term": "benchmarks.train:Clock", "weight": 0.0}
     with contextlib.redirect_stdout(text.StringIO()), contextlib.redirect_stderr(text.StringIO()):
         fit(
-            spec(ndim, patch, batch, [clock], steps=steps),
+            spec(ndim, patch, batch, [clock], steps=steps, precision=bench.precision),
             train=data, val=data, weights=out / "weights.safetensors", last=out / "last.safetensors", history=out / "history.csv",
             state=out / "state", device=str(bench.device),
         )  # fmt: skip
@@ -71,8 +70,7 @@ def run(bench: Bench) -> None:
         )  # fmt: skip
         with FlopCounterMode(display=False) as counter:
             bare()
-        dtype = choose_precision("auto", bench.device)
-        found["precision"] = str(dtype).removeprefix("torch.")
+        found["precision"] = bench.precision
         found["gflop_per_s"] = 1e-6 * counter.get_total_flops() / found["ms"]
         overhead = found["ms"] / found["reference_ms"]
         bench.target(f"a step of training against the bare one, {axes}", overhead, 1.15, unit=" x")

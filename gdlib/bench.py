@@ -42,6 +42,7 @@ class Bench:
         group: name of the group at work, a key of every result.
         size: a key of `SIZES`.
         device: a torch device.
+        precision: that networks compute in, the name of a torch type.
         results: one dict for each case: `name`, `ms` and `reference_ms` (medians), their quartiles `ms_spread` and
             `reference_ms_spread`, `ratio` = reference_ms / ms, `peak_mib` and `reference_peak_mib` (memory on top of what was
             held before the call), `rounds`, `difference` of both results, `about` (what is compared); None where there is none.
@@ -49,12 +50,13 @@ class Bench:
         extra: what else goes into the JSON file.
     """
 
-    def __init__(self, size: str = "full", device: str = "cpu") -> None:
-        from gdlib.inference import choose_device
+    def __init__(self, size: str = "full", device: str = "cpu", precision: str = "auto") -> None:
+        from gdlib.inference import choose_device, choose_precision
 
         self.group = ""
         self.size = size
         self.device = choose_device(device)
+        self.precision = str(choose_precision(precision, self.device)).removeprefix("torch.")
         self.results: list[dict[str, Any]] = []
         self.targets: list[dict[str, Any]] = []
         self.extra: dict[str, Any] = {}
@@ -173,8 +175,10 @@ class Bench:
         return 1e3 * (time.perf_counter() - start)
 
     def summary(self) -> dict[str, Any]:
-        """Return everything, as it goes into the JSON file."""
+        """Return everything about this machine, as it goes into the JSON file."""
         import torch
+
+        from gdlib.inference import bfloat16_units
 
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         return {
@@ -183,6 +187,8 @@ class Bench:
             "device": self.device.type,
             "device_name": name,
             "cpu": cpu_name(),
+            "bfloat16_units": bfloat16_units(),  # of the CPU, whether they are used or not
+            "precision": self.precision,
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "libraries": _versions(),
@@ -271,14 +277,21 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "bench",
         help="measure how fast every part is",
         description="Time every part of gdlib beside a plain implementation of the same, and check that both agree. Needs the "
-        "folder benchmarks/ of the source repository. `page` measures nothing: it writes docs/performance.md and its figure "
-        "from a JSON file.",
+        "folder benchmarks/ of the source repository. The JSON file keeps what other machines measured, and this one in "
+        "another precision; groups that were measured before are replaced. `page` measures nothing: it writes "
+        "docs/performance.md and its figure from a JSON file, with columns for every machine in it.",
     )
     bench.add_argument("group", choices=(*GROUPS, "all", "page"), help="what to measure")
     bench.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1 (default: cpu)")
+    bench.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of networks; float32 is what processors without units for bfloat16 compute in (default: auto)",
+    )
     bench.add_argument("--size", default="full", choices=tuple(SIZES), help="of the cases (default: full)")
     bench.add_argument("--threads", type=argument(Threads), metavar="N", help="CPU threads (default: all)")
-    bench.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results go, or come from (page)")
+    bench.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results are kept")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="also write a page, e.g. docs/performance.md")
     bench.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     bench.set_defaults(function=_bench)
@@ -286,35 +299,70 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     page = load("page")
-    target = arguments.markdown or (FOLDER.parent / "docs/performance.md" if arguments.group == "page" else None)
-    inputs = [arguments.json] if arguments.group == "page" else []
-    written = [] if inputs else [outputs.Output(arguments.json, outputs.has_keys("gdlib", "results"))]
-    written += (
-        [outputs.Output(path, lambda path: page.is_page(target)) for path in page.files(target)] if target else []
-    )
-    outputs.check(written, inputs, overwrite=arguments.overwrite, option="--json or --markdown")
+    target = arguments.markdown
+    # Before anything is measured: a file that cannot be used must not cost an hour.
+    machines = read(arguments.json) if arguments.group == "page" or arguments.json.exists() else []
     if arguments.group == "page":
-        try:
-            found = json.loads(arguments.json.read_text())
-        except json.JSONDecodeError as error:
-            raise io.DataError(f"{arguments.json}: not a JSON file ({error}); make it with `gdlib bench all`") from None
-        if "results" not in found:
-            raise io.DataError(f"{arguments.json}: there are no results in it; make it with `gdlib bench all`")
+        target = target or FOLDER.parent / "docs/performance.md"
     else:
+        if other := {one["size"] for one in machines} - {arguments.size}:
+            raise io.DataError(
+                f"{arguments.json}: its cases are of size {other.pop()}, which do not stand beside others; take another file"
+            )
         groups = GROUPS if arguments.group == "all" else (arguments.group,)
-        found = measure(groups, arguments.size, arguments.device)
-        io.write_text(arguments.json, json.dumps(found, indent=1) + "\n")
+        found = measure(groups, arguments.size, arguments.device, arguments.precision)
+        machines = merged(machines, found)
+        io.write_text(arguments.json, json.dumps({"machines": machines}, indent=1) + "\n")
     if target:
-        page.write(found, target)
+        page.write(machines, target)
 
 
-def measure(groups: Sequence[str], size: str, device: str) -> dict[str, Any]:
-    """Run groups of benchmarks and return the content of the JSON file."""
+SAME = (
+    "device_name",
+    "cpu",
+    "device",
+    "precision",
+    "threads",
+    "size",
+)  # what makes two measurements those of one machine
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read what machines have measured.
+
+    Raises:
+        gdlib.io.DataError: it is no file of `gdlib bench`.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise io.DataError(f"{path}: not a JSON file ({error}); make it with `gdlib bench all`") from None
+    machines = content.get("machines") if isinstance(content, dict) else None
+    if not machines or not all({*SAME, "loads", "results", "targets"} <= set(one) for one in machines):
+        raise io.DataError(f"{path}: there are no results of machines in it; make it with `gdlib bench all`")
+    return machines
+
+
+def merged(machines: Sequence[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put what was measured in its place: groups of the same machine and precision are replaced, others stay."""
+    out, found = list(machines), dict(found)
+    at = next((k for k, one in enumerate(out) if all(one[key] == found[key] for key in SAME)), len(out))
+    before = out[at] if at < len(out) else {"loads": {}, "results": [], "targets": []}
+    for key in ("results", "targets"):
+        kept = [one for one in before[key] if one["group"] not in found["loads"]]
+        found[key] = sorted([*kept, *found[key]], key=lambda one: GROUPS.index(one["group"]))  # stable
+    found["loads"] = before["loads"] | found["loads"]
+    out[at:] = [before | found, *out[at + 1 :]]
+    return out
+
+
+def measure(groups: Sequence[str], size: str, device: str, precision: str = "auto") -> dict[str, Any]:
+    """Run groups of benchmarks and return what this machine adds to the JSON file."""
     modules = {group: load(group) for group in groups}
-    bench = Bench(size, device)
+    bench = Bench(size, device, precision)
     start = time.perf_counter()
-    if hasattr(os, "getloadavg"):
-        bench.extra["load"] = os.getloadavg()[0]  # 0 on a machine that does nothing else
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # 0 on a machine that does nothing else
+    bench.extra["loads"] = dict.fromkeys(groups, load_before)
     for bench.group in groups:
         modules[bench.group].run(bench)
     bench.extra["seconds"] = time.perf_counter() - start

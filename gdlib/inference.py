@@ -69,10 +69,14 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         raise ValueError(f'there is no precision "{name}": choose auto, float32, bfloat16 or float16')
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # AMX or AVX512-BF16; a CPU without either is slower in bfloat16 than in float32.
-    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = device.type == "cpu" and any(getattr(torch.cpu, unit, lambda: False)() for unit in units)
-    return torch.bfloat16 if fast else torch.float32
+    # A CPU without such units is slower in bfloat16 than in float32.
+    return torch.bfloat16 if device.type == "cpu" and bfloat16_units() else torch.float32
+
+
+def bfloat16_units() -> list[str]:
+    """Return the units of this processor that multiply in bfloat16, by the names of their makers."""
+    units = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    return [name for name, is_there in units.items() if getattr(torch.cpu, is_there, lambda: False)()]
 
 
 def legal_shape(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:

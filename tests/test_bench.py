@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gdlib import bench, cli
-from gdlib.bench import GROUPS, Bench, measure, slope, with_peak
+from gdlib.bench import GROUPS, Bench, measure, merged, slope, with_peak
 
 KEYS = {"group", "name", "reference_ms", "ms", "ratio", "peak_mib", "ms_spread", "difference", "about"}
 # Cases in which a plain implementation must give the same; of the others one part is missing, or only time is compared.
@@ -98,7 +98,7 @@ def test_growth_has_an_exponent(found):
 def test_the_page_tells_it_all(found, tmp_path, capsys):
     """From the file alone, by the command, and again with the same bytes."""
     source = tmp_path / "performance.json"
-    source.write_text(json.dumps(found))
+    source.write_text(json.dumps({"machines": [found]}))
     command = ["bench", "page", "--json", str(source), "--markdown", str(tmp_path / "performance.md")]
     assert cli.main(command) == 0
     page = (tmp_path / "performance.md").read_text()
@@ -117,7 +117,96 @@ def test_the_page_tells_it_all(found, tmp_path, capsys):
 def test_one_group_by_the_command(tmp_path, capsys):
     path = tmp_path / "targets.json"
     assert cli.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 0
-    assert {result["group"] for result in json.loads(path.read_text())["results"]} == {"targets"}
+    (machine,) = json.loads(path.read_text())["machines"]
+    assert {result["group"] for result in machine["results"]} == set(machine["loads"]) == {"targets"}
+
+
+def test_networks_run_in_the_precision_that_was_asked_for():
+    for precision in ("float32", "bfloat16"):
+        found = measure(["train"], "tiny", "cpu", precision)
+        assert found["precision"] == precision
+        assert {result["precision"] for result in found["results"] if "precision" in result} == {precision}
+
+
+def machine(name="A CPU", value=1.0, groups=("losses", "metrics"), **about):
+    """What one machine says of some groups, one case and one target each."""
+    at_work = Bench("tiny", precision=about.pop("precision", "float32"))
+    for at_work.group in groups:
+        at_work.add(f"case of {at_work.group}", [value, value, 2 * value], [10 * value])
+        at_work.target(f"target of {at_work.group}", value, 5.0, floor="a floor" if value > 5 else None)
+    at_work.extra["loads"] = dict.fromkeys(groups, value)
+    return at_work.summary() | {"device_name": name, "cpu": name, "threads": 2} | about
+
+
+def test_the_file_keeps_what_other_machines_measured():
+    first, other = machine(), machine("B CPU", 7.0)
+    machines = merged(merged([], first), other)
+    assert machines == [first, other]
+    assert merged(machines, first) == machines
+    again = machine(value=3.0, groups=("metrics",))
+    mine, theirs = merged(machines, again)
+    assert theirs == other
+    assert [(r["group"], r["ms"]) for r in mine["results"]] == [("losses", 1.0), ("metrics", 3.0)], (
+        "in the order of groups"
+    )
+    assert [(t["group"], t["value"]) for t in mine["targets"]] == [("losses", 1.0), ("metrics", 3.0)]
+    assert mine["loads"] == {"losses": 1.0, "metrics": 3.0}
+    for change in ({"precision": "bfloat16"}, {"threads": 1}, {"cpu": "C"}, {"device": "cuda"}):
+        assert len(merged(machines, machine() | change)) == 3, "not the same"
+
+
+def test_the_page_has_columns_for_every_machine(tmp_path):
+    several = [
+        machine("Fast(R) CPU @ 3 GHz", 1.0, bfloat16_units=["AMX"]),
+        machine("Slow Processor", 7.0, groups=("metrics",)),
+        machine("Slow Processor", 6.0, ("losses",), threads=4, loads={"losses": None}, bfloat16_units=[]),
+    ]
+    names = ["Fast, float32", "Slow, float32, 2 threads", "Slow, float32, 4 threads"]
+    bench.load("page").write(several, tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    assert "| Fast, float32 | Fast(R) CPU @ 3 GHz | AMX | float32 | 2 | 1.0 | gdlib" in page
+    assert "| Slow, float32, 4 threads | Slow Processor | none | float32 | 4 | not known |" in page
+    columns = [f"{name}: {what}" for name in names for what in ("ms", "reference, ms", "ratio")]
+    assert f"| case | {' | '.join(columns)} | MiB | reference, MiB |" in page
+    quick, slow, slower = (
+        "1 [1, 1.5] | 10 [10, 10] | 10",
+        "7 [7, 10.5] | 70 [70, 70] | 10",
+        "6 [6, 9] | 60 [60, 60] | 10",
+    )
+    absent = "not measured yet |  | "
+    assert f"| case of losses | {quick} | {absent} | {slower} |  |  |" in page
+    assert f"| case of metrics | {quick} | {slow} | {absent} |  |  |" in page
+    assert "| target of losses | ≤ 5 | 1 | not measured yet | **6, not met** |" in page
+    assert "2 of 2 are met by Fast, float32; 0 of 1 are met by Slow, float32, 2 threads; 0 of 1" in page
+    assert "* target of losses, on Slow, float32, 4 threads: a floor." in page
+
+
+def test_the_page_of_the_documentation_is_that_of_its_file(tmp_path):
+    docs = bench.FOLDER.parent / "docs"
+    bench.load("page").write(bench.read(docs / "performance.json"), tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text() == (docs / "performance.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a JSON file"),
+        ('{"results": []}', "no results"),
+        (None, "of size small"),
+    ],
+)
+def test_nothing_is_measured_for_a_file_that_cannot_take_it(content, message, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "results.json"
+    content = content or json.dumps({"machines": [machine(size="small")]})
+    path.write_text(content)
+    capsys.readouterr()
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it was measured"))
+    assert cli.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"gdlib: error: {path}: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert path.read_text() == content
 
 
 def test_every_step_of_the_workflow_is_started():
@@ -126,7 +215,7 @@ def test_every_step_of_the_workflow_is_started():
     steps = {"download", "prepare", "draw", "teach", "train", "predict", "segment", "evaluate", "baselines"}
     assert steps <= set(modules)
     assert "gdlib.training" in modules["train"]
-    assert "gdlib.metrics" in modules["evaluate"]
+    assert "gdlib.scores" in modules["evaluate"]
     assert workflow.start("print('torch' in __import__('sys').modules)")() == "False\n"
 
 
