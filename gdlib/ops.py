@@ -69,8 +69,8 @@ class _Affinities(torch.autograd.Function):
     """Dot products of each row with its neighbours.
 
     A hand-written backward: autograd through the slices would build one full-size map per offset and direction. Here each
-    offset costs two fused multiply-adds (measured 6 times faster than autograd on rows, 3 times than on
-    channels-first maps, forward and backward together).
+    offset costs two fused multiply-adds (measured 6 times faster than autograd on rows, 3 times than on channels-first
+    maps, forward and backward together, on an Intel Xeon).
     """
 
     @staticmethod

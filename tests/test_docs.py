@@ -155,6 +155,19 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in anchors(file.read_text()), target
 
 
+TIME = re.compile(r"\b\d[\d.,:]* (?:ms|s|seconds|min|minutes|hours|h)\b")
+SPEAKING_OF_TIME = [page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if TIME.search(page.read_text())]
+
+
+@pytest.mark.parametrize("page", SPEAKING_OF_TIME, ids=lambda page: page.name)
+def test_a_page_that_speaks_of_time_says_of_which_processor(page):
+    """With units for bfloat16 and without: most processors have none, and a time of the others is not theirs."""
+    text = page.read_text()
+    assert re.search("Xeon|EPYC", text)
+    assert "bfloat16" in text
+    assert "float32" in text.replace("bfloat16", "")
+
+
 def test_the_catalogue_of_workflows_can_list_this_one():
     about = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())["usage"]
     assert about["report"] is True
