@@ -36,6 +36,7 @@ from skimage.segmentation import relabel_sequential, watershed
 
 from gdlib import __version__, io, segmentation
 from gdlib.data.files import open_volume
+from gdlib.data.intensity import working_type
 from gdlib.grid import Box, Grid
 
 COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "track_times": False}
@@ -107,7 +108,7 @@ def predict(
         if [status.st_size, status.st_mtime_ns] != plan["identity"]:
             raise io.DataError(f"{plan['image']}: the file has changed since the plan was made; make the plan again")
         source = predictor.source(volume)
-        source.range = tuple(np.array(plan["range"], np.float32))
+        source.range = tuple(np.array(plan["range"], working_type(volume.dtype)))
         try:
             parts = ((box, predictor.predict(source, _moved(box, core))) for box in predictor.blocks(sides))
             prediction = assembled(sides, parts)

@@ -67,7 +67,8 @@ ALLOWED = {
     "gdlib.data.calibration": "gdlib.data.tiff",
     "gdlib.data.files": "gdlib.text gdlib.io gdlib.registry gdlib.data.tiff",
     "gdlib.data.sense": "gdlib.io",
-    "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data gdlib.data.axes gdlib.data.files gdlib.data.sense",
+    "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data gdlib.data.axes gdlib.data.files gdlib.data.intensity "
+    "gdlib.data.sense",
     "gdlib.data.download": "gdlib gdlib.io gdlib.schema",
     "gdlib.data.sources": "",
     "gdlib.data.sources.*": "gdlib.io gdlib.limits gdlib.registry gdlib.data.files gdlib.data.sources._phantom",
@@ -77,7 +78,7 @@ ALLOWED = {
     "gdlib.grid": "gdlib.outputs gdlib.text gdlib.data.axes gdlib.limits gdlib.io gdlib.registry gdlib.parameters "
     "gdlib.data.files",
     "gdlib.volume_steps": "gdlib.io gdlib.outputs gdlib.limits gdlib.blockwise",
-    "gdlib.blockwise": "gdlib gdlib.io gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
+    "gdlib.blockwise": "gdlib gdlib.io gdlib.data.intensity gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
     "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.scores gdlib.judge gdlib.models "
     "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",

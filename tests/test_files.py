@@ -11,6 +11,7 @@ from gdlib.data import decoders
 from gdlib.data.axes import fitted, without_single_axes
 from gdlib.data.calibration import calibration, written
 from gdlib.data.files import find_files, open_volume, read_image, read_label
+from gdlib.data.intensity import rescale
 from gdlib.data.prepare import check_sample
 from gdlib.inference import Source
 from gdlib.io import DataError, Sample
@@ -432,6 +433,53 @@ def test_evaluate_labels_of_other_axes_and_types(tmp_path, capsys):
         assert main(["evaluate", f"{tmp_path}/{one}", f"{tmp_path}/{other}"]) == 0
         header, row, _ = capsys.readouterr().out.splitlines()
         assert dict(zip(header.split(","), row.split(","), strict=True))["aji"] == "1"
+
+
+# --- numbers beside which float32 has no contrast ---------------------------------------------------------------------
+
+OFFSETS = [
+    ("uint32", 2**31),
+    ("uint32", 0),
+    ("int32", -(2**31)),
+    ("int64", 2**45),
+    ("uint64", 2**45),
+    ("float64", 1e12),
+    ("float64", -3e9),
+    (">u4", 2**31),
+]
+
+
+@pytest.mark.parametrize(("dtype", "offset"), OFFSETS)
+def test_an_offset_leaves_the_contrast(tmp_path, dtype, offset):
+    """Networks see the same image, straight from a file and prepared for training, with a hot and a dead pixel in it too."""
+    normalisation = {"lower": 1, "upper": 99, "contrast": [30.0], "level": [0.2]}
+    plain = np.minimum(GREY, 150).astype(np.uint16)
+    plain[0, :2] = 0, 60000
+    expected = Source(plain[None], 1, 2, normalisation).read([0, 0], SIZE)
+    image = (plain.astype(object) + int(offset)).astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["raw"] = image
+    read = read_image(tmp_path / "a.tif")
+    with open_volume(tmp_path / "a.h5") as volume:
+        prepared = check_sample(Sample("a", read, LABEL), 1, (1, 1)).image
+        assert prepared.dtype == np.float32
+        for given in (read, volume, prepared):
+            seen = Source(given, 1, 2, normalisation).read([0, 0], SIZE)
+            assert seen.dtype == np.float32
+            np.testing.assert_allclose(seen, expected, atol=1e-3)
+
+
+def test_numbers_that_float32_resolves_are_prepared_as_they_are():
+    for image in (GREY.astype(np.uint32) + 2**14, GREY.astype(np.float64) * 1e30 - 7):
+        np.testing.assert_array_equal(
+            check_sample(Sample("a", image[None], LABEL), 1, (1, 1)).image[0], np.float32(image)
+        )
+
+
+def test_rescaling_takes_the_offset_off_first():
+    image = np.array([[[2**31, 2**31 + 1, 2**31 + 2]]], np.uint32)
+    np.testing.assert_array_equal(rescale(image, np.array([2.0**31]), np.array([2.0**31 + 2])), [[[0, 0.5, 1]]])
 
 
 # --- HDF5 -------------------------------------------------------------------------------------------------------------

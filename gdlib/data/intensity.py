@@ -36,7 +36,8 @@ def intensity_range(
         level: for each channel, the part of a widened range that is below the image, from 0 to 1, from `learn`.
 
     Returns:
-        Two (C,) float32 arrays; equal values mean a flat channel.
+        Two (C,) arrays, float32, or float64 for types of which float32 does not have all numbers; equal values mean a flat
+        channel.
     """
     low, high = _percentile_range(image, lower, upper)
     if contrast is None:
@@ -48,7 +49,8 @@ def intensity_range(
 
 
 def _percentile_range(image: np.ndarray | h5py.Dataset, lower: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
-    out = np.empty((2, image.shape[0]), np.float32)
+    kind = working_type(image.dtype)
+    out = np.empty((2, image.shape[0]), kind)
     thickness = max(1, SLAB // max(1, int(np.prod(image.shape[2:]))))
     slabs = [slice(k, k + thickness) for k in range(0, image.shape[1], thickness)]
     if image.dtype not in (np.uint8, np.uint16) and len(slabs) > 1:
@@ -62,10 +64,10 @@ def _percentile_range(image: np.ndarray | h5py.Dataset, lower: float, upper: flo
             low, high = _percentiles(values, count[values], (lower, upper))
             lowest, highest = values[0], values[-1]
         else:
-            flat = np.concatenate([image[channel, slab].ravel() for slab in slabs]).astype(np.float32)
+            flat = np.concatenate([image[channel, slab].ravel() for slab in slabs]).astype(kind)
             low, high = np.percentile(flat, [lower, upper])
             lowest, highest = flat.min(), flat.max()
-        out[:, channel] = (low, high) if np.float32(high) > np.float32(low) else (lowest, highest)
+        out[:, channel] = (low, high) if kind.type(high) > kind.type(low) else (lowest, highest)
     return out[0], out[1]
 
 
@@ -97,7 +99,7 @@ def pixel_noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
     strips = _strips(image.shape)
     out = np.zeros(image.shape[0], np.float32)
     for channel in range(len(out)):
-        parts = [np.asarray(image[channel, strip], np.float32) for strip in strips]
+        parts = [np.asarray(image[channel, strip], working_type(image.dtype)) for strip in strips]
         for step in STEPS:
             with np.errstate(invalid="ignore", over="ignore"):
                 ripples = np.concatenate([_ripples(part, step) for part in parts])
@@ -178,14 +180,44 @@ def rescale(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
     Args:
         image: (C, [Z,] Y, X), any real type.
-        low: (C,) float32, from `intensity_range`, as is `high`.
-        high: (C,) float32.
+        low: (C,), from `intensity_range`, as is `high`.
+        high: (C,).
 
     Returns:
         float32 array of the same shape.
     """
     column = (-1,) + (1,) * (image.ndim - 1)
-    return (image.astype(np.float32) - low.reshape(column)) / span(low, high).reshape(column)
+    # The offset is taken off first: beside 2^31, float32 has no contrast of 100.
+    image = image.astype(working_type(image.dtype)) - low.reshape(column)
+    return (image / span(low, high).reshape(column)).astype(np.float32, copy=False)
+
+
+def working_type(stored: np.dtype) -> np.dtype:
+    """Return float32 for types all of whose numbers it has, float64 for others."""
+    return np.result_type(stored, np.float32)
+
+
+def as_float32(image: np.ndarray) -> np.ndarray:
+    """Convert an image; of channels whose contrast float32 would not resolve beside their offset, the offset is taken off.
+
+    Networks see the same, for what they see is normalised.
+
+    Args:
+        image: (C, [Z,] Y, X), any real type.
+
+    Returns:
+        float32 array of the same shape; what is too large for the type is infinite.
+    """
+    if working_type(image.dtype) == np.float64:
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinite pixels are told by who asks
+            low, high = intensity_range(image, 1, 99)
+            coarse = (high > low) & (
+                np.maximum(abs(low), abs(high)) > 2**8 * (high - low)
+            )  # less than 2^16 steps are left
+            if coarse.any():
+                image = image - np.where(coarse, low, 0).reshape((-1,) + (1,) * (image.ndim - 1))
+    with np.errstate(over="ignore"):
+        return image.astype(np.float32)
 
 
 def span(low: np.ndarray, high: np.ndarray) -> np.ndarray:

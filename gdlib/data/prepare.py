@@ -18,6 +18,7 @@ from gdlib import io
 from gdlib.data import sense
 from gdlib.data.axes import SECTIONS, fitted
 from gdlib.data.files import SPLITS, check_label, check_shapes
+from gdlib.data.intensity import as_float32
 from gdlib.io import DataError, Sample
 from gdlib.registry import SOURCES
 
@@ -119,7 +120,7 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
 
     Returns:
         The sample with its label numbered 1, 2, ... in uint32 and its image in uint8, uint16 or, from any other type,
-        float32; without `ignore` where that is False everywhere.
+        float32 (less an offset beside which that would have no contrast); without `ignore` where that is False everywhere.
     """
     ndim = len(min_size)
     image, label = fitted(sample.image, ndim, leading=1), fitted(sample.label, ndim)
@@ -161,8 +162,7 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
     if image.dtype.kind not in "uif":
         raise DataError(f"{name}: the image has type {image.dtype}; store it as 8-bit, 16-bit or float intensities")
     if image.dtype not in (np.uint8, np.uint16):
-        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is told next
-            image = image.astype(np.float32)
+        image = as_float32(image)  # what is too large becomes infinite, which is told next
         if not np.isfinite(image).all():
             raise DataError(f"{name}: the image has NaN or infinite pixels; replace them by numbers")
     if image.min() == image.max() and label.any():
