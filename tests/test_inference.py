@@ -759,11 +759,11 @@ import json, sys
 from pathlib import Path
 import h5py, numpy as np
 from gdlib import io
-from gdlib.data import patches
+from gdlib.data import intensity
 from test_inference import Memory, predictor
 from gdlib.streaming import predict_split
 
-patches.SLAB = 2**18  # volumes are smaller here than what else is looked at at once
+intensity.SLAB = 2**18  # volumes are smaller here than what else is looked at at once
 tool = predictor(Memory(), block=(16, 64, 64), segmentation={}, offsets=[[-1, 0, 0], [0, -1, 0], [0, 0, -3]])
 
 def peak():
