@@ -30,6 +30,7 @@ COUNTS: dict[str, tuple[str, Callable[[Overlaps], int]]] = {
     "object_pixels": ("their pixels", lambda table: table.label_sizes[1:].sum()),
     "false_objects": ("objects of the segmentation that share no pixel with any of the ground truth", _false_objects),
     "false_pixels": ("pixels of the segmentation's objects outside of all of the ground truth", _false_pixels),
+    "pixels": ("all pixels that count", lambda table: table.count.sum()),
 }
 
 

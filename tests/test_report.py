@@ -40,7 +40,7 @@ def with_counts(metrics, empty=(), false=lambda method, seed: 0):
     none = runs["sample"].isin(empty)
     found = np.array([false(*run) for run in zip(runs["method"], runs["seed"], strict=True)]) * none
     counts = {"objects": np.where(none, 0, 9), "object_pixels": np.where(none, 0, 90)}
-    counts |= {"false_objects": found, "false_pixels": 10 * found}
+    counts |= {"false_objects": found, "false_pixels": 10 * found, "pixels": np.full(len(runs), 400)}
     return pd.concat([metrics, *(runs.assign(metric=key, value=one) for key, one in counts.items())], ignore_index=True)
 
 
@@ -595,13 +595,13 @@ def test_tables_list_images_without_objects_apart(tmp_path):
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in own.splitlines() if line.startswith("|")]
     assert lines == [
         ["network", "method", "objects ↓", "their pixels ↓"], ["---", "---", "---:", "---:"],
-        ["Large", "teacher", "0.0", "0.0"],
-        ["Small", "student", "0.0 ± 0.0", "0.0 ± 0.0"],
-        ["", "IGD", "4.0 ± 1.0", "40.0 ± 10.0"],
-        ["", "IGD + AGD", "0.0 ± 0.0", "0.0 ± 0.0"],
+        ["Large", "teacher", "0.0", "0 (0.0 %)"],
+        ["Small", "student", "0.0 ± 0.0", "0 ± 0 (0.0 %)"],
+        ["", "IGD", "4.0 ± 1.0", "40 ± 10 (10.0 %)"],
+        ["", "IGD + AGD", "0.0 ± 0.0", "0 ± 0 (0.0 %)"],
     ]  # fmt: skip
     assert r"\label{tab:cells_1-empty}" in tex
-    assert r" & IGD & 4.0 $\pm$ 1.0 & 40.0 $\pm$ 10.0 \\" in tex
+    assert r" & IGD & 4.0 $\pm$ 1.0 & 40 $\pm$ 10 (10.0 \%) \\" in tex
     written = pd.read_csv(out["summary"]).set_index(["method", "metric"])
     assert tuple(written.loc[("igd", "false_objects"), ["mean", "std", "images"]]) == (4, 1, 2)
     assert written.loc[("igd", "aji"), "images"] == 5
@@ -615,8 +615,8 @@ def test_every_segmenter_found_its_own_in_images_without_objects():
     metrics = with_counts(em_study()[lambda m: m["metric"].isin(METRICS)], ["i0"], lambda method, seed: 1 + seed)
     ((_, (_, table)),) = tables.result_tables(metrics, keys=["voi"], main="voi")
     rows = [[cell.text for cell in row] for group in table.groups for row in group]
-    block = [["large", "teacher", "1.0", "10.0"], ["small", "student", "1.5 ± 0.7", "15.0 ± 7.1"]]
-    block += [["", method, "1.5 ± 0.7", "15.0 ± 7.1"] for method in ("IGD", "IGD + AGD")]
+    block = [["large", "teacher", "1.0", "10 (2.5 %)"], ["small", "student", "1.5 ± 0.7", "15 ± 7 (3.8 %)"]]
+    block += [["", method, "1.5 ± 0.7", "15 ± 7 (3.8 %)"] for method in ("IGD", "IGD + AGD")]
     assert rows == [["waterz"], *block, ["multicut"], *block]
 
 

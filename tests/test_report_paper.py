@@ -310,14 +310,14 @@ def test_images_without_objects_are_in_no_mean_and_have_a_table():
     runs = metrics[metrics["metric"] == "aji"]
     counts = [
         runs.assign(metric=key, value=np.where(runs["sample"] == "i0", *v))
-        for key, v in (("objects", (0, 7)), ("false_objects", (2, 0)), ("false_pixels", (30, 0)))
+        for key, v in (("objects", (0, 7)), ("false_objects", (2, 0)), ("false_pixels", (30, 0)), ("pixels", (90, 90)))
     ]
     hidden = pd.concat([metrics.assign(value=metrics["value"].where(~first, 0)), *counts])
     ((_, (table, own)),) = laid_out(hidden)
     ((_, (without,)),) = laid_out(metrics[~first])
     assert lines(table) == lines(without)
     assert "4 images with objects and 1 without" in table.caption
-    assert [row[2:] for row in lines(own)] == [["2.0", "30.0"]] * 2 + [["2.0 ± 0.0", "30.0 ± 0.0"]] * 3
+    assert [row[2:] for row in lines(own)] == [["2.0", "30 (33.3 %)"]] * 2 + [["2.0 ± 0.0", "30 ± 0 (33.3 %)"]] * 3
 
 
 def test_datasets_that_the_paper_does_not_have_are_left_out():

@@ -25,12 +25,12 @@ CLEAN = scores.of_image(EMPTY, EMPTY)
 @pytest.mark.parametrize(
     ("label", "found", "ignore", "counts"),
     [
-        (TRUE, TRUE, None, (3, 30, 0, 0)),
-        (TRUE, EMPTY, None, (3, 30, 0, 0)),
-        (TRUE, image((5, 15), (60, 62), (70, 71)), None, (3, 30, 2, 8)),
-        (EMPTY, image((5, 15), (60, 62)), None, (0, 0, 2, 12)),
-        (EMPTY, EMPTY, None, (0, 0, 0, 0)),
-        (TRUE, image((5, 15), (60, 62)), image((0, 50)) > 0, (0, 0, 1, 2)),  # all objects are ignored
+        (TRUE, TRUE, None, (3, 30, 0, 0, 100)),
+        (TRUE, EMPTY, None, (3, 30, 0, 0, 100)),
+        (TRUE, image((5, 15), (60, 62), (70, 71)), None, (3, 30, 2, 8, 100)),
+        (EMPTY, image((5, 15), (60, 62)), None, (0, 0, 2, 12, 100)),
+        (EMPTY, EMPTY, None, (0, 0, 0, 0, 100)),
+        (TRUE, image((5, 15), (60, 62)), image((0, 50)) > 0, (0, 0, 1, 2, 50)),  # all objects are ignored
     ],
 )
 def test_counts_by_hand(label, found, ignore, counts):

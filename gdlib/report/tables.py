@@ -17,6 +17,7 @@ from gdlib.report.summary import (
     NOISE,
     compare,
     images_of,
+    is_empty,
     least_gap,
     meant,
     measured_on,
@@ -235,6 +236,7 @@ def false_tables(runs: pd.DataFrame, titles: Titles) -> list[Table]:
         return []
     rows = summarise(runs)
     rows = rows[rows["metric"].isin(FALSE)]
+    pixels = runs[is_empty(runs) & (runs["metric"] == "pixels")]["value"].mean()
     groups = []
     blocks = rows.groupby("segmenter", sort=False)
     for segmenter, block in blocks:
@@ -242,21 +244,19 @@ def false_tables(runs: pd.DataFrame, titles: Titles) -> list[Table]:
         for student, part in block.groupby("student", sort=False):
             group: list[list[Cell]] = []
             for method, found in part.groupby("method", sort=False):
-                numbers = [
-                    number(mean, std, 1)
-                    for mean, std in found.set_index("metric").loc[[*FALSE], ["mean", "std"]].values
-                ]
+                (count, spread), (area, wide) = found.set_index("metric").loc[[*FALSE], ["mean", "std"]].to_numpy()
+                share = f" ({100 * area / pixels:.1f} %)"
                 names = "" if group else title(student, titles), title(method, titles)
-                group.append([Cell(text) for text in (*names, *numbers)])
+                texts = *names, number(count, spread, 1), number(area, wide, 0) + share
+                group.append([Cell(text) for text in texts])
             groups.append(heading + group)
             heading = []
-    images = f"{empty} test image{'s' * (empty > 1)} of {title(dataset, titles)} without objects"
-    caption = (
-        f"What was found in the {images}; means over these images, and mean ± sample standard deviation over seeds."
-    )
-    return [
-        Table(f"{dataset}-empty", caption, ["network", "method", "objects ↓", "their pixels ↓"], groups, [], names=2)
-    ]
+    images = f"the {empty} test images" if empty > 1 else "the test image"
+    caption = f"What was found in {images} of {title(dataset, titles)} without objects"
+    caption += "; means over these images" * (empty > 1)
+    caption += ", then mean ± sample standard deviation over seeds" * bool(rows["n"].max() > 1) + "."
+    header = ["network", "method", "objects ↓", "their pixels ↓"]
+    return [Table(f"{dataset}-empty", caption, header, groups, [], names=2)]
 
 
 def _own_teacher(runs: pd.DataFrame) -> str:
