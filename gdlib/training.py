@@ -312,7 +312,7 @@ def _own_random_numbers(device: torch.device) -> contextlib.AbstractContextManag
 def _seed(number: int, device: torch.device) -> None:
     """Seed the generators that a network on this device draws from, and no others."""
     torch.default_generator.manual_seed(number)
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):  # nothing is drawn where nothing is computed
         state = torch.Generator(device).manual_seed(number).get_state()
         torch.get_device_module(device).set_rng_state(state, device)
 

@@ -26,6 +26,7 @@ MORE = {
         "geometry": {"scale": (0.8, 1.2), "elastic": 2.0, "elastic_spacing": 8, "rotate": 10.0, "misalign": 2.0},
         "intensity": {"contrast": 0.2, "brightness": 0.2, "gamma": 0.2, "blur": 1.0, "noise": 0.1, "probability": 1.0},
         "sections": {"contrast": 0.1, "brightness": 0.1, "blur": 1.0, "motion": 5, "missing": 0.5, "probability": 1.0},
+        "empty": 0.5,
     }
 }
 NETWORKS = {"2D": ("resunet", (2, 2, 4, 4, 4), (32, 32)), "3D": ("resunet3d", (2, 2, 4, 4, 4), (4, 32, 32))}
