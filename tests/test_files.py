@@ -198,6 +198,7 @@ REFUSED_IMAGES = {
     "cut OME stack": ("a.tif", cut(tiff(STACK, ome=True), 0.7), ["cannot be read", "get it again"]),
     "cut PNG": ("a.png", cut(pillow(GREY), 0.7), ["cannot be read", "save it again"]),
     "no page": ("a.tif", lambda path: path.write_bytes(b"II*\0" + bytes(4)), ["no image in this file", "get or save it again"]),
+    "no photometric": ("a.tif", lambda path: retagged(path, GREY, 262, 999), ["cannot be read", "999", "get it again"]),
     "empty": ("a.tif", lambda path: path.write_bytes(b""), ["cannot be read", "get it again"]),
     "1 bit LZW": ("a.tif", pillow(GREY > 99, compression="tiff_lzw"), ["LZW", "imagecodecs", "extra `tiff`", "or save"]),
     "LERC": ("a.tif", lambda path: retagged(path, GREY, 259, 34887), ["LERC", "imagecodecs", "extra `tiff`", "or save"]),
@@ -534,16 +535,16 @@ MICRON = {"axes": "ZYX", "PhysicalSizeX": 0.2, "PhysicalSizeY": 250, "PhysicalSi
 PER_CM = {"resolution": (50000, 40000), "resolutionunit": "CENTIMETER"}
 # How an image is written, then its unit (by number, by name), pixels per unit along x and y, and distance of sections.
 SCALES = {
-    "ImageJ": ({"imagej": True, "resolution": (5, 4), "metadata": {"axes": "ZYX", "unit": "um", "spacing": 0.4}}, 2, "um", 0.4),
+    "ImageJ": ({"imagej": True, "resolution": (5, 4), "metadata": {"axes": "ZYX", "unit": "um", "spacing": 0.4}}, 1, "um", 0.4),
     "ImageJ, escaped": (
         {"imagej": True, "resolution": (5, 4), "metadata": {"axes": "ZYX", "unit": "\\u00B5m", "spacing": 0.4}},
-        2,
+        1,
         "\\u00B5m",
         0.4,
     ),
     "OME": ({"ome": True, "metadata": MICRON}, 1, "micron", 0.4),
     "tags": (PER_CM, 3, None, None),
-    "nothing": ({"metadata": None}, 2, None, None),
+    "nothing": ({"metadata": None}, 1, None, None),
 }  # fmt: skip
 
 

@@ -30,15 +30,13 @@ def calibration(path: Path) -> dict[str, Any]:
         page = series.keyframe
         text = page.parent.ome_metadata if page.parent.is_ome else None
         imagej = page.parent.imagej_metadata or {}
-        tags = {tag: page.tags.valueof(tag) for tag in (X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT)}
+        tags = [page.tags.valueof(tag) for tag in (X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT)]
     if text and (found := _of_ome(text)):
         return found
-    if not all(isinstance(tags[tag], tuple) and min(tags[tag]) > 0 for tag in (X_RESOLUTION, Y_RESOLUTION)):
+    x, y, unit = tags
+    if not all(isinstance(number, tuple) and len(number) == 2 and min(number) > 0 for number in (x, y)):
         return {}
-    found = {
-        "resolution": (tags[X_RESOLUTION], tags[Y_RESOLUTION]),
-        "resolutionunit": int(tags[RESOLUTION_UNIT] or INCH),
-    }
+    found = {"resolution": (x, y), "resolutionunit": int(unit) if unit in (1, 2, 3) else INCH}
     return found | {key: imagej[key] for key in ("unit", "spacing") if key in imagej and "unit" in imagej}
 
 

@@ -357,7 +357,7 @@ def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.n
         return read_tiff(path, indices=indices)
     try:
         return _read_png(path, indices)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything, from struct.error to zlib.error
         raise DataError(f"{path}: cannot be read ({error}); save it again as PNG or uncompressed TIFF") from error

@@ -38,7 +38,8 @@ def read_tiff(path: Path, *, indices: bool) -> tuple[np.ndarray, str, bool]:
     """
     with open_tiff(path) as series:
         page, axes = series.keyframe, series.axes
-        photometric = int(page.photometric)
+        with reading(path):
+            photometric = int(page.photometric)
         if photometric not in GREY_OR_COLOUR and page.compression not in JPEG:
             raise DataError(f"{path}: its colours are {page.photometric.name}; save it again as grey or RGB image")
         # tifffile, by which most masks of single bits are written, marks them so, but stores them as they are.
@@ -168,7 +169,7 @@ def reading(path: Path) -> Iterator[None]:
     logger.addHandler(listener)
     try:
         yield
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything, from struct.error to zlib.error
         said.append(str(error) or type(error).__name__)
