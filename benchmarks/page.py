@@ -48,7 +48,7 @@ def write(machines: Machines, target: Path) -> None:
         target: where the page goes, e.g. `docs/performance.md`.
     """
     names = headings(machines)
-    picture = draw(machines, names, target.parent / "figures" / target.stem)
+    picture = draw(machines, names, files(target)[1].with_suffix(""))
     parts = [introduction(machines, names, target), f"![Ratios and growth of cost](figures/{picture.name})\n"]
     parts.append(targets(machines, names))
     for group in TITLES:
@@ -218,6 +218,16 @@ def growth(found: Found, names: Sequence[str]) -> str:
         head = ("what", "unit", *of_each(names, "MiB per unit", "units in 24 GiB"), "of what")
         text += table(head, "ll" + "rr" * len(names) + "l", fits)
     return text
+
+
+def files(target: Path) -> tuple[Path, Path]:
+    """Return what is written for a page: it, and its figure."""
+    return target, target.parent / "figures" / f"{target.stem}.png"
+
+
+def is_page(target: Path) -> bool:
+    """Was this page made here?"""
+    return target.is_file() and "\nMade by `gdlib bench page" in target.read_text(errors="replace")
 
 
 def draw(machines: Machines, names: Sequence[str], stem: Path) -> Path:

@@ -299,12 +299,17 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     page = load("page")
-    target = arguments.markdown
+    is_page, is_own = arguments.group == "page", outputs.has_keys("machines")
+    target = arguments.markdown or (FOLDER.parent / "docs/performance.md" if is_page else None)
     # Before anything is measured: a file that cannot be used must not cost an hour.
-    machines = read(arguments.json) if arguments.group == "page" or arguments.json.exists() else []
-    if arguments.group == "page":
-        target = target or FOLDER.parent / "docs/performance.md"
-    else:
+    written = [] if is_page else [outputs.Output(arguments.json, is_own)]
+    written += (
+        [outputs.Output(path, lambda path: page.is_page(target)) for path in page.files(target)] if target else []
+    )
+    inputs = [arguments.json] if is_page else []
+    outputs.check(written, inputs, overwrite=arguments.overwrite, option="--json or --markdown")
+    machines = read(arguments.json) if is_page or is_own(arguments.json) else []
+    if not is_page:
         if other := {one["size"] for one in machines} - {arguments.size}:
             raise io.DataError(
                 f"{arguments.json}: its cases are of size {other.pop()}, which do not stand beside others; take another file"
@@ -333,6 +338,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         gdlib.io.DataError: it is no file of `gdlib bench`.
     """
+    io.check_file(path)
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -355,9 +355,9 @@ def _fingerprint(*content: Any) -> str:
 def _opened(path: Path, made_for: str | None = None) -> Iterator[h5py.File]:
     """Open a file of a block; one made for another plan or with other settings is an error."""
     with io.open_h5(path) as file:
-        if made_for not in (None, file.attrs.get("made_for")):
+        if (found := file.attrs.get("made_for")) is None or made_for not in (None, found):
             raise io.DataError(
-                f"{path}: it was made for another plan or with other settings; delete it and make it again"
+                f"{path}: it was made for another plan or with other settings; move it away and make it again"
             )
         yield file
 

@@ -19,7 +19,7 @@ from gdlib.config import RunSpec
 from gdlib.data.patches import PatchSampler, largest_id
 from gdlib.distill import Batch, see
 from gdlib.inference import choose_device, choose_precision
-from gdlib.models import Embedding, build, folded, restored
+from gdlib.models import Embedding, build, folded, trained
 from gdlib.progress import Progress
 
 
@@ -83,11 +83,11 @@ def teach(
     """
     target = choose_device(device)
     dtype = choose_precision(precision, target)
-    state, header = io.load_weights(teacher)
-    network = restored(header, state)
+    network, _ = trained(teacher)
     names = ["embedding", "foreground"] if level is None else [level] if level in network.levels else []
     layout = {2: torch.channels_last, 3: torch.channels_last_3d}[network.ndim]
     network = folded(network).to(target, memory_format=layout)
+    _check_drawn(patches, io.read_attrs(patches))
     with io.open_h5(patches) as file, io.create_h5(out, teacher=io.sha256(teacher)) as taught:
         count = len(file["image"]) if names else 0
         for first in Progress(range(0, count, batch_size), unit="batch", desc="ask"):
@@ -114,6 +114,11 @@ def _rows(file: h5py.File, name: str, part: Tensor, count: int) -> h5py.Dataset:
     return file[name]
 
 
+def _check_drawn(path: Path | str, attrs: Mapping[str, Any]) -> None:
+    if not {"drawing", "train", "batches", "margin"} <= set(attrs):
+        raise io.DataError(f"{path}: this is no file of drawn patches; make one with `gdlib step draw`")
+
+
 class CachedPatches:
     """Batches from files of `draw` and `teach`: like those of `PatchSampler` a pure function of (seed, step).
 
@@ -137,6 +142,7 @@ class CachedPatches:
         device: torch.device | str = "cpu",
     ) -> None:
         self.attrs = io.read_attrs(patches)
+        _check_drawn(patches, self.attrs)
         self.normalisation = self.attrs.get("normalisation")
         self.file = h5py.File(patches, "r")
         files = [h5py.File(path, "r") for path in taught]
@@ -216,7 +222,7 @@ def source_of_patches(
     if patches is None:
         return PatchSampler(train, **spec.drawing, margin=margin, device=device)
     for path in taught:
-        if io.read_attrs(path)["teacher"] != io.sha256(teacher):
+        if io.read_attrs(path).get("teacher") != io.sha256(teacher):
             raise io.DataError(f"{path}: another teacher than {teacher} was asked; make it again")
     geometry = spec.recipe.augment.geometry
     cached = CachedPatches(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gdlib import __version__, devices, io, outputs
+from gdlib import __version__, devices, failures, io, outputs
 from gdlib.bench import add_bench
 from gdlib.limits import Count, argument
 from gdlib.parameters import main_segmenter
@@ -30,20 +30,25 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake of the user is one line on stderr and exit status 1."""
-    arguments = _parser().parse_args(argv)
-    if getattr(arguments, "threads", None):
-        # Before torch and BLAS are imported, which read it once.
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     try:
+        arguments = _parser().parse_args(argv)
+        if getattr(arguments, "threads", None):
+            # Before torch and BLAS are imported, which read it once.
+            os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
         if getattr(arguments, "device", None) == "auto":
             devices.claim()
         arguments.function(arguments)
     except BrokenPipeError:
         return 0
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("GDLIB_TRACEBACK"):
+    except KeyboardInterrupt:
+        print("gdlib: stopped by Ctrl-C; the same command starts again, or goes on from what is saved", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError, OSError, MemoryError, RuntimeError, ExceptionGroup) as error:
+        ours = not isinstance(error, RuntimeError) or failures.is_lack_of_memory(error)
+        if os.environ.get("GDLIB_TRACEBACK") or not ours:
             raise
-        print("gdlib: error:", " ".join(str(error).split()), file=sys.stderr)
+        for line in failures.sentences(error):
+            print("gdlib: error:", line, file=sys.stderr)
         return 1
     return 0
 
@@ -158,15 +163,16 @@ def _open_label(path: Path | str) -> Iterator[Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    import csv
-
     from gdlib.data.axes import without_single_axes
     from gdlib.data.files import find_files, spelt, split_h5_path
     from gdlib.metrics import METRICS
     from gdlib.scores import of_image
 
     def files(path: str) -> dict[str, Path | str]:
-        return find_files(Path(path)) if Path(path).is_dir() else {split_h5_path(path)[0].stem: path}
+        if Path(path).is_dir():
+            return find_files(Path(path))
+        io.check_file(file := split_h5_path(path)[0])
+        return {file.stem: path}
 
     labels, segmentations = files(arguments.labels), files(arguments.segmentations)
     if not any(Path(path).is_dir() for path in (arguments.labels, arguments.segmentations)):
@@ -181,25 +187,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         inputs = [split_h5_path(path)[0] for path in (*labels.values(), *segmentations.values())]
         out = outputs.Output(arguments.out, outputs.has_columns("sample", *METRICS))
         outputs.check([out], inputs, overwrite=arguments.overwrite)
-    rows = []
+    rows, failed = [], failures.Failures()
     for name, path in labels.items():
-        with _open_label(path) as label, _open_label(segmentations[name]) as segmentation:
+        rows.append({"sample": name})
+        with failed.noted(), _open_label(path) as label, _open_label(segmentations[name]) as segmentation:
             if label.shape != segmentation.shape:
                 label, segmentation = without_single_axes(label), without_single_axes(segmentation)
             try:
-                scores = of_image(label, segmentation)
+                rows[-1] |= of_image(label, segmentation)
             except io.DataError:  # which names the one that cannot be read
                 raise
             except ValueError as error:
                 raise io.DataError(f"{path} and {segmentations[name]}: {error}") from None
-        rows.append({"sample": name} | scores)
-    keys = list(rows[0])
-    table = [list(row.values()) for row in rows]
-    for name, has_objects in (("mean of images without objects", False), ("mean", True)):
-        if part := [row for row in rows if (row["objects"] > 0) == has_objects]:
-            table.append([name, *(sum(row[key] for row in part) / len(part) for key in keys[1:])])
-    if arguments.out:
-        io.write_rows(arguments.out, keys, table)
+    keys = list(max(rows, key=len))
+    table = [[row.get(key, "") for key in keys] for row in rows]
+    if not failed.errors:  # the mean of some is not that of all
+        for name, has_objects in (("mean of images without objects", False), ("mean", True)):
+            if part := [row for row in rows if (row["objects"] > 0) == has_objects]:
+                table.append([name, *(sum(row[key] for row in part) / len(part) for key in keys[1:])])
+    if len(failed.errors) < len(rows):
+        _write_table(arguments.out, keys, table)
+    failed.tell(len(rows), "images could not be compared: their scores are left empty, and there are no means")
+
+
+def _write_table(out: Path | None, keys: list[str], table: list[list[Any]]) -> None:
+    import csv
+
+    if out:
+        io.write_rows(out, keys, table)
     else:
         writer = csv.writer(sys.stdout)
         writer.writerow(keys)
@@ -207,12 +222,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from gdlib.scores import in_empty
-
     header = io.read_header(arguments.weights)
     if arguments.json:
         print(json.dumps(header, indent=2, sort_keys=True))
         return
+    try:
+        io.check_header(arguments.weights, header)
+        lines = _about(header)
+    except (KeyError, TypeError) as error:
+        raise io.DataError(
+            f"{arguments.weights}: its header lacks what training writes into it ({error}); `--json` shows what there is"
+        ) from error
+    for key, value in lines:
+        print(f"{key:13} {value}")
+
+
+def _about(header: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a header says, for people: what it is about, and what of it."""
+    from gdlib.scores import in_empty
+
     run = header["run"]
     terms = [f"{t['weight']:g} x {t['term']}{' (memory)' if t['memory'] else ''}" for t in run["terms"]]
     ndim = len(header["offsets"][0])
@@ -240,8 +268,7 @@ def _info(arguments: argparse.Namespace) -> None:
         texts = [f"{key} {scores[key]:.4f}" for key in shown if key in scores]
         lines.append(("validation", f"{segmenter}: {', '.join(texts)}{in_empty(scores)}"))
     made = f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, {header['precision']}"
-    for key, value in [*lines, ("made by", made)]:
-        print(f"{key:13} {value}")
+    return [*lines, ("made by", made)]
 
 
 def _floor(normalisation: dict[str, Any]) -> str:
@@ -254,6 +281,11 @@ def _catalogue(*paths: Path) -> Any:
     from gdlib.config import Config
     from gdlib.text import read_yaml
 
+    if not paths[0].is_file():
+        raise io.DataError(
+            f"{paths[0]}: there is no such file here; run the command in the folder of the source repository, or name a "
+            "catalogue with --config"
+        )
     return Config.parse(read_yaml(*paths))
 
 
@@ -264,8 +296,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _download(arguments: argparse.Namespace) -> None:
-    from gdlib.config import ConfigError
-    from gdlib.data.download import download
     from gdlib.registry import nearest
 
     config = _catalogue(arguments.config)
@@ -276,17 +306,28 @@ def _download(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f'{arguments.config}: there is no dataset "{name}": {nearest(name, list(config.datasets))}'
             )
-        files = config.datasets[name].download
-        try:
-            folder = config.raw_folder(name)
-        except ConfigError:
-            if not files:  # then it says how to get them
-                raise
-            folder = config.new_folder(name)
-        if files:
-            download(files, folder)
-        else:
-            print(f"{folder}: is already there" if folder else f"{name}: is made here, there is nothing to download")
+    failed = failures.Failures()
+    for name in arguments.names:
+        with failed.noted(ValueError):
+            _download_one(config, name)
+    failed.tell(len(arguments.names), "data sets could not be fetched")
+
+
+def _download_one(config: Any, name: str) -> None:
+    from gdlib.config import ConfigError
+    from gdlib.data.download import download
+
+    files = config.datasets[name].download
+    try:
+        folder = config.raw_folder(name)
+    except ConfigError:
+        if not files:  # then it says how to get them
+            raise
+        folder = config.new_folder(name)
+    if files:
+        download(files, folder)
+    else:
+        print(f"{folder}: is already there" if folder else f"{name}: is made here, there is nothing to download")
 
 
 def _models(arguments: argparse.Namespace) -> None:

@@ -133,6 +133,7 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{config['input']}: blocks can be read from an HDF5 file alone; copy the image into one (see docs/volumes.md)"
         )
     header = io.read_header(config["model"])
+    io.check_header(config["model"], header, ("channels", "offsets", "segmentation"))
     ndim = len(header["offsets"][0])
     with open_volume(config["input"]) as image:
         file, shape = image.file.filename, image.shape

@@ -27,7 +27,7 @@ from gdlib import io, ops
 from gdlib.data.axes import SECTIONS, View, fitted, kept_axes
 from gdlib.data.intensity import intensity_range, rescale
 from gdlib.engine import Engine, choose_engine, make_engine
-from gdlib.models import folded, restored
+from gdlib.models import folded, trained
 
 Box = tuple[slice, ...]
 BLOCK = {2: (1024, 1024), 3: (32, 256, 256)}  # pixels; larger ones waste less on context, where there is memory
@@ -55,9 +55,11 @@ def choose_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # from one that is only a name nothing comes back
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'device "{name}" cannot be used: {str(error).splitlines()[0]}') from error
+        raise ValueError(
+            f'device "{name}" cannot be used ({str(error).splitlines()[0]}); choose auto, cpu, or one that this machine has'
+        ) from error
     return device
 
 
@@ -189,8 +191,8 @@ class Predictor:
     @classmethod
     def load(cls, weights: Path | str, *, engine: str = "auto", **kwargs: Any) -> "Predictor":
         """Read a weights file and make its network, to be run by the fastest engine there is."""
-        state, header = io.load_weights(weights)
-        return cls(restored(header, state), header, engine=engine, **kwargs)
+        network, header = trained(weights, *io.HEADER)
+        return cls(network, header, engine=engine, **kwargs)
 
     def __call__(self, image: np.ndarray | h5py.Dataset, *, keep_embedding: bool = False) -> Prediction:
         """Predict one image.

@@ -16,12 +16,10 @@ checked pieces in HDF5, checksums in weights and states), and nothing in a file 
 
 import contextlib
 import csv
-import errno
 import hashlib
 import json
 import os
 import platform
-import re
 import traceback
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -32,6 +30,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from gdlib.failures import ACCESS, SPACE, DataError, sentences, writing
+from gdlib.failures import WriteError as WriteError
+
 HISTORY_COLUMNS = ("step", "split", "name", "value")
 METRIC_COLUMNS = ("dataset", "network", "method", "seed", "segmenter", "sample", "metric", "value")
 
@@ -41,29 +42,6 @@ BLOCK = (16, 64, 64)
 
 # Environment variable with the modules outside gdlib, separated by commas, whose networks a weights file may name.
 PLUGINS = "GDLIB_PLUGINS"
-
-SPACE = {
-    errno.ENOSPC: "free some space and run the same command again",
-    errno.EDQUOT: "free some space and run the same command again",
-    errno.EFBIG: "allow larger files (ulimit -f) and run the same command again",
-}
-ACCESS = {
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make its folder writable, or choose another one"),
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file stands where a folder is wanted: choose another one"),
-    errno.ENAMETOOLONG: "choose a shorter name",
-}
-
-
-class DataError(ValueError):
-    """Input that cannot be used; the message is one sentence that names file, cause and mend."""
-
-
-class WriteError(OSError):
-    """A file that cannot be written; the message is one sentence that names file, cause and mend."""
-
-    def __str__(self) -> str:
-        """Return the sentence."""
-        return f"{self.filename}: cannot be written ({self.strerror.lower()}); {(SPACE | ACCESS)[self.errno]}"
 
 
 @dataclass(frozen=True)
@@ -84,22 +62,6 @@ class Sample:
     label: np.ndarray
     ignore: np.ndarray | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
-
-
-@contextlib.contextmanager
-def writing(path: Path | str, causes: Iterable[int] = SPACE) -> Iterator[None]:
-    """Turn what any library raises for want of space into a `WriteError` about `path`; other errors pass."""
-    try:
-        yield
-    except Exception as error:
-        link: BaseException | None = error
-        while link is not None:  # torch tells it in the cause of its error, HDF5 and safetensors in their text
-            found = re.search(r"\b(?:errno =|os error) (\d+)", str(link))
-            number = getattr(link, "errno", None) or (int(found[1]) if found else None)
-            if number in causes:
-                raise WriteError(number, os.strerror(number), str(path)) from error
-            link = link.__cause__ or link.__context__
-        raise
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -182,15 +144,38 @@ def put(group: h5py.Group, name: str, array: np.ndarray, block: Iterable[int] | 
     )
 
 
+def check_file(path: Path | str) -> None:
+    """Raise `DataError` unless there is a file that may be read."""
+    try:
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise DataError(f"{path}: the file is missing; check its name and folder") from None
+    except OSError as error:
+        raise DataError(*sentences(error)) from error
+
+
+def h5_file(path: Path | str, mend: str = "move it away, and make it again") -> h5py.File:
+    """Open an HDF5 file for reading; what HDF5 says against it is one clear sentence, that ends with a mend."""
+    check_file(path)
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        cause = " ".join(str(error).split())  # HDF5 writes the date with a line break
+    if "unable to lock file" in cause:
+        raise DataError(f"{path}: another program has it open to write; close it there, or wait")
+    if "already open for write" in cause:
+        raise DataError(
+            f"{path}: a program has it open to write, or ended while it had; close it there, or, if there is none, free the "
+            f"file with `h5clear -s {path}`"
+        )
+    raise DataError(f"{path}: not a readable HDF5 file ({cause}); {mend}")
+
+
 @contextlib.contextmanager
 def open_h5(path: Path | str) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading; a file that is broken, or shows what is in other files, is one clear sentence."""
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        cause = " ".join(str(error).split())  # HDF5 writes the date with a line break
-        raise DataError(f"{path}: not a readable HDF5 file ({cause}); delete it and make it again") from error
-    with file, readable(file):
+    with h5_file(path) as file, readable(file):
         _check_links(file)
         yield file
 
@@ -204,7 +189,7 @@ def readable(file: h5py.File) -> Iterator[None]:
         told = "h5py" in traceback.extract_tb(error.__traceback__)[-1].filename and "doesn't exist" not in str(error)
         if not told or (name := _damaged(file)) is None:  # to look takes time
             raise
-        raise DataError(f'{file.filename}: "{name}" in it is damaged; delete the file and make it again') from error
+        raise DataError(f'{file.filename}: "{name}" in it is damaged; move the file away, and make it again') from error
 
 
 def _damaged(file: h5py.File) -> str | None:
@@ -286,6 +271,8 @@ def read_samples(path: Path | str, ids: Iterable[str] | None = None) -> Iterator
     with open_h5(path) as file:
         for name in sorted(file) if ids is None else ids:
             group = file[name]
+            if not isinstance(group, h5py.Group) or not {"image", "label"} <= set(group):
+                raise DataError(f'{path}: "{name}" has no image and label, so this is no samples file; give one')
             arrays = {key: group[key][()] for key in ("image", "label", "ignore") if key in group}
             attrs = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in group.attrs.items()}
             yield Sample(name, **arrays, attrs=attrs)
@@ -354,15 +341,32 @@ def read_header(path: Path | str) -> dict[str, Any]:
 def _header_and_checksum(path: Path | str) -> tuple[dict[str, Any], str | None]:
     from safetensors import SafetensorError, safe_open
 
+    check_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
         header = json.loads(metadata.get("gdlib", "null"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}); delete it and make it again") from error
+        raise DataError(f"{path}: not a readable safetensors file ({error}); get it again, or train again") from error
     if not isinstance(header, dict):
         raise DataError(f"{path}: these weights were not written by gdlib (no header); train or export them with it")
     return header, header.pop("sha256", None)  # earlier weights have none
+
+
+HEADER = {"model": str, "options": dict, "channels": int, "offsets": list, "normalisation": dict, "segmentation": dict}
+
+
+def check_header(path: Path | str, header: dict[str, Any], keys: Iterable[str] = HEADER) -> None:
+    """Raise `DataError` unless the header of a weights file has these keys of `HEADER`, with something usable."""
+    for key in keys:
+        if not isinstance(header.get(key), HEADER[key]) or (key in ("offsets", "segmentation") and not header[key]):
+            raise DataError(
+                f'{path}: its header says nothing usable of "{key}" ({header.get(key)}); get it again, or train again'
+            )
+    offsets = header.get("offsets", [[0, 0]])
+    axes = {len(o) for o in offsets if isinstance(o, list) and all(isinstance(k, int) for k in o)}
+    if len(axes) != 1 or not axes <= {2, 3} or not all(isinstance(o, list) for o in offsets):
+        raise DataError(f"{path}: the offsets of its header are {offsets}; get it again, or train again")
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -377,7 +381,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     state = load_file(path)
     if checksum is not None and checksum != _checksum(state, header):
         raise DataError(
-            f"{path}: it is damaged, its checksum is not the one it was written with; delete it and make it again"
+            f"{path}: it is damaged, its checksum is not the one it was written with; get it again, or train again"
         )
     module, elsewhere, _ = str(header.get("model", "")).partition(":")
     trusted = ("gdlib", *filter(None, os.environ.get(PLUGINS, "").split(",")))

@@ -135,7 +135,7 @@ def _runs(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None
     ids = {name: values[starts[kept]] for name, values in maps.items()}
     for name, values in ids.items():
         if values.dtype.kind == "i" and values.size and values.min() < 0:
-            raise ValueError(f"{name} has negative ids; pass such pixels as `ignore`")
+            raise ValueError(f"{name} has negative ids; set them to 0 (in Python, `ignore` leaves pixels out)")
     return *ids.values(), lengths[kept]
 
 

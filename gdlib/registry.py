@@ -108,7 +108,9 @@ class Registry:
             try:
                 return getattr(importlib.import_module(module_name), attribute)
             except (ImportError, AttributeError) as error:
-                raise UnknownName(f'cannot load {self.kind} "{name}": {error}') from error
+                raise UnknownName(
+                    f'cannot load {self.kind} "{name}" ({error}); install its package, or correct the name'
+                ) from error
         self.check(name)
         module = importlib.import_module(f"{self.package}.{name}")
         return getattr(module, module.__all__[0])

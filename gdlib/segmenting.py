@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gdlib import io, outputs
+from gdlib.failures import Failures
 from gdlib.limits import Threads, argument, number, sides
 from gdlib.parameters import chosen
 from gdlib.steps import BLOCK_HELP
@@ -125,7 +126,62 @@ def _segment(arguments: argparse.Namespace) -> None:
     paths: list[str] = []
     for path in arguments.images:
         paths += map(str, find_files(Path(path)).values()) if Path(path).is_dir() else [path]
-    jobs = [_Job.of(path, arguments.out) for path in paths]
+    failed = Failures()
+    jobs = _jobs(paths, arguments.out, failed)
+    outputs.check(
+        [job.output for job in jobs], [arguments.model, *(job.file for job in jobs)], overwrite=arguments.overwrite
+    )
+    header = io.read_header(arguments.model)
+    io.check_header(arguments.model, header, ("offsets", "segmentation"))
+    segmenter, parameters = _segmenter(arguments, header)
+    options = {key: getattr(arguments, key) for key in ("device", "precision", "engine", "block")}
+    predictor = Predictor.load(arguments.model, **options)
+    weights = io.sha256(arguments.model)
+
+    def predict(job: _Job) -> tuple[Any, dict[str, Any]]:
+        with _open_image(job.path, predictor.header["channels"]) as image:
+            try:
+                source = predictor.source(image)
+                boxes = predictor.blocks(source.shape)
+                prediction = predictor.predict(source, boxes[0]) if len(boxes) == 1 else None
+            except io.DataError as error:
+                raise io.DataError(f"{job.path}: {error}") from None
+            if prediction is None:
+                identity = f"{weights} {file_identity(job.file)} {job.path}"
+                blocks = predict_blocks(predictor, {job.path: source}, job.hidden("partial"), identity)
+                prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
+            return prediction, _where(image, job.file)
+
+    def finish(job: _Job, prediction: Any, attributes: dict[str, Any]) -> None:
+        offsets = predictor.header["offsets"]
+        with failed.noted():
+            label = segment(prediction.affinity, prediction.foreground, offsets, segmenter, **parameters)
+            outputs.check([job.output], [], overwrite=arguments.overwrite)  # people go on working in their folders
+            _write_label(job, label, attributes)
+            job.hidden("partial").unlink(missing_ok=True)
+            print(f"{job.path}: {int(label.max())} objects")
+
+    with ThreadPoolExecutor(1) as other:  # finds the objects of an image while the network is at work on the next
+        finishing: Future | None = None
+        for job in jobs:
+            with failed.noted():
+                found = predict(job)
+                if finishing is not None:
+                    finishing.result()
+                finishing = other.submit(finish, job, *found)
+        if finishing is not None:
+            finishing.result()
+    failed.tell(len(paths), "images could not be segmented; all others are done")
+
+
+def _jobs(paths: Sequence[str], out: Path, failed: Failures) -> list[_Job]:
+    """Find out where all labels go."""
+    jobs = []
+    for path in paths:
+        with failed.noted():
+            jobs.append(_Job.of(path, out))
+    if not jobs:
+        failed.tell(len(paths), "images could not be read")
     places = [(job.target, job.dataset) for job in jobs]
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
@@ -133,41 +189,7 @@ def _segment(arguments: argparse.Namespace) -> None:
             f'two images are called "{twice[0].stem}" and would be written to the same file; segment them separately, each '
             "with an --out of its own"
         )
-    inputs = [arguments.model, *(job.file for job in jobs)]
-    outputs.check([job.output for job in jobs], inputs, overwrite=arguments.overwrite)
-    segmenter, parameters = _segmenter(arguments, io.read_header(arguments.model))
-    options = {key: getattr(arguments, key) for key in ("device", "precision", "engine", "block")}
-    predictor = Predictor.load(arguments.model, **options)
-    weights = io.sha256(arguments.model)
-
-    def finish(job: _Job, prediction: Any, attributes: dict[str, Any]) -> None:
-        offsets = predictor.header["offsets"]
-        label = segment(prediction.affinity, prediction.foreground, offsets, segmenter, **parameters)
-        outputs.check([job.output], inputs, overwrite=arguments.overwrite)  # people go on working in their folders
-        _write_label(job, label, attributes)
-        job.hidden("partial").unlink(missing_ok=True)
-        print(f"{job.path}: {int(label.max())} objects")
-
-    with ThreadPoolExecutor(1) as other:  # finds the objects of an image while the network is at work on the next
-        finishing: Future | None = None
-        for job in jobs:
-            with _open_image(job.path, predictor.header["channels"]) as image:
-                try:
-                    source = predictor.source(image)
-                    boxes = predictor.blocks(source.shape)
-                    prediction = predictor.predict(source, boxes[0]) if len(boxes) == 1 else None
-                except io.DataError as error:
-                    raise io.DataError(f"{job.path}: {error}") from None
-                if prediction is None:
-                    identity = f"{weights} {file_identity(job.file)} {job.path}"
-                    blocks = predict_blocks(predictor, {job.path: source}, job.hidden("partial"), identity)
-                    prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
-                attributes = _where(image, job.file)
-            if finishing is not None:
-                finishing.result()
-            finishing = other.submit(finish, job, prediction, attributes)
-        if finishing is not None:
-            finishing.result()
+    return jobs
 
 
 def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[str, dict[str, Any]]:

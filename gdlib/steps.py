@@ -139,7 +139,7 @@ def _download(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from gdlib.data.prepare import prepare
 
-    dataset = arguments.dataset
+    dataset = _complete("--dataset", arguments.dataset, "source", "options", "patch", "channels")
     outputs = {split: getattr(arguments, split) for split in ("train", "val", "test")}
     prepare(
         dataset["source"], dataset["options"], arguments.root, outputs, tuple(dataset["patch"]), dataset["channels"]
@@ -243,16 +243,23 @@ def _segment(arguments: argparse.Namespace) -> None:
             io.put(file.create_group(sample), "label", label, io.BLOCK if label.ndim == 3 else None)
 
 
+def _complete(option: str, given: dict[str, Any], *parts: str) -> dict[str, Any]:
+    """Return these parts of what an option gives, or raise."""
+    if missing := [part for part in parts if part not in given]:
+        raise ValueError(f"{option}: {', '.join(missing)} missing; it is a JSON object with {', '.join(parts)}")
+    return {part: given[part] for part in parts}
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from gdlib.scores import of_image
 
-    run, parts = arguments.run, ("dataset", "network", "method", "seed")
-    if missing := [part for part in parts if part not in run]:
-        raise ValueError(f"--run: {', '.join(missing)} missing; it is a JSON object with {', '.join(parts)}")
-    identity = (*(run[part] for part in parts), arguments.segmenter)
+    run = _complete("--run", arguments.run, "dataset", "network", "method", "seed")
+    identity = (*run.values(), arguments.segmenter)
     rows = []
     with io.open_h5(arguments.data) as samples, io.open_h5(arguments.segmentation) as found:
         for name, sample in samples.items():
+            if f"{name}/label" not in samples:
+                raise io.DataError(f'{arguments.data}: "{name}" has no label, so this is no samples file; give one')
             if f"{name}/label" not in found:
                 raise io.DataError(f'{arguments.segmentation}: there is no segmentation of "{name}"; segment again')
             try:  # as datasets: they are read piece by piece
@@ -276,8 +283,11 @@ def _profile(arguments: argparse.Namespace) -> None:
     from gdlib.profile import profile
 
     spec = arguments.spec
-    first = io.sample_ids(arguments.data)[0]
+    _complete("--spec", spec, "model", "options")
     with io.open_h5(arguments.data) as file:
-        shape = file[first]["label"].shape
+        label = next((file[f"{name}/label"] for name in sorted(file) if f"{name}/label" in file), None)
+        if label is None:
+            raise io.DataError(f"{arguments.data}: there is no label in it, so this is no samples file; give one")
+        shape = label.shape
     result = profile(spec["model"], spec["options"], shape, device=arguments.device)
     io.write_text(arguments.out, json.dumps({**spec, **result}, indent=2, sort_keys=True) + "\n")

@@ -57,8 +57,10 @@ def predict_blocks(
     kept = kept or {}
     work = [(name, box) for name, image in images.items() for box in predictor.blocks(image.shape)]
     fingerprint = _fingerprint(predictor, images, identity, kept)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with io.writing(partial), open(partial, "a+b") as file:
+    with io.writing(partial, io.SPACE | io.ACCESS):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        waiting = open(partial, "a+b")  # noqa: SIM115, closed below
+    with io.writing(partial), waiting as file:
         _lock(file)
         done = _finished(file, fingerprint)
         title = partial.stem.lstrip(".")

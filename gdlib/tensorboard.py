@@ -10,40 +10,55 @@ could do it is larger than all that it would be used for.
 import argparse
 import csv
 import struct
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from gdlib import io
+from gdlib.failures import Failures
 from gdlib.limits import Positive, argument
 
 EVENTS = "events.out.tfevents.gdlib"  # TensorBoard looks for names like this
 Row = tuple[int, str, float]  # step, tag, value
 
 
-def histories(folder: Path) -> Iterator[tuple[str, list[Row]]]:
-    """Yield every run of a study, finished or not: its name and its history.
+def histories(folder: Path) -> dict[str, Path]:
+    """Return every run of a study, finished or not: its name, and the file with its history.
 
     Args:
         folder: of the study, `results/<study>`.
     """
     found = {path.parent.relative_to(folder / "runs"): path for path in folder.glob("runs/**/history.csv")}
     found |= {path.parent.relative_to(folder / "state"): path for path in folder.glob("state/**/resume.pt")}
-    for name, path in sorted(found.items()):
-        rows = _read_state(path) if path.suffix == ".pt" else _read_history(path)
-        yield name.as_posix(), [(step, f"{split}/{quantity}", value) for step, split, quantity, value in rows]
+    return {name.as_posix(): path for name, path in sorted(found.items())}
+
+
+def read(path: Path) -> list[Row]:
+    """Return the history in one of these files."""
+    rows = _read_state(path) if path.suffix == ".pt" else _read_history(path)
+    return [(step, f"{split}/{quantity}", value) for step, split, quantity, value in rows]
 
 
 def _read_history(path: Path) -> list[tuple[int, str, str, float]]:
-    with open(path, newline="") as file:
-        reader = csv.reader(file)
-        if tuple(next(reader, ())) != io.HISTORY_COLUMNS:
-            raise io.DataError(f"{path}: this is no training history; its columns are {', '.join(io.HISTORY_COLUMNS)}")
-        return [(int(step), split, name, float(value)) for step, split, name, value in reader]
+    try:
+        with open(path, newline="") as file:
+            reader = csv.reader(file)
+            if tuple(next(reader, ())) == io.HISTORY_COLUMNS:
+                return [(int(step), split, name, float(value)) for step, split, name, value in reader]
+    except ValueError as error:
+        raise io.DataError(f"{path}: not a readable training history ({error}); train again") from None
+    raise io.DataError(f"{path}: this is no training history; it must have the columns {', '.join(io.HISTORY_COLUMNS)}")
 
 
 def _read_state(path: Path) -> list[tuple[int, str, str, float]]:
-    return io.load_state(path)["history"]
+    try:
+        state = io.load_state(path)
+    except io.DataError as error:
+        raise io.DataError(f"{error}; it will be there again when the training goes on") from error
+    if "history" not in state:
+        raise io.DataError(f"{path}: this is no saved state of a training; give the folder of a study, results/<study>")
+    return state["history"]
 
 
 def events(rows: Iterable[Row]) -> bytes:
@@ -61,22 +76,25 @@ def events(rows: Iterable[Row]) -> bytes:
     return b"".join(out)
 
 
-def write(folder: Path, out: Path) -> int:
-    """Write or continue the event files of all runs of a study; return how many runs there are."""
-    count = 0
-    for name, rows in histories(folder):
-        path, content = out / name / EVENTS, events(rows)
-        known = path.read_bytes() if path.exists() else b""
-        if not known.startswith(events([])[: len(known)]):
-            raise io.DataError(f"{path}: it is there already, and not from this command; choose another --out")
-        if known and content.startswith(known):
-            with open(path, "ab") as file:
-                file.write(content[len(known) :])
-        else:  # a new run, or one that was trained again
-            with io.atomic(path) as temporary:
-                temporary.write_bytes(content)
-        count += 1
-    return count
+def write(folder: Path, out: Path) -> tuple[int, Failures]:
+    """Write or continue the event files of all runs of a study; return how many runs there are, and what failed."""
+    runs, failed = histories(folder), Failures()
+    for name, path in runs.items():
+        with failed.noted():
+            _write(out / name / EVENTS, events(read(path)))
+    return len(runs), failed
+
+
+def _write(path: Path, content: bytes) -> None:
+    known = path.read_bytes() if path.exists() else b""
+    if not known.startswith(events([])[: len(known)]):
+        raise io.DataError(f"{path}: it is there already, and not from this command; choose another --out")
+    if known and content.startswith(known):
+        with open(path, "ab") as file:
+            file.write(content[len(known) :])
+    else:  # a new run, or one that was trained again
+        with io.atomic(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def _varint(value: int) -> bytes:
@@ -156,12 +174,13 @@ def add_tensorboard(commands: argparse._SubParsersAction) -> None:
 def _tensorboard(arguments: argparse.Namespace) -> None:
     out = arguments.out or arguments.study / "tensorboard"
     while True:
-        count = write(arguments.study, out)
+        count, failed = write(arguments.study, out)
         if not count and not arguments.every:
             raise io.DataError(
                 f"{arguments.study}: there is no training history; give the folder of a study, results/<study>"
             )
-        print(f"{out}: {count} runs", flush=True)
+        print(f"{out}: {count - len(failed.errors)} runs", flush=True)
         if not arguments.every:
-            return
+            return failed.tell(count, "runs could not be shown")
+        print(*failed.errors, sep="\n", end="\n" * bool(failed.errors), file=sys.stderr, flush=True)
         time.sleep(arguments.every)

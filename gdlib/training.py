@@ -20,7 +20,7 @@ from gdlib.distill.bank import MemoryBank, check_entries
 from gdlib.inference import choose_device, choose_precision
 from gdlib.judge import Judge
 from gdlib.metrics import is_better
-from gdlib.models import build, folded, restored
+from gdlib.models import build, folded, trained
 from gdlib.progress import Progress
 from gdlib.scores import FALSE, worth
 
@@ -367,7 +367,7 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
 def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
     if path is None:
         raise ValueError(f'method "{spec.method}" learns from a teacher: give its weights')
-    state, header = io.load_weights(path)
+    network, header = trained(path, "channels", "normalisation")
     mine = spec.model_dump(mode="json", include={"channels", "normalisation"})
     # What was learned from the images may differ: both see images as this run does, and those with objects are the same.
     theirs = {"channels": header["channels"], "normalisation": header["normalisation"]}
@@ -378,7 +378,7 @@ def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
             raise io.DataError(
                 f"{path}: the teacher was trained with {key} {theirs[key]}, this run uses {mine[key]}; make them equal"
             )
-    return folded(restored(header, state))
+    return folded(network)
 
 
 def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:

@@ -74,7 +74,11 @@ def add_volume_steps(add: Callable[..., None]) -> None:
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
+    io.check_file(path)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        plan = json.loads(path.read_text())
+    except ValueError as error:
         raise io.DataError(f"{path}: not a readable plan ({error}); make it again") from None
+    if not isinstance(plan, dict) or not {"image", "shape", "block", "range", "offsets", "weights_sha256"} <= set(plan):
+        raise io.DataError(f"{path}: this is no plan; make one with `gdlib step plan-volume`")
+    return plan

@@ -29,8 +29,9 @@ ALLOWED = {
     "gdlib.registry": "gdlib.limits",
     "gdlib.devices": "",
     "gdlib.process": "",
-    "gdlib.io": "",
+    "gdlib.io": "gdlib.failures",
     "gdlib.outputs": "gdlib gdlib.io",
+    "gdlib.failures": "",
     "gdlib.metrics": "",
     "gdlib.scores": "gdlib.metrics",
     "gdlib.ops": "gdlib.native",
@@ -47,7 +48,7 @@ ALLOWED = {
     "gdlib.segmentation": "gdlib.metrics gdlib.scores gdlib.mutex gdlib.parameters",
     "gdlib.mutex": "gdlib.compiled gdlib.limits",
     "gdlib.baselines": "gdlib.io gdlib.scores",
-    "gdlib.models": "gdlib.registry",
+    "gdlib.models": "gdlib.io gdlib.registry",
     "gdlib.models.*": "gdlib.models gdlib.ops gdlib.limits",
     "gdlib.models.resunet3d": "gdlib.models.resunet gdlib.limits",
     "gdlib.models.erfnet": "gdlib.models gdlib.models.enet gdlib.limits",
@@ -88,7 +89,7 @@ ALLOWED = {
     "gdlib.report": "",
     "gdlib.report.*": "gdlib.io gdlib.metrics gdlib.scores gdlib.config gdlib.report.*",
     "gdlib.reference": "gdlib.limits gdlib.registry gdlib.config gdlib.metrics gdlib.parameters",
-    "gdlib.tensorboard": "gdlib.io gdlib.limits",
+    "gdlib.tensorboard": "gdlib.io gdlib.failures gdlib.limits",
     "gdlib.progress": "",
     "gdlib.bench": "gdlib gdlib.limits gdlib.io gdlib.outputs gdlib.inference",
     "gdlib.segmenting": "*",
@@ -98,7 +99,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|outputs|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|outputs|failures|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
     r"|data|data\.(axes|calibration|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 

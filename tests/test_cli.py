@@ -343,8 +343,7 @@ def test_a_volume_that_was_stopped_goes_on(volume_model, volume, volume_by_hand,
         return predict(self, *args)
 
     monkeypatch.setattr(Predictor, "predict", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run(*command)
+    run(*command, code=130)
     assert [item.name for item in out.iterdir()] == [".brain.volumes%2Fraw.partial"]
     done.clear()
     monkeypatch.setattr(Predictor, "predict", lambda self, *args: done.append(args) or predict(self, *args))
@@ -486,17 +485,18 @@ def test_evaluate_refuses_with_one_line(pairs, refusal, tmp_path):
     tifffile.imwrite(labels / "only.tif", np.ones((4, 4), np.uint8))
     line = refusal("evaluate", labels, found, *out)
     assert all(part in line for part in ('"only"', str(labels / "only.tif"), str(found)))
-    tifffile.imwrite(found / "only.tif", np.ones((4, 5), np.uint8))
-    line = refusal("evaluate", labels, found, *out)
-    assert all(part in line for part in (str(found / "only.tif"), "(4, 4)", "(4, 5)"))
-    tifffile.imwrite(found / "only.tif", np.full((4, 4), 0.5, np.float32))
-    assert "integer" in refusal("evaluate", labels, found, *out)
-    (labels / "only.tif").write_bytes(b"broken")
-    line = refusal("evaluate", labels, found, *out)
-    assert str(labels / "only.tif") in line
+    only = labels / "only.tif", found / "only.tif"
+    tifffile.imwrite(only[1], np.ones((4, 5), np.uint8))
+    line = refusal("evaluate", *only, *out)
+    assert all(part in line for part in (str(only[1]), "(4, 4)", "(4, 5)"))
+    tifffile.imwrite(only[1], np.full((4, 4), 0.5, np.float32))
+    assert "integer" in refusal("evaluate", *only, *out)
+    only[0].write_bytes(b"broken")
+    line = refusal("evaluate", *only, *out)
+    assert str(only[0]) in line
     assert str(found) not in line  # not the fault of the segmentation
-    assert "missing" in refusal("evaluate", tmp_path / "missing", found, *out)
-    assert "missing" in refusal("evaluate", labels, tmp_path / "missing", *out)
+    for paths in ((tmp_path / "missing", found), (labels, tmp_path / "missing")):
+        assert f"{tmp_path / 'missing'}: the file is missing" in refusal("evaluate", *paths, *out)
     Image.fromarray(np.zeros((20, 30, 3), np.uint8) + np.uint8([1, 2, 3])).save(labels / "a.png")
     assert "a.png" in refusal("evaluate", labels / "a.png", found / "a.tif", *out)
     assert not (tmp_path / "scores.csv").exists()

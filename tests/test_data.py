@@ -120,7 +120,7 @@ def _png(path, array):
 
 
 BAD = {
-    "no folder": (lambda r: (r / "images").rename(r / "pictures"), ["images", "no such folder", "check the path"]),
+    "no folder": (lambda r: (r / "images").rename(r / "pictures"), ["images", "no such folder", "check its name"]),
     "no file": (lambda r: [p.unlink() for p in (r / "images").iterdir()], ["images", "no PNG, TIFF or HDF5", "put"]),
     "unreadable": (lambda r: (r / "images/a02.tif").write_bytes(b"hello"), ["a02.tif", "cannot be read", "save it"]),
     "truncated tiff": (lambda r: _truncate(r / "images/a02.tif"), ["a02.tif", "cannot be read", "save it"]),
@@ -189,7 +189,7 @@ def test_grey_where_colour_is_expected(raw):
 
 def test_no_root_and_wrong_names(raw, tmp_path):
     outputs = {split: tmp_path / f"{split}.h5" for split in ("train", "val", "test")}
-    with pytest.raises(DataError, match="set `root`"):
+    with pytest.raises(DataError, match="`folder` of the dataset, or --root"):
         prepare("folder", {}, None, outputs, (16, 16), 1)
     with pytest.raises(UnknownName, match='did you mean "val_fraction"'):
         prepare("folder", {"val_fractoin": 0.1}, raw, outputs, (16, 16), 1)
@@ -419,10 +419,10 @@ BAD_VOLUMES = {
     ),
     "truncated": (
         lambda r: _truncate(r / "images/v1.h5"),
-        ["images/v1.h5", "cannot be read as HDF5", "truncated", "get or save"],
+        ["images/v1.h5", "not a readable HDF5 file", "truncated", "save it again"],
     ),
-    "damaged": (lambda r: _damage(r / "images/v1.h5"), ["images/v1.h5", "cannot be read as HDF5", "get or save"]),
-    "not HDF5": (lambda r: (r / "labels/v1.h5").write_text("hello"), ["labels/v1.h5", "cannot be read as HDF5"]),
+    "damaged": (lambda r: _damage(r / "images/v1.h5"), ["images/v1.h5", "cannot be read as HDF5", "save it again"]),
+    "not HDF5": (lambda r: (r / "labels/v1.h5").write_text("hello"), ["labels/v1.h5", "not a readable HDF5 file"]),
     "constant": (
         lambda r: _replace(r, "images", np.full((DEPTH, *SIZE), 7, np.uint8)),
         ["v1.h5", "all voxels of the image are 7", "export"],

@@ -75,7 +75,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "history.csv").write_text("a,b\n")
     assert main(["tensorboard", str(tmp_path)]) == 1
-    assert "its columns are step, split, name, value" in capsys.readouterr().err
+    assert "it must have the columns step, split, name, value" in capsys.readouterr().err
     (tmp_path / "runs" / "history.csv").unlink()
     (tmp_path / "state" / "a").mkdir(parents=True)
     (tmp_path / "state" / "a" / "resume.pt").write_bytes(b"half")

@@ -14,7 +14,7 @@ from bioimage_cpp.segmentation import label as connected_regions
 from PIL import Image
 
 from gdlib.data.tiff import read_tiff
-from gdlib.io import DataError, Sample, check_inside
+from gdlib.io import DataError, Sample, check_file, check_inside, h5_file
 from gdlib.registry import nearest
 from gdlib.text import read_text
 
@@ -29,9 +29,11 @@ Splits = dict[str, Iterator[Sample]]
 def existing_folder(path: Path | str | None) -> Path:
     """Return the path if it is a folder."""
     if path is None:
-        raise DataError("no folder of raw data was given; set `root` to the folder that holds the images")
+        raise DataError(
+            "no folder of raw data was given; name it: `folder` of the dataset, or --root of the step `prepare`"
+        )
     if not Path(path).is_dir():
-        raise DataError(f"{path}: there is no such folder; check the path or download the data first")
+        raise DataError(f"{path}: there is no such folder; check its name, or put the data there")
     return Path(path)
 
 
@@ -56,7 +58,7 @@ def find_files(folder: Path) -> dict[str, Path]:
         found[name] = path
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not found:
-        inside = f", but {listed}; save images as one of these" if others else "; put the images there"
+        inside = f", but {listed}; save images as one of these" if others else "; put images there, or name another"
         raise DataError(f"{folder}: there is no PNG, TIFF or HDF5 file in this folder{inside}")
     if others:
         print(f"warning: {folder}: not read: {listed}; save images as PNG, TIFF or HDF5", file=sys.stderr)
@@ -168,11 +170,7 @@ def open_volume(path: Path | str, dataset: str | None = None) -> Iterator[h5py.D
         A dataset of which parts are read by slices; what goes wrong then is one sentence too.
     """
     path, inner = split_h5_path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: the file is missing; restore it or correct its name")
-    with _readable(path):
-        file = h5py.File(path, "r")
-    with file:
+    with h5_file(path, "get it again, or save it again") as file:
         with _readable(path):
             volume = _Volume(_find_dataset(file, path, dataset or inner).id)
             check_inside(volume, file)
@@ -264,7 +262,10 @@ def check_label(name: Path | str, label: np.ndarray) -> None:
 def check_sections(name: Path | str, start: int, stop: int, count: int) -> None:
     """Raise `DataError` unless the sections `start` to `stop` - 1 are some of a volume that has `count`."""
     if not 0 <= start < stop <= count:
-        raise DataError(f"{name}: there are {count} sections, so [{start}, {stop}] is no range of them; choose another")
+        raise DataError(
+            f"{name}: there are {count} sections, so [{start}, {stop}] is no range of them; get the whole volume, "
+            "or choose another range"
+        )
 
 
 def split_components(label: np.ndarray) -> np.ndarray:
@@ -323,7 +324,7 @@ def merge_masks(masks: Iterable[np.ndarray], shape: Sequence[int], overlap: str)
 def read_list(path: Path) -> list[str]:
     """Return the names in a text file, one per line, without the ending of an image file."""
     if not path.is_file():
-        raise DataError(f"{path}: the split list is missing; add it, one name per line, or choose another split")
+        raise DataError(f"{path}: the split list is missing; get it again with the data, or choose another `split`")
     try:
         text = read_text(path)
     except ValueError as error:
@@ -351,8 +352,7 @@ def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.n
     if file.suffix.lower() in HDF5_SUFFIXES:
         return read_volume(file, inner or dataset), "", False
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: the file is missing; restore it or take its name off the split list")
+    check_file(path)
     if path.suffix.lower() != ".png":
         return read_tiff(path, indices=indices)
     try:
@@ -360,7 +360,9 @@ def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.n
     except (DataError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything, from struct.error to zlib.error
-        raise DataError(f"{path}: cannot be read ({error}); save it again as PNG or uncompressed TIFF") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); get it again, or save it again as PNG or uncompressed TIFF"
+        ) from error
 
 
 def _read_png(path: Path, indices: bool) -> tuple[np.ndarray, str, bool]:
@@ -388,7 +390,7 @@ def _readable(path: Path | str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, KeyError) as error:
         cause = " ".join(str(error).split())  # HDF5 writes the date with a line break
-        raise DataError(f"{path}: cannot be read as HDF5 ({cause}); get or save the file again") from error
+        raise DataError(f"{path}: cannot be read as HDF5 ({cause}); get it again, or save it again") from error
 
 
 def _find_dataset(file: h5py.File, path: Path, name: str | None) -> h5py.Dataset:

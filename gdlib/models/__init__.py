@@ -23,7 +23,8 @@ a block of a network that does not may look beyond the nearer side of the block 
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from gdlib import io
 from gdlib.registry import NETWORKS
 
 
@@ -58,15 +60,32 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
     return NETWORKS.make(name, **options)
 
 
-def restored(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """Make the network of a weights file, from what `io.load_weights` returns.
+def trained(path: Path | str, *needed: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a weights file, and its header, in which there must be `needed` keys.
 
     It starts at random before it gets its weights; the program's random numbers go on as if it had not.
+
+    Raises:
+        DataError: the file cannot be used (see `io.load_weights`), or its parameters are not those of its network.
     """
-    with torch.random.fork_rng([]):
-        network = build(header["model"], header["options"])
-    network.load_state_dict(state)
-    return network
+    state, header = io.load_weights(path)
+    io.check_header(path, header, ("model", "options", *needed))
+    try:
+        with torch.random.fork_rng([]):
+            network = build(header["model"], header["options"])
+        network.load_state_dict(state)
+    except (ValueError, TypeError, RuntimeError) as error:
+        cause = (str(error).splitlines()[1:] or [str(error)])[0].strip()  # torch says first that there are errors
+        raise io.DataError(
+            f"{path}: it does not fit the network that its header names, {header['model']} {header['options']} "
+            f"({cause[:200]}); get it again, or train again"
+        ) from error
+    if "offsets" in header and len(header["offsets"][0]) != network.ndim:
+        raise io.DataError(
+            f"{path}: its network takes images with {network.ndim} axes, and its offsets have {len(header['offsets'][0])} "
+            "numbers; get it again, or train again"
+        )
+    return network, header
 
 
 def normed(convolution: nn.Module, activation: nn.Module | None = None) -> nn.Sequential:

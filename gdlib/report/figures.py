@@ -39,7 +39,7 @@ def read_histories(paths: Sequence[Path | str], runs: Sequence[Sequence[Any]]) -
         frame = pd.read_csv(path, dtype={"step": int, "value": float}, keep_default_na=False)
         if tuple(frame.columns) != io.HISTORY_COLUMNS:
             raise io.DataError(
-                f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(io.HISTORY_COLUMNS)}"
+                f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(io.HISTORY_COLUMNS)}; train this run again"
             )
         frames.append(frame.assign(network=network, method=method, seed=seed))
     return pd.concat(frames, ignore_index=True)
@@ -88,7 +88,8 @@ def _embeddings(inputs: Files, params: Params) -> Figure:
     number = params.get("sample", 0)
     if number >= len(kept):
         raise io.DataError(
-            f"{inputs['predictions'][0]}: embeddings of {len(kept)} samples were kept, there is no number {number}"
+            f"{inputs['predictions'][0]}: embeddings of {len(kept)} samples were kept, there is no number {number}; "
+            "change plot.panel_sample"
         )
     sample = next(io.read_samples(inputs["data"], [kept[number]]))
     vectors, parts = {}, set()

@@ -81,6 +81,11 @@ def folder(
         if path not in lists and path.name.lower() in [other.name for other in lists]:
             raise DataError(f"{path}: split lists are called {', '.join(other.name for other in lists)}; rename it")
     if any(path.exists() for path in lists):
+        for path in lists:
+            if not path.exists():
+                raise DataError(
+                    f"{path}: the split list is missing; add it, one name per line, or remove the others too"
+                )
         split_names = {path.stem: read_list(path) for path in lists}
         for path in lists:
             for name in split_names[path.stem]:
@@ -117,9 +122,10 @@ def _read(
         if found := size or _stored_size((image, image_dataset), (path, label_dataset)):
             attrs["voxel_size_nm"] = [float(side) for side in found]
         label = read_label(path, label_dataset)
+        if regions and label.dtype == bool:
+            label = label.astype(np.uint8)
+        check_label(path, label)
         if regions:
-            label = label.astype(np.uint8) if label.dtype == bool else label
-            check_label(path, label)
             label = split_components(label)
         yield Sample(name, read_image(image, channels, image_dataset), label, attrs=attrs)
 
