@@ -11,16 +11,19 @@ EVERY = 30  # seconds between two lines of a log; a job that is shorter has none
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left, {rate_fmt}{postfix}"
 
 
-class Progress(tqdm):
-    """A `tqdm` that suits log files too, where a bar would be one endless line.
+class Bar(tqdm):
+    """A `tqdm` that does not settle how the program starts processes, as the lock of `tqdm`, which is for them too, does."""
+
+    _lock = threading.RLock()
+
+
+class Progress(Bar):
+    """A bar that suits log files too, where a bar would be one endless line.
 
     Args:
         iterable: as for `tqdm`.
         options: of `tqdm`.
     """
-
-    # That of tqdm is for several processes too, and settles how the program starts them.
-    _lock = threading.RLock()
 
     def __init__(self, iterable: Any = None, **options: Any) -> None:
         self.logs = not sys.stderr.isatty()

@@ -2,9 +2,8 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported; test processes and their children share two cores
+# Before torch is imported. Test processes and their children share two cores, and agree to the last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import copy
 from pathlib import Path

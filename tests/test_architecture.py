@@ -70,7 +70,7 @@ ALLOWED = {
     "gdlib.data.sense": "gdlib.io",
     "gdlib.data.prepare": "gdlib.io gdlib.registry gdlib.data gdlib.data.axes gdlib.data.files gdlib.data.intensity "
     "gdlib.data.sense",
-    "gdlib.data.download": "gdlib gdlib.io gdlib.schema",
+    "gdlib.data.download": "gdlib gdlib.io gdlib.progress gdlib.schema",
     "gdlib.data.sources": "",
     "gdlib.data.sources.*": "gdlib.io gdlib.limits gdlib.registry gdlib.data.files gdlib.data.sources._phantom",
     "gdlib.engine": "",

@@ -343,9 +343,12 @@ def test_the_grid_of_an_image_has_no_axes_of_one_pixel(volume, teacher, tmp_path
     assert options(config_of(tmp_path / "more.h5", teacher, "out"))["grid"].shape == (100, 90)
 
 
-def test_predictions_of_blocks_are_those_of_the_image(volume, teacher, tmp_path):
+def test_predictions_of_blocks_are_those_of_the_image(volume, teacher, tmp_path, monkeypatch):
+    import torch
+
     from gdlib.inference import Predictor
 
+    monkeypatch.setattr("gdlib.inference.choose_precision", lambda name, device: torch.float32)
     plan_file, weights = tmp_path / "plan.json", ["--weights", str(teacher)]
     step = ["step", "plan-volume", "--image", f"{volume}:main", *weights, "--segmenter"]
     assert main([*step, "mutex_watershed", "--block", "[64,32]", "--out", str(plan_file)]) == 0
@@ -358,8 +361,10 @@ def test_predictions_of_blocks_are_those_of_the_image(volume, teacher, tmp_path)
         block = ["step", "predict-block", "--plan", str(plan_file), "--name", name, *weights, "--out", str(out)]
         assert main([*block, "--device", "cpu"]) == 0
         with io.open_h5(out) as file:
-            assert np.array_equal(file["affinity"][()], whole.affinity[(slice(None), *grid.core(name))])
-            assert np.array_equal(file["foreground"][()], whole.foreground[grid.core(name)])
+            for key, expected in (("affinity", whole.affinity), ("foreground", whole.foreground)):
+                expected = expected[(..., *grid.core(name))]
+                # Sums over an image of another size may round differently: at most a step of 1 / 255.
+                assert np.abs(file[key][()].astype(int) - expected).max() <= 1
     # What only nearest neighbours are asked of is predicted for them alone.
     assert main([*step, "multicut", "--block", "[64,32]", "--out", str(plan_file)]) == 0
     assert len(json.loads(plan_file.read_text())["offsets"]) == 2

@@ -185,7 +185,7 @@ def test_attention_takes_an_image_in_one_piece(monkeypatch):
     # A part of it too is computed from the whole.
     part = tool.predict(tool.source(image), (slice(10, 20), slice(0, 40)), (slice(10, 20), slice(0, 40)))
     np.testing.assert_allclose(part.embedding, expected[:, 10:20, :40], rtol=1e-4, atol=1e-5)
-    assert np.array_equal(part.affinity, prediction.affinity[:, 10:20, :40])
+    assert np.abs(part.affinity.astype(int) - prediction.affinity[:, 10:20, :40]).max() <= 1  # a step of rounding
 
 
 def test_attention_sees_the_whole_image():

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,11 @@ def state():
     }  # fmt: skip
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
 def actions(train, val, teacher, folder, spec, student):
     """Everything that a program could ask for, by name."""
     import pandas as pd
@@ -77,6 +84,7 @@ def actions(train, val, teacher, folder, spec, student):
 
     from gdlib import cache, io, process, training
     from gdlib.config import RunSpec
+    from gdlib.data.download import fetch
     from gdlib.inference import Predictor
     from gdlib.profile import profile
     from gdlib.report import charts, style
@@ -90,6 +98,13 @@ def actions(train, val, teacher, folder, spec, student):
         files = {name: run / f"{name}.safetensors" for name in ("weights", "last")}
         files |= {"history": run / "history.csv", "state": run / "state"}
         training.fit(spec, train=train, val=val, device="cpu", **files, **options)
+
+    def load():
+        with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+            threading.Thread(target=server.serve_forever).start()
+            (Path(folder) / "a.txt").write_text("a")
+            fetch(f"http://127.0.0.1:{server.server_port}/a.txt", Path(folder) / "b.txt")
+            server.shutdown()
 
     def be_stopped():
         try:
@@ -118,6 +133,7 @@ def actions(train, val, teacher, folder, spec, student):
         signal.signal(signal.SIGTERM, lambda *_: None)
 
     return {
+        "download": load,
         "be stopped": be_stopped,
         "train": lambda: fit(spec),
         "distil": lambda: fit(student, teacher=teacher),
@@ -144,6 +160,7 @@ SEEN = {
     "keep memory": ["malloc"] if is_mapped() is not None else [],
 }  # fmt: skip
 ASKED = (
+    "download",
     "be stopped", "train", "distil", "draw and ask", "predict", "predict with the fastest engine", "segment", "profile", "plot",
 )  # fmt: skip
 

@@ -24,10 +24,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from gdlib import __version__, io
 from gdlib.io import DataError
+from gdlib.progress import Bar
 from gdlib.schema import RemoteFile
 
 RECORD = ".download.json"
@@ -226,9 +225,9 @@ def _transfer(url: str, part: _Part) -> None:
         raise http.client.IncompleteRead(b"", total - part.size)
 
 
-def _progress(part: _Part, start: int, total: int | None) -> tqdm:
+def _progress(part: _Part, start: int, total: int | None) -> Bar:
     title = part.path.name.removesuffix(".part")
-    return tqdm(
+    return Bar(
         total=total, initial=start, unit="B", unit_scale=True, desc=title, disable=None, leave=False, mininterval=1
     )
 

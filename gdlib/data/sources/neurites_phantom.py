@@ -270,15 +270,7 @@ def _tile(tubes: _Tubes, z: int, place: np.ndarray, change: np.ndarray) -> tuple
         moves sideways over the thickness of the section; distance from the centre of a mitochondrion, 1 at its surface.
     """
     low, form, high = tubes.form[:, z]
-    # Tubes that are second at best nowhere in the tile are left out: forms are convex with second derivatives of at most 2.
-    middle = place.mean(1, keepdims=True)
-    reach = np.hypot(*(place - middle)).max()
-    value, (gy, gx) = form @ _powers(middle), _gradient(form, middle)
-    value, slope = value[:, 0], reach * np.hypot(gy, gx)
-    most = value + slope + reach**2
-    second = most[tubes.owner != tubes.owner[most.argmin()]].min()
-    kept = np.flatnonzero(value - slope <= second)
-
+    kept = _near(form, tubes.owner, place)
     powers, points = _powers(place), np.arange(place.shape[1])
     value = form[kept] @ powers
     first = value.argmin(0)
@@ -292,6 +284,20 @@ def _tile(tubes: _Tubes, z: int, place: np.ndarray, change: np.ndarray) -> tuple
     move = (((high - low)[second] - (high - low)[first]) * powers.T).sum(1) + gy * change[0] + gx * change[1]
     organelle = np.sqrt(np.clip((tubes.organelle[z][first] * powers.T).sum(1), 0, None))
     return first, gap / norm, move / norm, organelle
+
+
+def _near(form: np.ndarray, owner: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return the indices of the tubes that may be first or second somewhere among points (2, P) of a section.
+
+    Forms are convex with second derivatives of at most 2.
+    """
+    middle = place.mean(1, keepdims=True)
+    reach = np.hypot(*(place - middle)).max()
+    value, (gy, gx) = form @ _powers(middle), _gradient(form, middle)
+    value, slope = value[:, 0], reach * np.hypot(gy, gx)
+    most = value + slope + reach**2
+    second = most[owner != owner[most.argmin()]].min()
+    return np.flatnonzero(value - slope <= second)
 
 
 def _powers(place: np.ndarray) -> np.ndarray:
