@@ -25,6 +25,7 @@ from gdlib.progress import Progress
 from gdlib.scores import FALSE, worth
 
 HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
+DRAWING = ("cuda", "mps", "xpu")  # devices with random numbers of their own
 LOG_EVERY = 10  # steps; losses are averaged over them, so that nothing waits for the device at every step
 
 
@@ -280,7 +281,7 @@ class _Trainer:
         content = {name: part.state_dict() for name, part in self._state().items()}
         content |= {name: getattr(self, name) for name in self._PLAIN}
         content |= {"fingerprint": fingerprint, "rng": torch.get_rng_state()}
-        if self.device.type != "cpu":  # where networks that drop channels at random draw from
+        if self.device.type in DRAWING:  # where networks that drop channels at random draw from
             content["rng_device"] = torch.get_device_module(self.device).get_rng_state(self.device)
         io.save_state(path, content)
 
@@ -299,20 +300,20 @@ class _Trainer:
         for name in self._PLAIN:
             setattr(self, name, content[name])
         torch.set_rng_state(content["rng"].cpu())
-        if self.device.type != "cpu":
+        if self.device.type in DRAWING:
             torch.get_device_module(self.device).set_rng_state(content["rng_device"].cpu(), self.device)
         print(f"resumed after step {self.step}", flush=True)
 
 
 def _own_random_numbers(device: torch.device) -> contextlib.AbstractContextManager:
     """Networks draw from torch's generators, of the CPU and of the device: give them back as they were."""
-    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+    return torch.random.fork_rng([device] if device.type in DRAWING else [], device_type=device.type)
 
 
 def _seed(number: int, device: torch.device) -> None:
     """Seed the generators that a network on this device draws from, and no others."""
     torch.default_generator.manual_seed(number)
-    if device.type not in ("cpu", "meta"):  # nothing is drawn where nothing is computed
+    if device.type in DRAWING:
         state = torch.Generator(device).manual_seed(number).get_state()
         torch.get_device_module(device).set_rng_state(state, device)
 

@@ -219,7 +219,10 @@ def test_a_smooth_field_is_the_bicubic_one(patch):
     size = [k * spacing for k in field.shape[2:]]
     whole = torch.nn.functional.interpolate(field, size=size, mode="bicubic", align_corners=True)
     expected = whole[..., spacing : spacing + patch[0], spacing : spacing + patch[1]]
-    torch.testing.assert_close(_enlarged(field, spacing, patch), expected, rtol=0, atol=2e-6)
+    # The places of pixels are rounded, relative to the sides, and so are sums of 4 x 4 products.
+    slope = max(float(whole.diff(dim=axis).abs().max()) for axis in (-2, -1))
+    limit = torch.finfo(torch.float32).eps * (2 * max(size) * slope + 16 * float(whole.abs().max()))
+    torch.testing.assert_close(_enlarged(field, spacing, patch), expected, rtol=0, atol=limit)
 
 
 def steps(grid):
@@ -421,7 +424,9 @@ def test_neutral_settings_change_nothing(shape):
     image = torch.rand(shape, generator=rng()) * 2 - 0.5
     assert torch.equal(augment_intensity(image, rng()), image)
     assert torch.equal(augment_intensity(image, rng(), probability=1.0), image)
-    torch.testing.assert_close(augment_intensity(image, rng(), **STRONG, probability=0.0), image, rtol=0, atol=2e-6)
+    # What is below 10^-6 is lifted to that before it gets an exponent; some roundings of numbers below 4 come on top.
+    limit = 1e-6 + 4 * torch.finfo(torch.float32).eps * 2
+    torch.testing.assert_close(augment_intensity(image, rng(), **STRONG, probability=0.0), image, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("shape", [(500, 1, 8, 9), (500, 2, 2, 8, 9)])
@@ -476,8 +481,9 @@ def test_gamma_leaves_what_is_outside_as_it_is():
     image = torch.tensor([-1.5, -0.1, 0.0, 0.25, 1.0, 1.2, 7.0]).expand(50, 1, 1, 7)
     out = augment_intensity(image, rng(), gamma=2.0, probability=1.0)
     keep = [0, 1, 4, 5, 6]
-    torch.testing.assert_close(out[..., keep], image[..., keep], rtol=0, atol=0.03)  # 10^-6 to the power of 1/4
-    assert (out.diff(dim=-1) >= -0.03).all()
+    most = 1e-6**0.25 + 1e-6  # to the power of 2^-gamma
+    torch.testing.assert_close(out[..., keep], image[..., keep], rtol=0, atol=most)
+    assert (out.diff(dim=-1) >= -most).all()
     assert out[..., 3].std() > 0.1
 
 
@@ -571,7 +577,8 @@ def test_some_sections_are_blurred():
     out = augment_sections(image, rng(2), blur=1.5, probability=0.3)
     changed = (apart(out) - apart(image)).flatten(1).abs().amax(1) > 1e-5
     assert 0.2 < float(changed.float().mean()) < 0.37  # a very narrow one changes nothing
-    torch.testing.assert_close(apart(out)[~changed], apart(image)[~changed], rtol=0, atol=1e-5)
+    same = (apart(out) == apart(image)).flatten(1).all(1)
+    assert float(same.float().mean()) == pytest.approx(0.7, abs=0.07)
     widths = []
     for before, after in zip(apart(image)[changed].numpy(), apart(out)[changed].numpy(), strict=True):
 
