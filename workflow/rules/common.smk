@@ -118,7 +118,15 @@ def code(*paths):
 PREPARE_CODE = code(
     *(
         f"data/{name}.py"
-        for name in ("prepare", "sense", "files", "tiff", "decoders", "axes", "intensity")
+        for name in (
+            "prepare",
+            "sense",
+            "files",
+            "tiff",
+            "decoders",
+            "axes",
+            "intensity",
+        )
     )
 )
 # Code that only judges (inference, segmentation, metrics) is left to the rules that use it on the test images.
