@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from gdlib import cache, io, native, training
+from gdlib import cache, io, judge, native, training
 from gdlib.config import Recipe
 from gdlib.data.intensity import learn
 from gdlib.inference import Predictor
@@ -156,7 +156,7 @@ def test_teacher_student_and_validation_see_images_as_the_training_learned(
             seen.append(self.header["normalisation"])
             return super().__call__(image, **kwargs)
 
-    monkeypatch.setattr(training, "Predictor", Recorder)
+    monkeypatch.setattr(judge, "Predictor", Recorder)
     train(make_spec("grd"), tmp_path, teacher=teacher)
     expected = learn(map(vars, io.read_samples(splits["train"])), 1.0, 99.8, 0.1)
     assert len(expected["contrast"]) == len(expected["level"]) == 1
@@ -871,7 +871,7 @@ def test_patches_of_one_image_are_compared_with_each_other(make_spec, splits, tr
     """A single volume is the usual case of electron microscopy."""
     first = next(iter(io.read_samples(splits["train"])))
     io.write_samples(tmp_path / "one.h5", [first])
-    spec = make_spec("grd", steps=20)
+    spec = make_spec("grd", steps=20, augment={"empty": 0})
     train(spec, tmp_path, teacher=teacher, train=tmp_path / "one.h5")
     memory = [term.name for term in spec.all_terms if term.memory]
     assert len(memory) == 2
