@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         help="compare segmentations with the ground truth",
         description="Compare label images with ground truth of the same file name; every metric for every image, as CSV. "
         "The means are over the images with objects; those without have a row of means of their own, "
-        "for all that their metrics tell is whether anything was found. " + _metric_help(),
+        "for all that their metrics tell is whether anything was found. If an image cannot be compared, its row is empty, "
+        "there are no means, and the exit status is 1. " + _metric_help(),
         formatter_class=raw,
     )
     evaluate.add_argument(
@@ -163,10 +164,8 @@ def _open_label(path: Path | str) -> Iterator[Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from gdlib.data.axes import without_single_axes
     from gdlib.data.files import find_files, spelt, split_h5_path
     from gdlib.metrics import METRICS
-    from gdlib.scores import of_image
 
     def files(path: str) -> dict[str, Path | str]:
         if Path(path).is_dir():
@@ -177,12 +176,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     labels, segmentations = files(arguments.labels), files(arguments.segmentations)
     if not any(Path(path).is_dir() for path in (arguments.labels, arguments.segmentations)):
         segmentations = dict(zip(labels, segmentations.values(), strict=True))
-    for name, path in labels.items():
-        if name not in segmentations:
-            hint = spelt(name, segmentations)
-            raise io.DataError(
-                f'{path}: there is no segmentation called "{name}" in {arguments.segmentations}{hint}; add it'
-            )
+    if not labels.keys() & segmentations.keys():
+        raise io.DataError(
+            f"no name of {arguments.labels} ({next(iter(labels))}, ...) is one of {arguments.segmentations} "
+            f"({next(iter(segmentations))}, ...); give the images of both the same names"
+        )
     if arguments.out:
         inputs = [split_h5_path(path)[0] for path in (*labels.values(), *segmentations.values())]
         out = outputs.Output(arguments.out, outputs.has_columns("sample", *METRICS))
@@ -190,24 +188,37 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     rows, failed = [], failures.Failures()
     for name, path in labels.items():
         rows.append({"sample": name})
-        with failed.noted(), _open_label(path) as label, _open_label(segmentations[name]) as segmentation:
-            if label.shape != segmentation.shape:
-                label, segmentation = without_single_axes(label), without_single_axes(segmentation)
-            try:
-                rows[-1] |= of_image(label, segmentation)
-            except io.DataError:  # which names the one that cannot be read
-                raise
-            except ValueError as error:
-                raise io.DataError(f"{path} and {segmentations[name]}: {error}") from None
+        with failed.noted():
+            if name not in segmentations:
+                place = f"{arguments.segmentations}{spelt(name, segmentations)}"
+                raise io.DataError(f'{path}: there is no segmentation called "{name}" in {place}; add it')
+            rows[-1] |= _scores(path, segmentations[name])
     keys = list(max(rows, key=len))
     table = [[row.get(key, "") for key in keys] for row in rows]
     if not failed.errors:  # the mean of some is not that of all
         for name, has_objects in (("mean of images without objects", False), ("mean", True)):
             if part := [row for row in rows if (row["objects"] > 0) == has_objects]:
                 table.append([name, *(sum(row[key] for row in part) / len(part) for key in keys[1:])])
+    what = "images could not be compared"
     if len(failed.errors) < len(rows):
         _write_table(arguments.out, keys, table)
-    failed.tell(len(rows), "images could not be compared: their scores are left empty, and there are no means")
+        what += ": their scores are left empty, and there are no means"
+    failed.tell(len(rows), what)
+
+
+def _scores(path: Path | str, other: Path | str) -> dict[str, float]:
+    from gdlib.data.axes import without_single_axes
+    from gdlib.scores import of_image
+
+    with _open_label(path) as label, _open_label(other) as segmentation:
+        if label.shape != segmentation.shape:
+            label, segmentation = without_single_axes(label), without_single_axes(segmentation)
+        try:
+            return of_image(label, segmentation)
+        except io.DataError:  # which names the one that cannot be read
+            raise
+        except ValueError as error:
+            raise io.DataError(f"{path} and {other}: {error}") from None
 
 
 def _write_table(out: Path | None, keys: list[str], table: list[list[Any]]) -> None:

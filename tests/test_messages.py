@@ -80,17 +80,19 @@ def test_one_bad_label_does_not_end_an_evaluation(six, tmp_path, capsys):
         tifffile.imwrite(labels / path.name, np.ones((40, 44), np.uint8))
     tifffile.imwrite(labels / "5.tif", np.ones((4, 4), np.uint8))
     tifffile.imwrite(labels / "6.tif", np.full((40, 44), -1, np.int8))
+    tifffile.imwrite(labels / "7.tif", np.ones((40, 44), np.uint8))
     *lines, last = failed(capsys, "evaluate", labels, six, "--out", tmp_path / "scores.csv")
-    assert "3 of 6 images could not be compared" in last
-    for name, cause in (("3.tif", "cannot be read"), ("5.tif", "(4, 4)"), ("6.tif", "negative ids; set them to 0")):
+    assert "4 of 7 images could not be compared: their scores are left empty" in last
+    causes = {"3": "cannot be read", "5": "(4, 4)", "6": "negative ids; set them to 0", "7": "no segmentation called"}
+    for name, cause in ((f"{name}.tif", cause) for name, cause in causes.items()):
         assert sum(name in line and cause in line for line in lines) == 1
     with (tmp_path / "scores.csv").open(newline="") as file:
         rows = {row.pop("sample"): row for row in csv.DictReader(file)}
-    assert list(rows) == ["1", "2", "3", "4", "5", "6"]  # and no mean
+    assert list(rows) == list("1234567")  # and no mean
     assert [name for name, row in rows.items() if any(row.values())] == ["1", "2", "4"]
     for name in "124":
         (six / f"{name}.tif").write_text("no image")
-    assert len(failed(capsys, "evaluate", labels, six, "--out", tmp_path / "none.csv")) == 7
+    assert len(failed(capsys, "evaluate", labels, six, "--out", tmp_path / "none.csv")) == 8
     assert not (tmp_path / "none.csv").exists()
 
 

@@ -269,6 +269,16 @@ def test_bench_and_tensorboard_do_not_replace_files(refusal, tmp_path):
     assert {out.read_text(), figure.read_text(), events.read_text()} == {PRECIOUS}
 
 
+def test_what_is_where_a_download_would_wait_is_not_deleted(tmp_path):
+    from gdlib.data.download import download
+
+    (tmp_path / ".cells.download").mkdir()
+    (tmp_path / ".cells.download" / "notes.txt").write_text(PRECIOUS)
+    with pytest.raises(io.DataError, match=r"\.cells\.download: this is in the way"):
+        download([], tmp_path / "cells")
+    assert (tmp_path / ".cells.download" / "notes.txt").read_text() == PRECIOUS
+
+
 @pytest.mark.parametrize("long", ["x" * 240, "ü" * 120, "x" * 251])
 def test_long_names(long, teacher, squares, tmp_path):
     (tmp_path / "images").mkdir()

@@ -65,6 +65,8 @@ def download(files: Sequence[RemoteFile], folder: Path | str, *, attempts: int =
     staging = folder.with_name(f".{folder.name}.download")
     plan = json.dumps([file.model_dump(mode="json") for file in files])
     if not (staging / "plan.json").exists() or (staging / "plan.json").read_text() != plan:
+        if staging.exists() and not any(path.name.lstrip(".").startswith("plan.json") for path in staging.iterdir()):
+            raise DataError(f"{staging}: this is in the way, and not from here; move it away")
         shutil.rmtree(staging, ignore_errors=True)  # of other files than these
         io.write_text(staging / "plan.json", plan)
     content, found = staging / "content", []
