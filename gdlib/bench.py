@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from gdlib import __version__, io, outputs
-from gdlib.limits import Threads, argument
+from gdlib.limits import Threads, argument, place
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 GROUPS = ("losses", "targets", "data", "train", "inference", "segmentation", "metrics", "workflow", "scale")
@@ -291,8 +291,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     bench.add_argument("--size", default="full", choices=tuple(SIZES), help="of the cases (default: full)")
     bench.add_argument("--threads", type=argument(Threads), metavar="N", help="CPU threads (default: all)")
-    bench.add_argument("--json", type=Path, required=True, metavar="FILE", help="where results are kept")
-    bench.add_argument("--markdown", type=Path, metavar="FILE", help="also write a page, e.g. docs/performance.md")
+    bench.add_argument("--json", type=place, required=True, metavar="FILE", help="where results are kept")
+    bench.add_argument("--markdown", type=place, metavar="FILE", help="also write a page, e.g. docs/performance.md")
     bench.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     bench.set_defaults(function=_bench)
 

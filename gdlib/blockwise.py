@@ -38,6 +38,7 @@ from gdlib import __version__, io, segmentation
 from gdlib.data.files import open_volume
 from gdlib.data.intensity import working_type
 from gdlib.grid import Box, Grid
+from gdlib.parameters import checked
 
 COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "track_times": False}
 
@@ -54,6 +55,8 @@ def plan(image: str, weights: Path, out: Path, *, block: Sequence[int], segmente
     """
     from gdlib.inference import Predictor
 
+    checked(segmenter, {})
+    Grid(tuple(block), tuple(block), (0,) * len(block))
     predictor = Predictor.load(weights, device="cpu")
     if predictor.network.halo is None:
         raise ValueError(

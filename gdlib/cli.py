@@ -11,7 +11,7 @@ from typing import Any
 
 from gdlib import __version__, devices, failures, io, outputs
 from gdlib.bench import add_bench
-from gdlib.limits import Count, argument
+from gdlib.limits import Count, argument, place
 from gdlib.parameters import main_segmenter
 from gdlib.reference import add_schema
 from gdlib.segmenting import add_segment, is_hdf5
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "labels", help="ground truth: a PNG or TIFF file, volume.h5:name/of/dataset, or a folder of files"
     )
     evaluate.add_argument("segmentations", help="the same for what is to be judged")
-    evaluate.add_argument("--out", type=Path, metavar="CSV", help="where to write (default: the screen)")
+    evaluate.add_argument("--out", type=place, metavar="CSV", help="where to write (default: the screen)")
     evaluate.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     evaluate.set_defaults(function=_evaluate)
 
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="say what a weights file is",
         description="Say what a weights file is, how it was trained, and how well it did on its validation images.",
     )
-    info.add_argument("weights", type=Path)
+    info.add_argument("weights", type=place)
     info.add_argument("--json", action="store_true", help="print the whole header as JSON")
     info.set_defaults(function=_info)
 
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="list the networks",
         description="List every network of a catalogue with its parameters and multiply-accumulates.",
     )
-    models.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    models.add_argument("--config", type=place, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
     models.add_argument(
         "--shape",
         type=argument(Count),
@@ -115,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Read a catalogue, and files that change it as `snakemake --configfile` takes them, and tell the first "
         "mistake: what is no YAML, a key that is written twice, wrong names, values out of their range.",
     )
-    check.add_argument("files", nargs="*", type=Path, metavar="FILE", help="your own, e.g. mycells.yaml")
-    check.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    check.add_argument("files", nargs="*", type=place, metavar="FILE", help="your own, e.g. mycells.yaml")
+    check.add_argument("--config", type=place, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
     check.set_defaults(function=_check)
 
     download = commands.add_parser(
@@ -129,11 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("names", nargs="+", metavar="NAME", help="dataset of the catalogue")
     download.add_argument(
         "--to",
-        type=Path,
+        type=place,
         metavar="DIR",
         help="where the folders of the datasets go (default: the first of raw_folders)",
     )
-    download.add_argument("--config", type=Path, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    download.add_argument("--config", type=place, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
     download.set_defaults(function=_download)
 
     add_bench(commands)

@@ -9,8 +9,10 @@ import ast
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError, WrapValidator
@@ -238,6 +240,11 @@ def sides(text: str) -> int | tuple[int, ...]:
         words = "one side for all axes, or one for each as in 32x256x256, whole numbers of at least 1"
         raise argparse.ArgumentTypeError(f"it must be {words} (got {text!r})") from None
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def place(text: str) -> Path:
+    """Read the place of a file or folder; a `type` of argparse. Shells leave the `~` of `--out=~/labels` as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def _number_or_text(text: str) -> int | float | str:

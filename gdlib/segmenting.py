@@ -14,7 +14,7 @@ import numpy as np
 
 from gdlib import io, outputs
 from gdlib.failures import Failures
-from gdlib.limits import Threads, argument, number, sides
+from gdlib.limits import Threads, argument, number, place, sides
 from gdlib.parameters import chosen
 from gdlib.steps import BLOCK_HELP
 
@@ -37,9 +37,9 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         help="PNG or TIFF files (stacks too), volume.h5:name/of/dataset, or folders of files",
     )
     segment.add_argument(
-        "--model", required=True, type=Path, metavar="FILE", help="weights.safetensors of a trained network"
+        "--model", required=True, type=place, metavar="FILE", help="weights.safetensors of a trained network"
     )
-    segment.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the labels")
+    segment.add_argument("--out", required=True, type=place, metavar="DIR", help="folder for the labels")
     segment.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     segment.add_argument("--precision", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     segment.add_argument(

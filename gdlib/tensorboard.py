@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gdlib import io
 from gdlib.failures import Failures
-from gdlib.limits import Positive, argument
+from gdlib.limits import Positive, argument, place
 
 EVENTS = "events.out.tfevents.gdlib"  # TensorBoard looks for names like this
 Row = tuple[int, str, float]  # step, tag, value
@@ -163,8 +163,10 @@ def add_tensorboard(commands: argparse._SubParsersAction) -> None:
         description="Write the training histories of a study as event files, finished runs and those that are training. Look at "
         "them with `pip install tensorboard` and `tensorboard --logdir results/<study>/tensorboard`.",
     )
-    parser.add_argument("study", type=Path, metavar="DIR", help="folder of the study, e.g. results/quick")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: tensorboard/ in that folder)")
+    parser.add_argument("study", type=place, metavar="DIR", help="folder of the study, e.g. results/quick")
+    parser.add_argument(
+        "--out", type=place, metavar="DIR", help="where to write (default: tensorboard/ in that folder)"
+    )
     parser.add_argument(
         "--every", type=argument(Positive), metavar="S", help="go on, writing what is new every so many seconds"
     )

@@ -79,7 +79,8 @@ ALLOWED = {
     "gdlib.grid": "gdlib.outputs gdlib.text gdlib.data.axes gdlib.limits gdlib.io gdlib.registry gdlib.parameters "
     "gdlib.data.files",
     "gdlib.volume_steps": "gdlib.io gdlib.outputs gdlib.limits gdlib.blockwise",
-    "gdlib.blockwise": "gdlib gdlib.io gdlib.data.intensity gdlib.grid gdlib.inference gdlib.segmentation gdlib.data.files",
+    "gdlib.blockwise": "gdlib gdlib.io gdlib.data.intensity gdlib.parameters gdlib.grid gdlib.inference gdlib.segmentation "
+    "gdlib.data.files",
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
     "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.scores gdlib.judge gdlib.models "
     "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",

@@ -175,6 +175,36 @@ def test_every_number_on_the_command_line_has_a_range():
     assert bare == []
 
 
+def test_a_home_on_the_command_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for argument in (
+        "segment a.tif --out b --model=~/w.safetensors",
+        "info ~/w.safetensors",
+        "check --config=~/c.yaml",
+    ):
+        assert main(argument.split()) == 1
+        assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_plan_of_senseless_blocks(files, tmp_path, capsys):
+    command = [
+        "step",
+        "plan-volume",
+        "--image",
+        "v.h5",
+        "--weights",
+        str(files / "w.safetensors"),
+        "--out",
+        str(tmp_path / "p"),
+    ]
+    for block, segmenter, words in (
+        ("[64]", "multicut", "must have 2 or 3 axes"),
+        ("[64, 64]", "multicu", "no segmenter"),
+    ):
+        assert main([*command, "--block", block, "--segmenter", segmenter]) == 1
+        sentence(capsys.readouterr().err, words)
+
+
 @pytest.mark.parametrize(
     ("shape", "block", "overlap", "words"),
     [
