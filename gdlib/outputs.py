@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,18 +47,23 @@ def check(
         DataError: one of them is an input, a folder, or somebody else's.
         WriteError: one of them cannot be written.
     """
+    outputs = list(outputs)
     used = {identity for path in inputs if (identity := _identity(path))}
     foreign = []
     for path, is_own, shown in outputs:
         check_writable(path)
-        if path.is_dir():
-            raise io.DataError(f"{path}: there is a folder of this name; choose another {option}")
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "a device"
+            raise io.DataError(f"{path}: there is {what} of this name; choose another {option}")
         if _identity(path) in used:
             raise io.DataError(
                 f"{path}: it is an input of this command and would be written over; choose another {option}"
             )
         if not overwrite and path.exists() and not is_own(path):
             foreign.append(shown or path)
+    names = [str(shown or path) for path, _, shown in outputs]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise io.DataError(f"{twice}: two outputs would be written there; choose another {option}")
     if foreign:
         more = f" and {len(foreign) - 1} more are" if len(foreign) > 1 else " is"
         replace = "move it away" if overwrite is None else "replace what is there with --overwrite"

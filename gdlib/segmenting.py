@@ -175,11 +175,13 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 
 def _jobs(paths: Sequence[str], out: Path, failed: Failures) -> list[_Job]:
-    """Find out where all labels go."""
-    jobs = []
+    """Find out where all labels go; what is given twice is done once."""
+    found = {}
     for path in paths:
         with failed.noted():
-            jobs.append(_Job.of(path, out))
+            job = _Job.of(path, out)
+            found.setdefault(job.mark, job)
+    jobs = list(found.values())
     if not jobs:
         failed.tell(len(paths), "images could not be read")
     places = [(job.target, job.dataset) for job in jobs]

@@ -143,6 +143,7 @@ SPOILT = {
     "other network": ({"header": lambda h: h | {"model": "enet", "options": {}}}, "Missing key"),
     "unknown network": ({"header": lambda h: h | {"model": "resnet"}}, "resunet"),
     "unknown option": ({"header": lambda h: h | {"options": {"wide": 3}}}, "wide"),
+    "other channels": ({"header": lambda h: h | {"channels": 3}}, "takes 1 channel(s), and its header says 3"),
     "a tensor less": ({"state": lambda s: without("foreground.weight")(s)}, "Missing key"),
     "a tensor more": ({"state": lambda s: s | {"more": torch.zeros(1)}}, "Unexpected key"),
     "no tensor": ({"state": lambda s: {}}, "Missing key"),

@@ -4,6 +4,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -50,6 +51,16 @@ def test_labels_made_by_hand_are_not_replaced(folder, teacher, refusal):
     run(*command, "--overwrite")
     assert tifffile.imread(label).shape == (40, 44)
     run(*command)  # now it is ours
+
+
+def test_an_image_that_is_given_twice_is_segmented_once(folder, teacher, capsys):
+    image = folder / "images" / "a.tif"
+    run(
+        *segment_command(
+            teacher, folder / "found", folder / "images", image, folder / "labels" / ".." / "images" / "a.tif"
+        )
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_labels_of_another_image_of_the_same_name_are_not_replaced(folder, teacher, refusal):
@@ -202,6 +213,18 @@ def test_no_step_replaces_a_file_that_it_did_not_write(step, option, refusal, tm
     for flag in inputs:
         line = refusal("step", step, *(part for pair in (arguments | {flag: out}).items() for part in pair))
         assert f"{out}: it is an input" in line, flag
+
+
+def test_two_outputs_of_a_step_are_two_files(refusal, tmp_path):
+    arguments = required(parsers(parsers(_parser())["step"])["train"], tmp_path) | {"--last": tmp_path / "weights.x"}
+    line = refusal("step", "train", *(part for pair in arguments.items() for part in pair))
+    assert f"{tmp_path / 'weights.x'}: two outputs would be written there" in line
+
+
+def test_a_device_is_not_replaced(refusal, tmp_path):
+    label = tiff(tmp_path / "gt.tif")
+    line = refusal("evaluate", label, label, "--out", os.devnull, "--overwrite")
+    assert f"{os.devnull}: there is a device of this name" in line
 
 
 def test_every_command_that_writes_is_in_these_tests():

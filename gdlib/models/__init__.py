@@ -80,6 +80,12 @@ def trained(path: Path | str, *needed: str) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}: it does not fit the network that its header names, {header['model']} {header['options']} "
             f"({cause[:200]}); get it again, or train again"
         ) from error
+    channels = header.get("channels")
+    if channels is not None and header["options"].get("in_channels", channels) != channels:
+        raise io.DataError(
+            f"{path}: its network takes {header['options']['in_channels']} channel(s), and its header says {channels}; get it "
+            "again, or train again"
+        )
     if "offsets" in header and len(header["offsets"][0]) != network.ndim:
         raise io.DataError(
             f"{path}: its network takes images with {network.ndim} axes, and its offsets have {len(header['offsets'][0])} "
