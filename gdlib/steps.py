@@ -150,7 +150,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     from gdlib.cache import draw
 
     draw(
-        _complete("--drawing", arguments.drawing, "patch", "batch_size", "normalisation", "augment", "seed"),
+        _complete("--drawing", arguments.drawing, "patch", "batch_size", "augment", "normalisation", "border", "seed"),
         arguments.train,
         arguments.out,
         arguments.batches,

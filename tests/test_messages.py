@@ -285,6 +285,17 @@ def test_a_plan_that_is_none(content, refusal, tmp_path):
     assert "plan.json" in refusal("step", "segment-block", *command, "--out", tmp_path / "a.h5")
 
 
+def test_nothing_of_a_drawing_is_lost_on_its_way(make_spec, splits, refusal, tmp_path):
+    drawing = make_spec(patch=(32, 32)).drawing
+    command = ["--margin", "[0, 0]", "--networks", "[]", "--train", splits["train"], "--batches", 1]
+    run("step", "draw", "--drawing", json.dumps(drawing), *command, "--out", tmp_path / "patches.h5")
+    assert io.read_attrs(tmp_path / "patches.h5")["drawing"] == json.loads(json.dumps(drawing))
+    for key in drawing:
+        less = json.dumps(without(key)(drawing))
+        line = refusal("step", "draw", "--drawing", less, *command, "--out", tmp_path / "none.h5")
+        assert f"--drawing: {key} missing" in line
+
+
 # --- Mends that fit ----------------------------------------------------------------------------------------------------
 
 
