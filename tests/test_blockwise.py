@@ -134,6 +134,12 @@ def test_blocks_cover_every_pixel_once(shape, block, counts):
     assert all(side <= limit for side, limit in zip(grid.sides, block, strict=True))
 
 
+def test_a_block_reaches_over_its_own_pixels_by_the_overlap_and_not_over_the_volume():
+    grid = Grid((20, 70, 70), (16, 24, 24), (1, 2, 3))
+    assert grid.core("0-1-2") == (slice(0, 16), slice(24, 48), slice(48, 70))
+    assert grid.around("0-1-2") == (slice(0, 17), slice(22, 50), slice(45, 70))
+
+
 @pytest.mark.parametrize("name", ["9-0-0", "0-0", "a", "0-0-0-0", ""])
 def test_a_block_that_is_not_there(name):
     with pytest.raises(ValueError, match="the last one is 1-2-2"):
