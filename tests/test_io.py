@@ -122,6 +122,9 @@ def test_key_order_makes_no_difference(tmp_path):
     io.save_weights(tmp_path / "one", weights(), {"b": 1, "a": {"d": 1, "c": 2}})
     io.save_weights(tmp_path / "two", weights(), {"a": {"c": 2, "d": 1}, "b": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    for name, options in (("one", {"b": 1, "a": {"d": 1, "c": 2}}), ("two", {"a": {"c": 2, "d": 1}, "b": 1})):
+        io.write_samples(tmp_path / name, samples(1), options=options)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 @pytest.mark.parametrize("before", [None, b"the complete file of an earlier run"])
@@ -153,6 +156,10 @@ def test_readers_never_see_an_unfinished_file(tmp_path):
         temporary.write_text("whole")
     assert path.read_text() == "whole"
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+    with open(path) as reader:  # who has begun to read goes on in the same file
+        io.write_text(path, "another")
+        assert reader.read() == "whole"
+    assert path.read_text() == "another"
 
 
 def test_samples_come_back(tmp_path):

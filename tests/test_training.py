@@ -437,6 +437,25 @@ def test_accumulation_is_the_mean_over_its_batches(make_spec, splits):
     assert trainer.step == 1
 
 
+def test_clipping_bounds_the_gradient_of_the_whole_step(make_spec, splits):
+    for clip, least, most in ((None, 2e-3, math.inf), (1e-3, 0.99e-3, 1.01e-3)):
+        spec = plain(make_spec("none", accumulate=2, clip=clip))
+        trainer = training._Trainer(spec, None, torch.device("cpu"))
+        trainer.advance(sampler(spec, splits["train"]).batch(k) for k in range(2))
+        assert least < torch.stack([p.grad.norm() for p in trainer.learnable]).norm() < most
+
+
+def test_random_numbers_go_on_where_they_were(make_spec, tmp_path):
+    """Networks that drop channels at random draw them."""
+    spec = make_spec("none")
+    first, second = (training._Trainer(spec, None, torch.device("cpu")) for _ in range(2))
+    torch.rand(7)
+    first.save(tmp_path / "state", "same")
+    expected = torch.rand(3)
+    second.resume(tmp_path / "state", "same")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_every_batch_has_its_own_number(make_spec, train, teacher, tmp_path, monkeypatch):
     seen = {"patches": [], "memory": []}
     batch, sample = cache.PatchSampler.batch, training.MemoryBank.sample
