@@ -142,7 +142,7 @@ ARGUMENTS += [
     ("tensorboard", "--every", "0", "a number above 0 (got 0)"),
     ("tensorboard", "--every", "-3", "a number above 0"),
     ("tensorboard", "--every", "nan", "a number above 0"),
-    ("step train", "--max-seconds", "-1", "a number above 0"),
+    ("step train", "--max-seconds", "-1", "a number of at least 0"),
     ("step train", "--spec", "{", "must be JSON"),
     ("step train", "--spec", "[1]", "must be a valid dictionary"),
     ("step draw", "--batches", "0", "a whole number of at least 1"),
