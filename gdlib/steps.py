@@ -94,7 +94,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         {"weights": is_weights, "last": is_weights, "history": has_columns(*io.HISTORY_COLUMNS)},
         spec=text, train=file, val=file, teacher=maybe, patches=maybe, taught=many, weights=file, last=file, history=file,
         state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
-        max_seconds={"type": argument(NotNegative), "default": math.inf, "metavar": "S", "help": "stop, resumable, after this time"},
+        max_seconds={"type": argument(NotNegative), "default": math.inf, "metavar": "S", "help": "stop, resumable, after it"},
     )  # fmt: skip
     add(
         "predict", _predict, "Predict affinities and foreground of a split.",
