@@ -429,9 +429,10 @@ def test_predictions_file(teacher, splits, tmp_path):
 
 def test_weights_of_a_network_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setenv(io.PLUGINS, __name__)  # weights must not say themselves which code is run
-    header = HEADER | {"offsets": OFFSETS, "model": f"{__name__}:ConvNet", "options": {"seed": 3}, "segmentation": {}}
+    header = HEADER | {"offsets": OFFSETS, "model": f"{__name__}:ConvNet", "options": {"seed": 3}}
+    header["segmentation"] = {"mutex_watershed": {}}
     io.save_weights(tmp_path / "w.safetensors", ConvNet(seed=5).state_dict(), header)
-    loaded = Predictor.load(tmp_path / "w.safetensors", device="cpu", precision="float32")
+    loaded = Predictor.load(tmp_path / "w.safetensors", engine="torch", device="cpu", precision="float32")
     image = noise(16, 16)
     assert np.array_equal(loaded(image).affinity, predictor(ConvNet(seed=5))(image).affinity)
     assert not np.array_equal(loaded(image).affinity, predictor(ConvNet(seed=3))(image).affinity)
