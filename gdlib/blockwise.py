@@ -41,6 +41,7 @@ from gdlib.grid import Box, Grid
 from gdlib.parameters import checked
 
 COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "track_times": False}
+SLAB = 2**24  # pixels of a volume that are in memory at once when it is written as TIFF
 
 
 def plan(image: str, weights: Path, out: Path, *, block: Sequence[int], segmenter: str) -> None:
@@ -67,22 +68,34 @@ def plan(image: str, weights: Path, out: Path, *, block: Sequence[int], segmente
             source = predictor.source(volume)
         except io.DataError as error:
             raise io.DataError(f"{image}: {error}") from None
-        low, high = source.range
         status = Path(volume.file.filename).stat()
-    offsets = predictor.header["offsets"]
-    content = {
-        "image": image,
-        "identity": [status.st_size, status.st_mtime_ns],
-        "shape": source.shape,
+        content = {
+            "image": image,
+            "identity": [status.st_size, status.st_mtime_ns],
+            "weights_sha256": io.sha256(weights),
+            **planned(predictor, source, block, segmenter),
+        }
+    io.write_text(out, json.dumps(content, indent=2) + "\n")
+
+
+def planned(predictor: Any, source: Any, block: Sequence[int], segmenter: str) -> dict[str, Any]:
+    """Return what a plan says of an image, but for which file it is and which the weights are.
+
+    Args:
+        predictor: see `gdlib.inference`.
+        source: the image.
+        block: see `Grid`.
+        segmenter: only the affinities that it uses are predicted.
+    """
+    low, high = source.range
+    return {
+        "shape": list(source.shape),
         "block": list(block),
         "range": [low.tolist(), high.tolist()],
-        "weights_sha256": io.sha256(weights),
         "segmenter": segmenter,
-        # The others look at nearest neighbours alone.
-        "offsets": offsets if segmenter == "mutex_watershed" else offsets[: len(block)],
+        "offsets": segmentation.used(segmenter, predictor.header["offsets"]),
         "gdlib": __version__,
     }
-    io.write_text(out, json.dumps(content, indent=2) + "\n")
 
 
 def predict(
@@ -98,12 +111,10 @@ def predict(
         device: name, or `auto`.
         passes: largest sides that go through the network at once (see `Predictor`).
     """
-    from gdlib.inference import Predictor, assembled
+    from gdlib.inference import Predictor
 
     if io.sha256(weights) != plan["weights_sha256"]:
         raise io.DataError(f"{weights}: these are not the weights of the plan; make the plan again")
-    core = _grid(plan).core(name)
-    sides = tuple(s.stop - s.start for s in core)
     predictor = Predictor.load(weights, device=device, block=passes)
     predictor.header = {**predictor.header, "offsets": plan["offsets"]}
     with open_volume(plan["image"]) as volume:
@@ -112,11 +123,20 @@ def predict(
             raise io.DataError(f"{plan['image']}: the file has changed since the plan was made; make the plan again")
         source = predictor.source(volume)
         source.range = tuple(np.array(plan["range"], working_type(volume.dtype)))
-        try:
-            parts = ((box, predictor.predict(source, _moved(box, core))) for box in predictor.blocks(sides))
-            prediction = assembled(sides, parts)
-        except io.DataError as error:
-            raise io.DataError(f"{plan['image']}: block {name}: {error}") from None
+        predict_with(predictor, source, plan, name, out)
+
+
+def predict_with(predictor: Any, source: Any, plan: Mapping[str, Any], name: str, out: Path) -> None:
+    """Predict a block, see `predict`, with a predictor that has the offsets of the plan, and an open image with its range."""
+    from gdlib.inference import assembled
+
+    core = _grid(plan).core(name)
+    sides = tuple(s.stop - s.start for s in core)
+    try:
+        parts = ((box, predictor.predict(source, _moved(box, core))) for box in predictor.blocks(sides))
+        prediction = assembled(sides, parts)
+    except io.DataError as error:
+        raise io.DataError(f"{plan['image']}: block {name}: {error}") from None
     with io.create_h5(out, made_for=_fingerprint(plan)) as file:
         block = io.BLOCK if len(sides) == 3 else None
         io.put(file, "affinity", prediction.affinity, block)
@@ -142,7 +162,7 @@ def segment(plan: Mapping[str, Any], name: str, predictions: Path, out: Path, se
     affinity, foreground = np.empty((len(plan["offsets"]), *sides), np.uint8), np.empty(sides, np.uint8)
     for other in grid.touching(name):
         theirs = grid.core(other)
-        shared = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(around, theirs, strict=True))
+        shared = _common(around, theirs)
         with _opened(predictions / f"{other}.h5", _fingerprint(plan)) as file:
             affinity[(slice(None), *_inside(shared, around))] = file["affinity"][
                 (slice(None), *_inside(shared, theirs))
@@ -329,21 +349,50 @@ def join(plan: Mapping[str, Any], labels: Path, out: Path, about: Mapping[str, A
         out: `labels.h5`.
         about: what else the file says about itself, e.g. the settings.
     """
-    grid = _grid(plan)
     with open_volume(plan["image"]) as image, io.create_h5(out, **plan, **about) as file:
-        label = file.create_dataset(image.name, grid.shape, np.uint32, chunks=grid.chunk, **COMPRESSION)
+        label = gathered(plan, labels, file, image.name)
         for key in ("resolution", "offset", "element_size_um"):  # where the voxels are
             if key in image.attrs:
                 label.attrs[key] = image.attrs[key]
-        made_for = None
+
+
+def gathered(plan: Mapping[str, Any], labels: Path, file: h5py.File, name: str) -> h5py.Dataset:
+    """Make a dataset of all relabelled blocks in an open file, whose chunks are copied as they are."""
+    grid = _grid(plan)
+    label = file.create_dataset(name, grid.shape, np.uint32, chunks=grid.chunk, **COMPRESSION)
+    made_for = None
+    for block in grid.names:
+        corner = [s.start for s in grid.core(block)]
+        with _opened(labels / f"{block}.h5", made_for) as part:
+            made_for = part.attrs["made_for"]
+            chunks = part["label"]
+            for at in itertools.product(*map(range, [0] * label.ndim, chunks.shape, grid.chunk)):
+                mask, content = chunks.id.read_direct_chunk(at)
+                label.id.write_direct_chunk(tuple(np.add(corner, at)), content, mask)
+    return label
+
+
+def tiles(plan: Mapping[str, Any], labels: Path, tile: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield the tiles (Y, X) of all sections of all relabelled blocks, in the order of a TIFF file.
+
+    As many rows or sections as have `SLAB` pixels are in memory.
+    """
+    grid = _grid(plan)
+    *_, rows, columns = grid.shape
+    section = rows * columns if len(grid.shape) == 3 else columns
+    thickness = max(1, min(grid.chunk[0], SLAB // section)) if len(grid.shape) == 3 else tile[0]
+    for start in range(0, grid.shape[0], thickness):
+        slab = (slice(start, min(start + thickness, grid.shape[0])), *(slice(0, n) for n in grid.shape[1:]))
+        label = np.empty([s.stop - s.start for s in slab], np.uint32)
         for name in grid.names:
-            corner = [s.start for s in grid.core(name)]
-            with _opened(labels / f"{name}.h5", made_for) as part:
-                made_for = part.attrs["made_for"]
-                chunks = part["label"]
-                for at in itertools.product(*map(range, [0] * label.ndim, chunks.shape, grid.chunk)):
-                    mask, content = chunks.id.read_direct_chunk(at)
-                    label.id.write_direct_chunk(tuple(np.add(corner, at)), content, mask)
+            core = grid.core(name)
+            shared = _common(slab, core)
+            if all(s.start < s.stop for s in shared):
+                with _opened(labels / f"{name}.h5") as file:
+                    label[_inside(shared, slab)] = file["label"][_inside(shared, core)]
+        for image in label.reshape(-1, *label.shape[-2:]):
+            for y, x in itertools.product(*(range(0, n, side) for n, side in zip(image.shape, tile, strict=True))):
+                yield image[y : y + tile[0], x : x + tile[1]]
 
 
 def _grid(plan: Mapping[str, Any], overlap: Sequence[int] | None = None) -> Grid:
@@ -373,3 +422,8 @@ def _moved(box: Box, frame: Box) -> Box:
 def _inside(box: Sequence[slice], frame: Box) -> Box:
     """Return a box as seen from the corner of another."""
     return tuple(slice(s.start - f.start, s.stop - f.start) for s, f in zip(box, frame, strict=True))
+
+
+def _common(box: Box, other: Box) -> Box:
+    """Return what two boxes share; where that is nothing, a side ends before it begins."""
+    return tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, other, strict=True))

@@ -236,6 +236,19 @@ class Predictor:
         )
         return list(itertools.product(*cuts))
 
+    def largest_pass(self, shape: Sequence[int], sides: Sequence[int]) -> tuple[int, ...]:
+        """Return the sides of what the network reads at most at once, in an image that is predicted in parts of these sides."""
+        network = self.network
+        whole = legal_shape(network, shape)
+        if network.halo is not None:
+            spans = (max(0, *o) - min(0, *o) for o in zip(*self.header["offsets"], strict=True))
+            context = (
+                2 * (h - m) + d - 1 for h, m, d in zip(network.halo, network.margin, network.divisor, strict=True)
+            )
+            part = legal_shape(network, [sum(lengths) for lengths in zip(sides, spans, context, strict=True)])
+            whole = [min(pair) for pair in zip(whole, part, strict=True)]
+        return tuple(n + 2 * m for n, m in zip(whole, network.margin, strict=True))
+
     @torch.inference_mode()
     def predict(self, source: Source, box: Box, kept: Box | None = None) -> Prediction:
         """Predict one part of an image.

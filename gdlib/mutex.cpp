@@ -37,6 +37,7 @@ struct Segments {
     if (head[u] != NONE && items[head[u]].other == v) return;
     Node item = unused;
     if (item == NONE) {
+      if (items.size() >= NONE) throw std::bad_alloc();  // there is no number for one more
       item = items.size();
       items.push_back({});
     } else {
@@ -51,7 +52,10 @@ struct Segments {
 
   // Whether v is in the list of u, which gets shorter; what is found comes first.
   bool forbids(Node u, Node v) {
-    ++reading;
+    if (++reading == 0) {  // all numbers were used
+      std::fill(seen.begin(), seen.end(), 0);
+      reading = 1;
+    }
     for (Node item = head[u], before = NONE; item != NONE;) {
       const Node next = items[item].next, other = find(items[item].other);
       const bool found = other == v;

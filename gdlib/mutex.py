@@ -14,7 +14,8 @@ from scipy.ndimage import find_objects
 from gdlib import compiled, limits
 
 MOST_PIECES = 1000
-MOST_PIXELS = 2**27  # what it counts has 32 bits
+TILE = {2: 1024, 3: 128}  # sides, in pixels, of where the smallest pieces are one
+MOST_PIXELS = 2**31  # of `mutex.cpp`, where a segment's size has 31 bits
 
 
 def mutex_watershed(
@@ -54,6 +55,13 @@ def mutex_watershed(
     return label
 
 
+def memory(ndim: int, channels: int, *, stride: int = 1, **_: float) -> float:
+    """Return how many bytes per pixel it takes besides what it is given, if all pixels are foreground (measured)."""
+    edges = ndim + (channels - ndim) / stride**2  # of a pixel
+    least = 100  # of what gives away small segments
+    return max(least, 44 + 9 * edges if _library() is not None else 30 + 58 * edges)
+
+
 def _library() -> ctypes.CDLL | None:
     return compiled.library("mutex", "the mutex watershed runs")
 
@@ -73,7 +81,7 @@ def _by_counting(
     label = np.empty(mask.shape, np.int64)
     given = sides, len(offsets), mask.ndim, displacements, stride, *maps, turns, len(strengths), label
     if not _library().mutex_watershed(*map(_argument, given)):
-        raise MemoryError(f"the mutex watershed of {maps[0].size} affinities: choose smaller blocks")
+        raise MemoryError(f"the mutex watershed of {' x '.join(map(str, mask.shape))} pixels")
     return label
 
 
@@ -121,7 +129,8 @@ def as_float(array: np.ndarray) -> np.ndarray:
 def _pieces(mask: np.ndarray) -> np.ndarray:
     """Number the pieces of a mask that touch, from 1.
 
-    Beyond `MOST_PIECES`, the smallest have one number together: there is a price for each.
+    Beyond `MOST_PIECES`, the smallest that begin in the same tile have one number together: there is a price for each, and for
+    the box around all of them another.
     """
     if mask.all():
         return mask.view(np.uint8)
@@ -129,9 +138,11 @@ def _pieces(mask: np.ndarray) -> np.ndarray:
     size = np.bincount(pieces.ravel())
     if len(size) - 1 <= MOST_PIECES:
         return pieces
-    number = np.full(len(size), MOST_PIECES, np.int32)
-    number[1 + np.argsort(-size[1:], kind="stable")[: MOST_PIECES - 1]] = np.arange(1, MOST_PIECES)
-    number[0] = 0
+    smallest = 1 + np.argsort(-size[1:], kind="stable")[MOST_PIECES - 1 :]
+    tile = np.array([[s.start for s in box] for box in find_objects(pieces)])[smallest - 1] // TILE[mask.ndim]
+    number = np.arange(len(size))
+    number[smallest] = len(size) + np.unique(tile, axis=0, return_inverse=True)[1].ravel()
+    number = np.unique(number, return_inverse=True)[1].astype(np.int32)  # without gaps; the background stays 0
     return number[pieces]
 
 

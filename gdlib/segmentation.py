@@ -30,7 +30,7 @@ from scipy.sparse.csgraph import connected_components
 from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
-from gdlib import scores
+from gdlib import mutex, scores
 from gdlib.metrics import is_better
 from gdlib.mutex import as_float, mutex_watershed
 from gdlib.parameters import check_offsets, checked, defaults, grid, is_masked
@@ -125,6 +125,11 @@ def score(
     """Scores of images together (`scores.mean`) for one choice of parameters; those left out have their default."""
     parameters = defaults(segmenter, labels[0].ndim) | checked(segmenter, parameters)
     return _mean_scores(_images(predictions, labels, offsets, segmenter), labels, ignores, parameters)
+
+
+def used(segmenter: str, offsets: Offsets) -> Offsets:
+    """Return those offsets whose affinities a segmenter looks at: waterz and multicut, those of nearest neighbours alone."""
+    return offsets if segmenter.startswith("mutex_watershed") else offsets[: len(offsets[0])]
 
 
 class _Image:
@@ -346,15 +351,20 @@ class Segmenter:
         prepare: takes affinity, foreground and offsets as `segment` does, and by keyword the parameters that make it work
             again; returns a function of the other parameters, without `min_fragment` and `min_size`, that returns the label
             ([Z,] Y, X) int64.
+        memory: takes the number of axes and of channels, and by keyword the parameters; returns how many bytes per pixel it takes
+            besides the prediction, where all pixels are foreground.
     """
 
     title: str
     prepare: Callable[..., Callable[..., np.ndarray]]
+    memory: Callable[..., float] = lambda *_, **__: 100.0  # measured
 
 
 SEGMENTERS: dict[str, Segmenter] = {
-    "mutex_watershed": Segmenter("mutex watershed", _mutex_watershed),
+    "mutex_watershed": Segmenter("mutex watershed", _mutex_watershed, mutex.memory),
     "waterz": Segmenter("waterz", _waterz),
     "multicut": Segmenter("multicut", _multicut),
-    "mutex_watershed_masked": Segmenter("mutex watershed in the true foreground", _mutex_watershed_masked),
+    "mutex_watershed_masked": Segmenter(
+        "mutex watershed in the true foreground", _mutex_watershed_masked, mutex.memory
+    ),
 }

@@ -2,19 +2,22 @@
 
 import argparse
 import contextlib
+import math
 import sys
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gdlib import io, outputs
-from gdlib.failures import Failures
-from gdlib.limits import Threads, argument, number, place, sides
+from gdlib import io, memory, outputs
+from gdlib.failures import Failures, is_lack_of_memory
+from gdlib.grid import CHUNK
+from gdlib.limits import Positive, Threads, argument, number, place, sides
 from gdlib.parameters import chosen
 from gdlib.steps import BLOCK_HELP
 
@@ -47,6 +50,13 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     )
     segment.add_argument("--threads", type=argument(Threads), help="CPU threads (default: all)")
     segment.add_argument("--block", type=sides, metavar="SIDES", help=BLOCK_HELP)
+    segment.add_argument(
+        "--memory",
+        type=argument(Positive),
+        metavar="GIB",
+        help="how much of it may be used; an image that may need more is segmented in blocks, see docs/volumes.md (default: what "
+        "is there, and four fifths of what is free)",
+    )
     segment.add_argument(
         "--segmenter", help="mutex_watershed, waterz or multicut (default: the one the weights were chosen with)"
     )
@@ -119,8 +129,10 @@ def _parameter(text: str) -> tuple[str, float]:
 
 def _segment(arguments: argparse.Namespace) -> None:
     from gdlib.data.files import find_files
+    from gdlib.footprint import choose, is_large
     from gdlib.inference import Predictor, assembled
-    from gdlib.segmentation import segment
+    from gdlib.large import block_before, segment_in_blocks
+    from gdlib.segmentation import segment, used
     from gdlib.streaming import file_identity, predict_blocks
 
     paths: list[str] = []
@@ -136,39 +148,74 @@ def _segment(arguments: argparse.Namespace) -> None:
     segmenter, parameters = _segmenter(arguments, header)
     options = {key: getattr(arguments, key) for key in ("device", "precision", "engine", "block")}
     predictor = Predictor.load(arguments.model, **options)
+    predictor.header = {**header, "offsets": used(segmenter, header["offsets"])}
     weights = io.sha256(arguments.model)
+    held = memory.resident()
+    budget = max(1, int(arguments.memory * memory.GIB)) if arguments.memory else memory.budget()
 
-    def predict(job: _Job) -> tuple[Any, dict[str, Any]]:
-        with _open_image(job.path, predictor.header["channels"]) as image:
-            try:
+    def predict(job: _Job, finishing: Future | None) -> tuple[Any, dict[str, Any], int] | None:
+        """Predict an image, or do all of it if that is to be done in blocks."""
+        identity, need = f"{file_identity(job.file)} {job.path}", 0
+        with (
+            _lack_of_memory(job.path),
+            _open_image(job.path, predictor.header["channels"], arguments.out) as image,
+        ):
+            attributes = _where(image, job.file)
+            with _about(job.path):
                 source = predictor.source(image)
-                boxes = predictor.blocks(source.shape)
-                prediction = predictor.predict(source, boxes[0]) if len(boxes) == 1 else None
-            except io.DataError as error:
-                raise io.DataError(f"{job.path}: {error}") from None
-            if prediction is None:
-                identity = f"{weights} {file_identity(job.file)} {job.path}"
-                blocks = predict_blocks(predictor, {job.path: source}, job.hidden("partial"), identity)
-                prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
-            return prediction, _where(image, job.file)
+                large = budget and (arguments.memory or is_large(predictor, source.shape))
+                if large:
+                    choice = choose(
+                        predictor, source.shape, segmenter, parameters,
+                        held=held + _in_memory(image), budget=budget, before=block_before(job.hidden("blocks")),
+                    )  # fmt: skip
+            if large:
+                print(f"{job.path}: {choice.sentence(budget)}", file=sys.stderr, flush=True)
+                need = choice.need
+                if finishing is not None:  # what is needed is that of one image
+                    finishing.result()
+                if choice.grid is not None:
+                    count = segment_in_blocks(
+                        choice, source, job.path, job.hidden("blocks"), partial(write_blocks, job, attributes),
+                        identity=identity, weights_sha256=weights, segmenter=segmenter, parameters=parameters,
+                    )  # fmt: skip
+                    done(job, count)
+                    return None
+            boxes = predictor.blocks(source.shape)
+            if len(boxes) == 1:
+                with _about(job.path):
+                    return predictor.predict(source, boxes[0]), attributes, need
+            blocks = predict_blocks(predictor, {job.path: source}, job.hidden("partial"), f"{weights} {identity}")
+            return assembled(source.shape, ((box, part) for _, box, part in blocks)), attributes, need
 
-    def finish(job: _Job, prediction: Any, attributes: dict[str, Any]) -> None:
+    def finish(job: _Job, prediction: Any, attributes: dict[str, Any], need: int) -> None:
         offsets = predictor.header["offsets"]
         with failed.noted():
-            label = segment(prediction.affinity, prediction.foreground, offsets, segmenter, **parameters)
-            outputs.check([job.output], [], overwrite=arguments.overwrite)  # people go on working in their folders
+            with _lack_of_memory(job.path, need):
+                label = segment(prediction.affinity, prediction.foreground, offsets, segmenter, **parameters)
+            check(job)
             _write_label(job, label, attributes)
-            job.hidden("partial").unlink(missing_ok=True)
-            print(f"{job.path}: {int(label.max())} objects")
+            done(job, int(label.max()))
+
+    def write_blocks(job: _Job, attributes: dict[str, Any], plan: dict[str, Any], labels: Path) -> None:
+        check(job)
+        _write_blocks(job, plan, labels, attributes)
+
+    def check(job: _Job) -> None:  # again: people go on working in their folders
+        outputs.check([job.output], [], overwrite=arguments.overwrite)
+
+    def done(job: _Job, count: int) -> None:
+        job.hidden("partial").unlink(missing_ok=True)
+        print(f"{job.path}: {count} objects")
 
     with ThreadPoolExecutor(1) as other:  # finds the objects of an image while the network is at work on the next
         finishing: Future | None = None
         for job in jobs:
             with failed.noted():
-                found = predict(job)
+                found = predict(job, finishing)
                 if finishing is not None:
                     finishing.result()
-                finishing = other.submit(finish, job, *found)
+                finishing = None if found is None else other.submit(finish, job, *found)
         if finishing is not None:
             finishing.result()
     failed.tell(len(paths), "images could not be segmented; all others are done")
@@ -194,6 +241,37 @@ def _jobs(paths: Sequence[str], out: Path, failed: Failures) -> list[_Job]:
     return jobs
 
 
+@contextlib.contextmanager
+def _about(path: str) -> Iterator[None]:
+    """Begin the sentence about an image that cannot be used with its path."""
+    try:
+        yield
+    except ValueError as error:
+        raise io.DataError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _lack_of_memory(path: str, need: int = 0) -> Iterator[None]:
+    """Turn what any library says of too little memory into one sentence; other errors pass."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        cause = (str(error).splitlines() or ["no more is known"])[0]
+        mend = "close other programs, or say with --memory how many GiB may be used: it is then segmented in smaller blocks"
+        if "CUDA" in cause:
+            mend = "choose a smaller --block, e.g. --block 512"
+        elif need:
+            mend += f" if it may need more (it was thought to need up to {need / memory.GIB:.1f})"
+        raise io.DataError(f"{path}: there was too little memory ({cause}); {mend}") from error
+
+
+def _in_memory(image: Any) -> int:
+    """Return the bytes of an image that is not read piece by piece."""
+    return image.nbytes if isinstance(image, np.ndarray) and not isinstance(image, np.memmap) else 0
+
+
 def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Choose how to segment: as the weights were tuned, but for what is given."""
     given = dict(arguments.set)
@@ -210,15 +288,15 @@ def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[s
 
 
 @contextlib.contextmanager
-def _open_image(path: Path | str, channels: int) -> Iterator[Any]:
-    """Yield the array of an image file, or an open dataset of an HDF5 file, which is read piece by piece."""
+def _open_image(path: Path | str, channels: int, scratch: Path) -> Iterator[Any]:
+    """Yield the array of an image file, a map of a large one, or an open dataset of HDF5: these are read piece by piece."""
     from gdlib.data.files import open_volume, read_image
 
     if is_hdf5(path):
         with open_volume(path) as volume:
             yield volume
     else:
-        yield read_image(path, channels)
+        yield read_image(path, channels, scratch=scratch)
 
 
 def is_hdf5(path: Path | str) -> bool:
@@ -240,13 +318,37 @@ def _where(image: Any, file: Path) -> dict[str, Any]:
 def _write_label(job: _Job, label: np.ndarray, attributes: dict[str, Any]) -> None:
     import tifffile
 
-    from gdlib.data.calibration import written
-
     if job.dataset is None:
-        options = {"compression": "zlib", "photometric": "minisblack", "software": job.mark}
         with io.atomic(job.target) as temporary:
-            tifffile.imwrite(temporary, label, **options, **written(attributes, label.shape))
+            tifffile.imwrite(temporary, label, **_tiff_options(job, label.shape, attributes))
         return
     with outputs.added_h5(job.target) as file:
         io.put(file, job.dataset, label, io.BLOCK if label.ndim == 3 else None)
         file[job.dataset].attrs.update(attributes | {outputs.SOFTWARE: job.mark})
+
+
+def _write_blocks(job: _Job, plan: dict[str, Any], labels: Path, attributes: dict[str, Any]) -> None:
+    """Write the label of an image that was segmented in blocks: a TIFF of tiles, or a dataset whose chunks are copied."""
+    import tifffile
+
+    from gdlib import blockwise
+
+    if job.dataset is None:
+        shape, tile = tuple(plan["shape"]), CHUNK[2]
+        options = _tiff_options(job, shape, attributes) | {"shape": shape, "dtype": np.uint32, "tile": tile}
+        with io.atomic(job.target) as temporary:
+            tifffile.imwrite(temporary, blockwise.tiles(plan, labels, tile), **options)
+        return
+    with outputs.added_h5(job.target) as file:
+        label = blockwise.gathered(plan, labels, file, job.dataset)
+        label.attrs.update(attributes | {outputs.SOFTWARE: job.mark})
+
+
+def _tiff_options(job: _Job, shape: tuple[int, ...], attributes: dict[str, Any]) -> dict[str, Any]:
+    from gdlib.data.calibration import written
+
+    # Of a file that will be compressed, tifffile does not see for itself that it may be too large for a TIFF.
+    large = {"bigtiff": 4 * math.prod(shape) >= 2**32}
+    return (
+        {"compression": "zlib", "photometric": "minisblack", "software": job.mark} | large | written(attributes, shape)
+    )

@@ -61,7 +61,7 @@ def predict_blocks(
         partial.parent.mkdir(parents=True, exist_ok=True)
         waiting = open(partial, "a+b")  # noqa: SIM115, closed below
     with io.writing(partial), waiting as file:
-        _lock(file)
+        lock(file)
         done = _finished(file, fingerprint)
         title = partial.stem.lstrip(".")
         writing: Future | None = None
@@ -102,7 +102,8 @@ def _read(
             yield name, box, Prediction(affinity, foreground, embedding if name in kept else None)
 
 
-def _lock(file: BinaryIO) -> None:
+def lock(file: BinaryIO) -> None:
+    """Keep other processes from a file, until it is closed; one that another process has is a `DataError`."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,14 +142,22 @@ def _fingerprint(predictor: Predictor, images: Mapping[str, Source], identity: s
         "images": {name: [image.shape, str(image.array.dtype), image.normalisation] for name, image in images.items()},
         "kept": str(kept),
         "block": predictor.block,
+        "offsets": predictor.header["offsets"],
+        "made with": made_with(predictor),
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest().encode() + b"\n"
+
+
+def made_with(predictor: Predictor) -> str:
+    """Return a digest of all that predictions depend on, but for images and weights: with another one, nothing goes on."""
+    content = {
         "precision": str(predictor.dtype),
         "device": predictor.device.type,
         "engine": predictor.engine,
-        "offsets": predictor.header["offsets"],
         "torch": torch.__version__,
         "code": [io.sha256(path) for path in sorted(Path(__file__).parent.rglob("*.py"))],
     }
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest().encode() + b"\n"
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def file_identity(path: Path | str) -> str:

@@ -81,6 +81,9 @@ ALLOWED = {
     "gdlib.volume_steps": "gdlib.io gdlib.outputs gdlib.limits gdlib.blockwise",
     "gdlib.blockwise": "gdlib gdlib.io gdlib.data.intensity gdlib.parameters gdlib.grid gdlib.inference gdlib.segmentation "
     "gdlib.data.files",
+    "gdlib.memory": "",
+    "gdlib.footprint": "gdlib.grid gdlib.inference gdlib.memory gdlib.segmentation",
+    "gdlib.large": "gdlib gdlib.io gdlib.grid gdlib.blockwise gdlib.footprint gdlib.inference gdlib.progress gdlib.streaming",
     "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
     "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.scores gdlib.judge gdlib.models "
     "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",
@@ -100,7 +103,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|outputs|failures|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|memory|outputs|failures|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
     r"|data|data\.(axes|calibration|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 

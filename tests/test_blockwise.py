@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from conftest import OFFSETS
 
 from gdlib import blockwise, io, segmentation
@@ -90,6 +91,9 @@ def run_blocks(folder, label_affinity, foreground, grid, segmenter, **parameters
     with io.open_h5(folder / "labels.h5") as file:
         label = file["volumes/raw"][()]
         assert file["volumes/raw"].attrs["resolution"][-1] == 4.0
+    tiles = blockwise.tiles(plan, folder / "labels", (64, 32))
+    tifffile.imwrite(folder / "labels.tif", tiles, shape=grid.shape, dtype=np.uint32, tile=(64, 32))
+    assert np.array_equal(tifffile.imread(folder / "labels.tif"), label)
     assert label.dtype == np.uint32
     assert np.array_equal(np.unique(label[label > 0]), np.arange(1, count + 1))
     return label

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import find_objects, gaussian_filter
 from skimage.measure import label as connected_regions
 from skimage.segmentation import relabel_sequential
 
@@ -690,6 +690,7 @@ def most(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(mutex, "MOST_PIECES", request.param)
         monkeypatch.setattr(mutex, "MOST_PIXELS", 0)
+        monkeypatch.setattr(mutex, "TILE", {2: 20, 3: 10})
     elif mutex._library() is None:
         pytest.skip("there is no C++ compiler")
     return request.param
@@ -743,8 +744,23 @@ def test_too_little_memory_is_one_sentence(monkeypatch):
             return 0
 
     monkeypatch.setattr(mutex, "_library", Library)
-    with pytest.raises(MemoryError, match="choose smaller blocks"):
+    with pytest.raises(MemoryError, match=r"^the mutex watershed of 4 x 5 pixels"):
         mutex.mutex_watershed(np.zeros((2, 4, 5), np.uint8), np.ones((4, 5), bool), OFFSETS[2][:2])
+
+
+def test_small_pieces_that_are_one_are_close_together(monkeypatch):
+    """A box around all of them would be the whole image, at hundreds of bytes per pixel."""
+    monkeypatch.setattr(mutex, "MOST_PIECES", 3)
+    monkeypatch.setattr(mutex, "TILE", {2: 20})
+    mask = np.zeros((60, 100), bool)
+    mask[::3, ::3] = True
+    mask[30:50, 40:61] = True  # the largest
+    pieces = mutex._pieces(mask)
+    assert np.array_equal(pieces > 0, mask)
+    places = find_objects(pieces)
+    assert None not in places
+    assert sum(place[0].stop - place[0].start <= 20 and place[1].stop - place[1].start <= 20 for place in places) >= 15
+    assert len(places) <= 3 * 5 + 2
 
 
 def test_pieces_are_one_where_far_pixels_attract(most):

@@ -80,7 +80,9 @@ def spelt(name: str, names: Iterable[str]) -> str:
     return f' (there is "{other}"; capitals count)' if other else ""
 
 
-def read_image(path: Path | str, channels: int = 1, dataset: str | None = None) -> np.ndarray:
+def read_image(
+    path: Path | str, channels: int = 1, dataset: str | None = None, scratch: Path | None = None
+) -> np.ndarray:
     """Read an image with its channels first, in the stored type, bright values high.
 
     Opacity is dropped, and so are the second and third of three equal colours where one channel is expected.
@@ -89,11 +91,12 @@ def read_image(path: Path | str, channels: int = 1, dataset: str | None = None) 
         path: PNG, TIFF or HDF5 file; `file.h5:inner/path` names a dataset of an HDF5 file.
         channels: number expected; also used to find the channel axis of a file that does not name its axes.
         dataset: of an HDF5 file; see `read_volume`.
+        scratch: folder; large TIFF files are then mapped instead of read, see `read_tiff`.
 
     Returns:
         (C, [Z,] Y, X) array; C is what the file has, not what was expected. Axes of one pixel are left where they are.
     """
-    array, axes, alpha = _read(path, dataset, indices=False)
+    array, axes, alpha = _read(path, dataset, indices=False, scratch=scratch)
     named = [(axis, name) for axis, (name, n) in enumerate(zip(axes, array.shape, strict=False)) if n > 1]
     for _, name in named:
         if name not in "SCZYXIQ":
@@ -113,9 +116,9 @@ def read_image(path: Path | str, channels: int = 1, dataset: str | None = None) 
     array = np.moveaxis(array, found[0], 0)
     if alpha and len(array) != channels:
         array = array[:-1]
-    if channels == 1 and len(array) == 3 and "S" in axes and (array == array[:1]).all():
+    if channels == 1 and len(array) == 3 and "S" in axes and all((other == array[0]).all() for other in array[1:]):
         array = array[:1]
-    return np.ascontiguousarray(array)
+    return array if isinstance(array, np.memmap) else np.ascontiguousarray(array)
 
 
 def read_label(path: Path | str, dataset: str | None = None) -> np.ndarray:
@@ -346,7 +349,9 @@ def published_split(source: str, split: str) -> dict[str, list[str]]:
     return {name: read_list(path) for name, path in lists.items() if path.exists()}
 
 
-def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.ndarray, str, bool]:
+def _read(
+    path: Path | str, dataset: str | None, *, indices: bool, scratch: Path | None = None
+) -> tuple[np.ndarray, str, bool]:
     """Return the array as stored, the names of its axes as of `read_tiff`, "" if it has none, and whether it has opacity."""
     file, inner = split_h5_path(path)
     if file.suffix.lower() in HDF5_SUFFIXES:
@@ -354,7 +359,7 @@ def _read(path: Path | str, dataset: str | None, *, indices: bool) -> tuple[np.n
     path = Path(path)
     check_file(path)
     if path.suffix.lower() != ".png":
-        return read_tiff(path, indices=indices)
+        return read_tiff(path, indices=indices, scratch=scratch)
     try:
         return _read_png(path, indices)
     except (DataError, MemoryError):

@@ -2,7 +2,10 @@
 
 import contextlib
 import logging
+import os
 import re
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,22 +15,26 @@ import numpy as np
 import tifffile
 
 from gdlib.data.decoders import can_decode, teach_tifffile
-from gdlib.io import DataError
+from gdlib.io import DataError, writing
 
 teach_tifffile()
 
 MIN_IS_WHITE, PALETTE = 0, 3
 GREY_OR_COLOUR = (MIN_IS_WHITE, 1, 2, PALETTE)
 JPEG = (6, 7, 34892, 33007)  # decoders give RGB whatever is in the file
+NATIVE = "<" if sys.byteorder == "little" else ">"
+MAPPED = 2**28  # bytes; larger images need not be in memory
 PLAIN = ("generic", "uniform", "shaped")  # microscopes and ImageJ have palettes too, of how numbers are shown
 
 
-def read_tiff(path: Path, *, indices: bool) -> tuple[np.ndarray, str, bool]:
+def read_tiff(path: Path, *, indices: bool, scratch: Path | None = None) -> tuple[np.ndarray, str, bool]:
     """Read an image or a label.
 
     Args:
         path: TIFF, ImageJ TIFF or OME-TIFF; of a pyramid the full resolution is read.
         indices: it is a label: numbers of colours in a palette stay what they are.
+        scratch: folder. A large image is then not read but mapped; one that is compressed, as a copy in a file without a name
+            in this folder, which is gone when the array is.
 
     Returns:
         The array; one letter per axis, as tifffile names them: S are colours, C channels, T time, I and Q have no name;
@@ -49,14 +56,28 @@ def read_tiff(path: Path, *, indices: bool) -> tuple[np.ndarray, str, bool]:
                 f"{path}: the file says that 0 is white (WhiteIsZero), so that it is not clear which number is the background; "
                 "save the label again with 0 as black"
             )
+        place = None if scratch is None or series.nbytes < MAPPED else _file(series, scratch)
         with reading(path):
-            array, colours = series.asarray(), page.colormap
+            array, colours = series.asarray(out=place), page.colormap
     if inverted:
         array = _inverted(array, page.bitspersample)
     if photometric == PALETTE and colours is not None and not indices and series.kind in PLAIN:
         array, axes = np.moveaxis(colours[:, array], 0, -1), axes + "S"
     alpha = "S" in axes and bool(page.extrasamples) and int(page.extrasamples[-1]) in (1, 2)
     return array, axes, alpha
+
+
+def _file(series: tifffile.TiffPageSeries, scratch: Path) -> np.ndarray | str:
+    """Return where pixels go that need not be in memory: they stay where they are, or go to a map of a new file."""
+    page = series.keyframe
+    if series.dataoffset is not None and page.is_memmappable and page.parent.byteorder == NATIVE:
+        return "memmap"
+    with writing(scratch / "a decoded copy of the image"):
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            if hasattr(os, "posix_fallocate"):  # a map of more than the disk has would end the process
+                os.posix_fallocate(file.fileno(), 0, series.nbytes)
+            return np.memmap(file, series.dtype, "w+", shape=series.shape)
 
 
 def _inverted(array: np.ndarray, bits: int) -> np.ndarray:
