@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         if getattr(arguments, "threads", None):
-            # Before torch and BLAS are imported, which read it once.
-            os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+            # Before torch and BLAS are imported, which read them once; of two, the special one would win.
+            os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads))
         if getattr(arguments, "device", None) == "auto":
             devices.claim()
         arguments.function(arguments)

@@ -31,8 +31,9 @@ STEPS = ("prepare", "train", "predict", "segment", "evaluate", "baselines", "pro
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    """`--threads` sets an environment variable for the process; it must not outlive the test."""
+    """`--threads` sets environment variables for the process; they must not outlive the test."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")
     monkeypatch.delenv("GDLIB_TRACEBACK", raising=False)
     monkeypatch.setenv("GDLIB_PLUGINS", __name__)  # of this file, whose network the weights below name
 
@@ -629,7 +630,7 @@ def test_threads_are_set_before_torch_reads_them(splits, tmp_path):
     spec = {"model": "resunet", "options": {"widths": [1, 1, 1, 1, 1]}}
     out = tmp_path / "profile.json"
     command = ["step", "profile", "--spec", json.dumps(spec), "--data", splits["test"], "--out", out, "--threads", 2]
-    done = process(*command, "--device", "cpu", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = process(*command, "--device", "cpu", env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["threads"] == 2
 

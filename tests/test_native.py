@@ -71,8 +71,8 @@ def test_relations_are_those_of_the_plain_functions(ndim, dim, what, plain):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(mine[1], theirs[1], rtol=1e-11, atol=1e-11)
     single = relations(*(x.float() if x.is_floating_point() else x for x in inputs), what)
-    for a, b in zip(single[0], theirs[0], strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(single[0], theirs[0], strict=True):  # sums of some hundred numbers around 1, and means of them
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=100 * torch.finfo(torch.float32).eps)
 
 
 @compiled
