@@ -155,12 +155,12 @@ def _segment(arguments: argparse.Namespace) -> None:
 
     def predict(job: _Job, finishing: Future | None) -> tuple[Any, dict[str, Any], int] | None:
         """Predict an image, or do all of it if that is to be done in blocks."""
-        identity, need = f"{file_identity(job.file)} {job.path}", 0
+        need = 0
         with (
             _lack_of_memory(job.path),
             _open_image(job.path, predictor.header["channels"], arguments.out) as image,
         ):
-            attributes = _where(image, job.file)
+            identity, attributes = f"{file_identity(job.file)} {job.path}", _where(image, job.file)
             with _about(job.path):
                 source = predictor.source(image)
                 large = budget and (arguments.memory or is_large(predictor, source.shape))
