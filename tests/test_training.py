@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from gdlib import cache, io, judge, native, training
+from gdlib import cache, io, judge, models, native, training
 from gdlib.config import Recipe
 from gdlib.data.intensity import learn
 from gdlib.inference import Predictor
@@ -593,9 +593,10 @@ def test_a_teacher_with_another_normalisation_or_other_channels(make_spec, train
     spec = make_spec("grd", normalisation={"lower": 0.0, "upper": 100.0})
     text = refusal(train, spec, tmp_path / "run", teacher=teacher)
     assert all(part in text for part in (str(teacher), "normalisation", "99.8", "100.0"))
-    state, header = io.load_weights(teacher)
-    other = tmp_path / "rgb.safetensors"
-    io.save_weights(other, state, header | {"channels": 3})
+    _, header = io.load_weights(teacher)
+    other, options = tmp_path / "rgb.safetensors", header["options"] | {"in_channels": 3}
+    state = models.build(header["model"], options).state_dict()
+    io.save_weights(other, state, header | {"channels": 3, "options": options})
     assert "channels 3" in refusal(train, make_spec("grd"), tmp_path / "run", teacher=other)
 
 
