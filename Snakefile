@@ -1,21 +1,21 @@
-"""From images to tables and figures: config.yaml says what exists and which study is run."""
+"""From images to tables and figures: config.yaml says which study is run, config/ what there is to run."""
 
 import sys
 from pathlib import Path
 
 from snakemake.utils import min_version
 
-from gdlib.config import Config, ConfigError
-from gdlib.text import read_yaml
+from gdlib.config import ConfigError, load
 
 min_version("9.20")
 
 
 ROOT = str(workflow.current_basedir)  # of this file, whoever includes it
 
-
-try:  # Snakemake takes the last of two equal keys and forgets the first
-    read_yaml(Path(ROOT) / "config.yaml", *workflow.configfiles)
+# The catalogue, config.yaml, and what --configfile and --config say: each changes what was before it. Snakemake's own reading
+# of config.yaml, below, would forget the first of two equal keys.
+try:
+    CFG = load(ROOT, *workflow.configfiles, changes=workflow.config_settings.config)
 except (ValueError, OSError) as error:
     sys.exit(f"{error}")
 
@@ -23,10 +23,9 @@ except (ValueError, OSError) as error:
 configfile: Path(ROOT) / "config.yaml"
 
 
-try:
-    CFG = Config.parse(config)
-except ConfigError as error:
-    sys.exit(f"{error}")
+# For workflow/report/workflow.rst.
+config.update(study=CFG.study, only=list(CFG.only))
+config["studies"] = {CFG.study: CFG.selected.model_dump(mode="json")}
 
 
 include: "workflow/rules/common.smk"

@@ -39,9 +39,7 @@ def run(bench: Bench) -> None:
     about = "the interpreter alone"
     cases = {
         "gdlib --help": "import gdlib.cli, contextlib\nwith contextlib.suppress(SystemExit): gdlib.cli.main(['--help'])",
-        "parse the configuration": (
-            "import yaml; from gdlib.config import Config; Config.parse(yaml.safe_load(open('config.yaml')))"
-        ),
+        "parse the configuration": ("from gdlib.config import load; load('.')"),
     }
     cases |= {f"step {name}": f"import {', '.join(modules)}" for name, modules in imports().items()}
     for name, code in cases.items():

@@ -97,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         help="list the networks",
         description="List every network of a catalogue with its parameters and multiply-accumulates.",
     )
-    models.add_argument("--config", type=place, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    models.add_argument(
+        "--config",
+        type=place,
+        default=Path("config.yaml"),
+        help="catalogue (default: config.yaml, with the folder config)",
+    )
     models.add_argument(
         "--shape",
         type=argument(Count),
@@ -116,7 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         "mistake: what is no YAML, a key that is written twice, wrong names, values out of their range.",
     )
     check.add_argument("files", nargs="*", type=place, metavar="FILE", help="your own, e.g. mycells.yaml")
-    check.add_argument("--config", type=place, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    check.add_argument(
+        "--config",
+        type=place,
+        default=Path("config.yaml"),
+        help="catalogue (default: config.yaml, with the folder config)",
+    )
     check.set_defaults(function=_check)
 
     download = commands.add_parser(
@@ -133,7 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the folders of the datasets go (default: the first of raw_folders)",
     )
-    download.add_argument("--config", type=place, default=Path("config.yaml"), help="catalogue (default: config.yaml)")
+    download.add_argument(
+        "--config",
+        type=place,
+        default=Path("config.yaml"),
+        help="catalogue (default: config.yaml, with the folder config)",
+    )
     download.set_defaults(function=_download)
 
     add_bench(commands)
@@ -289,15 +304,14 @@ def _floor(normalisation: dict[str, Any]) -> str:
 
 
 def _catalogue(*paths: Path) -> Any:
-    from gdlib.config import Config
-    from gdlib.text import read_yaml
+    from gdlib.config import load
 
     if not paths[0].is_file():
         raise io.DataError(
             f"{paths[0]}: there is no such file here; run the command in the folder of the source repository, or name a "
             "catalogue with --config"
         )
-    return Config.parse(read_yaml(*paths))
+    return load(*paths)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -1,18 +1,18 @@
 """The configuration as frozen, typed objects. Torch-free: Snakemake parses it again for every job.
 
-`config.yaml` is a catalogue (what exists) and studies (named selections of it: what to run). A study may shrink a recipe but
-never changes what a name means. A run is (dataset, network, method, seed); `Config.run` gathers all that its training needs, and
-nothing else, so that an edit of the configuration re-runs exactly what depends on it.
+It is a catalogue (what exists) and studies (named selections of it: what to run), in the files of `gdlib.parts`. A study may
+shrink a recipe but never changes what a name means. A run is (dataset, network, method, seed); `Config.run` gathers all that
+its training needs, and nothing else, so that an edit of the configuration re-runs exactly what depends on it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
-from gdlib import registry
+from gdlib import parts, registry
 from gdlib.checks import check_metrics, check_patch, check_recipe, check_terms
 from gdlib.limits import Offsets, Place
 from gdlib.mistakes import ConfigError, check_name, one_line, within
@@ -31,13 +31,33 @@ from gdlib.schema import (
     Study,
     Term,
 )
+from gdlib.words import spelt_out
 
 TEACHER = "teacher"  # the method name of every teacher run
 SEGMENTERS = get_args(Segmenter)
 
 
+def load(place: Path | str, *own: Path | str, changes: Mapping[str, Any] | None = None) -> "Config":
+    """Read and check the configuration of a project.
+
+    Args:
+        place: folder of the project, or a file in place of its `config.yaml`.
+        own: files that change it, the last one counts.
+        changes: what counts more than all files.
+
+    Raises:
+        ConfigError: one line that says where the key is written that is wrong.
+        ValueError: a file that is no YAML, or has a key twice, in one line too.
+    """
+    raw = parts.read(place, *own, changes=changes)
+    try:
+        return Config.parse(raw)
+    except ConfigError as error:
+        raise ConfigError(parts.located(str(error), [*parts.files(place), *own], changes)) from None
+
+
 class Config(Section):
-    """The whole of `config.yaml`."""
+    """The whole of the configuration; every file may hold any part of it."""
 
     study: str = Field(description="the study that is run")
     only: tuple[str, ...] = Field((), description="of the study's datasets these alone, a list or joined by commas")
@@ -70,7 +90,7 @@ class Config(Section):
             ConfigError: one line that names the key and, for a wrong name, the nearest valid one.
         """
         try:
-            config = cls.model_validate(_with_offsets(raw))
+            config = cls.model_validate(spelt_out(raw))
             config._check_names()
             check_name("study", config.study, config.studies)
             for name in config.only:
@@ -176,6 +196,7 @@ class Config(Section):
         out = {f"recipes.{role}": recipe}
         for where, changes in (
             (f"datasets.{dataset}.recipe", self.datasets[dataset].recipe),
+            (f"studies.{study}.recipe", chosen.recipe),
             (f"studies.{study}.{role}_recipe", chosen.teacher_recipe if role == TEACHER else chosen.student_recipe),
             (f"studies.{study}.recipes.{dataset}.{role}", chosen.recipes.get(dataset, {}).get(role, {})),
         ):
@@ -350,18 +371,6 @@ class Config(Section):
                 if "patch" in (changes := self.method(method).recipe):
                     patch = _merge(recipe, changes).patch or data.patch
                     check_patch(f"methods.{method}.recipe.patch", patch, dataset, data, used)
-
-
-def _with_offsets(raw: Any) -> Any:
-    """Put the offsets of the catalogue where a dataset names some; whatever else is wrong is told later."""
-    if not isinstance(raw, dict) or not isinstance(raw.get("datasets"), dict):
-        return raw
-    known, datasets = raw.get("offsets") or {}, dict(raw["datasets"])
-    for key, data in datasets.items():
-        if isinstance(data, dict) and isinstance(name := data.get("offsets"), str):
-            check_name(f"datasets.{key}.offsets", name, known)
-            datasets[key] = {**data, "offsets": known[name]}
-    return {**raw, "datasets": datasets}
 
 
 def _text(value: Any) -> str:

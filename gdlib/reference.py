@@ -1,4 +1,4 @@
-"""What can be written in `config.yaml`, out of the models that check it: a JSON schema for editors, and a page for readers."""
+"""What can be written in the configuration, out of the models that check it: a JSON schema for editors, a page for readers."""
 
 import argparse
 import ast
@@ -17,40 +17,57 @@ from gdlib.limits import Range
 from gdlib.parameters import PARAMETERS
 
 # Keys that change a part of a recipe: editors help there as they do in a whole one.
-CHANGES = {"Dataset": ["recipe"], "Method": ["recipe"], "Study": ["teacher_recipe", "student_recipe"]}
+CHANGES = {"Dataset": ["recipe"], "Method": ["recipe"], "Study": ["recipe", "teacher_recipe", "student_recipe"]}
+WHOLE = ("Term", "RemoteFile")  # they stand in lists, and a list replaces a list; of all else a file may write a part
 INTRODUCTION = """# Every key of the configuration
 
 Made by `gdlib schema --markdown > docs/configuration.md` from `gdlib/schema.py` and `gdlib/config.py`, which check
 the file.
 
-`config.yaml` is a catalogue of what exists, and `studies`, named selections of it. `study` names the one that is run;
-`--config study=nuclei` names another. Instead of editing the file, a second one may say what differs: `snakemake
---cores all --configfile mine.yaml`. Both are merged key by key; a list replaces a list. Anchors (`&name`, `*name`) do
-not reach from one file into the other, but offsets have names that do: `offsets: nuclei`. A key that is written twice
-in one file is an error, for YAML would forget the first; `gdlib check mine.yaml` tells the line of every such mistake,
-where Snakemake may only say that a file is no YAML. On the command line, `--config` takes the keys of the first table
-that are text or true/false; anything nested belongs in a file.
+The configuration is a catalogue of what exists, and `studies`, named selections of it. The catalogue and most studies
+are in `config/`, every file of which may hold any part of it ([config/README.md](../config/README.md) lists them);
+`config.yaml` says what is chosen, and counts more. `study` names the study that is run; `--config study=nuclei` names
+another. Instead of editing these files, one of your own may say what differs: `snakemake --cores all --configfile
+mine.yaml`. All are merged key by key; a list replaces a list, and what is later counts: `config/`, `config.yaml`,
+`--configfile`, `--config`. A key that is written twice in one file, or in two of `config/`, is an error, for one of
+both would be forgotten; `gdlib check mine.yaml` tells file and line of every such mistake, where Snakemake may only say
+that a file is no YAML. On the command line, `--config` takes the keys of the first table that are text or true/false;
+anything nested belongs in a file.
+
+Anchors of YAML (`&name`, `*name`) do not reach from one file into another. Names do:
+
+* `like: ac34`, in a dataset, study, network, ablation or recipe, takes all keys of another entry of the same kind that
+  are not written anew. They are merged key by key, as files are. What belongs to something else is not taken over:
+  options of another `source` or `model`, and downloads of another `folder`.
+* `offsets: nuclei`, in a dataset, names some of `offsets`.
+* `grd: [agd_intra, igd_intra]`: a method may name other methods, all of whose terms it has.
+* `method: [at, cwd]`, in an ablation, makes one for each, `tune_at` and `tune_cwd` of `tune`. `{method}` in its title
+  becomes the name, and a study that names `tune` has them all.
 
 An unknown key is an error that names the nearest valid one. Editors that read JSON schemas complete and check keys
 while you type, with `# yaml-language-server: $schema=workflow/schemas/config.schema.json` as the first line of the
 file.
 
-A recipe is put together from `recipes`, then `recipe` of the dataset, then `teacher_recipe` or `student_recipe` of
-the study, then `recipes` of the study for that dataset, then `recipe` of the method: each changes only the keys it
-names, and the last one counts.
+A recipe is put together from `recipes`, then `recipe` of the dataset, then `recipe` of the study, then its
+`teacher_recipe` or `student_recipe`, then its `recipes` for that dataset, then `recipe` of the method:
+each changes only the keys it names, and the last one counts.
 
 `~` and environment variables are replaced in places of files and folders."""
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema (draft 2020-12) of `config.yaml` after its anchors and merge keys are resolved.
+    """Return the JSON schema (draft 2020-12) of every file of the configuration, and of one's own.
 
-    It says less than the workflow checks: whether names exist, options fit and recipes add up is left to `Config.parse`.
+    It says less than the workflow checks: whether anything is missing, names exist, options fit and recipes add up is left to
+    `Config.parse`.
     """
     schema = _bare(Config.model_json_schema())
     parts = schema["$defs"]
-    changes = {key: value for key, value in parts["Recipe"].items() if key != "required"}
-    parts["RecipeChanges"] = changes | {"description": "Keys of a recipe that differ."}
+    for name, part in [("", schema), *parts.items()]:
+        if name not in WHOLE:
+            part.pop("required", None)
+    own = {key: value for key, value in parts["Recipe"]["properties"].items() if key != "like"}
+    parts["RecipeChanges"] = parts["Recipe"] | {"description": "Keys of a recipe that differ.", "properties": own}
     for section, keys in CHANGES.items():
         for key in keys:
             field = parts[section]["properties"][key]
@@ -67,7 +84,11 @@ def json_schema() -> dict[str, Any]:
     # Short forms that are accepted.
     offsets = parts["Dataset"]["properties"]["offsets"]
     offsets["anyOf"] = [{key: offsets.pop(key) for key in ("type", "items", "minItems")}, {"type": "string"}]
-    parts["Method"] = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Term"}}, parts["Method"]]}
+    terms = parts["Method"]["properties"]["terms"]
+    terms["items"] = {"anyOf": [terms["items"], {"type": "string", "description": "a method that has these terms"}]}
+    parts["Method"] = {"anyOf": [{"type": "array", "items": terms["items"]}, parts["Method"]]}
+    method = parts["Ablation"]["properties"]["method"]
+    method["anyOf"] = [{"type": method.pop("type")}, {"type": "array", "items": {"type": "string"}}]
     only = schema["properties"]["only"]
     only["anyOf"] = [{"type": "array", "items": only.pop("items")}, {"type": only.pop("type") and "string"}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Configuration of gdlib"}
@@ -249,8 +270,8 @@ def add_schema(commands: argparse._SubParsersAction) -> None:
     """Add `gdlib schema` to the command line."""
     schema = commands.add_parser(
         "schema",
-        help="say what can be written in config.yaml",
-        description="Print the JSON schema of config.yaml, with which editors complete and check it, or every key as a page.",
+        help="say what can be written in the configuration",
+        description="Print the JSON schema of the configuration, by which editors complete and check it, or all keys as a page.",
     )
     schema.add_argument("--markdown", action="store_true", help="print the page, docs/configuration.md")
     schema.set_defaults(function=_print)

@@ -36,6 +36,23 @@ class Section(BaseModel):
         return value
 
 
+class Entry(Section):
+    """A part of the configuration that has a name of its own."""
+
+    like: str | None = Field(
+        None,
+        exclude=True,
+        description="another one of the same kind, of which this one has all keys that it does not change; options of another "
+        "source or model, and downloads of another folder, are not taken over",
+    )
+
+    @model_validator(mode="after")
+    def _spelt_out(self) -> "Entry":
+        if self.like is not None:  # gdlib.words takes it out where it may be
+            raise ValueError("`like` belongs into an entry with a name of its own, and names one of the same kind")
+        return self
+
+
 class Normalisation(Section):
     """Intensities: these percentiles of each image and channel become 0 and 1."""
 
@@ -86,7 +103,7 @@ class RemoteFile(Section):
         return self.url.rpartition("/")[2]
 
 
-class Dataset(Section):
+class Dataset(Entry):
     """One dataset of the catalogue."""
 
     title: str = Field("", description="name in tables and figures")
@@ -117,7 +134,7 @@ class Dataset(Section):
         return len(self.patch)
 
 
-class Network(Section):
+class Network(Entry):
     """A teacher or a student of the catalogue."""
 
     title: str = Field("", description="name in tables and figures")
@@ -159,7 +176,7 @@ class Method(Section):
         return {"terms": value} if isinstance(value, list | tuple) else value
 
 
-class Ablation(Section):
+class Ablation(Entry):
     """One setting of a method at several values; each is a method of its own, named `ablation=value`."""
 
     title: str = Field("", description="name in tables and figures")
@@ -251,7 +268,7 @@ class Optimizer(Section):
     amsgrad: bool = Field(False, description="keep the largest running mean of squares")
 
 
-class Recipe(Section):
+class Recipe(Entry):
     """How a network is trained."""
 
     steps: int = Field(gt=0, description="optimizer steps")
@@ -285,7 +302,7 @@ class Recipe(Section):
     bank: Bank = Field(Bank(), description="memory of other images, for terms with `memory`")
 
 
-class Study(Section):
+class Study(Entry):
     """A selection of the catalogue, and how large."""
 
     title: str = Field("", description="name in the report")
@@ -306,6 +323,7 @@ class Study(Section):
     )
     seeds: Seeds = Field(min_length=1, description="of the students; each is a training of its own")
     teacher_seeds: Seeds = Field((0,), min_length=1, description="of the teachers; students learn from the first")
+    recipe: dict[str, Any] = Field({}, description="changes to both recipes")
     teacher_recipe: dict[str, Any] = Field({}, description="changes to recipes: teacher")
     student_recipe: dict[str, Any] = Field({}, description="changes to recipes: student")
     recipes: dict[str, dict[Literal["teacher", "student"], dict[str, Any]]] = Field(

@@ -46,16 +46,16 @@ def read_yaml(*paths: Path | str) -> Any:
     found: Any = {}
     for path in paths:
         content = _read_yaml(path)
-        found = _updated(found, content) if isinstance(found, Mapping) and isinstance(content, Mapping) else content
+        found = updated(found, content) if isinstance(found, Mapping) and isinstance(content, Mapping) else content
     return found
 
 
-def _updated(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """As Snakemake does it with what `--configfile` names."""
+def updated(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested mapping with changes, key by key, as Snakemake does it with what `--configfile` names."""
     out = {**base, **changes}
     for key in base.keys() & changes.keys():
         if isinstance(base[key], Mapping) and isinstance(changes[key], Mapping):
-            out[key] = _updated(base[key], changes[key])
+            out[key] = updated(base[key], changes[key])
     return out
 
 
@@ -114,8 +114,8 @@ def _told(path: Path | str, error: yaml.YAMLError) -> str:
     if alias := re.search(r"undefined alias:? '?([^']+)'?", problem):
         return (
             f'{place}: "*{alias[1]}" stands for what "&{alias[1]}" marks, but nothing in this file is marked so, and anchors of '
-            "other files do not reach here; write out what it stands for, or, for offsets, the name of some in `offsets` of "
-            "config.yaml"
+            "other files do not reach here; write out what it stands for, or use a name: `offsets: nuclei`, or `like:` the name "
+            "of another entry"
         )
     if "'\\t'" in problem:
         return f"{place}: a tab stands where YAML wants spaces; replace it by spaces"

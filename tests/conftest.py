@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
@@ -69,8 +68,11 @@ def splits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def catalogue():
-    """Return the parsed text of the project's own config.yaml."""
-    return yaml.safe_load((ROOT / "config.yaml").read_text())
+    """Return the project's own configuration, its words replaced by what they stand for."""
+    from gdlib import parts
+    from gdlib.words import spelt_out
+
+    return spelt_out(parts.read(ROOT))
 
 
 @pytest.fixture

@@ -44,7 +44,10 @@ ALLOWED = {
     "gdlib.limits": "gdlib.text",
     "gdlib.parameters": "gdlib.limits gdlib.registry",
     "gdlib.checks": "gdlib.registry gdlib.mistakes gdlib.schema gdlib.metrics",
-    "gdlib.config": "gdlib.limits gdlib.registry gdlib.mistakes gdlib.checks gdlib.schema gdlib.parameters",
+    "gdlib.words": "gdlib.registry gdlib.mistakes gdlib.text",
+    "gdlib.parts": "gdlib.text",
+    "gdlib.config": "gdlib.limits gdlib.registry gdlib.mistakes gdlib.checks gdlib.schema gdlib.parameters gdlib.parts "
+    "gdlib.words",
     "gdlib.segmentation": "gdlib.metrics gdlib.scores gdlib.mutex gdlib.parameters",
     "gdlib.mutex": "gdlib.compiled gdlib.limits",
     "gdlib.baselines": "gdlib.io gdlib.scores",

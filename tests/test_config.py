@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gdlib import registry, segmentation
+from gdlib import parts, registry, segmentation
 from gdlib.config import SEGMENTERS, TEACHER, Config, ConfigError, RunSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = tuple(yaml.safe_load((ROOT / "config.yaml").read_text())["studies"])
+STUDIES = tuple(parts.read(ROOT)["studies"])
 
 # A catalogue of its own for the mistakes, so that an edit of config.yaml breaks no test of how mistakes are told.
 SMALL = """
@@ -767,8 +767,7 @@ def test_raw_folder_is_the_first_that_exists(raw, tmp_path):
 
 def test_parsing_imports_no_torch():
     code = (
-        "import sys, yaml; from gdlib.config import Config; "
-        "c = Config.parse(yaml.safe_load(open('config.yaml'))); [c.run(*r) for r in c.runs()]; "
+        "import sys; from gdlib.config import load; c = load('.'); [c.run(*r) for r in c.runs()]; "
         "print([m for m in ('torch', 'h5py', 'skimage', 'scipy', 'snakemake') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

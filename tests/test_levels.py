@@ -1,14 +1,12 @@
 """Distillation on feature maps inside the networks: where their voxels are, whose labels they get, what is learned along."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
-from gdlib.config import Config, ConfigError
+from gdlib.config import Config, ConfigError, load
 from gdlib.distill import Batch, Distiller, Term, Truth, View, build_term, label_at
 from gdlib.distill.bank import MemoryBank
 from gdlib.models import Embedding, build
@@ -177,7 +175,7 @@ def test_memory_keeps_the_levels_apart():
 @pytest.mark.parametrize("width", [16, 5], ids=["as long as the embedding", "shorter than the embedding"])
 def test_losses_do_not_depend_on_the_order_of_the_terms(width):
     """Of every two terms each comes first, and each is once the first and once the last of all."""
-    config = Config.parse(yaml.safe_load(Path("config.yaml").read_text()))
+    config = load(".")
     terms = [
         (term.level, term.name, term.term, term.memory, term.options) for term in config.methods["grd_levels"].terms
     ]
@@ -220,8 +218,7 @@ def test_wrong_levels_are_told():
         Distiller(student, flat, [("at", 1.0, build_term("at", False, {}))], OFFSETS[3], levels=["stride8"])
 
 
-def test_a_level_in_the_configuration():
-    raw = yaml.safe_load(Path("config.yaml").read_text())
+def test_a_level_in_the_configuration(raw):
     raw["methods"]["levels"] = [
         {"term": "agd", "weight": 1.0, "level": "stride2"},
         {"term": "agd", "weight": 1.0, "level": "stride1"},

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from gdlib.config import Config, RunSpec
+from gdlib.config import RunSpec, load
 from gdlib.data.patches import PatchSampler
 from gdlib.data.prepare import prepare
 from gdlib.inference import Predictor
@@ -123,7 +122,7 @@ def test_segformer_of_its_authors():
 
 
 def test_page_about_the_networks_is_up_to_date():
-    config = Config.parse(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    config = load(ROOT)
     groups = (("teacher", config.teachers), ("student", config.students))
     rows = [(name, n.title, role, n.model, n.options) for role, group in groups for name, n in group.items()]
     page = (ROOT / "docs" / "networks.md").read_text()
@@ -222,7 +221,7 @@ QUICK = {
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     """Return the samples file of a few training images, and the catalogue."""
-    config = Config.parse(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    config = load(ROOT)
     dataset = config.datasets["nuclei_phantom_small"]
     folder = tmp_path_factory.mktemp("phantom")
     files = {split: folder / f"{split}.h5" for split in ("train", "val", "test")}

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from matplotlib.text import Text
 
 from gdlib import io
-from gdlib.config import TEACHER
+from gdlib.config import TEACHER, load
 from gdlib.report import charts, markup, paper, provenance, style, summary, tables
 
 TITLES = {"resunet": "ResUNet", "nestedunet": "NestedUNet", "tiny": "Tiny", "bank_size": "bank size K"}
@@ -335,9 +334,9 @@ def test_what_the_paper_says_is_well_formed():
     shares = {(v["dataset"], v["value"]) for v in told["value"] if v["quantity"] == "gap_closed"}
     assert shares == {("ac34", 0.933), ("cremi", 0.729)}
     assert all(v["source"] and v["quantity"] in ("mean", "gap_closed") for v in told["value"])
-    catalogue = yaml.safe_load((Path(__file__).parents[1] / "config.yaml").read_text())
+    catalogue = load(Path(__file__).parents[1])
     for layout in told["dataset"].values():
-        assert set(layout["ours"]) <= set(catalogue["datasets"])
+        assert set(layout["ours"]) <= set(catalogue.datasets)
         assert set(layout["metrics"]) <= set(paper.METRICS)
 
 

@@ -12,15 +12,15 @@ import h5py
 import jinja2
 import numpy as np
 import pytest
-import yaml
 from docutils.core import publish_parts
 
 from gdlib import io
+from gdlib.config import load
 from gdlib.report import markup, provenance, story
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = sorted((ROOT / "workflow" / "report").glob("*.rst"))
-STUDIES = yaml.safe_load((ROOT / "config.yaml").read_text())["studies"]
+STUDIES = {name: study.model_dump(mode="json") for name, study in load(ROOT).studies.items()}
 DATASET, TITLES = "cells", {"cells": "Cells & co", "large": "Large", "tiny": "Tiny"}
 RUNS = [("large", "teacher", 0), *(("tiny", method, seed) for method in ("none", "grd") for seed in (0, 1))]
 SUMMARY = ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n")

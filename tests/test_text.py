@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -158,18 +159,19 @@ def test_a_configuration_is_looked_at(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("where", ["catalogue", "own file"])
 def test_a_key_written_twice_stops_snakemake(where, tmp_path):
-    """What the README says to write, pasted at the end of the catalogue, would take the place of all that is there."""
-    for part in ("Snakefile", "gdlib", "workflow"):
+    """What the README says to write, pasted at the end of a file of the catalogue, would take the place of all that is there."""
+    for part in ("Snakefile", "config.yaml", "gdlib", "workflow"):
         os.symlink(ROOT / part, tmp_path / part)
-    catalogue = (ROOT / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(catalogue + README * (where == "catalogue"))
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    catalogue = (ROOT / "config" / "datasets.yaml").read_text()
+    (tmp_path / "config" / "datasets.yaml").write_text(catalogue + README * (where == "catalogue"))
     (tmp_path / "own.yaml").write_text(README + README)
     result = snakemake(
         tmp_path, tmp_path / "work", "--dry-run", *["--configfile", tmp_path / "own.yaml"] * (where == "own file")
     )
     assert result.returncode == 1
     last = catalogue.count("\n") + 1 if where == "catalogue" else 3
-    name = "config.yaml" if where == "catalogue" else "own.yaml"
+    name = "datasets.yaml" if where == "catalogue" else "own.yaml"
     line = next(line for line in (result.stdout + result.stderr).splitlines() if "is written" in line)
     assert f'{name}: the key "datasets" is written in line ' in line
     assert f"again in line {last};" in line

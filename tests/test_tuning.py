@@ -4,13 +4,13 @@ import csv
 from pathlib import Path
 
 import pytest
-import yaml
 
-from gdlib import io
+from gdlib import io, parts
 from gdlib.config import Config, ConfigError
 from gdlib.report import validation
+from gdlib.words import spelt_out
 
-RAW = yaml.safe_load((Path(__file__).parents[1] / "config.yaml").read_text())
+RAW = spelt_out(parts.read(Path(__file__).parents[1]))
 
 
 def with_ablation(**changes):

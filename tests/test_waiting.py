@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gdlib import cache, io, training
-from gdlib.config import RunSpec
+from gdlib.config import RunSpec, load
 from gdlib.data.patches import PatchSampler, largest_id
 
 META = torch.device("meta")
-METHODS = yaml.safe_load((Path(__file__).resolve().parents[1] / "config.yaml").read_text())["methods"]
+METHODS = load(Path(__file__).resolve().parents[1]).methods
 # Every augmentation is on, each in every patch.
 MORE = {
     "augment": {
@@ -79,7 +78,7 @@ def parts(tmp_path, splits, make_spec):
 
     def make(axes, method, **recipe):
         model, widths, patch = NETWORKS[axes]
-        chosen = METHODS[method] if isinstance(METHODS[method], dict) else {"terms": METHODS[method]}
+        chosen = METHODS[method].model_dump(mode="json")
         plain = make_spec("none", model=model, widths=widths, patch=patch, **recipe, **chosen.get("recipe", {}))
         spec = RunSpec.model_validate(plain.model_dump() | {"method": method, "terms": chosen["terms"]})
         weights = tmp_path / "teacher.safetensors"

@@ -21,13 +21,15 @@ import pytest
 import tifffile
 import yaml
 
+from gdlib import parts
 from gdlib.config import Config
 from gdlib.io import sha256
+from gdlib.words import spelt_out
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("Snakefile", "config.yaml", "envs", "gdlib", "profiles", "workflow")
+PARTS = ("Snakefile", "config", "config.yaml", "envs", "gdlib", "profiles", "workflow")
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
-CATALOGUE = yaml.safe_load((ROOT / "config.yaml").read_text())
+CATALOGUE = spelt_out(parts.read(ROOT))
 
 DATA, TEACHER, STUDENT = "nuclei_phantom_small", "resunet_w8", "resunet_tiny"
 VOLUMES, TEACHER_3D, STUDENT_3D = "neurites_phantom_small", "resunet3d_w8", "resunet3d_tiny"
@@ -282,6 +284,7 @@ def reorder(repository: Path) -> dict[str, Any]:
 
     content = yaml.dump(reverse(CATALOGUE), sort_keys=False, Dumper=yaml.SafeDumper)
     (repository / "config.yaml").write_text(content)
+    shutil.rmtree(repository / "config")
     return {}
 
 
@@ -413,8 +416,8 @@ def test_a_teacher_of_ones_own_is_not_trained(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plot": {"dpii": 100}}, 'config: there is no key "plot.dpii": did you mean "dpi"?'),
-        ({"study": "smokee"}, 'config: study: there is no "smokee": did you mean "smoke"?'),
+        ({"plot": {"dpii": 100}}, 'overlay.yaml, line 2: there is no key "plot.dpii": did you mean "dpi"?'),
+        ({"study": "smokee"}, 'overlay.yaml, line 1: study: there is no "smokee": did you mean "smoke"?'),
     ],
 )
 def test_a_typo_is_one_line(changes, message, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("Snakefile", "config.yaml", "envs", "gdlib", "profiles", "workflow")
+PARTS = ("Snakefile", "config", "config.yaml", "envs", "gdlib", "profiles", "workflow")
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 WATCH = """import atexit, json, sys
 def tell(home=sys.prefix, out={out!r}):

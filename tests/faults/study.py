@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("Snakefile", "config.yaml", "envs", "gdlib", "profiles", "workflow")
+PARTS = ("Snakefile", "config", "config.yaml", "envs", "gdlib", "profiles", "workflow")
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 DATA, TEACHER, STUDENT = "dots", "resunet_w8", "resunet_tiny"
 RUNS = f"results/faults/runs/{DATA}"

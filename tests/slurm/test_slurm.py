@@ -19,7 +19,7 @@ import yaml
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("Snakefile", "config.yaml", "envs", "gdlib", "profiles", "workflow")
+PARTS = ("Snakefile", "config", "config.yaml", "envs", "gdlib", "profiles", "workflow")
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 DATA, TEACHER, STUDENT = "nuclei_phantom_small", "resunet_w8", "resunet_tiny"
 RUN = f"results/slurm/runs/{DATA}/{TEACHER}/teacher/seed0"
