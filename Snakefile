@@ -28,6 +28,7 @@ config.update(study=CFG.study, only=list(CFG.only))
 config["studies"] = {CFG.study: CFG.selected.model_dump(mode="json")}
 
 
+include: "workflow/rules/environment.smk"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/raw.smk"
 include: "workflow/rules/download.smk"

@@ -9,10 +9,34 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gdlib import limits
+
+PACKAGE = Path(__file__).parent
+# Code that carries or checks what is computed, or says what is, which reaches a job through its parameters; an edit of it makes
+# no result another one.
+CARRIERS = frozenset(
+    f"{name}.py"
+    for name in (
+        "__init__",
+        "config",
+        "data/__init__",
+        "failures",
+        "io",
+        "limits",
+        "outputs",
+        "parts",
+        "progress",
+        "registry",
+        "schema",
+        "text",
+        "words",
+    )
+)
 
 
 class UnknownName(ValueError):
@@ -40,11 +64,15 @@ class Registry:
     def __init__(self, package: str, kind: str) -> None:
         self.package = package
         self.kind = kind
-        self.folder = Path(__file__).parent.joinpath(*package.split(".")[1:])
+        self.folder = PACKAGE.joinpath(*package.split(".")[1:])
 
     def names(self) -> list[str]:
         """Return the names of all plug-ins, from the file stems alone."""
         return sorted(path.stem for path in self.folder.glob("*.py") if not path.stem.startswith("_"))
+
+    def file(self, name: str) -> str:
+        """Return the file of a plug-in, relative to the package; nothing of one that lives elsewhere."""
+        return "" if ":" in name else (self.folder / f"{name}.py").relative_to(PACKAGE).as_posix()
 
     def check(self, name: str, options: dict[str, Any] | None = None) -> None:
         """Raise `UnknownName` unless the plug-in exists and has these options, `ValueError` on a value it does not take.
@@ -169,3 +197,39 @@ def margin(network: str) -> tuple[int, ...] | None:
 SOURCES = Registry("gdlib.data.sources", "data source")
 NETWORKS = Registry("gdlib.models", "network")
 TERMS = Registry("gdlib.distill.terms", "loss term")
+
+
+def needs(*files: str, without: Iterable[str] = ()) -> list[str]:
+    """Return these files of the package and all that they import of it, directly or not; paths are relative to it.
+
+    Args:
+        files: where to begin; these are always among what is returned.
+        without: what is left out, and all that is imported by that alone; so are the carriers of results.
+
+    Raises:
+        FileNotFoundError: one of the files is not there. Without its inputs, Snakemake takes a result as given for ever.
+    """
+    left_out, found, waiting = CARRIERS.union(without), set(), list(files)
+    for file in (*files, *without):
+        if not (PACKAGE / file).is_file():
+            raise FileNotFoundError(f"{PACKAGE / file}: the workflow names this file, but it does not exist")
+    while waiting:
+        if (file := waiting.pop()) not in found:
+            found.add(file)
+            waiting += _imported(PACKAGE, file) - left_out
+    beside = {Path(file).with_suffix(".cpp").as_posix() for file in found}  # what a module compiles
+    return sorted(found | {file for file in beside if (PACKAGE / file).is_file()})
+
+
+@functools.cache
+def _imported(package: Path, file: str) -> frozenset[str]:
+    """Return the files of the package that one of them imports, in functions too, by its text alone."""
+    text = (package / file).read_text()
+    found = set()
+    for module, names in re.findall(rf"^ *from {package.name}([\w.]*) import (\([^)]*\)|[^#\n]*)", text, re.MULTILINE):
+        folder = package.joinpath(*module.split(".")[1:])
+        inner = [name.split()[0] for name in re.sub(r"#.*|[()]", "", names).split(",") if name.strip()]
+        modules = [folder / name for name in inner]
+        for path in (folder, *modules):
+            found |= {one for one in (path.with_suffix(".py"), path / "__init__.py") if one.is_file()}
+    return frozenset(path.relative_to(package).as_posix() for path in found)

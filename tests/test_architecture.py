@@ -48,6 +48,7 @@ ALLOWED = {
     "gdlib.parts": "gdlib.text",
     "gdlib.config": "gdlib.limits gdlib.registry gdlib.mistakes gdlib.checks gdlib.schema gdlib.parameters gdlib.parts "
     "gdlib.words",
+    "gdlib.plan": "gdlib.registry gdlib.config gdlib.schema",
     "gdlib.segmentation": "gdlib.metrics gdlib.scores gdlib.mutex gdlib.parameters",
     "gdlib.mutex": "gdlib.compiled gdlib.limits",
     "gdlib.baselines": "gdlib.io gdlib.scores",
@@ -106,7 +107,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|io|memory|outputs|failures|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|parts|words|plan|io|memory|outputs|failures|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
     r"|data|data\.(axes|calibration|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 

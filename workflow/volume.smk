@@ -3,11 +3,8 @@
 snakemake --snakefile workflow/volume.smk --cores all --config input=volume.h5:raw model=weights.safetensors out=results/volume
 """
 
-import json
 import math
 import os
-import shlex
-import shutil
 import sys
 
 from snakemake.utils import min_version
@@ -26,41 +23,22 @@ try:
 except (ValueError, OSError) as error:
     sys.exit(f"{error}")
 
+
+include: "rules/environment.smk"
+
+
 GRID, OUT, WEIGHTS = CHOSEN["grid"], str(CHOSEN["out"]), str(CHOSEN["model"])
 PLAN, NUMBERS = f"{OUT}/plan.json", f"{OUT}/numbers.h5"
 PREDICTIONS, SEGMENTS = f"{OUT}/predictions", f"{OUT}/segments"
 MATCHES, LABELS = f"{OUT}/matches", f"{OUT}/labels"
 SETTINGS = {"overlap": GRID.overlap, "parameters": CHOSEN["parameters"]}
-# As in workflow/rules/common.smk, as are the environment below and what an attempt may use.
-GPU = int(
-    shutil.which("nvidia-smi") is not None
-    and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
-)
 MILLIONS = math.prod(GRID.sides) / 1e6  # pixels of a block
 AROUND = math.prod(n + 2 * o for n, o in zip(GRID.sides, GRID.overlap)) / 1e6
 PER_PIXEL = 350 if CHOSEN["segmenter"] == "mutex_watershed" else 150  # bytes
 
 
-os.environ.update(
-    PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()])
-)
-shell.prefix(
-    f"set -euo pipefail; export PYTHONPATH={shlex.quote(ROOT)}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
-)
-
-
 wildcard_constraints:
     block=r"\d+(-\d+)+",
-
-
-def compact(value):
-    """JSON that is equal for equal content."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def grow(amount):
-    """More of a resource at every attempt (see --retries)."""
-    return lambda wildcards, attempt: math.ceil(amount) * attempt
 
 
 def of_blocks(folder, names):
@@ -114,7 +92,7 @@ rule predict_block:
         f"{OUT}/benchmarks/predict/{{block}}.tsv"
     conda:
         "../envs/gdlib.yaml"
-    threads: 1 if GPU else 8
+    threads: THREADS
     resources:
         gpu=GPU,
         mem_mb=grow(6000 + 30 * MILLIONS),

@@ -4,7 +4,7 @@
 rule prepare:
     input:
         raw=raw_files,
-        code=prepare_code,
+        code=lambda wildcards: files_of(PLAN.prepare_code(wildcards.dataset)),
     output:
         train=f"{DATA}/train.h5",
         val=f"{DATA}/val.h5",

@@ -5,7 +5,7 @@ rule evaluate:
     input:
         data=f"{DATA}/test.h5",
         segmentation=f"{SEGMENTED}/segmentation.h5",
-        code=code("metrics.py", "scores.py"),
+        code=code_of("evaluate"),
     output:
         f"{SEGMENTED}/metrics.csv",
     log:
@@ -39,7 +39,7 @@ rule baselines:
     input:
         val=f"{DATA}/val.h5",
         test=f"{DATA}/test.h5",
-        code=code("baselines.py", "metrics.py", "scores.py"),
+        code=code_of("baselines"),
     output:
         f"{RESULTS}/baselines/{{dataset}}.csv",
     log:
@@ -63,7 +63,7 @@ rule baselines:
 rule profile:
     input:
         data=f"{DATA}/test.h5",
-        code=lambda wildcards: code("profile.py") + predict_code(wildcards),
+        code=network_code("profile"),
     output:
         PROFILE,
     log:

@@ -5,7 +5,7 @@ rule predict:
     input:
         weights=weights,
         data=f"{DATA}/test.h5",
-        code=predict_code,
+        code=network_code("predict"),
     output:
         f"{RUN}/predictions.h5",
     log:
@@ -33,8 +33,7 @@ rule segment:
     input:
         predictions=f"{RUN}/predictions.h5",
         truth=true_foreground,
-        code=code("segmentation.py", "parameters.py", "limits.py")
-        + code("mutex.py", "mutex.cpp"),
+        code=code_of("segment"),
     output:
         f"{SEGMENTED}/segmentation.h5",
     log:

@@ -16,7 +16,7 @@ FIGURES = [
 ]
 # What readers call the ablations; their methods are named after them.
 SETTINGS = {name: ABLATIONS[name]["title"] for name in sorted(ABLATIONS)}
-KNOWN = code("report/paper.toml")
+KNOWN = files_of(["report/paper.toml"])
 with open(KNOWN[0], "rb") as file:
     in_paper = {
         name for one in tomllib.load(file)["dataset"].values() for name in one["ours"]
@@ -27,11 +27,11 @@ PAPER = [f"{RESULTS}/paper.{ending}" for ending in ("md", "tex", "html") if IN_P
 
 rule summarize:
     input:
-        metrics=metrics_of(CFG.runs()),
+        metrics=metrics_of(PLAN.runs),
         profiles=profiles_of(*STUDY.datasets),
-        baselines=expand(f"{RESULTS}/baselines/{{dataset}}.csv", dataset=VOLUMES),
-        weights=[file for dataset in VOLUMES for file in teacher_files(dataset)],
-        code=REPORT_CODE,
+        baselines=expand(f"{RESULTS}/baselines/{{dataset}}.csv", dataset=PLAN.volumes),
+        weights=[file for dataset in PLAN.volumes for file in teacher_files(dataset)],
+        code=code_of("report"),
     output:
         summary=f"{RESULTS}/summary.csv",
         comparison=f"{RESULTS}/comparison.csv",
@@ -58,8 +58,9 @@ rule summarize:
     params:
         metrics={d: list(CFG.shown(d).table_metrics) for d in STUDY.datasets},
         main={d: CFG.shown(d).main_metric for d in STUDY.datasets},
-        titles=titles(STUDY.datasets, *map(networks_of, STUDY.datasets)) | SETTINGS,
-        budget={dataset: budget(dataset) for dataset in STUDY.datasets},
+        titles=PLAN.titles(STUDY.datasets, *map(PLAN.networks_of, STUDY.datasets))
+        | SETTINGS,
+        budget={dataset: PLAN.budget(dataset) for dataset in STUDY.datasets},
         ablations={name: ABLATIONS[name]["method"] for name in sorted(ABLATIONS)},
     message:
         "Summarize the study"
@@ -71,9 +72,9 @@ rule summarize:
 rule provenance:
     input:
         summary=rules.summarize.output.summary,
-        metrics=metrics_of(CFG.runs()),
+        metrics=metrics_of(PLAN.runs),
         profiles=profiles_of(*STUDY.datasets),
-        code=REPORT_CODE,
+        code=code_of("report"),
     output:
         record=f"{RESULTS}/provenance.json",
         configuration=page("configuration", "1. Study", "configuration"),
@@ -93,8 +94,8 @@ rule provenance:
         mem_mb=grow(1000),
         runtime=30,
     params:
-        known=provenance_of_study(),
-        titles=titles(STUDY.datasets, *map(networks_of, STUDY.datasets)),
+        known=known_of_study(),
+        titles=PLAN.titles(STUDY.datasets, *map(PLAN.networks_of, STUDY.datasets)),
     message:
         "Record where every number comes from"
     script:
@@ -103,15 +104,19 @@ rule provenance:
 
 rule paper:
     input:
-        metrics=[file for dataset in IN_PAPER for file in metrics_of(runs_on(dataset))],
+        metrics=[
+            file for dataset in IN_PAPER for file in metrics_of(PLAN.runs_on(dataset))
+        ],
         profiles=profiles_of(*IN_PAPER),
         weights=[
             file
             for dataset in IN_PAPER
-            for file in of_runs("weights.safetensors", trained(runs_on(dataset)))
+            for file in of_runs(
+                "weights.safetensors", PLAN.trained(PLAN.runs_on(dataset))
+            )
         ],
         known=KNOWN,
-        code=REPORT_CODE,
+        code=code_of("report"),
     output:
         markdown=f"{RESULTS}/paper.md",
         tex=f"{RESULTS}/paper.tex",
@@ -135,8 +140,8 @@ rule paper:
         runtime=10,
     params:
         main={dataset: CFG.shown(dataset).main_metric for dataset in IN_PAPER},
-        titles=titles(IN_PAPER, *map(networks_of, IN_PAPER)),
-        budget={dataset: budget(dataset) for dataset in IN_PAPER},
+        titles=PLAN.titles(IN_PAPER, *map(PLAN.networks_of, IN_PAPER)),
+        budget={dataset: PLAN.budget(dataset) for dataset in IN_PAPER},
     message:
         "Lay out the tables of the paper"
     script:
@@ -145,9 +150,9 @@ rule paper:
 
 rule figure_tradeoff:
     input:
-        metrics=lambda wildcards: metrics_of(runs_on(wildcards.dataset)),
+        metrics=lambda wildcards: metrics_of(PLAN.runs_on(wildcards.dataset)),
         profiles=lambda wildcards: profiles_of(wildcards.dataset),
-        code=REPORT_CODE,
+        code=code_of("report"),
     output:
         figure("tradeoff", "accuracy and cost"),
     log:
@@ -165,7 +170,7 @@ rule figure_tradeoff:
     params:
         figure="tradeoff",
         metric=lambda wildcards: CFG.shown(wildcards.dataset).main_metric,
-        titles=lambda wildcards: titles(networks_of(wildcards.dataset)),
+        titles=lambda wildcards: PLAN.titles(PLAN.networks_of(wildcards.dataset)),
         dpi=PLOT.dpi,
     message:
         "Draw tradeoff of {wildcards.dataset}"
@@ -186,8 +191,8 @@ localrules:
 # What is not named in the rules below is as above; a parameter that a figure has no use for is set to None.
 use rule figure_tradeoff as figure_methods with:
     input:
-        metrics=lambda wildcards: metrics_of(runs_on(wildcards.dataset)),
-        code=REPORT_CODE,
+        metrics=lambda wildcards: metrics_of(PLAN.runs_on(wildcards.dataset)),
+        code=code_of("report"),
     output:
         figure("methods", "every method"),
     log:
@@ -204,8 +209,8 @@ use rule figure_tradeoff as figure_methods with:
 
 use rule figure_tradeoff as figure_ablation with:
     input:
-        metrics=lambda wildcards: metrics_of(runs_on(wildcards.dataset)),
-        code=REPORT_CODE,
+        metrics=lambda wildcards: metrics_of(PLAN.runs_on(wildcards.dataset)),
+        code=code_of("report"),
     output:
         figure("ablation_{ablation}", "ablation of {ablation}"),
     log:
@@ -220,7 +225,8 @@ use rule figure_tradeoff as figure_ablation with:
         ablation=lambda wildcards: wildcards.ablation,
         base=lambda wildcards: ABLATIONS[wildcards.ablation]["method"],
         metrics=lambda wildcards: list(CFG.shown(wildcards.dataset).metrics),
-        titles=lambda wildcards: titles(networks_of(wildcards.dataset)) | SETTINGS,
+        titles=lambda wildcards: PLAN.titles(PLAN.networks_of(wildcards.dataset))
+        | SETTINGS,
     message:
         "Draw ablation {wildcards.ablation} of {wildcards.dataset}"
 
@@ -228,9 +234,9 @@ use rule figure_tradeoff as figure_ablation with:
 use rule figure_tradeoff as figure_curves with:
     input:
         histories=lambda wildcards: of_runs(
-            "history.csv", trained(runs_on(wildcards.dataset))
+            "history.csv", PLAN.trained(PLAN.runs_on(wildcards.dataset))
         ),
-        code=REPORT_CODE,
+        code=code_of("report"),
     output:
         figure("curves", "training"),
     log:
@@ -240,7 +246,7 @@ use rule figure_tradeoff as figure_curves with:
     params:
         figure="curves",
         runs=lambda wildcards: [
-            list(run[1:]) for run in trained(runs_on(wildcards.dataset))
+            list(run[1:]) for run in PLAN.trained(PLAN.runs_on(wildcards.dataset))
         ],
     message:
         "Draw curves of {wildcards.dataset}"
@@ -251,9 +257,9 @@ use rule figure_tradeoff as figure_panel with:
         data=f"{DATA}/test.h5",
         segmentations=lambda wildcards: of_runs(
             f"{CFG.datasets[wildcards.dataset].segmenters[0]}/segmentation.h5",
-            shown_on(wildcards.dataset),
+            PLAN.shown_on(wildcards.dataset),
         ),
-        code=REPORT_CODE,
+        code=code_of("report"),
     output:
         figure("panel", "segmentations"),
     log:
@@ -263,7 +269,7 @@ use rule figure_tradeoff as figure_panel with:
     params:
         figure="panel",
         ndim=lambda wildcards: CFG.datasets[wildcards.dataset].ndim,
-        methods=lambda wildcards: [run[2] for run in shown_on(wildcards.dataset)],
+        methods=lambda wildcards: [run[2] for run in PLAN.shown_on(wildcards.dataset)],
         sample=PLOT.panel_sample,
         crop=PLOT.panel_crop,
     message:
@@ -274,9 +280,9 @@ use rule figure_tradeoff as figure_embeddings with:
     input:
         data=f"{DATA}/test.h5",
         predictions=lambda wildcards: of_runs(
-            "predictions.h5", shown_on(wildcards.dataset)
+            "predictions.h5", PLAN.shown_on(wildcards.dataset)
         ),
-        code=REPORT_CODE,
+        code=code_of("report"),
     output:
         figure("embeddings", "embeddings"),
     log:
@@ -286,7 +292,7 @@ use rule figure_tradeoff as figure_embeddings with:
     params:
         figure="embeddings",
         metric=None,
-        methods=lambda wildcards: [run[2] for run in shown_on(wildcards.dataset)],
+        methods=lambda wildcards: [run[2] for run in PLAN.shown_on(wildcards.dataset)],
         sample=PLOT.panel_sample,
         crop=PLOT.panel_crop,
     message:
@@ -302,7 +308,7 @@ use rule figure_panel as figure_neurons with:
         f"{BENCHMARKS}/figures/{{dataset}}/neurons.tsv"
     params:
         figure="neurons",
-        methods=lambda wildcards: [run[2] for run in shown_on(wildcards.dataset)],
+        methods=lambda wildcards: [run[2] for run in PLAN.shown_on(wildcards.dataset)],
         sample=PLOT.panel_sample,
     message:
         "Draw neurons of {wildcards.dataset}"

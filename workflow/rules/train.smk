@@ -29,7 +29,7 @@ rule train_teacher:
         mem_mb=grow(8000),
         runtime=grow(480),
     params:
-        spec=train_spec,
+        spec=lambda wildcards: compact(PLAN.train_spec(run_of(wildcards))),
         cached=[],
         # Nobody's output, so that a run that was stopped or killed goes on from there when it is started again.
         state=f"{RESULTS}/state/{ID}",
@@ -45,13 +45,7 @@ rule train_teacher:
 rule draw_patches:
     input:
         train=f"{DATA}/train.h5",
-        code=code(
-            "cache.py",
-            "data/patches.py",
-            "data/intensity.py",
-            "data/augment.py",
-            "ops.py",
-        ),
+        code=code_of("draw"),
     output:
         PATCHES,
     log:
@@ -67,10 +61,10 @@ rule draw_patches:
         runtime=grow(120),
     params:
         drawing=lambda wildcards: compact(
-            draws(wildcards.dataset, wildcards.seed).drawing
+            PLAN.draws(wildcards.dataset, int(wildcards.seed)).drawing
         ),
-        margin=lambda wildcards: compact(margins_of(wildcards.dataset)[0]),
-        networks=lambda wildcards: compact(margins_of(wildcards.dataset)[1]),
+        margin=lambda wildcards: compact(PLAN.margins_of(wildcards.dataset)[0]),
+        networks=lambda wildcards: compact(PLAN.margins_of(wildcards.dataset)[1]),
         batches=STUDY.teacher_cache,
     message:
         "Draw patches of {wildcards.dataset} for seed {wildcards.seed}"
@@ -83,10 +77,7 @@ rule ask_teacher:
     input:
         teacher=lambda wildcards: weights_of(wildcards.dataset, wildcards.network)[0],
         patches=PATCHES,
-        code=lambda wildcards: code(
-            "cache.py", "models/__init__.py", "distill/__init__.py"
-        )
-        + plugin(registry.NETWORKS, CFG.network(wildcards.network).model),
+        code=network_code("ask"),
     output:
         TAUGHT,
     log:
@@ -105,8 +96,8 @@ rule ask_teacher:
         level=lambda wildcards: option(
             "--level", wildcards.part if wildcards.part != "embedding" else None
         ),
-        precision=lambda wildcards: draws(
-            wildcards.dataset, wildcards.seed
+        precision=lambda wildcards: PLAN.draws(
+            wildcards.dataset, int(wildcards.seed)
         ).recipe.precision,
     message:
         "Ask {wildcards.network} for the {wildcards.part} of patches of {wildcards.dataset} for seed {wildcards.seed}"
@@ -124,7 +115,7 @@ use rule train_teacher as train_student with:
         code=train_code,
         teacher=teacher_weights,
     wildcard_constraints:
-        method="|".join(map(re.escape, METHODS)),
+        method="|".join(map(re.escape, PLAN.methods)),
     # A student is too small to share: on a CPU, one thread each and many runs at once finish first.
     threads: 1
     resources:

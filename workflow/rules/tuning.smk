@@ -3,8 +3,8 @@
 
 rule validation:
     input:
-        weights=of_runs("weights.safetensors", trained(CFG.runs())),
-        code=REPORT_CODE,
+        weights=of_runs("weights.safetensors", PLAN.trained(PLAN.runs)),
+        code=code_of("report"),
     output:
         csv=f"{RESULTS}/validation.csv",
         markdown=f"{RESULTS}/validation.md",
