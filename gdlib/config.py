@@ -355,13 +355,14 @@ class Config(Section):
             with within(f"datasets.{dataset}"):
                 for segmenter in data.segmenters:
                     check_offsets(segmenter, data.offsets)
-            asked = any(self.method(method).terms for method in self._own_methods(study))
             for role in ("teacher", "student"):
                 recipes = self._recipes(name, dataset, role)
                 for where, recipe in recipes.items():
                     check_recipe(where, recipe, has_teacher=role != TEACHER)
                 networks = [*self._fitting(study.teachers, dataset)[:1], *self._fitting(study.more_teachers, dataset)]
-                if role == "student":
+                if role == "student":  # a teacher that is asked online sees the patches too
+                    own = [self.method(method) for method in self._own_methods(study)]
+                    asked = any(m.terms and m.recipe.get("teacher", recipe.teacher) == "online" for m in own)
                     networks = self._fitting(study.students, dataset) + networks * asked
                 used = {key: self.network(key) for key in networks}
                 patches = {where: one.patch for where, one in recipes.items() if one.patch == recipe.patch}

@@ -26,7 +26,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +37,8 @@ ENGINES = ("auto", "torch", "openvino")
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 TOLERANCE = 0.1  # relative error of the trial image; of bfloat16 it is below 0.01, of another function about 1
 
-Engine = Callable[[Tensor], tuple[Tensor, Tensor]]  # (1, C, *sides) -> embedding (1, D, *sides), logit (1, 1, *sides)
+# (1, C, *sides) -> embedding (1, D, *sides), logit (1, 1, *sides), and the feature maps that were asked for
+Engine = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def choose_engine(name: str, device: torch.device) -> str:
@@ -55,7 +56,12 @@ def choose_engine(name: str, device: torch.device) -> str:
 
 
 def make_engine(
-    name: str, network: nn.Module, channels: int, device: torch.device, dtype: torch.dtype
+    name: str,
+    network: nn.Module,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    levels: Sequence[str] = (),
 ) -> tuple[str, Engine]:
     """Make a network ready to run.
 
@@ -65,6 +71,7 @@ def make_engine(
         channels: of its images.
         device: where it is.
         dtype: type that it computes in; what comes out is float32.
+        levels: names of the feature maps that are wanted too.
 
     Returns:
         The engine that was chosen, and the function that runs it.
@@ -74,41 +81,41 @@ def make_engine(
     """
     if choose_engine(name, device) == "openvino":
         try:
-            return "openvino", _openvino(network, channels, dtype)
+            return "openvino", _openvino(_Maps(network, levels), channels, dtype)
         except Exception as error:  # of a converter there is no telling which
             reason = f"OpenVINO cannot run this network ({' '.join(str(error).split())[:200]})"
             if name != "auto":
                 raise ValueError(f"{reason}: choose --engine torch") from error
             warnings.warn(f"{reason}; torch does", stacklevel=3)
-    return "torch", _torch(network, device, dtype)
+    return "torch", _torch(_Maps(network, levels), device, dtype)
 
 
-def _torch(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Engine:
+def _torch(maps: "_Maps", device: torch.device, dtype: torch.dtype) -> Engine:
     # As in training: per-pixel vectors are then contiguous, and most convolutions faster.
-    layout = torch.channels_last if network.ndim == 2 else torch.channels_last_3d
+    layout = torch.channels_last if maps.network.ndim == 2 else torch.channels_last_3d
     if device.type == "mps":
         layout = torch.contiguous_format
-    network.to(memory_format=layout)
+    maps.to(memory_format=layout)
 
-    def run(image: Tensor) -> tuple[Tensor, Tensor]:
+    def run(image: Tensor) -> tuple[Tensor, ...]:
         image = image.to(device).contiguous(memory_format=layout)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = network(image)
-        return out.embedding.float(), out.foreground.float()
+            return tuple(part.float() for part in maps(image))
 
     return run
 
 
 class _Maps(nn.Module):
-    """A network without its feature maps, which nobody wants here."""
+    """A network with those of its feature maps alone that are wanted."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, levels: Sequence[str]) -> None:
         super().__init__()
         self.network = network
+        self.levels = levels
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         out = self.network(image)
-        return out.embedding, out.foreground
+        return out.embedding, out.foreground, *(out.features[level] for level in self.levels)
 
 
 @functools.cache
@@ -131,8 +138,8 @@ def _core() -> Any:
     return _library().Core()
 
 
-def _openvino(network: nn.Module, channels: int, dtype: torch.dtype) -> Engine:
-    openvino = _library()
+def _openvino(maps: _Maps, channels: int, dtype: torch.dtype) -> Engine:
+    openvino, network = _library(), maps.network
 
     def image(multiple: int) -> Tensor:
         sides = zip(network.divisor, network.remainder, network.margin, strict=True)
@@ -141,21 +148,21 @@ def _openvino(network: nn.Module, channels: int, dtype: torch.dtype) -> Engine:
 
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: what depends on the size of the image is checked below
-        traced = torch.jit.trace(_Maps(network).eval(), image(2), check_trace=False)
+        traced = torch.jit.trace(maps.eval(), image(2), check_trace=False)
         model = openvino.convert_model(traced, example_input=image(2))
     model.reshape([1, channels] + [-1] * network.ndim)
     hints = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = _core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hints})
     request = compiled.create_infer_request()
 
-    def run(image: Tensor) -> tuple[Tensor, Tensor]:
+    def run(image: Tensor) -> tuple[Tensor, ...]:
         out = request.infer([image.contiguous().numpy()], share_inputs=True)
-        return torch.from_numpy(out[0]), torch.from_numpy(out[1])
+        return tuple(torch.from_numpy(out[k]) for k in range(2 + len(maps.levels)))
 
     trial = image(3)  # tracing may have taken the size of an image for a constant
     with torch.inference_mode():
-        expected = network(trial)
-    for found, wanted in zip(run(trial), expected[:2], strict=True):
+        expected = maps(trial)
+    for found, wanted in zip(run(trial), expected, strict=True):
         if found.shape != wanted.shape or not (found - wanted).norm() <= TOLERANCE * wanted.norm():
             raise ValueError("an image of another size gives another result than torch")
     return run

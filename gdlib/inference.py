@@ -157,6 +157,7 @@ class Predictor:
         engine: what runs the network, a key of `engine.ENGINES`; it is made ready at the first image.
         block: largest sides, in pixels, that are predicted in one pass (one number, or one per axis); the context comes on
             top. The result does not depend on it. `BLOCK` if left out; without a limit where an image is taken in one piece.
+        levels: names of the feature maps that `features` returns, as far as the network has them.
     """
 
     def __init__(
@@ -168,7 +169,9 @@ class Predictor:
         precision: str = "auto",
         engine: str = "torch",
         block: int | Sequence[int] | None = None,
+        levels: Sequence[str] = (),
     ) -> None:
+        self.levels = tuple(level for level in levels if level in network.levels)
         self.device = choose_device(str(device))
         self.dtype = choose_precision(precision, self.device)
         self.wanted_engine = engine
@@ -276,6 +279,39 @@ class Predictor:
     @torch.inference_mode()
     def embed(self, source: Source, box: Box) -> tuple[Tensor, Tensor]:
         """Return embedding (D, *sides) and foreground logit (*sides) of one part of an image, float32, on the device."""
+        (embedding, foreground, *_), frame = self._around(source, box)
+        inner = relative(box, frame)
+        return embedding[(slice(None), *inner)], foreground[(0, *inner)]
+
+    @torch.inference_mode()
+    def features(self, source: Source, box: Box) -> dict[str, tuple[Tensor, Box, tuple[int, ...]]]:
+        """Return those voxels of the feature maps that cover one part of an image.
+
+        Returns:
+            For each of `levels` (C, *sides) float32 on the device, which voxels of the map of the whole image these are, and at
+            which pixel of the image the first voxel of that map begins: at 0, or before.
+        """
+        (_, _, *maps), frame = self._around(source, box)
+        found = {}
+        for level, feature in zip(self.levels, maps, strict=True):
+            strides = self.network.levels[level][1]
+            # Map and output have one centre; all frames start at multiples of the stride, and so have one corner.
+            begin = [(f.stop - f.start - s * m) // 2 for f, s, m in zip(frame, strides, feature.shape[1:], strict=True)]
+            corner = tuple(-(-b % s) for b, s in zip(begin, strides, strict=True))
+            voxels = tuple(
+                slice((part.start - c) // s, (part.stop - 1 - c) // s + 1)
+                for part, c, s in zip(box, corner, strides, strict=True)
+            )
+            first = [(f.start + b - c) // s for f, b, c, s in zip(frame, begin, corner, strides, strict=True)]
+            inner = (slice(v.start - k, v.stop - k) for v, k in zip(voxels, first, strict=True))
+            found[level] = feature[(slice(None), *inner)], voxels, corner
+        return found
+
+    def _around(self, source: Source, box: Box) -> tuple[tuple[Tensor, ...], Box]:
+        """Return all that the network says, (C, *sides) each, and of which part of the image.
+
+        This part holds the box, where all is as if the network had seen the whole image at once.
+        """
         network = self.network
         whole = legal_shape(network, source.shape)
         halo = network.halo or source.shape  # None: all there is
@@ -288,21 +324,19 @@ class Predictor:
             [a - m for a, m in zip(starts, network.margin, strict=True)],
             [b + m for b, m in zip(stops, network.margin, strict=True)],
         )
-        embedding, foreground = self.forward(torch.from_numpy(image))
-        inner = relative(box, tuple(slice(a, b) for a, b in zip(starts, stops, strict=True)))
-        return embedding[(slice(None), *inner)], foreground[inner]
+        frame = tuple(slice(a, b) for a, b in zip(starts, stops, strict=True))
+        return self.forward(torch.from_numpy(image)), frame
 
     @torch.inference_mode()
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return embedding and foreground logit of a normalised image (C, *sides) whose sides the network can take."""
-        embedding, foreground = self.run(image[None])
-        return embedding[0], foreground[0, 0]
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return embedding, foreground logit and `levels` of a normalised image (C, *sides) whose sides the network can take."""
+        return tuple(part[0] for part in self.run(image[None]))
 
     @cached_property
     def run(self) -> Engine:
         """The network, ready to run."""
         self.engine, run = make_engine(
-            self.wanted_engine, self.network, self.header["channels"], self.device, self.dtype
+            self.wanted_engine, self.network, self.header["channels"], self.device, self.dtype, self.levels
         )
         return run
 

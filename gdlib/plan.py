@@ -24,20 +24,9 @@ class Step(NamedTuple):
 # Files are relative to the package. What judges while a network is trained is code of the steps that use it on test images.
 STEPS = {
     "prepare": Step(("data/prepare.py",)),
-    "draw": Step(("cache.py",), ("distill/__init__.py", "inference.py", "models/__init__.py", "native.py")),
-    "ask": Step(
-        ("cache.py",),
-        (
-            "data/patches.py",
-            "distill/bank.py",
-            "inference.py",
-            "native.py",
-            "ops.py",
-            "parallel.py",
-        ),  # patches are there
-    ),
+    "ask": Step(("ask.py",), ("native.py",)),  # no loss is computed
     "train": Step(("training.py",), ("inference.py", "judge.py", "metrics.py", "scores.py")),
-    "predict": Step(("streaming.py",), ("native.py",)),  # no loss is computed
+    "predict": Step(("streaming.py",), ("native.py",)),
     "profile": Step(("profile.py", "streaming.py"), ("native.py",)),
     "segment": Step(("segmentation.py", "limits.py"), ("metrics.py", "scores.py")),  # these tune, in training
     "evaluate": Step(("scores.py",)),
@@ -99,34 +88,13 @@ class Plan:
         return self._specs[run]
 
     def train_spec(self, run: Run) -> dict[str, Any]:
-        """Return what a training depends on; the memory bank only where a term compares with it."""
+        """Return what a training depends on; the memory bank, and how a teacher is asked, only where a term needs it."""
         spec = self.spec_of(run).model_dump(mode="json")
+        if not spec["terms"]:
+            del spec["recipe"]["teacher"]
         if not any(term["memory"] for term in spec["terms"]):
             del spec["recipe"]["bank"]
         return spec
-
-    def draws(self, dataset: str, seed: int) -> RunSpec | None:
-        """Return the run that stands for all students of a seed where their patches are drawn; None if all draw their own."""
-        if self.study.teacher_cache is None:
-            return None
-        return self.spec_of((dataset, self.config.students_of(dataset)[0], self.study.methods[0], seed))
-
-    def is_cached(self, method: str) -> bool:
-        """Do students of this method see patches that were drawn before? Its own recipe means patches of its own."""
-        return self.study.teacher_cache is not None and not self.config.method(method).recipe.keys() - {"bank"}
-
-    def margins_of(self, dataset: str) -> tuple[list[int], list[dict[str, Any]]]:
-        """Return the largest margin of the dataset's networks, and those networks that must be built to know theirs.
-
-        Not simply all networks: for one more student the same patches need not be drawn again.
-        """
-        networks = [self.config.network(name) for name in self.networks_of(dataset)]
-        known = [registry.margin(network.model) for network in networks]
-        largest = [0] * self.config.datasets[dataset].ndim
-        for margin in filter(None, known):
-            largest = [max(pair) for pair in zip(largest, margin, strict=True)]
-        unknown = [n for n, margin in zip(networks, known, strict=True) if margin is None]
-        return largest, [{"model": n.model, "options": n.options} for n in unknown]
 
     def parts_of(self, method: str) -> list[str]:
         """Return what its terms compare of a teacher's output: the embedding, with the foreground, and feature maps."""
@@ -187,7 +155,7 @@ class Plan:
 
     def budget(self, dataset: str) -> str:
         """Say how long the networks were trained, and what the study lacks, for the caption of a table."""
-        config, cache = self.config, self.study.teacher_cache
+        config = self.config
         teacher, student = (config.recipe(config.study, dataset, role) for role in ("teacher", "student"))
         given = all(config.network(name).weights for name in config.teachers_of(dataset))
         return (
@@ -195,7 +163,6 @@ class Plan:
             + ("teacher given," if given else f"teacher {teacher.steps} steps of {teacher.batch_size} patches,")
             + f" students {student.steps} of {student.batch_size}"
             + " patches" * given
-            + f", {cache} of them drawn, the others shown again" * bool(cache and cache < student.steps)
             + f"; left out of the study: {', '.join(config.left_out)}" * bool(config.left_out)
         )
 

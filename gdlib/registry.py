@@ -189,11 +189,6 @@ def axes(network: str) -> int | None:
     return NETWORKS.written(network, "ndim")
 
 
-def margin(network: str) -> tuple[int, ...] | None:
-    """Return the `margin` of a network in the same way."""
-    return NETWORKS.written(network, "margin")
-
-
 SOURCES = Registry("gdlib.data.sources", "data source")
 NETWORKS = Registry("gdlib.models", "network")
 TERMS = Registry("gdlib.distill.terms", "loss term")

@@ -290,6 +290,11 @@ class Recipe(Entry):
         False,
         description="let torch.compile fuse the networks: about a minute before the first step, for long trainings on GPUs",
     )
+    teacher: Literal["maps", "online"] = Field(
+        "maps",
+        description="how students learn what it says. maps: it is asked once about every whole training image, for all students, "
+        "and patches are cut from that; online: about every patch of every step, as in the paper",
+    )
     validate_every: int = Field(gt=0, description="steps between validations")
     validate_images: int = Field(8, ge=1, description="images of the validation split used while training")
     save_every: int = Field(200, gt=0, description="steps between resumable states")
@@ -316,11 +321,6 @@ class Study(Entry):
     more_teachers: Names = Field(
         (), description="students learn from these too, by every method that asks a teacher: `method@teacher`"
     )
-    teacher_cache: int | None = Field(
-        None,
-        gt=0,
-        description="batches of patches that are drawn and shown to the teacher once, for all students of a seed",
-    )
     seeds: Seeds = Field(min_length=1, description="of the students; each is a training of its own")
     teacher_seeds: Seeds = Field((0,), min_length=1, description="of the teachers; students learn from the first")
     recipe: dict[str, Any] = Field({}, description="changes to both recipes")
@@ -329,6 +329,16 @@ class Study(Entry):
     recipes: dict[str, dict[Literal["teacher", "student"], dict[str, Any]]] = Field(
         {}, description="more changes, by dataset and role"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_cache(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "teacher_cache" in value:
+            raise ValueError(
+                "`teacher_cache` is no more: a teacher is asked once about every training image, and each step draws fresh "
+                "patches; leave the key out"
+            )
+        return value
 
     @property
     def teachers(self) -> tuple[str, ...]:

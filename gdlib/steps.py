@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gdlib import io, outputs, process
-from gdlib.limits import Count, NotNegative, Threads, Whole, argument, sides
+from gdlib.limits import NotNegative, Threads, Whole, argument, sides
 from gdlib.mistakes import within
 from gdlib.outputs import has_attributes, has_columns, has_keys, is_weights
 from gdlib.parameters import checked, is_masked
@@ -57,7 +57,6 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     file = {"type": Path, "required": True, "metavar": "FILE"}
     text = {"required": True, "metavar": "JSON", "type": argument(dict[str, Any])}
     rows = {**text, "type": argument(list[dict[str, Any]])}
-    numbers = {**text, "type": argument(tuple[Whole, ...])}
     maybe = {"type": Path, "metavar": "FILE"}
     many = {**maybe, "nargs": "*", "default": []}
     threads = {"type": argument(Threads), "metavar": "N", "help": "CPU threads"}
@@ -78,21 +77,17 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         dataset=text, root={"type": Path, "metavar": "DIR"}, train=file, val=file, test=file,
     )  # fmt: skip
     add(
-        "draw", _draw, "Draw augmented patches for all students of one seed.",
-        {"out": has_attributes("drawing", "batches")},
-        drawing=text, margin=numbers, networks=rows, train=file, out=file,
-        batches={"type": argument(Count), "required": True, "metavar": "N"},
-    )  # fmt: skip
-    add(
-        "teach", _teach, "Ask a teacher once about drawn patches.",
-        {"out": has_attributes("teacher")},
-        teacher=file, patches=file, out=file, level={"metavar": "NAME", "help": "a feature map"},
-        precision={"default": "auto"}, threads=threads, device=device,
+        "ask", _ask, "Ask a teacher once about every training image, for all students.",
+        {"out": has_attributes("teacher", "parts")},
+        teacher=file, samples=file, out=file,
+        level={"metavar": "NAME", "help": "a feature map, in place of embedding and foreground"},
+        block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP}, precision={"default": "auto"},
+        engine={"default": "auto", "help": "auto, torch, openvino"}, threads=threads, device=device,
     )  # fmt: skip
     add(
         "train", _train, "Train a teacher or a student.",
         {"weights": is_weights, "last": is_weights, "history": has_columns(*io.HISTORY_COLUMNS)},
-        spec=text, train=file, val=file, teacher=maybe, patches=maybe, taught=many, weights=file, last=file, history=file,
+        spec=text, train=file, val=file, teacher=maybe, maps=many, weights=file, last=file, history=file,
         state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
         max_seconds={"type": argument(NotNegative), "default": math.inf, "metavar": "S", "help": "stop, resumable, after it"},
     )  # fmt: skip
@@ -146,30 +141,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     )
 
 
-def _draw(arguments: argparse.Namespace) -> None:
-    from gdlib.cache import draw
+def _ask(arguments: argparse.Namespace) -> None:
+    from gdlib.ask import ask
 
-    draw(
-        _complete("--drawing", arguments.drawing, "patch", "batch_size", "augment", "normalisation", "border", "seed"),
-        arguments.train,
-        arguments.out,
-        arguments.batches,
-        margin=arguments.margin,
-        networks=arguments.networks,
-    )
-
-
-def _teach(arguments: argparse.Namespace) -> None:
-    from gdlib.cache import teach
-
-    teach(
-        arguments.teacher,
-        arguments.patches,
-        arguments.out,
-        level=arguments.level,
-        precision=arguments.precision,
-        device=arguments.device,
-    )
+    options = {key: getattr(arguments, key) for key in ("level", "block", "precision", "engine", "device")}
+    ask(arguments.teacher, arguments.samples, arguments.out, **options)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -179,7 +155,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     process.keep_memory()
     keys = (
-        "train", "val", "teacher", "patches", "taught", "weights", "last", "history", "state", "device", "max_seconds",
+        "train", "val", "teacher", "maps", "weights", "last", "history", "state", "device", "max_seconds",
     )  # fmt: skip
     options = {key: getattr(arguments, key) for key in keys}
     with within("--spec"):

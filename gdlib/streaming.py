@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -55,8 +55,37 @@ def predict_blocks(
         DataError: an image has NaN or infinite pixels, or another process writes the same partial file.
     """
     kept = kept or {}
+
+    def compute(name: str, box: Box) -> list[np.ndarray]:
+        part = predictor.predict(images[name], box, kept.get(name))
+        embedding = np.empty(0) if part.embedding is None else part.embedding
+        return [part.affinity, part.foreground, embedding.astype(np.float16)]
+
+    parts = finish_blocks(predictor, images, compute, partial, [identity, str(kept)])
+    return (
+        (name, box, Prediction(affinity, foreground, embedding if name in kept else None))
+        for name, box, (affinity, foreground, embedding) in parts
+    )
+
+
+def finish_blocks(
+    predictor: Predictor,
+    images: Mapping[str, Source],
+    compute: Callable[[str, Box], list[np.ndarray]],
+    partial: Path,
+    identity: Sequence[str],
+) -> Iterator[tuple[str, Box, list[np.ndarray]]]:
+    """Compute something of every block of some images, and return an iterator over it, as `predict_blocks` does.
+
+    Args:
+        predictor: the network.
+        images: by name.
+        compute: of one block of the image of a name; always as many arrays.
+        partial: see `predict_blocks`.
+        identity: says what is computed, of which weights and data.
+    """
     work = [(name, box) for name, image in images.items() for box in predictor.blocks(image.shape)]
-    fingerprint = _fingerprint(predictor, images, identity, kept)
+    fingerprint = _fingerprint(predictor, images, identity)
     with io.writing(partial, io.SPACE | io.ACCESS):
         partial.parent.mkdir(parents=True, exist_ok=True)
         waiting = open(partial, "a+b")  # noqa: SIM115, closed below
@@ -71,7 +100,7 @@ def predict_blocks(
         ):
             for name, box in work[done:]:
                 try:
-                    part = predictor.predict(images[name], box, kept.get(name))
+                    part = compute(name, box)
                 except io.DataError as error:
                     partial.unlink()
                     raise io.DataError(f"{name}: {error}") from None
@@ -81,25 +110,22 @@ def predict_blocks(
                 bar.update()
             if writing is not None:
                 writing.result()
-    return _read(partial, work, len(fingerprint), kept)
+    return _read(partial, work, len(fingerprint))
 
 
-def _append(file: BinaryIO, part: Prediction) -> None:
-    embedding = np.empty(0) if part.embedding is None else part.embedding
-    for array in (part.affinity, part.foreground, embedding.astype(np.float16)):
+def _append(file: BinaryIO, arrays: Sequence[np.ndarray]) -> None:
+    np.save(file, len(arrays))
+    for array in arrays:
         np.save(file, array)
     file.flush()
     os.fsync(file.fileno())  # what counts as finished must be there, even if the machine goes down
 
 
-def _read(
-    partial: Path, work: Sequence[tuple[str, Box]], start: int, kept: Mapping[str, Box]
-) -> Iterator[tuple[str, Box, Prediction]]:
+def _read(partial: Path, work: Sequence[tuple[str, Box]], start: int) -> Iterator[tuple[str, Box, list[np.ndarray]]]:
     with open(partial, "rb") as file:
         file.seek(start)
         for name, box in work:
-            affinity, foreground, embedding = _load(file)
-            yield name, box, Prediction(affinity, foreground, embedding if name in kept else None)
+            yield name, box, _load(file)
 
 
 def lock(file: BinaryIO) -> None:
@@ -130,19 +156,18 @@ def _finished(file: BinaryIO, fingerprint: bytes) -> int:
     return count
 
 
-def _load(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    affinity, foreground, embedding = (np.load(file, allow_pickle=False) for _ in range(3))
-    return affinity, foreground, embedding
+def _load(file: BinaryIO) -> list[np.ndarray]:
+    count = int(np.load(file, allow_pickle=False))
+    return [np.load(file, allow_pickle=False) for _ in range(count)]
 
 
-def _fingerprint(predictor: Predictor, images: Mapping[str, Source], identity: str, kept: Mapping[str, Box]) -> bytes:
+def _fingerprint(predictor: Predictor, images: Mapping[str, Source], identity: Sequence[str]) -> bytes:
     """What all blocks of a partial file have in common; another weight, image, block or line of code is another file."""
     content = {
-        "identity": identity,
+        "identity": list(identity),
         "images": {name: [image.shape, str(image.array.dtype), image.normalisation] for name, image in images.items()},
-        "kept": str(kept),
         "block": predictor.block,
-        "offsets": predictor.header["offsets"],
+        "offsets": predictor.header.get("offsets"),
         "made with": made_with(predictor),
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest().encode() + b"\n"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gdlib import __version__, io, parallel
-from gdlib.cache import source_of_patches
 from gdlib.config import Recipe, RunSpec
-from gdlib.distill import Batch, Distiller, build_term
+from gdlib.data.maps import TeacherMaps
+from gdlib.data.patches import PatchSampler
+from gdlib.distill import Asked, Batch, Distiller, build_term
 from gdlib.distill.bank import MemoryBank, check_entries
 from gdlib.inference import choose_device, choose_precision
 from gdlib.judge import Judge
@@ -43,8 +44,7 @@ def fit(
     history: Path | str,
     state: Path | str,
     teacher: Path | str | None = None,
-    patches: Path | str | None = None,
-    taught: Sequence[Path | str] = (),
+    maps: Sequence[Path | str] = (),
     device: str = "auto",
     max_seconds: float = math.inf,
     stop: Callable[[], bool] = lambda: False,
@@ -62,9 +62,8 @@ def fit(
         last: where the weights of the last step go.
         history: CSV with every loss and validation metric.
         state: folder of `resume.pt`; emptied when training is complete.
-        teacher: weights of the teacher, if a term needs one.
-        patches: file of `gdlib.cache.draw`, to train on these instead of on fresh ones.
-        taught: files of `gdlib.cache.teach`, instead of asking the teacher at every step; only with `patches`.
+        teacher: weights of the teacher, if a term needs one and the recipe asks it online.
+        maps: files of `gdlib.ask.ask`, if a term needs a teacher and the recipe takes its maps.
         device: name, or `auto`.
         max_seconds: stop and save the state after this time.
         stop: asked after every step whether to do so, e.g. the `is_set` of a `threading.Event`.
@@ -84,12 +83,15 @@ def fit(
             )
         # Validation first: a file that cannot be used must not cost a training.
         judge = Judge(spec, val, target) if leader else None
-        trainer = _Trainer(spec, teacher, target)
-        sampler = source_of_patches(spec, train, trainer.margin, target, patches, taught, teacher)
+        known = TeacherMaps(maps, train) if maps else None
+        trainer = _Trainer(spec, known or teacher, target)
+        sampler = PatchSampler(
+            train, **spec.drawing, margin=trainer.margin, device=target, maps=known, levels=trainer.levels
+        )
         if judge is not None:
             judge.normalisation = sampler.normalisation
         resume = Path(state) / "resume.pt"
-        fingerprint = _fingerprint(spec, train, val, teacher) + f"/{patches is not None:d}{len(taught)}"
+        fingerprint = _fingerprint(spec, train, val, teacher) + (known.identity if known else "")
         if resume.exists():
             trainer.resume(resume, fingerprint)
 
@@ -146,7 +148,7 @@ def fit(
 class _Trainer:
     """Everything that changes while training, so that it can be saved and taken back as a whole."""
 
-    def __init__(self, spec: RunSpec, teacher: Path | str | None, device: torch.device) -> None:
+    def __init__(self, spec: RunSpec, teacher: TeacherMaps | Path | str | None, device: torch.device) -> None:
         recipe = spec.recipe
         _seed(spec.seed, device)
         self.spec = spec
@@ -154,8 +156,9 @@ class _Trainer:
         self.dtype = choose_precision(recipe.precision, device)
         student = build(spec.model, spec.options)
         terms = [(t.name, t.weight, build_term(t.term, t.memory, t.options)) for t in spec.all_terms]
-        frozen = _load_teacher(teacher, spec) if any(term.needs_teacher for _, _, term in terms) else None
-        networks = [student] if frozen is None else [student, frozen]
+        frozen = _teacher(teacher, spec) if any(term.needs_teacher for _, _, term in terms) else None
+        networks = [student] if frozen is None or isinstance(frozen, Asked) else [student, frozen]
+        self.levels = _sides_of_maps(spec) if isinstance(frozen, Asked) else {}
         for network in networks:
             _check_patch(network, spec)
         self.margin = [max(sides) for sides in zip(*(network.margin for network in networks), strict=True)]
@@ -365,9 +368,30 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
     return kind(parameters, **options)
 
 
-def _load_teacher(path: Path | str | None, spec: RunSpec) -> nn.Module:
-    if path is None:
-        raise ValueError(f'method "{spec.method}" learns from a teacher: give its weights')
+def _teacher(source: TeacherMaps | Path | str | None, spec: RunSpec) -> nn.Module:
+    """A frozen teacher of the kind that the recipe says: one that was asked before, or one to be asked at every step."""
+    if spec.recipe.teacher == "maps":
+        if not isinstance(source, TeacherMaps):
+            raise ValueError(
+                f'method "{spec.method}" learns from the maps of a teacher: give them (`gdlib step ask` makes them), or its '
+                "weights with `teacher: online` in the recipe"
+            )
+        return Asked(source.levels)
+    if source is None or isinstance(source, TeacherMaps):
+        raise ValueError(f'method "{spec.method}" learns from a teacher that is asked online: give its weights')
+    return _load_teacher(source, spec)
+
+
+def _sides_of_maps(spec: RunSpec) -> dict[str, tuple[int, ...]]:
+    """Sides of the feature maps that a student has of a patch; found out without computing anything."""
+    with torch.device("meta"), torch.no_grad():
+        student = build(spec.model, spec.options).eval()
+        sides = [n + 2 * m for n, m in zip(spec.patch, student.margin, strict=True)]
+        features = student(torch.zeros(1, spec.channels, *sides)).features
+    return {name: tuple(feature.shape[2:]) for name, feature in features.items()}
+
+
+def _load_teacher(path: Path | str, spec: RunSpec) -> nn.Module:
     network, header = trained(path, "channels", "normalisation")
     mine = spec.model_dump(mode="json", include={"channels", "normalisation"})
     # What was learned from the images may differ: both see images as this run does, and those with objects are the same.

@@ -104,6 +104,7 @@ def make_spec():
             "patch": patch,
             "warmup": 2,
             "precision": "float32",
+            "teacher": "online",
             "validate_every": 3,
             "validate_images": 1,
             "save_every": 2,

@@ -64,8 +64,9 @@ ALLOWED = {
     "gdlib.data": "",
     "gdlib.data.augment": "gdlib.ops",
     "gdlib.data.intensity": "",
-    "gdlib.data.patches": "gdlib.io gdlib.ops gdlib.data.augment gdlib.data.intensity "
-    "gdlib.distill",  # the type of a batch
+    "gdlib.data.maps": "gdlib.io gdlib.distill",  # where voxels have their centres
+    "gdlib.data.patches": "gdlib.io gdlib.ops gdlib.data.augment gdlib.data.intensity gdlib.data.maps "
+    "gdlib.distill gdlib.models",  # the types of a batch
     "gdlib.data.axes": "",
     "gdlib.data.decoders": "",
     "gdlib.data.tiff": "gdlib.io gdlib.data.decoders",
@@ -88,8 +89,9 @@ ALLOWED = {
     "gdlib.memory": "",
     "gdlib.footprint": "gdlib.grid gdlib.inference gdlib.memory gdlib.segmentation",
     "gdlib.large": "gdlib gdlib.io gdlib.grid gdlib.blockwise gdlib.footprint gdlib.inference gdlib.progress gdlib.streaming",
-    "gdlib.cache": "gdlib.ops gdlib.progress gdlib.io gdlib.config gdlib.data.patches gdlib.distill gdlib.inference gdlib.models",
-    "gdlib.training": "gdlib gdlib.cache gdlib.config gdlib.io gdlib.metrics gdlib.scores gdlib.judge gdlib.models "
+    "gdlib.ask": "gdlib.io gdlib.inference gdlib.models gdlib.streaming",
+    "gdlib.training": "gdlib gdlib.data.maps gdlib.data.patches gdlib.config gdlib.io gdlib.metrics gdlib.scores gdlib.judge "
+    "gdlib.models "
     "gdlib.parallel gdlib.progress gdlib.distill gdlib.distill.bank gdlib.inference",
     "gdlib.trained": "gdlib.io gdlib.registry gdlib.inference gdlib.parameters gdlib.segmentation",
     "gdlib.judge": "gdlib.io gdlib.config gdlib.parameters gdlib.segmentation gdlib.inference",

@@ -476,7 +476,10 @@ SENSELESS = {
         "datasets.bbbc039.patch: ", '"resunet_w32"', "multiples of [16, 16]", "[112, 96]",
     ),
     "a patch that the student's teacher does not take": (
-        lambda raw: (put("students.resunet_tiny", {"model": "enet"})(raw), put(f"{STUDY}.student_recipe.patch", [24, 24])(raw)),
+        lambda raw: (
+            put("students.resunet_tiny", {"model": "enet"})(raw),
+            put(f"{STUDY}.student_recipe", {"patch": [24, 24], "teacher": "online"})(raw),
+        ),
         f"{STUDY}.student_recipe.patch: ", '"resunet_w16"', "[32, 32]",
     ),
     "a seed twice": (put(f"{STUDY}.seeds", [0, 0]), f"{STUDY}.seeds: ", "0 is there twice"),
@@ -549,6 +552,20 @@ SENSELESS = {
         put("datasets.bbbc039.normalisation", {"lower": 99, "upper": 1}), "datasets.bbbc039.normalisation: ", "below upper",
     ),
 }  # fmt: skip
+
+
+def test_the_cache_of_earlier_versions_is_told(raw):
+    raw["studies"]["quick"]["teacher_cache"] = 200
+    text = message(raw)
+    assert text.startswith("config: studies.quick: ")
+    assert "`teacher_cache` is no more: a teacher is asked once" in text
+    assert "leave the key out" in text
+
+
+def test_a_patch_need_not_fit_a_teacher_whose_maps_are_cut(raw):
+    raw["students"]["resunet_tiny"] = {"model": "enet"}
+    raw["studies"]["quick"]["student_recipe"] = {"patch": [24, 24]}
+    Config.parse(raw)
 
 
 @pytest.mark.parametrize("what", SENSELESS)

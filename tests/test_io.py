@@ -332,21 +332,18 @@ READERS = {
     "h5": lambda path: [(s.id, s.image.tobytes(), s.label.tobytes(), list(s.attrs)) for s in io.read_samples(path)],
     "weights": lambda path: {name: tensor.tolist() for name, tensor in io.load_weights(path)[0].items()},
     "state": lambda path: {k: getattr(v, "tolist", lambda v=v: v)() for k, v in io.load_state(path).items()},
-    "cache": lambda path: io.read_array(path, "s", "x").tobytes(),
+    "maps": lambda path: io.read_array(path, "s", "x").tobytes(),
 }
 
 
-def cached(path):
-    import torch
-
-    from gdlib.cache import _rows
+def asked(path):
+    from gdlib.ask import _make
 
     with io.create_h5(path) as file:
-        part = torch.arange(600).reshape(2, 300)
-        _rows(file.create_group("s"), "x", part, 2)[:] = part.numpy()
+        _make(file.create_group("s"), "x", (10, 12, 5))[:] = np.arange(600).reshape(10, 12, 5)
 
 
-STORES = WRITERS | {"state": lambda path: io.save_state(path, weights() | {"step": 3}), "cache": cached}
+STORES = WRITERS | {"state": lambda path: io.save_state(path, weights() | {"step": 3}), "maps": asked}
 
 
 @pytest.mark.parametrize("kind", READERS)

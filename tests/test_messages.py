@@ -257,7 +257,7 @@ def test_models_outside_of_the_repository(tmp_path, monkeypatch, refusal):
 # --- Steps whose files or texts are of another kind --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["evaluate", "baselines", "profile", "teach", "segment", "predict"])
+@pytest.mark.parametrize("step", ["evaluate", "baselines", "profile", "ask", "segment", "predict"])
 def test_steps_told_of_a_file_of_another_kind(step, teacher, splits, refusal, tmp_path):
     other = tmp_path / "other.h5"
     with h5py.File(other, "w") as file:
@@ -268,7 +268,7 @@ def test_steps_told_of_a_file_of_another_kind(step, teacher, splits, refusal, tm
         "evaluate": ["--data", other, "--segmentation", splits["test"], "--run", name, "--segmenter", "multicut"],
         "baselines": ["--dataset", "d", "--val", other, "--test", other],
         "profile": ["--spec", spec, "--data", other, "--device", "cpu"],
-        "teach": ["--teacher", teacher, "--patches", other, "--device", "cpu"],
+        "ask": ["--teacher", teacher, "--samples", other, "--device", "cpu"],
         "segment": ["--predictions", other, "--segmenter", "multicut"],
         "predict": ["--weights", teacher, "--data", other, "--device", "cpu"],
     }
@@ -283,17 +283,6 @@ def test_a_plan_that_is_none(content, refusal, tmp_path):
         (tmp_path / "plan.json").write_text(content)
     command = ["--plan", tmp_path / "plan.json", "--name", "0-0", "--predictions", tmp_path, "--settings", "{}"]
     assert "plan.json" in refusal("step", "segment-block", *command, "--out", tmp_path / "a.h5")
-
-
-def test_nothing_of_a_drawing_is_lost_on_its_way(make_spec, splits, refusal, tmp_path):
-    drawing = make_spec(patch=(32, 32)).drawing
-    command = ["--margin", "[0, 0]", "--networks", "[]", "--train", splits["train"], "--batches", 1]
-    run("step", "draw", "--drawing", json.dumps(drawing), *command, "--out", tmp_path / "patches.h5")
-    assert io.read_attrs(tmp_path / "patches.h5")["drawing"] == json.loads(json.dumps(drawing))
-    for key in drawing:
-        less = json.dumps(without(key)(drawing))
-        line = refusal("step", "draw", "--drawing", less, *command, "--out", tmp_path / "none.h5")
-        assert f"--drawing: {key} missing" in line
 
 
 # --- Mends that fit ----------------------------------------------------------------------------------------------------

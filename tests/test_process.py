@@ -82,7 +82,7 @@ def actions(train, val, teacher, folder, spec, student):
     import pandas as pd
     import torch
 
-    from gdlib import cache, io, process, training
+    from gdlib import ask, io, process, training
     from gdlib.config import RunSpec
     from gdlib.data.download import fetch
     from gdlib.inference import Predictor
@@ -113,9 +113,8 @@ def actions(train, val, teacher, folder, spec, student):
             return
         raise AssertionError("it went on")
 
-    def ask():
-        cache.draw(student.drawing, train, f"{folder}/patches.h5", 2, margin=[0, 0])
-        cache.teach(teacher, f"{folder}/patches.h5", f"{folder}/taught.h5", device="cpu")
+    def ask_teacher():
+        ask.ask(teacher, train, f"{folder}/maps.h5", device="cpu")
 
     def segment_all():
         found = Predictor.load(teacher, engine="torch", device="cpu")(image)
@@ -137,7 +136,7 @@ def actions(train, val, teacher, folder, spec, student):
         "be stopped": be_stopped,
         "train": lambda: fit(spec),
         "distil": lambda: fit(student, teacher=teacher),
-        "draw and ask": ask,
+        "ask a teacher": ask_teacher,
         "predict": lambda: Predictor.load(teacher, engine="torch", device="cpu")(image),
         "predict with the fastest engine": lambda: Predictor.load(teacher, device="cpu")(image),
         "segment": segment_all,
@@ -161,7 +160,7 @@ SEEN = {
 }  # fmt: skip
 ASKED = (
     "download",
-    "be stopped", "train", "distil", "draw and ask", "predict", "predict with the fastest engine", "segment", "profile", "plot",
+    "be stopped", "train", "distil", "ask a teacher", "predict", "predict with the fastest engine", "segment", "profile", "plot",
 )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def study(tmp_path, monkeypatch):
         measure(f"benchmarks/train/{key}.tsv", 100)
         measure(f"benchmarks/segment/{key}/mws.tsv", 1, "NA")
         rows.append((DATASET, network, method, "mws", "aji", 0.5, "", 1))
-    measure(f"benchmarks/cache/{DATASET}/large/embedding/seed0.tsv", 30)
+    measure(f"benchmarks/maps/{DATASET}/large/embedding.tsv", 30)
     measure(f"benchmarks/train/{DATASET}/tiny/igd/seed0.tsv", 1e6)  # of an earlier configuration
     io.write_rows("results/s/summary.csv", SUMMARY, dict.fromkeys(rows))
     io.write_text("profile.json", json.dumps({"dataset": DATASET, "network": "tiny", "device": "A CPU"}))
@@ -173,7 +173,7 @@ def test_pages(study, tmp_path):
     times = {row[0]: row[2:] for row in cells(pages["time"]) if row}
     assert times["train teachers"] == ["1", "1 min 40 s", "1 min 40 s", "64"]
     assert times["train students"] == ["4", "6 min 40 s", "1 min 40 s", "64"], "not those of an earlier configuration"
-    assert times["draw patches, ask the teacher"] == ["1", "30.0 s", "30.0 s", "64"]
+    assert times["ask teachers about the training images"] == ["1", "30.0 s", "30.0 s", "64"]
     assert times["find objects"] == ["5", "5.0 s", "1.0 s", "–"]
     assert times["prepare the data"][0] == "1"
     row = next(row for row in cells(pages["provenance"]) if row[:3] == ["Tiny", "IGD + AGD", "1"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from gdlib import cache, io, judge, models, native, training
+from gdlib import io, judge, models, native, training
 from gdlib.config import Recipe
 from gdlib.data.intensity import learn
 from gdlib.inference import Predictor
@@ -98,14 +98,14 @@ def rows(folder, split=None, name=None):
 
 def stop_at(monkeypatch, batch):
     """Return a `stop` that is true as soon as the sampler has been asked for this batch."""
-    original, asked = cache.PatchSampler.batch, threading.Event()
+    original, asked = training.PatchSampler.batch, threading.Event()
 
     def replacement(self, step):
         if step == batch:
             asked.set()
         return original(self, step)
 
-    monkeypatch.setattr(cache.PatchSampler, "batch", replacement)
+    monkeypatch.setattr(training.PatchSampler, "batch", replacement)
     return asked.is_set
 
 
@@ -263,11 +263,11 @@ def test_a_signal_then_resume_is_bit_for_bit_the_same(name, status, resumed, fin
     command += [f"--{split}={splits[split]}" for split in ("train", "val")] + [f"--state={tmp_path / 'state'}"]
     command += [f"--{Path(file).stem}={tmp_path / file}" for file in OUTPUTS]
     killer = (
-        "import os, signal, sys; from gdlib import cache, cli; batch = cache.PatchSampler.batch\n"
+        "import os, signal, sys; from gdlib import cli, training; batch = training.PatchSampler.batch\n"
         "def deadly(self, step):\n"
         f"    if step == {5 * spec.recipe.accumulate}: os.kill(os.getpid(), signal.{name})\n"
         "    return batch(self, step)\n"
-        "cache.PatchSampler.batch = deadly; sys.exit(cli.main(sys.argv[1:]))"
+        "training.PatchSampler.batch = deadly; sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run([sys.executable, "-c", killer, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
@@ -403,7 +403,7 @@ def test_methods_of_one_seed_start_from_the_same_network_and_see_the_same_patche
 
 
 def sampler(spec, path):
-    return cache.PatchSampler(
+    return training.PatchSampler(
         path,
         patch=spec.patch,
         batch_size=spec.recipe.batch_size,
@@ -458,9 +458,9 @@ def test_random_numbers_go_on_where_they_were(make_spec, tmp_path):
 
 def test_every_batch_has_its_own_number(make_spec, train, teacher, tmp_path, monkeypatch):
     seen = {"patches": [], "memory": []}
-    batch, sample = cache.PatchSampler.batch, training.MemoryBank.sample
+    batch, sample = training.PatchSampler.batch, training.MemoryBank.sample
     monkeypatch.setattr(
-        cache.PatchSampler, "batch", lambda self, step: seen["patches"].append(step) or batch(self, step)
+        training.PatchSampler, "batch", lambda self, step: seen["patches"].append(step) or batch(self, step)
     )
     monkeypatch.setattr(
         training.MemoryBank, "sample", lambda self, ids, step: seen["memory"].append(step) or sample(self, ids, step)
@@ -806,13 +806,13 @@ def test_the_sampler_gets_the_margin_and_the_border(make_spec, train, splits, te
     """The larger margin of student and teacher, per axis; the label is that of a student without a margin."""
     monkeypatch.setenv(io.PLUGINS, __name__)
     asked = []
-    original = cache.PatchSampler
+    original = training.PatchSampler
 
     def recorded(*args, **kwargs):
         asked.append(original(*args, **kwargs))
         return asked[-1]
 
-    monkeypatch.setattr(cache, "PatchSampler", recorded)
+    monkeypatch.setattr(training, "PatchSampler", recorded)
     targets = {"border": 2}
     valid_teacher = tmp_path / "valid" / "weights.safetensors"
     for method, network, folder, source in (
@@ -901,15 +901,6 @@ def test_patches_of_one_image_are_compared_with_each_other(make_spec, splits, tr
         assert (
             entries(tmp_path, name) == entries(tmp_path, "") == pytest.approx([1.8, 2.0])
         )  # the first step meets none
-
-
-def test_a_memory_that_offers_nothing_is_an_error(make_spec, splits, train, teacher, tmp_path):
-    spec = make_spec("grd", steps=40)
-    patches, answers = tmp_path / "patches.h5", tmp_path / "answers.h5"
-    cache.draw(spec.drawing, splits["train"], patches, 1, margin=[0, 0])  # one batch: always the same two patches
-    cache.teach(teacher, patches, answers, precision="float32", device="cpu")
-    with pytest.raises(ValueError, match=r'"agd.* nothing to compare with, as none of the 3 entries .* draw more'):
-        train(spec, tmp_path, teacher=teacher, patches=patches, taught=[answers])
 
 
 def test_a_memory_without_instances_is_an_error_for_terms_that_compare_them(

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gdlib import cache, io, training
+from gdlib import io, training
+from gdlib.ask import ask
 from gdlib.config import RunSpec, load
+from gdlib.data.maps import TeacherMaps
 from gdlib.data.patches import PatchSampler, largest_id
 
 META = torch.device("meta")
@@ -84,6 +86,7 @@ def parts(tmp_path, splits, make_spec):
         weights = tmp_path / "teacher.safetensors"
         network = training.build(model, spec.options)
         header = spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"})
+        header["normalisation"].pop("noise")  # of which nothing was learned
         io.save_weights(weights, network.state_dict(), header)
         return spec, splits["train"] if axes == "2D" else volumes(tmp_path), weights
 
@@ -105,17 +108,21 @@ def test_a_step_does_not_wait(axes, method, parts, monkeypatch):
         trainer.flush_losses()
 
 
-def test_a_step_with_a_cache_does_not_wait(tmp_path, parts, monkeypatch):
-    spec, samples, weights = parts("2D", "grd")
-    patches, taught = tmp_path / "patches.h5", tmp_path / "taught.h5"
-    cache.draw(spec.drawing, samples, patches, 2, margin=(0, 0))
-    cache.teach(weights, patches, taught, device="cpu")
+@pytest.mark.parametrize("axes", NETWORKS)
+def test_a_step_with_maps_does_not_wait(axes, tmp_path, parts, monkeypatch):
+    spec, samples, weights = parts(axes, "grd_levels", teacher="maps", augment={"empty": 0.5})
+    files = {level: tmp_path / f"{level}.h5" for level in (None, "stride2")}
+    for level, path in files.items():
+        ask(weights, samples, path, level=level, device="cpu")
     put_on_meta(monkeypatch)
-    trainer = training._Trainer(spec, weights, META)
-    source = cache.source_of_patches(spec, samples, trainer.margin, META, patches, [taught], weights)
+    maps = TeacherMaps(files.values(), samples)
+    trainer = training._Trainer(spec, maps, META)
+    sampler = PatchSampler(
+        samples, **spec.drawing, margin=trainer.margin, device=META, maps=maps, levels=trainer.levels
+    )
     with Watch():
         for _ in range(3):
-            trainer.advance(source.batch(number) for number in trainer.batches())
+            trainer.advance(sampler.batch(number) for number in trainer.batches())
 
 
 def test_what_waits_is_noticed():

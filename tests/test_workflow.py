@@ -145,8 +145,8 @@ def test_every_job_leaves_a_log_and_a_benchmark(smoke):
     benchmarks = {path.relative_to(results / "benchmarks").with_suffix("") for path in results.rglob("*.tsv")}
     assert benchmarks == {path.relative_to(logs).with_suffix("") for path in logs.rglob("*.log")}
     runs = sum(3 * (2 + 2 * len(segmenters)) for segmenters in SEGMENTERS.values())
-    caches = 2 * len(SEGMENTERS)  # patches, and the teacher's word on them
-    assert len(benchmarks) == runs + caches + 4 + 1 + 2 + sum(
+    asked = len(SEGMENTERS)
+    assert len(benchmarks) == runs + asked + 4 + 1 + 2 + sum(
         map(len, FIGURES.values())
     )  # profiles, baselines, tables and provenance, figures
 
@@ -204,13 +204,7 @@ CARRIERS = {"__init__", "compiled", "config", "data/__init__", "io", "limits", "
 UNUSED = {
     "train_teacher": {"distill/bank", "inference", "judge", "metrics", "scores"},  # these judge
     "train_student": {"distill/bank", "inference", "judge", "metrics", "scores"},  # a bank is listed where there is one
-    "draw_patches": {
-        "distill/__init__",
-        "inference",
-        "models/__init__",
-        "native",
-    },  # no network is asked, no loss computed
-    "ask_teacher": {"data/patches", "distill/bank", "inference", "native", "ops", "parallel"},  # patches are there
+    "ask_teacher": {"native"},
     "predict": {"native"},
     "profile": {"native"},
     "segment": {"metrics", "scores"},  # for tuning
@@ -258,7 +252,7 @@ def test_the_data_of_each_step_are_of_the_right_split(on_paper):
         splits.setdefault(record["rule"], set()).update(found)
     assert {rule: found for rule, found in splits.items() if found} == {
         **{rule: {"train", "val"} for rule in ("train_teacher", "train_student")},
-        "draw_patches": {"train"},
+        "ask_teacher": {"train"},
         "baselines": {"val", "test"},
         **{
             rule: {"test"}
@@ -304,19 +298,17 @@ def drawn(*figures: str, datasets: tuple[str, ...] = (DATA, VOLUMES)) -> set[str
     return {f"Draw {figure} of {dataset}" for dataset in datasets for figure in figures if figure in FIGURES[dataset]}
 
 
-def caching(seed: int, *parts: str) -> set[str]:
-    """Return what the workflow calls the jobs of the teacher cache, for these parts of the teacher's output."""
-    draws = {f"Draw patches of {dataset} for seed {seed}" for dataset in NETWORKS}
-    asks = {
-        f"Ask {teacher} for the {part} of patches of {dataset} for seed {seed}"
-        for dataset, (teacher, _) in NETWORKS.items()
+def asking(*parts: str, datasets: tuple[str, ...] = (DATA, VOLUMES)) -> set[str]:
+    """Return what the workflow calls the jobs that ask teachers for these parts of their output."""
+    return {
+        f"Ask {NETWORKS[dataset][0]} for the {part} of the training images of {dataset}"
+        for dataset in datasets
         for part in parts
     }
-    return asks | draws if "embedding" in parts else asks
 
 
 TABLES = {"Summarize the study", "Record where every number comes from"}
-ASKED = caching(0, "embedding") - {f"Draw patches of {dataset} for seed 0" for dataset in NETWORKS}
+ASKED = asking("embedding")
 ALL_FIGURES = drawn(*FIGURES[VOLUMES])
 NUMBERS = TABLES | drawn("methods", "tradeoff")  # what shows test metrics
 JUDGED = jobs(TEACHING, NONE, GRD, steps=("Evaluate",)) | NUMBERS
@@ -346,9 +338,9 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
     ),
     "one more seed": (
         {"studies": {"smoke": {"seeds": [0, 1]}}},
-        jobs("none/seed1", "grd/seed1") | caching(1, "embedding") | NUMBERS | drawn("curves"),
+        jobs("none/seed1", "grd/seed1") | NUMBERS | drawn("curves"),
     ),
-    "one more student": (  # of images; the patches are drawn, and the teacher has been asked
+    "one more student": (  # of images; the teacher has been asked
         {"studies": {"smoke": {"students": [STUDENT, STUDENT_3D, "enet"]}}},
         {message.replace(STUDENT, "enet") for message in jobs(NONE, GRD, datasets=(DATA,))}
         | {f"Profile {DATA}/enet"}
@@ -357,9 +349,9 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
     ),
     "a method that compares a feature map": (  # of the teacher's only this is asked for
         {"studies": {"smoke": {"methods": ["none", "grd", "fitnet"]}}},
-        jobs("fitnet/seed0") | caching(0, "stride8", "stride9") | NUMBERS | drawn("curves"),
+        jobs("fitnet/seed0") | asking("stride8", "stride9") | NUMBERS | drawn("curves"),
     ),
-    "no cache": ({"studies": {"smoke": {"teacher_cache": None}}}, jobs(NONE, GRD) | TABLES | ALL_FIGURES),
+    "teacher online": ({"recipes": {"student": {"teacher": "online"}}}, jobs(GRD) | TABLES | ALL_FIGURES),
     "one more method": (
         {"studies": {"smoke": {"methods": ["none", "grd", "igd"]}}},
         jobs("igd/seed0") | NUMBERS | drawn("curves"),
@@ -370,7 +362,7 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
     "code of a network": (
         edit("models/resunet3d.py"),
         jobs(TEACHING, NONE, GRD, datasets=(VOLUMES,))
-        | {asked for asked in ASKED if VOLUMES in asked}
+        | asking("embedding", datasets=(VOLUMES,))
         | {f"Profile {VOLUMES}/{network}" for network in NETWORKS[VOLUMES]}
         | TABLES
         | drawn(*FIGURES[VOLUMES], datasets=(VOLUMES,)),

@@ -13,7 +13,9 @@ from torch import Tensor
 from gdlib import io, ops
 from gdlib.data.augment import augment_intensity, augment_sections, empty_patches, mirrored, sample_patch, sampling_grid
 from gdlib.data.intensity import intensity_range, learn, span
+from gdlib.data.maps import TeacherMaps
 from gdlib.distill import Batch
+from gdlib.models import Embedding
 
 IN_MEMORY = 2**31  # bytes; a split that is larger stays in its file, and patches are read from there
 
@@ -58,6 +60,8 @@ class PatchSampler:
         border: label pixels so near to another instance become background (`ops.widen_borders`).
         seed: of the run.
         device: where patches are made and returned.
+        maps: what a teacher says about these images, to be cut along; else batches come without.
+        levels: for each of its feature maps that is wanted, the sides that the student's has of a patch.
 
     Attributes:
         normalisation: keyword arguments of `intensity_range`, as learned from the images.
@@ -75,7 +79,11 @@ class PatchSampler:
         margin: Sequence[int] | None = None,
         border: int = 0,
         device: torch.device | str = "cpu",
+        maps: TeacherMaps | None = None,
+        levels: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
+        self.maps = maps
+        self.levels = levels or {}
         self.patch = tuple(patch)
         self.margin = tuple(margin or [0] * len(self.patch))
         self.batch_size = batch_size
@@ -98,10 +106,10 @@ class PatchSampler:
                     "choose a smaller patch"
                 )
         self.normalisation = learn(found.values(), **normalisation)
-        for arrays in found.values():
+        for name, arrays in found.items():
             low, high = intensity_range(arrays["image"], **self.normalisation)
             column = (-1,) + (1,) * len(self.patch)
-            held = arrays | {"low": low.reshape(column), "span": span(low, high).reshape(column)}
+            held = arrays | {"name": name, "low": low.reshape(column), "span": span(low, high).reshape(column)}
             self.samples.append(
                 {k: _tensor(a).to(self.device) if isinstance(a, np.ndarray) else a for k, a in held.items()}
             )
@@ -127,45 +135,67 @@ class PatchSampler:
         patches = [self._cut(sample, g) for sample, g in zip(chosen, grid, strict=True)]
         image, label = (torch.stack([patch[k] for patch in patches]) for k in (0, 1))
         ignore = torch.stack([patch[2] for patch in patches]) if self.ignores else None
+        said = {part: torch.stack([patch[3][part] for patch in patches]) for part in patches[0][3]}
         if self.border:
             label = ops.widen_borders(label, self.border)
         label = label.long() & 0xFFFFFFFF
         if self.augment.get("empty", 0) > 0:
-            image, label, ignore = self._emptied(image, label, ignore, step)
+            image, label, ignore, said = self._emptied(image, label, ignore, said, step)
         image = augment_intensity(image, generator, **self.augment["intensity"])
         if len(self.patch) == 3:
             image = augment_sections(image, generator, **self.augment["sections"])
-        return Batch(image, label, ops.send(ids, self.device), ignore, largest=self.largest)
+        said = {part: vectors.movedim(-1, 1) for part, vectors in said.items()}
+        teacher = Embedding(said.pop("embedding", None), said.pop("foreground", None), said) if self.maps else None
+        return Batch(image, label, ops.send(ids, self.device), ignore, teacher, self.largest)
 
     def _emptied(
-        self, image: Tensor, label: Tensor, ignore: Tensor | None, step: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put noise without objects in the place of some patches; random numbers of their own leave all others as they are."""
+        self, image: Tensor, label: Tensor, ignore: Tensor | None, said: dict[str, Tensor], step: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Put noise without objects in the place of some patches; random numbers of their own leave all others as they are.
+
+        Of this noise no teacher has said anything. It gets, everywhere, what the teacher says on average of the background that
+        was there, so that it says what is true: one background.
+        """
         generator = torch.Generator().manual_seed(~(self.seed * 2_654_435_761 + step) % 2**32)
         which = (torch.rand(len(image), generator=generator) < self.augment["empty"]).nonzero()[:, 0]
         if not len(which):
-            return image, label, ignore
+            return image, label, ignore, said
         noise = empty_patches((len(which), *image.shape[1:]), generator, **self.normalisation)
         which = ops.send(which, self.device)
         image = image.index_copy(0, which, ops.send(noise, self.device))
+        for part, vectors in said.items():
+            centres = self.maps.centres(part, self.patch, self.levels)
+            centres = (ops.send(c, self.device) if isinstance(c, Tensor) else c for c in centres)
+            there = label.index_select(0, which)[(slice(None), *centres)]
+            weight = (there == 0).unsqueeze(-1) + 1e-6  # without background, of all there is
+            old = vectors.index_select(0, which)
+            axes = tuple(range(1, there.ndim))
+            mean = (old.float() * weight).sum(axes, keepdim=True) / weight.sum(axes, keepdim=True)
+            said[part] = vectors.index_copy(0, which, mean.to(old.dtype).expand_as(old).contiguous())
         label = label.index_fill(0, which, 0)
-        return image, label, None if ignore is None else ignore.index_fill(0, which, False)
+        return image, label, None if ignore is None else ignore.index_fill(0, which, False), said
 
-    def _cut(self, sample: Mapping[str, Any], grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the box that holds all points of a grid, and resample it."""
+    def _cut(self, sample: Mapping[str, Any], grid: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Read the box that holds all points of a grid, and resample it: image, label, ignore and the teacher's maps."""
         places = mirrored(grid, sample["label"].shape).unbind(-1)  # on the CPU: to find the box, nothing waits
         ends = [place.aminmax() for place in places]
         box = tuple(slice(math.floor(low), math.ceil(high) + 1) for low, high in ends)
         inner = tuple(slice(m, m + p) for m, p in zip(self.margin, self.patch, strict=True))
-        grid = ops.send(torch.stack([place - s.start for place, s in zip(places, box, strict=True)]), self.device)
+        grid = torch.stack([place - s.start for place, s in zip(places, box, strict=True)])
+        nearest = grid[(slice(None), *inner)].round().long()  # of label and maps alike
+        said = {}
+        if self.maps is not None:
+            pixels = [place + s.start for place, s in zip(nearest, box, strict=True)]
+            said = self.maps.cut(sample["name"], pixels, self.levels)
+            said = {part: ops.send(vectors, self.device) for part, vectors in said.items()}
+        grid, nearest = ops.send(grid, self.device), tuple(ops.send(nearest, self.device))
 
         def read(name: str) -> Tensor:
             part = sample[name][(..., *box)]
             return part if isinstance(part, Tensor) else ops.send(_tensor(part), self.device)
 
         image = sample_patch((read("image").float() - sample["low"]) / sample["span"], grid.movedim(0, -1))
-        nearest = tuple(grid[(slice(None), *inner)].round().long())
         label = read("label")[nearest]
         if "ignore" not in sample:  # but other samples may have it
-            return image, label, torch.zeros_like(label, dtype=torch.bool)
-        return image, label, read("ignore")[nearest]
+            return image, label, torch.zeros_like(label, dtype=torch.bool), said
+        return image, label, read("ignore")[nearest], said

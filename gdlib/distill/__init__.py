@@ -28,10 +28,9 @@ class Batch:
     Attributes:
         image: (B, C, [Z,] Y, X) float32, larger than the label by a margin where a network needs it.
         label: (B, [Z,] Y, X) int64, 0 = background.
-        ids: (B,) int64 numbers of the patches, of which no two of a training are equal; a patch that is shown again keeps its
-            own. The memory bank tells them apart by it.
+        ids: (B,) int64 numbers of the patches, of which no two of a training are equal: the memory bank tells them apart by it.
         ignore: (B, [Z,] Y, X) boolean, where the label is not known.
-        teacher: the teacher's output on these patches, if it is already known (`gdlib.cache`).
+        teacher: what the teacher says of these patches, if it was asked before (`gdlib.data.maps`).
         largest: no id in the label is larger; known where a device is better not asked.
     """
 
@@ -249,12 +248,18 @@ def label_at(label: Tensor, shape: Sequence[int], stride: Sequence[int]) -> tupl
         and where these voxels are in the map.
     """
     places, inner = [], []
-    for n, m, s in zip(label.shape[1:], shape, stride, strict=True):
-        first = (n - s * m) // 2 + (s - 1) // 2  # centre of the first voxel
+    for n, first, m, s in zip(
+        label.shape[1:], first_centre(label.shape[1:], shape, stride), shape, stride, strict=True
+    ):
         start, stop = max(0, -(first // s)), min(m, (n - 1 - first) // s + 1)
         places.append(torch.arange(first + s * start, first + s * stop, s, device=label.device))
         inner.append(slice(start, stop))
     return label[(slice(None), *torch.meshgrid(*places, indexing="ij"))], tuple(inner)
+
+
+def first_centre(sides: Sequence[int], shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Return at which pixel of a label the first voxel of a feature map has its centre; it may be outside. See `label_at`."""
+    return [(n - s * m) // 2 + (s - 1) // 2 for n, m, s in zip(sides, shape, stride, strict=True)]
 
 
 def build_term(name: str, memory: bool, options: dict) -> Term:
@@ -270,12 +275,20 @@ def see(network: nn.Module, batch: Batch) -> Embedding:
     return network(batch.image[(..., *(slice(s, n - s) for s, n in zip(spare, batch.image.shape[2:], strict=True)))])
 
 
+class Asked(nn.Module):
+    """A teacher that was asked before: all that there is of it are its feature maps' names, channels and strides."""
+
+    def __init__(self, levels: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
+        super().__init__()
+        self.levels = levels
+
+
 class Distiller(nn.Module):
     """Student, teacher and terms as one module that maps a batch to named losses.
 
     Args:
         student: the network that is trained.
-        teacher: frozen; only needed by terms with `needs_teacher`.
+        teacher: frozen; only needed by terms with `needs_teacher`. `Asked` where every batch comes with what it says.
         terms: `(name, weight, term)`; names are unique.
         offsets: of the affinities.
         bank: needed when a term has memory.

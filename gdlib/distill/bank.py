@@ -111,8 +111,5 @@ def check_entries(means: Mapping[str, float], capacity: int) -> None:
     for name in means:
         kind, _, term = name.partition("/")
         if kind == "entries" and term and not means[name]:
-            why = "entries of the memory bank are of other patches than those of the step: draw more patches "
-            why += "(teacher_cache), or choose a smaller batch_size or a larger bank"
-            if means.get("entries", 1):
-                why = "patches in the memory bank show an instance: check the labels of the training images"
+            why = "patches in the memory bank show an instance: check the labels of the training images"
             raise ValueError(f'the term "{term}" had nothing to compare with, as none of the {capacity} {why}')

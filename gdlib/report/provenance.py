@@ -179,7 +179,7 @@ def _jobs(benchmarks: Path, runs: Mapping[str, Any], data: Mapping[str, Any]) ->
     for dataset, splits in data.items():
         there = [Path(one["file"]).with_name("benchmark.tsv") for one in splits.values() if one]
         files += [("prepare", dataset, None, path) for path in there[:1]]
-        for step in ("cache", "profile", "baselines"):
+        for step in ("maps", "profile", "baselines"):
             own = [*sorted((benchmarks / step / dataset).rglob("*.tsv")), benchmarks / step / f"{dataset}.tsv"]
             files += [(step, dataset, None, path) for path in own]
     for key, run in runs.items():

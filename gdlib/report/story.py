@@ -72,7 +72,7 @@ def data_page(found: Mapping[str, Any], titles: Titles) -> str:
 STEPS = {
     "prepare": "prepare the data",
     "teacher": "train teachers",
-    "cache": "draw patches, ask the teacher",
+    "maps": "ask teachers about the training images",
     "train": "train students",
     "predict": "predict test images",
     "segment": "find objects",

@@ -39,7 +39,6 @@ STUDY = {
             "students": [STUDENT],
             "methods": ["none", "grd"],
             "seeds": [0],
-            "teacher_cache": 6,
             "teacher_recipe": {**RECIPE, "steps": 40, "validate_every": 20},
             "student_recipe": {**RECIPE, "steps": 12, "validate_every": 6},
         }

@@ -47,9 +47,7 @@ def test_kill_9_at_random_moments_of_every_rule(fresh, reference):
     rng = random.Random(int(os.environ.get("GDLIB_FAULTS_SEED", "0")))
     jobs = reference.jobs(reference.output)
     rules = list(dict.fromkeys(rule for rule, _ in jobs.values()))
-    assert {"prepare", "train_teacher", "draw_patches", "ask_teacher", "train_student", "predict", "segment"} <= set(
-        rules
-    )
+    assert {"prepare", "train_teacher", "ask_teacher", "train_student", "predict", "segment"} <= set(rules)
     assert {"evaluate", "profile", "summarize", "figure_panel"} <= set(rules)
     reached = dict.fromkeys(rules, 0)
     for rule in rules * int(os.environ.get("GDLIB_FAULTS_ROUNDS", "1")):
@@ -117,11 +115,11 @@ DAMAGE = {
     ),
     "a bit of the teacher": (
         TEACHER_WEIGHTS, lambda path: flip(path, path.stat().st_size - 1000), "it is damaged",
-        f"results/faults/cache/{DATA}/{TEACHER}/embedding/seed0.h5",
+        f"results/faults/maps/{DATA}/{TEACHER}/embedding.h5",
     ),
-    "a bit of the patches": (
-        f"results/faults/cache/{DATA}/seed0.h5", lambda path: flip(path, middle_of(path, "image")), "is damaged",
-        f"{RUNS}/{STUDENT}/none/seed0/weights.safetensors",
+    "a bit of the maps": (
+        f"results/faults/maps/{DATA}/{TEACHER}/embedding.h5", lambda path: flip(path, middle_of(path, "embedding")), "is damaged",
+        f"{RUNS}/{STUDENT}/grd/seed0/weights.safetensors",
     ),
     "a bit of the predictions": (
         f"{RUNS}/{STUDENT}/none/seed0/predictions.h5", lambda path: flip(path, middle_of(path, "affinity")), "is damaged",

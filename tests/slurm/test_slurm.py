@@ -31,7 +31,6 @@ STUDY = {
     "students": [STUDENT],
     "methods": ["none", "grd"],
     "seeds": [0],
-    "teacher_cache": 5,
     "teacher_recipe": {"steps": 200, "batch_size": 4, "patch": [64, 64], "validate_every": 100, "save_every": 10},
     "student_recipe": {"steps": 20, "batch_size": 4, "patch": [64, 64], "validate_every": 10, "save_every": 10},
 }

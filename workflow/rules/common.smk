@@ -24,8 +24,7 @@ ID = "{dataset}/{network}/{method}/seed{seed}"  # of a run
 RUN = f"{RESULTS}/runs/{ID}"
 NAME = ID.replace("{", "{wildcards.")  # the same in messages
 SEGMENTED = f"{RUN}/{{segmenter}}"  # a run's instances, by one way to find them
-PATCHES = f"{RESULTS}/cache/{{dataset}}/seed{{seed}}.h5"
-TAUGHT = f"{RESULTS}/cache/{{dataset}}/{{network}}/{{part}}/seed{{seed}}.h5"
+MAPS = f"{RESULTS}/maps/{{dataset}}/{{network}}/{{part}}.h5"
 PROFILE = f"{RESULTS}/profile/{{dataset}}/{{network}}.json"
 
 KEPT = 4  # test images whose embeddings are kept; a plot option would predict again
@@ -126,31 +125,17 @@ def teacher_files(dataset):
     ]
 
 
-def teacher_weights(wildcards):
-    """What a student learns from; nothing if its method does not ask the teacher, so that it need not wait."""
-    if not CFG.method(wildcards.method).terms:
-        return []
-    return weights_of(
-        wildcards.dataset, CFG.teacher_of(wildcards.dataset, wildcards.method)
-    )[0]
-
-
-def cached(wildcards):
-    """Patches drawn before, and the teacher's output on them, for the students that can use them.
-
-    They are no temporary files: Snakemake would make them again for one more method, and then train every student again.
-    """
-    dataset, method, seed = wildcards.dataset, wildcards.method, wildcards.seed
-    if not PLAN.is_cached(method):
+def taught(wildcards):
+    """What a student learns from: the maps of its teacher, the teacher itself, or nothing; then it need not wait."""
+    dataset, method = wildcards.dataset, wildcards.method
+    if not CFG.method(method).terms:
         return {}
-    network = CFG.teacher_of(dataset, method)
-    return {
-        "patches": PATCHES.format(dataset=dataset, seed=seed),
-        "taught": [
-            TAUGHT.format(dataset=dataset, network=network, part=part, seed=seed)
-            for part in PLAN.parts_of(method)
-        ],
-    }
+    teacher = CFG.teacher_of(dataset, method)
+    if PLAN.spec_of(run_of(wildcards)).recipe.teacher == "online":
+        return {"teacher": weights_of(dataset, teacher)[0]}
+    names = {"dataset": dataset, "network": teacher}
+    parts = PLAN.parts_of(method)
+    return {"maps": [MAPS.format(part=part, **names) for part in parts]}
 
 
 def true_foreground(wildcards):
