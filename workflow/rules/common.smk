@@ -62,6 +62,11 @@ def run_of(wildcards):
     )
 
 
+def of_dataset(asked):
+    """An answer for the dataset of the wildcards."""
+    return lambda wildcards: asked(wildcards.dataset)
+
+
 def files_of(code):
     """Files of the package where they are; relative, so that a moved project re-runs nothing."""
     return [os.path.relpath(os.path.join(ROOT, "gdlib", path)) for path in code]

@@ -148,167 +148,115 @@ rule paper:
         "../scripts/paper.py"
 
 
-rule figure_tradeoff:
-    input:
-        metrics=lambda wildcards: metrics_of(PLAN.runs_on(wildcards.dataset)),
-        profiles=lambda wildcards: profiles_of(wildcards.dataset),
-        code=code_of("report"),
-    output:
-        figure("tradeoff", "accuracy and cost"),
-    log:
-        f"{LOGS}/figures/{{dataset}}/tradeoff.log",
-    benchmark:
-        f"{BENCHMARKS}/figures/{{dataset}}/tradeoff.tsv"
-    localrule: True
-    conda:
-        "../../envs/report.yaml"
-    threads: 1
-    resources:
-        gpu=0,
-        mem_mb=grow(1000),
-        runtime=10,
-    params:
-        figure="tradeoff",
-        metric=lambda wildcards: CFG.shown(wildcards.dataset).main_metric,
-        titles=lambda wildcards: PLAN.titles(PLAN.networks_of(wildcards.dataset)),
-        dpi=PLOT.dpi,
-    message:
-        "Draw tradeoff of {wildcards.dataset}"
-    script:
-        "../scripts/figures.py"
+METRICS = of_dataset(lambda dataset: metrics_of(PLAN.runs_on(dataset)))
+PLOTTED = of_dataset(lambda dataset: list(CFG.shown(dataset).metrics))
+MAIN = of_dataset(lambda dataset: CFG.shown(dataset).main_metric)
+TITLES = of_dataset(lambda dataset: PLAN.titles(PLAN.networks_of(dataset)))
+SHOWN = of_dataset(lambda dataset: [run[2] for run in PLAN.shown_on(dataset)])
+IMAGES = {
+    "data": f"{DATA}/test.h5",
+    "segmentations": of_dataset(
+        lambda dataset: of_runs(
+            f"{CFG.datasets[dataset].segmenters[0]}/segmentation.h5",
+            PLAN.shown_on(dataset),
+        )
+    ),
+}
+# Of each figure: what readers call it, the files that it is made of, and what it is told besides titles and resolution.
+DRAWN = {
+    "methods": ("every method", {"metrics": METRICS}, {"metrics": PLOTTED}),
+    "ablation_{ablation}": (
+        "ablation of {ablation}",
+        {"metrics": METRICS},
+        {
+            "metrics": PLOTTED,
+            "ablation": lambda wildcards: wildcards.ablation,
+            "base": lambda wildcards: ABLATIONS[wildcards.ablation]["method"],
+            "titles": lambda wildcards: TITLES(wildcards) | SETTINGS,
+        },
+    ),
+    "tradeoff": (
+        "accuracy and cost",
+        {"metrics": METRICS, "profiles": of_dataset(profiles_of)},
+        {"metric": MAIN},
+    ),
+    "curves": (
+        "training",
+        {
+            "histories": of_dataset(
+                lambda dataset: of_runs(
+                    "history.csv", PLAN.trained(PLAN.runs_on(dataset))
+                )
+            )
+        },
+        {
+            "metric": MAIN,
+            "runs": of_dataset(
+                lambda dataset: [
+                    list(run[1:]) for run in PLAN.trained(PLAN.runs_on(dataset))
+                ]
+            ),
+        },
+    ),
+    "panel": (
+        "segmentations",
+        IMAGES,
+        {
+            "metric": MAIN,
+            "ndim": of_dataset(lambda dataset: CFG.datasets[dataset].ndim),
+            "methods": SHOWN,
+            "sample": PLOT.panel_sample,
+            "crop": PLOT.panel_crop,
+        },
+    ),
+    "embeddings": (
+        "embeddings",
+        {
+            "data": f"{DATA}/test.h5",
+            "predictions": of_dataset(
+                lambda dataset: of_runs("predictions.h5", PLAN.shown_on(dataset))
+            ),
+        },
+        {"methods": SHOWN, "sample": PLOT.panel_sample, "crop": PLOT.panel_crop},
+    ),
+    "neurons": (
+        "neurons",
+        IMAGES,
+        {"methods": SHOWN, "sample": PLOT.panel_sample},
+    ),
+}
 
 
-# What a rule takes from another does not include this.
-localrules:
-    figure_methods,
-    figure_ablation,
-    figure_curves,
-    figure_panel,
-    figure_embeddings,
-    figure_neurons,
+wildcard_constraints:
+    ablation="|".join(map(re.escape, ABLATIONS)) or "none",
 
 
-# What is not named in the rules below is as above; a parameter that a figure has no use for is set to None.
-use rule figure_tradeoff as figure_methods with:
-    input:
-        metrics=lambda wildcards: metrics_of(PLAN.runs_on(wildcards.dataset)),
-        code=code_of("report"),
-    output:
-        figure("methods", "every method"),
-    log:
-        f"{LOGS}/figures/{{dataset}}/methods.log",
-    benchmark:
-        f"{BENCHMARKS}/figures/{{dataset}}/methods.tsv"
-    params:
-        figure="methods",
-        metric=None,
-        metrics=lambda wildcards: list(CFG.shown(wildcards.dataset).metrics),
-    message:
-        "Draw methods of {wildcards.dataset}"
+for NAME_OF, (TITLE, FILES, TOLD) in DRAWN.items():
+    KIND = NAME_OF.partition("_")[0]
 
-
-use rule figure_tradeoff as figure_ablation with:
-    input:
-        metrics=lambda wildcards: metrics_of(PLAN.runs_on(wildcards.dataset)),
-        code=code_of("report"),
-    output:
-        figure("ablation_{ablation}", "ablation of {ablation}"),
-    log:
-        f"{LOGS}/figures/{{dataset}}/ablation_{{ablation}}.log",
-    benchmark:
-        f"{BENCHMARKS}/figures/{{dataset}}/ablation_{{ablation}}.tsv"
-    wildcard_constraints:
-        ablation="|".join(map(re.escape, ABLATIONS)),
-    params:
-        figure="ablation",
-        metric=None,
-        ablation=lambda wildcards: wildcards.ablation,
-        base=lambda wildcards: ABLATIONS[wildcards.ablation]["method"],
-        metrics=lambda wildcards: list(CFG.shown(wildcards.dataset).metrics),
-        titles=lambda wildcards: PLAN.titles(PLAN.networks_of(wildcards.dataset))
-        | SETTINGS,
-    message:
-        "Draw ablation {wildcards.ablation} of {wildcards.dataset}"
-
-
-use rule figure_tradeoff as figure_curves with:
-    input:
-        histories=lambda wildcards: of_runs(
-            "history.csv", PLAN.trained(PLAN.runs_on(wildcards.dataset))
-        ),
-        code=code_of("report"),
-    output:
-        figure("curves", "training"),
-    log:
-        f"{LOGS}/figures/{{dataset}}/curves.log",
-    benchmark:
-        f"{BENCHMARKS}/figures/{{dataset}}/curves.tsv"
-    params:
-        figure="curves",
-        runs=lambda wildcards: [
-            list(run[1:]) for run in PLAN.trained(PLAN.runs_on(wildcards.dataset))
-        ],
-    message:
-        "Draw curves of {wildcards.dataset}"
-
-
-use rule figure_tradeoff as figure_panel with:
-    input:
-        data=f"{DATA}/test.h5",
-        segmentations=lambda wildcards: of_runs(
-            f"{CFG.datasets[wildcards.dataset].segmenters[0]}/segmentation.h5",
-            PLAN.shown_on(wildcards.dataset),
-        ),
-        code=code_of("report"),
-    output:
-        figure("panel", "segmentations"),
-    log:
-        f"{LOGS}/figures/{{dataset}}/panel.log",
-    benchmark:
-        f"{BENCHMARKS}/figures/{{dataset}}/panel.tsv"
-    params:
-        figure="panel",
-        ndim=lambda wildcards: CFG.datasets[wildcards.dataset].ndim,
-        methods=lambda wildcards: [run[2] for run in PLAN.shown_on(wildcards.dataset)],
-        sample=PLOT.panel_sample,
-        crop=PLOT.panel_crop,
-    message:
-        "Draw panel of {wildcards.dataset}"
-
-
-use rule figure_tradeoff as figure_embeddings with:
-    input:
-        data=f"{DATA}/test.h5",
-        predictions=lambda wildcards: of_runs(
-            "predictions.h5", PLAN.shown_on(wildcards.dataset)
-        ),
-        code=code_of("report"),
-    output:
-        figure("embeddings", "embeddings"),
-    log:
-        f"{LOGS}/figures/{{dataset}}/embeddings.log",
-    benchmark:
-        f"{BENCHMARKS}/figures/{{dataset}}/embeddings.tsv"
-    params:
-        figure="embeddings",
-        metric=None,
-        methods=lambda wildcards: [run[2] for run in PLAN.shown_on(wildcards.dataset)],
-        sample=PLOT.panel_sample,
-        crop=PLOT.panel_crop,
-    message:
-        "Draw embeddings of {wildcards.dataset}"
-
-
-use rule figure_panel as figure_neurons with:
-    output:
-        figure("neurons", "neurons"),
-    log:
-        f"{LOGS}/figures/{{dataset}}/neurons.log",
-    benchmark:
-        f"{BENCHMARKS}/figures/{{dataset}}/neurons.tsv"
-    params:
-        figure="neurons",
-        methods=lambda wildcards: [run[2] for run in PLAN.shown_on(wildcards.dataset)],
-        sample=PLOT.panel_sample,
-    message:
-        "Draw neurons of {wildcards.dataset}"
+    rule:
+        name:
+            f"figure_{KIND}"
+        input:
+            **FILES,
+            code=code_of("report"),
+        output:
+            figure(NAME_OF, TITLE),
+        log:
+            f"{LOGS}/figures/{{dataset}}/{NAME_OF}.log",
+        benchmark:
+            f"{BENCHMARKS}/figures/{{dataset}}/{NAME_OF}.tsv"
+        localrule: True
+        conda:
+            "../../envs/report.yaml"
+        threads: 1
+        resources:
+            gpu=0,
+            mem_mb=grow(1000),
+            runtime=10,
+        params:
+            **{"figure": KIND, "titles": TITLES, "dpi": PLOT.dpi, **TOLD},
+        message:
+            f"Draw {NAME_OF.replace('_{', ' {wildcards.')} of {{wildcards.dataset}}"
+        script:
+            "../scripts/figures.py"
