@@ -1,21 +1,18 @@
 """The mutex watershed: Wolf et al., The Mutex Watershed, ECCV 2018 (numpy only).
 
-Affinities as networks give them here have 256 levels, and edges of few levels need no sorting: `mutex.cpp` counts them. For
-other affinities, and without a compiler, bioimage-cpp does it, piece by piece. The result is the same.
+Affinities as networks give them here have 256 levels, and edges of few levels need no sorting: they are counted, and visited
+level by level, in time that grows with their number. Others are left to bioimage-cpp, which sorts. The result is the same.
 """
 
-import ctypes
 from collections.abc import Sequence
 
 import bioimage_cpp as bic
 import numpy as np
 from scipy.ndimage import find_objects
 
-from gdlib import compiled, limits
+from gdlib import jit, limits
 
-MOST_PIECES = 1000
-TILE = {2: 1024, 3: 128}  # sides, in pixels, of where the smallest pieces are one
-MOST_PIXELS = 2**31  # of `mutex.cpp`, where a segment's size has 31 bits
+MOST_PIXELS = 2**31  # of what is counted: a segment's size has 31 bits
 
 
 def mutex_watershed(
@@ -49,9 +46,12 @@ def mutex_watershed(
     box = next(iter(find_objects(mask.view(np.uint8))), None)
     label = np.zeros(mask.shape, np.int64)
     if box is not None:
-        fast = affinity.dtype == np.uint8 and mask[box].size < MOST_PIXELS and _library() is not None
-        partition = _by_counting if fast else _piece_by_piece
-        label[box] = partition(affinity[(slice(None), *box)], mask[box], offsets, stride, exponent)
+        counted = jit.ENABLED and affinity.dtype == np.uint8 and mask[box].size < MOST_PIXELS
+        partition = _by_counting if counted else _by_sorting
+        try:
+            label[box] = partition(affinity[(slice(None), *box)], mask[box], offsets, stride, exponent)
+        except MemoryError:
+            raise MemoryError(f"the mutex watershed of {' x '.join(map(str, mask[box].shape))} pixels") from None
     return label
 
 
@@ -59,57 +59,12 @@ def memory(ndim: int, channels: int, *, stride: int = 1, **_: float) -> float:
     """Return how many bytes per pixel it takes besides what it is given, if all pixels are foreground (measured)."""
     edges = ndim + (channels - ndim) / stride**2  # of a pixel
     least = 100  # of what gives away small segments
-    return max(least, 44 + 9 * edges if _library() is not None else 30 + 58 * edges)
+    return max(least, 44 + 9 * edges)
 
 
-def _library() -> ctypes.CDLL | None:
-    return compiled.library("mutex", "the mutex watershed runs")
-
-
-def _by_counting(
-    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int, exponent: float
-) -> np.ndarray:
-    """Call `mutex.cpp`; affinities are uint8."""
-    levels = np.arange(256, dtype=np.uint8)
-    weight = _weights(np.stack([levels, levels]), 1, exponent)
-    strengths, turn = np.unique(-weight, return_inverse=True)
-    more = 3 - mask.ndim
-    sides = np.array((*(1,) * more, *mask.shape), np.int64)
-    displacements = np.pad(np.array(offsets, np.int64), ((0, 0), (more, 0)))
-    turns = turn.astype(np.int64).ravel()
-    maps = np.ascontiguousarray(affinity), np.ascontiguousarray(mask)
-    label = np.empty(mask.shape, np.int64)
-    given = sides, len(offsets), mask.ndim, displacements, stride, *maps, turns, len(strengths), label
-    if not _library().mutex_watershed(*map(_argument, given)):
-        raise MemoryError(f"the mutex watershed of {' x '.join(map(str, mask.shape))} pixels")
-    return label
-
-
-def _argument(value: np.ndarray | int) -> ctypes.c_void_p | ctypes.c_int64:
-    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_void_p(value.ctypes.data)
-
-
-def _piece_by_piece(
-    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int, exponent: float
-) -> np.ndarray:
-    """Call bioimage-cpp.
-
-    No edge between two pieces of the mask that do not touch can change the result, and most of the time goes into sorting: so
-    every piece is sorted alone, where its numbers stay in the cache.
-    """
-    ndim = mask.ndim
-    pieces = _pieces(mask) if (np.abs(offsets[:ndim]).sum(1) == 1).all() else mask.view(np.uint8)
-    strides = (1,) * (ndim - 2) + (stride,) * 2
-    label = np.zeros(mask.shape, np.int64)
-    count = 0
-    for k, box in enumerate(find_objects(pieces), 1):
-        box = tuple(slice(s.start - s.start % d, s.stop) for s, d in zip(box, strides, strict=True))
-        inside = pieces[box] == k
-        weight = _weights(affinity[(slice(None), *box)], ndim, exponent)
-        found = bic.segmentation.mutex_watershed(weight, offsets, ndim, strides=strides, mask=inside)[inside]
-        label[box][inside] = found.astype(np.int64) + count
-        count += int(found.max())
-    return _in_order(label, mask, count)
+def as_float(array: np.ndarray) -> np.ndarray:
+    """Return a new float32 array in [0, 1] of one that may be uint8."""
+    return np.divide(array, np.float32(255)) if array.dtype == np.uint8 else array.astype(np.float32)
 
 
 def _weights(affinity: np.ndarray, attractive: int, exponent: float) -> np.ndarray:
@@ -121,37 +76,250 @@ def _weights(affinity: np.ndarray, attractive: int, exponent: float) -> np.ndarr
     return weight
 
 
-def as_float(array: np.ndarray) -> np.ndarray:
-    """Return a new float32 array in [0, 1] of one that may be uint8."""
-    return np.divide(array, np.float32(255)) if array.dtype == np.uint8 else array.astype(np.float32)
+def _by_sorting(
+    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int, exponent: float
+) -> np.ndarray:
+    weight = _weights(affinity, mask.ndim, exponent)
+    strides = (1,) * (mask.ndim - 2) + (stride,) * 2
+    return bic.segmentation.mutex_watershed(weight, offsets, mask.ndim, strides=strides, mask=mask)
 
 
-def _pieces(mask: np.ndarray) -> np.ndarray:
-    """Number the pieces of a mask that touch, from 1.
+def _by_counting(
+    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int, exponent: float
+) -> np.ndarray:
+    levels = np.arange(256, dtype=np.uint8)
+    weight = _weights(np.stack([levels, levels]), 1, exponent)
+    turn = np.unique(-weight, return_inverse=True)[1]
+    new = (1,) * (3 - mask.ndim)  # 2D is one section
+    label = _watershed(
+        np.ascontiguousarray(affinity).reshape(len(offsets), *new, *mask.shape),
+        np.ascontiguousarray(mask).reshape(*new, *mask.shape),
+        np.pad(np.array(offsets, np.int64), ((0, 0), (len(new), 0))),
+        np.where(np.arange(len(offsets)) < mask.ndim, 1, stride),
+        turn.reshape(2, 256).astype(np.int64),
+        mask.ndim,
+    )
+    return label.reshape(mask.shape)
 
-    Beyond `MOST_PIECES`, the smallest that begin in the same tile have one number together: there is a price for each, and for
-    the box around all of them another.
+
+# --- Compiled ---------------------------------------------------------------------------------------------------------
+#
+# A segment is a tree of pixels. Its root keeps a list of the segments that it must not join; two segments that join hang their
+# lists one behind the other, and whoever reads a list takes out what has become the same meanwhile.
+#
+# All of it is in four arrays, the fewer the faster: they are handed from function to function.
+#   parent (pixels,) int32: the pixel above in the tree; of a root, minus its number of pixels
+#   lists (pixels, 5) uint32: of a root, see below
+#   items (n, 2) uint32: of all lists; an item has a pixel of the other segment, and the next item
+#   state (2,) uint32: the first item that is free, and the number of the last reading of a list
+
+HEAD, TAIL, COUNT, LIMIT, SEEN = range(
+    5
+)  # first and last item, how many, when to look for equal ones, the reading that met it
+OTHER, NEXT = range(2)
+FREE, READING = range(2)
+NONE = np.uint32(0xFFFFFFFF)
+SHORT = np.uint32(16)  # a list in which one does not look for equal items
+
+
+@jit.kernel
+def _watershed(affinity, mask, offsets, strides, turns, attractive):
+    """Label the mask.
+
+    Args:
+        affinity: (K, Z, Y, X) uint8.
+        mask: (Z, Y, X) boolean.
+        offsets: (K, 3).
+        strides: (K,), along y and x.
+        turns: (2, 256): when edges of a level are visited, attractive and repulsive ones.
+        attractive: how many of the first channels are.
+
+    Returns:
+        (Z, Y, X) int64: 1, 2, ... as segments are met, 0 outside of the mask.
     """
-    if mask.all():
-        return mask.view(np.uint8)
-    pieces = bic.segmentation.label(mask, connectivity=1).astype(np.int32)
-    size = np.bincount(pieces.ravel())
-    if len(size) - 1 <= MOST_PIECES:
-        return pieces
-    smallest = 1 + np.argsort(-size[1:], kind="stable")[MOST_PIECES - 1 :]
-    tile = np.array([[s.start for s in box] for box in find_objects(pieces)])[smallest - 1] // TILE[mask.ndim]
-    number = np.arange(len(size))
-    number[smallest] = len(size) + np.unique(tile, axis=0, return_inverse=True)[1].ravel()
-    number = np.unique(number, return_inverse=True)[1].astype(np.int32)  # without gaps; the background stays 0
-    return number[pieces]
+    channels, _, height, width = affinity.shape
+    # Edges have a bin for each turn, and in it for each channel.
+    bins = np.empty((channels, 256), np.uint32)
+    for k in range(channels):
+        bins[k] = turns[int(k >= attractive)] * channels + k
+    begin = np.zeros(bins.max() + 2, np.int64)
+    nothing = np.empty(0, np.uint32)
+    for k in range(channels):
+        _bin_edges(affinity[k], mask, offsets[k], strides[k], bins[k], begin[1:], nothing)
+    begin = begin.cumsum()
+    edges = np.empty(begin[-1], np.uint32)  # first pixels
+    end = begin.copy()
+    for k in range(channels):
+        _bin_edges(affinity[k], mask, offsets[k], strides[k], bins[k], end, edges)
+
+    pixels = mask.size
+    parent = np.full(pixels, -1, np.int32)
+    lists = np.zeros((pixels, 5), np.uint32)
+    lists[:, HEAD] = NONE
+    lists[:, LIMIT] = SHORT
+    items = np.empty((0, 2), np.uint32)
+    state = np.array([NONE, 0], np.uint32)
+    for bin in range(len(begin) - 1):
+        k = bin % channels
+        shift = (offsets[k, 0] * height + offsets[k, 1]) * width + offsets[k, 2]
+        for i in range(begin[bin], begin[bin + 1]):
+            u = _find(parent, edges[i])
+            v = _find(parent, np.uint32(edges[i] + shift))
+            if u == v:
+                continue
+            if k < attractive:
+                _attract(parent, lists, items, state, u, v)
+            else:
+                if state[FREE] == NONE or items[state[FREE], NEXT] == NONE:
+                    items = _more(items, state)
+                _forbid(parent, lists, items, state, u, v)
+                _forbid(parent, lists, items, state, v, u)
+
+    number = lists[:, SEEN]
+    number[:] = 0
+    last = np.uint32(0)
+    label = np.zeros(pixels, np.int64)
+    inside = mask.ravel()
+    for p in range(pixels):
+        if inside[p]:
+            root = _find(parent, np.uint32(p))
+            if number[root] == 0:
+                last += np.uint32(1)
+                number[root] = last
+            label[p] = number[root]
+    return label.reshape(mask.shape)
 
 
-def _in_order(label: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
-    """Number labels as they are met."""
-    ids = label[mask]
-    first = np.full(count + 1, len(ids))
-    first[ids[::-1]] = np.arange(len(ids))[::-1]
-    number = np.empty(count + 1, np.int64)
-    number[1 + np.argsort(first[1:])] = np.arange(1, count + 1)
-    label[mask] = number[ids]
-    return label
+@jit.part
+def _bin_edges(affinity, mask, offset, stride, bins, place, edges):
+    """Count the edges of a channel in their bins; or put them where `place` says, if there is room for them."""
+    depth, height, width = mask.shape
+    dz, dy, dx = offset
+    start, end = (max(0, -dx) + stride - 1) // stride * stride, min(width, width - dx)
+    if start >= end:
+        return
+    for z in range(max(0, -dz), min(depth, depth - dz)):
+        for y in range((max(0, -dy) + stride - 1) // stride * stride, min(height, height - dy), stride):
+            here = mask[z, y, start:end:stride]
+            there = mask[z + dz, y + dy, start + dx : end + dx : stride]
+            level = affinity[z, y, start:end:stride]
+            first = (z * height + y) * width + start
+            for i in range(len(here)):
+                if here[i] and there[i]:
+                    bin = bins[level[i]]
+                    if len(edges):
+                        edges[place[bin]] = first + i * stride
+                    place[bin] += 1
+
+
+@jit.inlined
+def _find(parent, u):
+    """Return the root of a pixel's tree, and make the way there shorter."""
+    while parent[u] >= 0:
+        above = np.uint32(parent[u])
+        if parent[above] < 0:
+            u = above
+        else:
+            parent[u] = parent[above]
+            u = np.uint32(parent[above])
+    return u
+
+
+@jit.inlined
+def _attract(parent, lists, items, state, u, v):
+    """Join two segments, unless they must not."""
+    if lists[u, COUNT] >= lists[v, COUNT]:  # the shorter list is read
+        u, v = v, u
+    if lists[u, COUNT] != 0 and _forbids(parent, lists, items, state, u, v):
+        return
+    if parent[u] > parent[v]:
+        u, v = v, u
+    parent[u] += parent[v]
+    parent[v] = u
+    if lists[v, HEAD] != NONE:
+        if lists[u, HEAD] == NONE:
+            lists[u, TAIL] = lists[v, TAIL]
+        else:
+            items[lists[v, TAIL], NEXT] = lists[u, HEAD]
+        lists[u, HEAD] = lists[v, HEAD]
+        lists[u, COUNT] += lists[v, COUNT]
+        lists[u, LIMIT] = max(lists[u, LIMIT], lists[v, LIMIT])
+        _shrink(parent, lists, items, state, u)
+
+
+@jit.inlined
+def _forbid(parent, lists, items, state, u, v):
+    """Put v in the list of u."""
+    head = lists[u, HEAD]
+    if head == NONE or items[head, OTHER] != v:
+        _put(lists, items, state, u, v)
+        _shrink(parent, lists, items, state, u)
+
+
+@jit.inlined
+def _put(lists, items, state, u, v):
+    item = state[FREE]
+    state[FREE] = items[item, NEXT]
+    items[item, OTHER] = v
+    items[item, NEXT] = lists[u, HEAD]
+    if lists[u, HEAD] == NONE:
+        lists[u, TAIL] = item
+    lists[u, HEAD] = item
+    lists[u, COUNT] += np.uint32(1)
+
+
+@jit.inlined
+def _shrink(parent, lists, items, state, u):
+    """Take out equal items when a list has become long."""
+    if lists[u, COUNT] > lists[u, LIMIT]:
+        _forbids(parent, lists, items, state, u, NONE)
+        lists[u, LIMIT] = max(SHORT, np.uint32(2) * lists[u, COUNT])
+
+
+@jit.part
+def _forbids(parent, lists, items, state, u, v):
+    """Tell whether v is in the list of u, which gets shorter; what is found comes first."""
+    if state[READING] == NONE:  # all numbers were used
+        lists[:, SEEN] = 0
+        state[READING] = 0
+    state[READING] += np.uint32(1)
+    reading = state[READING]
+    item, before = lists[u, HEAD], NONE
+    while item != NONE:
+        after, other = items[item, NEXT], _find(parent, items[item, OTHER])
+        found = other == v
+        if found or lists[other, SEEN] == reading:
+            if before == NONE:
+                lists[u, HEAD] = after
+            else:
+                items[before, NEXT] = after
+            if lists[u, TAIL] == item:
+                lists[u, TAIL] = before
+            lists[u, COUNT] -= np.uint32(1)
+            items[item, NEXT] = state[FREE]
+            state[FREE] = item
+            if found:
+                _put(lists, items, state, u, v)
+                return True
+        else:
+            lists[other, SEEN] = reading
+            items[item, OTHER] = other
+            before = item
+        item = after
+    return False
+
+
+@jit.part
+def _more(items, state):
+    """Return twice as many items, the new ones free."""
+    had = len(items)
+    have = max(1024, min(2 * had, int(NONE)))
+    if have <= had + 1:  # there is no number for one more
+        raise MemoryError
+    more = np.empty((have, 2), np.uint32)
+    more[:had] = items
+    for item in range(had, have):
+        more[item, NEXT] = item + 1
+    more[have - 1, NEXT] = state[FREE]
+    state[FREE] = had
+    return more

@@ -3,8 +3,8 @@
 Per-pixel vectors are kept as *rows*: (B, [Z,] Y, X, D). A channels-last network output is such an array already, and every
 dot product of two pixels then reads two contiguous vectors.
 
-What the losses need of whole maps, `relate` and `pair_losses`, is computed by `gdlib/native.cpp` where that can be had, else by
-the plain functions here, which say what it means.
+What costs most of it, affinities and the losses of pairs, is computed by `gdlib/native.py` on a CPU, else by the plain functions
+here, which say what it means.
 """
 
 from collections.abc import Sequence
@@ -431,15 +431,17 @@ def relate(
         other: rows, without gradient, whose unit vectors are subtracted before that.
         window: side lengths, for means.
     """
+    vectors = unit(rows) if window or not native.usable(rows, other) else None
     if native.usable(rows, other):
-        groups = (instances.index, instances.size) if instances else (None, None)
-        return Relations(*native.relate(rows, offsets, *groups, moments, other, window))
-    vectors = unit(rows) if offsets or moments or window else None
-    difference = vectors if other is None or not moments else vectors - unit(other)
+        affinity, second = native.relate(rows, offsets, moments, other)
+    else:
+        affinity = affinities(vectors, offsets) if offsets else None
+        difference = vectors if other is None or not moments else vectors - unit(other)
+        second = gram(difference.flatten(1, -2)) if moments else None
     return Relations(
-        affinities(vectors, offsets) if offsets else None,
+        affinity,
         pool_instances(rows, instances) if instances else None,
-        gram(difference.flatten(1, -2)) if moments else None,
+        second,
         pool_windows(vectors, window) if window else None,
     )
 

@@ -331,7 +331,7 @@ _PRINTING = threading.Lock()
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Drop what is printed: by Python, and by C++, which knows the file descriptor alone."""
+    """Drop what is printed: by Python, and by compiled code, which knows the file descriptor alone."""
     with _PRINTING, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         printed = os.dup(1)
         os.dup2(nowhere.fileno(), 1)

@@ -410,7 +410,7 @@ def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:
     digest = hashlib.sha256(spec.model_dump_json().encode())
     for path in files:
         digest.update(io.sha256(path).encode() if path is not None else b"-")
-    for path in sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".cpp")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -35,8 +35,8 @@ ALLOWED = {
     "gdlib.metrics": "",
     "gdlib.scores": "gdlib.metrics",
     "gdlib.ops": "gdlib.native",
-    "gdlib.compiled": "gdlib.io",
-    "gdlib.native": "gdlib.compiled",
+    "gdlib.jit": "gdlib.io",
+    "gdlib.native": "gdlib.jit",
     "gdlib.parallel": "",
     "gdlib.schema": "gdlib.limits",
     "gdlib.mistakes": "gdlib.limits gdlib.registry gdlib.schema",
@@ -50,7 +50,7 @@ ALLOWED = {
     "gdlib.words",
     "gdlib.plan": "gdlib.registry gdlib.config gdlib.schema",
     "gdlib.segmentation": "gdlib.metrics gdlib.scores gdlib.mutex gdlib.parameters",
-    "gdlib.mutex": "gdlib.compiled gdlib.limits",
+    "gdlib.mutex": "gdlib.jit gdlib.limits",
     "gdlib.baselines": "gdlib.io gdlib.scores",
     "gdlib.models": "gdlib.io gdlib.registry",
     "gdlib.models.*": "gdlib.models gdlib.ops gdlib.limits",
@@ -109,7 +109,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|parts|words|plan|io|memory|outputs|failures|trained|compiled|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|parts|words|plan|io|memory|outputs|failures|trained|jit|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
     r"|data|data\.(axes|calibration|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 

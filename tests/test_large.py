@@ -234,13 +234,6 @@ def test_the_estimate_of_a_pass_is_near_what_it_takes(engine):
     assert 0.5 < taken / thought < 1.25
 
 
-def test_the_mutex_watershed_without_a_compiler_needs_more(monkeypatch):
-    with_it = mutex.memory(2, 10, stride=1)
-    monkeypatch.setattr(mutex, "_library", lambda: None)
-    assert mutex.memory(2, 10, stride=1) > 2 * with_it
-    assert mutex.memory(2, 10, stride=8) < with_it + 20
-
-
 def test_images_in_one_piece_in_blocks_or_not_at_all():
     predictor = predictor_of()
     parameters = defaults("mutex_watershed", 2)

@@ -235,9 +235,9 @@ KERNEL = {
 
 
 @pytest.mark.parametrize("change", KERNEL)
-@pytest.mark.parametrize("compiled", [True, False])
-def test_the_mutex_watershed_looks_at_what_it_gets(change, compiled, monkeypatch):
-    if not compiled:
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_mutex_watershed_looks_at_what_it_gets(change, counted, monkeypatch):
+    if not counted:
         monkeypatch.setattr(mutex, "MOST_PIXELS", 0)
     given = {"affinity": AFFINITY, "mask": MASK, "offsets": OFFSETS} | KERNEL[change][0]
     with pytest.raises(ValueError, match=KERNEL[change][1]) as error:

@@ -1,4 +1,4 @@
-"""Compiled code against the plain functions of `gdlib.ops`, and what happens where it cannot be compiled."""
+"""Compiled code against the plain functions of `gdlib.ops`, and how it is compiled and kept."""
 
 import itertools
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdlib import native, ops
+from gdlib import jit, native, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFSETS = {
@@ -17,7 +17,7 @@ OFFSETS = {
     3: [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (2, 0, 0), (-1, 2, -3), (0, 0, 27), (-9, 0, 0)],
 }
 SHAPES = {2: (2, 21, 37), 3: (2, 3, 7, 33)}  # lines of whole and of broken blocks of 16 pixels
-compiled = pytest.mark.skipif(native.library() is None, reason="there is no C++ compiler")
+compiled = pytest.mark.skipif(not jit.ENABLED, reason="NUMBA_DISABLE_JIT is set")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def plain(monkeypatch):
 
     def call(function):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "library", lambda: None)
+            patch.setattr(jit, "ENABLED", False)
             return function()
 
     return call
@@ -44,7 +44,6 @@ def scene(ndim, dim, dtype=torch.float64, seed=0):
 
 def relations(student, teacher, label, what):
     options = {"offsets": OFFSETS[label.ndim - 1], "instances": ops.Instances(label), "moments": True, "other": teacher}
-    options["window"] = (2, 4, 3)[4 - label.ndim :]
     found = ops.relate(student, **{name: options[name] for name in what})
     parts = [part for part in found if part is not None]
     generator = torch.Generator().manual_seed(1)
@@ -55,9 +54,12 @@ def relations(student, teacher, label, what):
 
 
 WHAT = [
-    ("offsets",), ("instances",), ("moments",), ("moments", "other"), ("offsets", "instances"),
-    ("offsets", "instances", "moments", "other"), ("window",), ("offsets", "instances", "moments", "window"),
-]  # fmt: skip
+    ("offsets",),
+    ("moments",),
+    ("moments", "other"),
+    ("offsets", "instances"),
+    ("offsets", "instances", "moments", "other"),
+]
 
 
 @compiled
@@ -86,7 +88,7 @@ def test_gradient_of_relations(ndim, dim):
     offsets = [o for o in itertools.product((-2, 0, 1), repeat=ndim)][::2]
 
     def all_of_them(rows):
-        return tuple(ops.relate(rows, offsets, ops.Instances(label), True, teacher, (2, 2, 3)[3 - ndim :]))
+        return ops.relate(rows, offsets, ops.Instances(label), True, teacher)[:3]
 
     assert torch.autograd.gradcheck(all_of_them, student.requires_grad_(), fast_mode=dim == 16)
 
@@ -165,39 +167,49 @@ def test_maps_that_are_not_contiguous():
 
 
 MISFITS = {
-    "a window of no pixels": lambda rows, label: native.relate(rows, (), None, None, False, None, (0, 3)),
-    "a window of another dimension": lambda rows, label: native.relate(rows, (), None, None, False, None, (3,)),
-    "other rows": lambda rows, label: native.relate(rows, (), None, None, True, rows[:, 1:], None),
-    "too few nodes": lambda rows, label: native.relate(rows, (), label[0].long().flatten(), label, False, None, None),
-    "offsets of another dimension": lambda rows, label: native.relate(
-        rows, [(0, 0, -1)], None, None, False, None, None
-    ),
+    "other rows": lambda rows, label: native.relate(rows, (), True, rows[:, 1:]),
+    "other rows of another type": lambda rows, label: native.relate(rows, (), True, rows.double()),
+    "offsets of another dimension": lambda rows, label: native.relate(rows, [(0, 0, -1)], False, None),
     "a smaller goal": lambda rows, label: native.pair_losses(rows, rows[:1]),
     "too few offsets": lambda rows, label: native.pair_losses(rows, None, [(0, -1)]),
     "a label of 64 bits": lambda rows, label: native.pair_losses(
-        rows, None, label=torch.zeros(2, 5, 16, dtype=torch.int64)
+        rows, None, weights=torch.zeros(2, 4, 2), label=torch.zeros(2, 5, 16, dtype=torch.int64)
     ),
+    "a label without weights": lambda rows, label: native.pair_losses(rows, None, label=torch.zeros(2, 5, 16).int()),
     "too few weights": lambda rows, label: native.pair_losses(rows, None, weights=torch.zeros(2, 3, 2)),
     "ignored in too few": lambda rows, label: native.count_pairs(label, [(0, -1)], label[:1] > 0),
+    "a label of 64 bits to count": lambda rows, label: native.count_pairs(label.long(), [(0, -1)]),
 }
 
 
 @pytest.mark.parametrize("call", MISFITS.values(), ids=MISFITS)
 def test_compiled_code_gets_nothing_that_does_not_fit(call):
-    """It would read what is beside it in memory, or divide by 0, which ends the process."""
+    """It would read what is beside it in memory."""
     rows, label = torch.rand(2, 4, 5, 16), torch.ones(2, 4, 5, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"must|but|do not fit") as error:
         call(rows, label)
     assert "\n" not in str(error.value)
 
 
-# --- Without it -----------------------------------------------------------------------------------------------------
+def test_images_without_lines_or_pixels():
+    for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
+        assert ops.relate(torch.rand(*shape, 3), [(0, -1)]).affinity.shape == (shape[0], 1, *shape[1:])
+
+
+# --- How it is compiled and kept --------------------------------------------------------------------------------------
 
 CODE = """
+import sys
+import numpy as np
 import torch
-from gdlib import native, ops
+from gdlib import mutex, ops
 rows = torch.arange(96.0).reshape(1, 2, 3, 16).sin()
-print(native.library() is not None, float(ops.relate(rows, [(0, -1)]).affinity.sum()))
+print(float(ops.relate(rows, [(0, -1)]).affinity.sum()))
+rng = np.random.default_rng(0)
+offsets = [(-1, 0), (0, -1), (-3, 0), (0, -4)]
+affinity = rng.integers(0, 255, (4, 20, 20), np.uint8)
+label = mutex.mutex_watershed(affinity, rng.random((20, 20)) < 0.9, offsets)
+print(*np.unique(label.ravel(), return_inverse=True)[1][label.ravel() > 0])
 """
 
 
@@ -210,46 +222,64 @@ def run(**environment):
 def told(process):
     out, err = process.communicate()
     assert process.returncode == 0, err
-    have, value = out.split()
-    return have == "True", float(value), err
+    value, label = out.splitlines()
+    return float(value), label, err
 
 
 @pytest.fixture(scope="module")
 def expected():
+    """What is said without compiled code; nothing is said of that."""
+    value, label, err = told(run(NUMBA_DISABLE_JIT=1))
     rows = torch.arange(96.0).reshape(1, 2, 3, 16).sin()
-    return float(ops.affinities(ops.unit(rows), [(0, -1)]).sum())
+    assert value == pytest.approx(float(ops.affinities(ops.unit(rows), [(0, -1)]).sum()), rel=1e-6)
+    assert err == ""
+    return value, label
 
 
-@pytest.mark.parametrize("problem", ["no compiler", "a compiler that fails", "a cache that is a file"])
-def test_what_cannot_be_compiled_is_one_line_and_no_error(problem, tmp_path, expected):
-    (tmp_path / "file").touch()
-    environment = {
-        "no compiler": {"PATH": tmp_path, "CXX": ""},
-        "a compiler that fails": {"CXX": "false"},
-        "a cache that is a file": {"XDG_CACHE_HOME": tmp_path / "file"},
-    }[problem]
-    have, value, err = told(run(**{"XDG_CACHE_HOME": tmp_path, **environment}))
-    assert not have
-    assert value == pytest.approx(expected, rel=1e-6)
-    assert err.count("\n") == 1
-    assert err.startswith("gdlib: losses are computed without compiled code")
-
-
-def test_without_it_on_request_nothing_is_said(tmp_path, expected):
-    have, value, err = told(run(GDLIB_NATIVE=0, XDG_CACHE_HOME=tmp_path))
-    assert (have, err) == (False, "")
-    assert value == pytest.approx(expected, rel=1e-6)
-    assert not list(tmp_path.iterdir())
+def same(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[1] == expected[1]
 
 
 @compiled
-def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path, expected):
-    found = [told(process) for process in [run(XDG_CACHE_HOME=tmp_path) for _ in range(2)]]
-    for have, value, err in found:
-        assert (have, err) == (True, "")
-        assert value == pytest.approx(expected, rel=1e-6)
-    (library,) = (tmp_path / "gdlib").iterdir()  # and no half one
-    library.write_bytes(b"damaged")
-    have, value, err = told(run(XDG_CACHE_HOME=tmp_path))
-    assert not have
+def test_it_is_compiled_once_and_two_processes_at_once_do_not_disturb_each_other(tmp_path, expected):
+    for process in [run(NUMBA_CACHE_DIR=tmp_path) for _ in range(2)]:
+        *found, err = told(process)
+        same(found, expected)
+        assert err == "gdlib: compiling for this processor, once (about 10 s)\n"
+    files = sorted(tmp_path.iterdir())
+    assert {file.name.rpartition("-")[0] for file in files} == {"_dot", "_turn_to_unit", "_watershed"}
+    assert len(files) == 3  # and no half one
+    *found, err = told(run(NUMBA_CACHE_DIR=tmp_path))
+    same(found, expected)
+    assert err == ""
+    files[0].write_bytes(files[0].read_bytes()[:1000])
+    files[1].write_bytes(b"")
+    for said in (1, 0):  # damaged ones are made again
+        *found, err = told(run(NUMBA_CACHE_DIR=tmp_path))
+        same(found, expected)
+        assert err.count("\n") == said
+
+
+@compiled
+def test_where_it_cannot_be_kept_every_process_compiles(tmp_path, expected):
+    (tmp_path / "file").touch()
+    *found, err = told(run(NUMBA_CACHE_DIR=tmp_path / "file"))
+    same(found, expected)
     assert err.count("\n") == 1
+
+
+@compiled
+def test_another_kind_of_processor_has_its_own(tmp_path, monkeypatch):
+    """What was compiled for one may end the process on another."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+
+    class Codegen:
+        def __init__(self, *about):
+            self.magic_tuple = lambda: about
+
+    cache = jit._Cache(native._dot.py_func)
+    kinds = [("x86_64", "znver4", "+avx512f"), ("x86_64", "znver3", "+avx512f"), ("x86_64", "znver4", "")]
+    assert len({cache._path("(float32)", Codegen(*kind)) for kind in kinds}) == 3
+    assert cache._path("(float32)", Codegen(*kinds[0])) != cache._path("(float64)", Codegen(*kinds[0]))
+    assert cache._path("(float32)", Codegen(*kinds[0])) == cache._path("(float32)", Codegen(*kinds[0]))

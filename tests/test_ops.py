@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdlib import native, ops
+from gdlib import ops
 
 # The offsets of the paper's code, in its order, and a few that it does not use: positive, diagonal, none at all.
 PAPER_2D = [offset for s in (1, 3, 5, 9, 27) for offset in ((-s, 0), (0, -s))]
@@ -329,14 +329,11 @@ def test_gradient_of_pooling(name):
     assert torch.autograd.gradcheck(lambda r: ops.pool_instances(r, ops.Instances(label)), rows, fast_mode=True)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(
     ("shape", "window"),
     [((6, 9), (3, 3)), ((7, 10), (3, 4)), ((2, 3), (5, 1)), ((5, 7, 8), (3, 2, 7)), ((1, 7, 8), (3, 7, 7))],
 )
-def test_windows_are_averaged_as_by_a_loop(shape, window, compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(native, "library", lambda: None)
+def test_windows_are_averaged_as_by_a_loop(shape, window):
     rows = torch.randn(2, *shape, 3, dtype=torch.float64, requires_grad=True)
     pooled, means = ops.pool_windows(rows, window), ops.relate(rows, window=window).means
     assert pooled.shape == means.shape == (2, *(-(-n // w) for n, w in zip(shape, window, strict=True)), 3)

@@ -13,11 +13,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import find_objects, gaussian_filter
+from scipy.ndimage import gaussian_filter
 from skimage.measure import label as connected_regions
 from skimage.segmentation import relabel_sequential
 
-from gdlib import config, metrics, mutex, ops, segmentation
+from gdlib import config, jit, metrics, mutex, ops, segmentation
 from gdlib.segmentation import SEGMENTERS, defaults, grid, is_masked, score, segment, tune
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -667,7 +667,7 @@ def test_a_missing_package_is_one_clear_sentence():
     assert 'ValueError: the segmenter "waterz" needs the package waterz: pip install "gdlib[em]"' in done.stderr
 
 
-# --- The mutex watershed by counting, and piece by piece --------------------------------------------------------------
+# --- The mutex watershed by counting, and by sorting ------------------------------------------------------------------
 
 
 def in_one_piece(affinity, mask, offsets, stride, exponent):
@@ -684,22 +684,19 @@ def in_one_piece(affinity, mask, offsets, stride, exponent):
     return relabel_sequential(label)[0]
 
 
-@pytest.fixture(params=[0, 2, 5, 1000])
-def most(request, monkeypatch):
-    """So many pieces in the library of others, or all by counting."""
-    if request.param:
-        monkeypatch.setattr(mutex, "MOST_PIECES", request.param)
+@pytest.fixture(params=["counting", "sorting"])
+def way(request, monkeypatch):
+    if request.param == "sorting":
         monkeypatch.setattr(mutex, "MOST_PIXELS", 0)
-        monkeypatch.setattr(mutex, "TILE", {2: 20, 3: 10})
-    elif mutex._library() is None:
-        pytest.skip("there is no C++ compiler")
+    elif not jit.ENABLED:
+        pytest.skip("NUMBA_DISABLE_JIT is set")
     return request.param
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("ndim", [2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_the_mutex_watershed_is_that_of_the_library_at_once(share, ndim, stride, most):
+def test_the_mutex_watershed_is_that_of_the_library_at_once(share, ndim, stride, way):
     """Same numbers too, with few levels of affinity, so that many edges are equally strong."""
     shape = {2: (43, 57), 3: (5, 21, 26)}[ndim]
     for seed in range(3):
@@ -710,13 +707,13 @@ def test_the_mutex_watershed_is_that_of_the_library_at_once(share, ndim, stride,
         expected = in_one_piece(affinity, mask, OFFSETS[ndim], stride, 2.0)
         found = mutex.mutex_watershed(affinity, mask, OFFSETS[ndim], stride, 2.0)
         assert np.array_equal(relabel_sequential(found)[0], expected)
-        assert most or found.max() == expected.max()  # without gaps
+        assert way == "sorting" or found.max() == expected.max()  # without gaps
         assert share != 0.3 or connected_regions(mask, connectivity=1).max() >= 5
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
 @pytest.mark.parametrize("exponent", [1.0, 0.7])
-def test_counting_all_levels_is_the_same(ndim, exponent, most):
+def test_counting_all_levels_is_the_same(ndim, exponent, way):
     """Blurred noise makes segments of all sizes, which forbid each other in long lists."""
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -737,33 +734,18 @@ def test_floats_are_not_counted():
     assert np.array_equal(relabel_sequential(found)[0], relabel_sequential(expected.astype(np.int64))[0])
 
 
-def test_too_little_memory_is_one_sentence(monkeypatch):
-    class Library:
-        @staticmethod
-        def mutex_watershed(*_):
-            return 0
+@pytest.mark.parametrize("way", ["_by_counting", "_by_sorting"])
+def test_too_little_memory_is_one_sentence(way, monkeypatch):
+    def none(*_):
+        raise MemoryError
 
-    monkeypatch.setattr(mutex, "_library", Library)
-    with pytest.raises(MemoryError, match=r"^the mutex watershed of 4 x 5 pixels"):
-        mutex.mutex_watershed(np.zeros((2, 4, 5), np.uint8), np.ones((4, 5), bool), OFFSETS[2][:2])
-
-
-def test_small_pieces_that_are_one_are_close_together(monkeypatch):
-    """A box around all of them would be the whole image, at hundreds of bytes per pixel."""
-    monkeypatch.setattr(mutex, "MOST_PIECES", 3)
-    monkeypatch.setattr(mutex, "TILE", {2: 20})
-    mask = np.zeros((60, 100), bool)
-    mask[::3, ::3] = True
-    mask[30:50, 40:61] = True  # the largest
-    pieces = mutex._pieces(mask)
-    assert np.array_equal(pieces > 0, mask)
-    places = find_objects(pieces)
-    assert None not in places
-    assert sum(place[0].stop - place[0].start <= 20 and place[1].stop - place[1].start <= 20 for place in places) >= 15
-    assert len(places) <= 3 * 5 + 2
+    monkeypatch.setattr(mutex, way, none)
+    affinity = np.zeros((2, 4, 5), np.uint8 if way == "_by_counting" else np.float32)
+    with pytest.raises(MemoryError, match=r"^the mutex watershed of 4 x 5 pixels$"):
+        mutex.mutex_watershed(affinity, np.ones((4, 5), bool), OFFSETS[2][:2])
 
 
-def test_pieces_are_one_where_far_pixels_attract(most):
+def test_pieces_are_one_where_far_pixels_attract(way):
     affinity = np.full((3, 9, 20), 255, np.uint8)
     mask = boxes((2, 8, 2, 8), (2, 8, 10, 18), shape=(9, 20)) > 0
     offsets = [[0, -4], [-1, 0], [0, -9]]  # the first joins the two pieces

@@ -199,7 +199,7 @@ def test_provenance_knows_the_runs_behind_every_number(smoke):
 
 
 # Carries or checks what is computed, or says what is, which comes in through the parameters.
-CARRIERS = {"__init__", "compiled", "config", "data/__init__", "io", "limits", "progress", "registry", "schema", "text"}
+CARRIERS = {"__init__", "config", "data/__init__", "io", "jit", "limits", "progress", "registry", "schema", "text"}
 # Imported by the code of these jobs, but not for what they make.
 UNUSED = {
     "train_teacher": {"distill/bank", "inference", "judge", "metrics", "scores"},  # these judge

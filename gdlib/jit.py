@@ -1,0 +1,90 @@
+"""Functions that Numba compiles for the processor at hand, at their first call, and keeps in the user's cache.
+
+A `kernel` is called from Python, a `part` from kernels alone, and an `inlined` one becomes part of its caller. What was compiled
+is a file in `NUMBA_CACHE_DIR`, else in the folder `gdlib` of the user's cache; where that cannot be written, every process
+compiles anew. With `NUMBA_DISABLE_JIT=1` nothing is compiled, and what would be is done by torch or bioimage-cpp, more slowly.
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import event
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+from gdlib import io
+
+ENABLED = not numba.config.DISABLE_JIT
+part = numba.njit
+inlined = numba.njit(inline="always")
+
+
+def kernel(function: Callable, **options: Any) -> Callable:
+    """Compile what is called with arrays and numbers from Python; other threads of Python go on meanwhile."""
+    dispatcher = numba.njit(nogil=True, **options)(function)
+    if ENABLED:  # else it is the function itself
+        dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+# Sums may be made in another order than it is written: of many numbers at once.
+summing_kernel = functools.partial(kernel, fastmath={"reassoc", "nsz"})
+
+
+class _Cache(NullCache):
+    """One file for each kernel and types of arguments, named by all that it depends on.
+
+    Numba's own cache keeps an index of such files, in which two processes that compile for other types at once can each put the
+    number of the other's file.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        self.folder = Path(os.environ.get("NUMBA_CACHE_DIR") or os.path.join(folder, "gdlib"))
+        self.function = function
+
+    def load_overload(self, sig, target_context):
+        target_context.refresh()
+        try:
+            data = pickle.loads(self._path(sig, target_context.codegen()).read_bytes())
+            return CompileResult._rebuild(target_context, *data)
+        except Exception:  # it is not there, or damaged: it is compiled again
+            return None
+
+    def save_overload(self, sig, cres):
+        # Where it cannot be written, the next process compiles again.
+        with contextlib.suppress(OSError), io.atomic(self._path(sig, cres.codegen)) as temporary:
+            temporary.write_bytes(dumps(cres._reduce()))
+
+    def _path(self, sig, codegen) -> Path:
+        sources = [Path(inspect.getfile(function)).read_bytes() for function in (self.function, kernel)]
+        processor = codegen.magic_tuple()
+        about = self.function.__qualname__, str(sig), processor, numba.__version__, sys.version, *sources
+        return self.folder / f"{self.function.__name__}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.numba"
+
+
+class _Announcer(event.Listener):
+    """Says why nothing happens for some seconds, once in a process."""
+
+    said = False
+
+    def on_start(self, event):
+        if not self.said and event.data["dispatcher"].py_func.__module__.startswith("gdlib."):
+            self.said = True
+            print("gdlib: compiling for this processor, once (about 10 s)", file=sys.stderr, flush=True)
+
+    def on_end(self, event):
+        pass
+
+
+event.register("numba:compile", _Announcer())
