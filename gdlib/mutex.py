@@ -111,13 +111,12 @@ def _by_counting(
 #   parent (pixels,) int32: the pixel above in the tree; of a root, minus its number of pixels
 #   lists (pixels, 5) uint32: of a root, see below
 #   items (n, 2) uint32: of all lists; an item has a pixel of the other segment, and the next item
-#   state (2,) uint32: the first item that is free, and the number of the last reading of a list
+#   state (3,) uint32: the first item that is free again, the first that was never used, the number of the last reading of a list
 
-HEAD, TAIL, COUNT, LIMIT, SEEN = range(
-    5
-)  # first and last item, how many, when to look for equal ones, the reading that met it
+# First and last item, how many, when to look for equal ones, and the reading that met this segment.
+HEAD, TAIL, COUNT, LIMIT, SEEN = range(5)
 OTHER, NEXT = range(2)
-FREE, READING = range(2)
+FREE, UNUSED, READING = range(3)
 NONE = np.uint32(0xFFFFFFFF)
 SHORT = np.uint32(16)  # a list in which one does not look for equal items
 
@@ -158,7 +157,7 @@ def _watershed(affinity, mask, offsets, strides, turns, attractive):
     lists[:, HEAD] = NONE
     lists[:, LIMIT] = SHORT
     items = np.empty((0, 2), np.uint32)
-    state = np.array([NONE, 0], np.uint32)
+    state = np.array([NONE, 0, 0], np.uint32)
     for bin in range(len(begin) - 1):
         k = bin % channels
         shift = (offsets[k, 0] * height + offsets[k, 1]) * width + offsets[k, 2]
@@ -170,8 +169,8 @@ def _watershed(affinity, mask, offsets, strides, turns, attractive):
             if k < attractive:
                 _attract(parent, lists, items, state, u, v)
             else:
-                if state[FREE] == NONE or items[state[FREE], NEXT] == NONE:
-                    items = _more(items, state)
+                if state[UNUSED] + 2 > len(items):
+                    items = _more(items)
                 _forbid(parent, lists, items, state, u, v)
                 _forbid(parent, lists, items, state, v, u)
 
@@ -259,7 +258,11 @@ def _forbid(parent, lists, items, state, u, v):
 @jit.inlined
 def _put(lists, items, state, u, v):
     item = state[FREE]
-    state[FREE] = items[item, NEXT]
+    if item == NONE:
+        item = state[UNUSED]
+        state[UNUSED] += np.uint32(1)
+    else:
+        state[FREE] = items[item, NEXT]
     items[item, OTHER] = v
     items[item, NEXT] = lists[u, HEAD]
     if lists[u, HEAD] == NONE:
@@ -310,16 +313,12 @@ def _forbids(parent, lists, items, state, u, v):
 
 
 @jit.part
-def _more(items, state):
-    """Return twice as many items, the new ones free."""
+def _more(items):
+    """Return twice as many items."""
     had = len(items)
     have = max(1024, min(2 * had, int(NONE)))
-    if have <= had + 1:  # there is no number for one more
+    if have < had + 2:  # there is no number for one more
         raise MemoryError
     more = np.empty((have, 2), np.uint32)
     more[:had] = items
-    for item in range(had, have):
-        more[item, NEXT] = item + 1
-    more[have - 1, NEXT] = state[FREE]
-    state[FREE] = had
     return more
