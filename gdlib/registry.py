@@ -212,8 +212,7 @@ def needs(*files: str, without: Iterable[str] = ()) -> list[str]:
         if (file := waiting.pop()) not in found:
             found.add(file)
             waiting += _imported(PACKAGE, file) - left_out
-    beside = {Path(file).with_suffix(".cpp").as_posix() for file in found}  # what a module compiles
-    return sorted(found | {file for file in beside if (PACKAGE / file).is_file()})
+    return sorted(found)
 
 
 @functools.cache
