@@ -36,7 +36,8 @@ ALLOWED = {
     "gdlib.scores": "gdlib.metrics",
     "gdlib.ops": "gdlib.native",
     "gdlib.jit": "gdlib.io",
-    "gdlib.native": "gdlib.jit",
+    "gdlib.native": "gdlib.jit gdlib.loops",
+    "gdlib.loops": "gdlib.jit",
     "gdlib.parallel": "",
     "gdlib.schema": "gdlib.limits",
     "gdlib.mistakes": "gdlib.limits gdlib.registry gdlib.schema",
@@ -109,7 +110,7 @@ ALLOWED = {
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
 TORCH_FREE = re.compile(
-    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|parts|words|plan|io|memory|outputs|failures|trained|jit|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
+    r"gdlib(\.(__main__|bench|cli|devices|limits|process|parameters|reference|steps|tensorboard|registry|schema|config|parts|words|plan|io|memory|outputs|failures|trained|jit|loops|mutex|segmenting|grid|blockwise|volume_steps|metrics|scores|segmentation|baselines|report(\..*)?"
     r"|data|data\.(axes|calibration|decoders|tiff|files|prepare|sense|download|sources(\..*)?)))?"
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdlib import jit, native, ops
+from gdlib import jit, loops, native, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFSETS = {
@@ -248,7 +248,7 @@ def test_it_is_compiled_once_and_two_processes_at_once_do_not_disturb_each_other
         same(found, expected)
         assert err == "gdlib: compiling for this processor, once (about 10 s)\n"
     files = sorted(tmp_path.iterdir())
-    assert {file.name.rpartition("-")[0] for file in files} == {"_dot", "_turn_to_unit", "_watershed"}
+    assert {file.name.rpartition("-")[0] for file in files} == {"dot", "turn_to_unit", "_watershed"}
     assert len(files) == 3  # and no half one
     *found, err = told(run(NUMBA_CACHE_DIR=tmp_path))
     same(found, expected)
@@ -278,7 +278,7 @@ def test_another_kind_of_processor_has_its_own(tmp_path, monkeypatch):
         def __init__(self, *about):
             self.magic_tuple = lambda: about
 
-    cache = jit._Cache(native._dot.py_func)
+    cache = jit._Cache(loops.dot.py_func)
     kinds = [("x86_64", "znver4", "+avx512f"), ("x86_64", "znver3", "+avx512f"), ("x86_64", "znver4", "")]
     assert len({cache._path("(float32)", Codegen(*kind)) for kind in kinds}) == 3
     assert cache._path("(float32)", Codegen(*kinds[0])) != cache._path("(float64)", Codegen(*kinds[0]))
