@@ -55,6 +55,7 @@ def turn_gradient_back(first, last, gradient, unit, inverse, out):
 
 @jit.kernel
 def dot(first, last, unit, offsets, out):
+    """Fill the dot products of unit vectors and their neighbours (B, K, Z, Y, X); 0 where these are outside."""
     _, depth, height, dim, width = unit.shape
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
@@ -71,6 +72,7 @@ def dot(first, last, unit, offsets, out):
 
 @jit.kernel
 def dot_gradient(first, last, unit, offsets, gradient, out):
+    """Fill the gradient of unit vectors, from that of their dot products."""
     _, depth, height, dim, width = unit.shape
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
