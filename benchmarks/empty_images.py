@@ -18,10 +18,10 @@ from scipy.ndimage import gaussian_filter
 
 from gdlib import io
 from gdlib.data.intensity import intensity_range, pixel_noise
-from gdlib.inference import Predictor
-from gdlib.metrics import evaluate
-from gdlib.parameters import main_segmenter
-from gdlib.segmentation import segment
+from gdlib.evaluate.metrics import evaluate
+from gdlib.predict.predictor import Predictor
+from gdlib.segment.parameters import main_segmenter
+from gdlib.segment.segmenters import segment
 
 SIDE = 128  # of a crop
 

@@ -13,13 +13,14 @@ import torch
 
 from benchmarks.scenes import NETWORKS, OFFSETS, folder, roof, samples
 from benchmarks.train import train
-from gdlib import cli, io
+from gdlib import io
 from gdlib.bench import Bench, synchronise
+from gdlib.cli import main
 from gdlib.data.files import read_image
-from gdlib.inference import Predictor
 from gdlib.models import build
-from gdlib.profile import count_macs
-from gdlib.segmentation import segment
+from gdlib.predict.cost import count_macs
+from gdlib.predict.predictor import Predictor
+from gdlib.segment.segmenters import segment
 
 
 def differ(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> float:
@@ -84,7 +85,7 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
 
         def whole() -> None:
             with redirect_stdout(StringIO()):
-                if cli.main(command):
+                if main.main(command):
                     raise ValueError("gdlib segment failed")
 
         total = bench.compare(

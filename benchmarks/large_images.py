@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gdlib.models import Embedding
+from gdlib.types import Embedding
 
 STEP = 30  # pixels between the centres of two objects
 RADIUS = 7

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from benchmarks.scenes import OFFSETS, bare_step, blobs, embeddings
 from gdlib.bench import Bench
-from gdlib.distill import Batch, Distiller, build_term
+from gdlib.distill import Distiller, build_term
 from gdlib.distill.bank import MemoryBank
-from gdlib.models import Embedding
+from gdlib.types import Batch, Embedding
 
 CHANNELS, INSTANCES, MEMORY = 16, 25, 12
 POOL = 7  # pixels are averaged before images are compared, as in the original: a matrix of all pixel pairs fits nowhere

@@ -48,10 +48,10 @@ def measure(shape: str, block: str, folder: Path) -> dict[str, float]:
     import numpy as np
     from torch import nn
 
-    from gdlib.inference import Predictor
     from gdlib.limits import sides
-    from gdlib.models import Embedding
-    from gdlib.streaming import predict_split
+    from gdlib.predict.files import predict_split
+    from gdlib.predict.predictor import Predictor
+    from gdlib.types import Embedding
 
     class Network(nn.Module):
         """One 3x3x3 convolution."""

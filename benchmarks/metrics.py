@@ -5,7 +5,7 @@ from skimage.metrics import adapted_rand_error, variation_of_information
 
 from benchmarks.scenes import blobs, spoiled, tiled
 from gdlib.bench import Bench
-from gdlib.metrics import evaluate
+from gdlib.evaluate.metrics import evaluate
 
 Scores = dict[str, float]
 

@@ -11,10 +11,10 @@ from benchmarks.losses import TERMS, Ours, Scene
 from benchmarks.scenes import NETWORKS, OFFSETS, bare_step, blobs, spoiled
 from benchmarks.segmentation import predictions
 from gdlib.bench import Bench, slope, synchronise, with_peak
-from gdlib.inference import Predictor
-from gdlib.metrics import evaluate
+from gdlib.evaluate.metrics import evaluate
 from gdlib.models import build
-from gdlib.segmentation import segment
+from gdlib.predict.predictor import Predictor
+from gdlib.segment.segmenters import segment
 
 MEMORY = 24 * 1024  # MiB
 Make = Callable[[Any], Callable[[], Any]]  # from a size to what is timed

@@ -13,9 +13,11 @@ from skimage.morphology import remove_small_objects
 from skimage.segmentation import relabel_sequential
 
 from benchmarks.scenes import OFFSETS, blobs
-from gdlib import metrics, ops
+from gdlib import kernels
 from gdlib.bench import Bench
-from gdlib.segmentation import defaults, segment
+from gdlib.evaluate import metrics
+from gdlib.segment.parameters import defaults
+from gdlib.segment.segmenters import segment
 
 
 def predictions(
@@ -27,8 +29,8 @@ def predictions(
     directions = rng.standard_normal((count + 1, 16)).astype(np.float32)
     blur = (0.0,) * (len(shape) - 2) + (0.8, 0.8, 0)
     vectors = gaussian_filter(directions[label] + rng.standard_normal((*shape, 16), np.float32) * 0.6, blur)
-    unit = ops.unit(torch.from_numpy(vectors)[None])
-    affinity = ops.affinities(unit, OFFSETS[len(shape)])[0].clamp(0, 1).numpy()
+    unit = kernels.unit(torch.from_numpy(vectors)[None])
+    affinity = kernels.affinities(unit, OFFSETS[len(shape)])[0].clamp(0, 1).numpy()
     foreground = gaussian_filter((label > 0).astype(np.float32), blur[:-1])
     return label, *((255 * x).round().astype(np.uint8) for x in (affinity, foreground))
 

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage
 
 from benchmarks.scenes import OFFSETS, blobs
-from gdlib import ops
+from gdlib import kernels
 from gdlib.bench import Bench
 
 Arrays = tuple[np.ndarray, ...]
@@ -55,11 +55,14 @@ def run(bench: Bench) -> None:
         label = torch.from_numpy(image).to(bench.device)
 
         def targets(label=label, offsets=offsets):
-            return (ops.affinity_targets(label, offsets),)
+            return (kernels.affinity_targets(label, offsets),)
 
         def everything(label=label, offsets=offsets):
-            target, valid = ops.affinity_targets(label, offsets), ops.inside(offsets, label.shape[1:], label.device)
-            return target, valid.expand_as(target), ops.balance(target, valid)
+            target, valid = (
+                kernels.affinity_targets(label, offsets),
+                kernels.inside(offsets, label.shape[1:], label.device),
+            )
+            return target, valid.expand_as(target), kernels.balance(target, valid)
 
         for name, ours, theirs in (
             ("affinity targets", targets, shift_based),

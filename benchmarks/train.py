@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scenes import bare_step, folder, roof, spec, trainings
-from gdlib import process
 from gdlib.bench import Bench, synchronise
+from gdlib.cli import process
 from gdlib.distill import Term, Truth, View
 
 
@@ -31,7 +31,7 @@ class Clock(Term):
 
 def train(bench: Bench, steps: int, ndim: int, patch: Sequence[int], batch: int, data: Path, out: Path) -> np.ndarray:
     """Train the small student and write its weights into a folder; return the time of every step but the last, in ms."""
-    from gdlib.training import fit
+    from gdlib.train.loop import fit
 
     Clock.seen.clear()
     clock = {"term": "benchmarks.train:Clock", "weight": 0.0}

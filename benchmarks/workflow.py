@@ -4,12 +4,12 @@ import ast
 import subprocess
 import sys
 
-from gdlib import steps
 from gdlib.bench import FOLDER, Bench
+from gdlib.cli import steps
 
 
 def imports() -> dict[str, list[str]]:
-    """Return for every step of the workflow the modules that it imports, from the source of `gdlib.steps`."""
+    """Return for every step of the workflow the modules that it imports, from the source of `gdlib.cli.steps`."""
     with open(steps.__file__) as file:
         tree = ast.parse(file.read())
     found = {}
@@ -17,7 +17,7 @@ def imports() -> dict[str, list[str]]:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
             modules = [n.module for n in ast.walk(node) if isinstance(n, ast.ImportFrom)]
             if any(module.startswith("gdlib") for module in modules):
-                found[node.name[1:]] = ["gdlib.cli", *dict.fromkeys(modules)]
+                found[node.name[1:]] = ["gdlib.cli.main", *dict.fromkeys(modules)]
     return found
 
 
@@ -38,7 +38,7 @@ def run(bench: Bench) -> None:
     empty = start("pass")
     about = "the interpreter alone"
     cases = {
-        "gdlib --help": "import gdlib.cli, contextlib\nwith contextlib.suppress(SystemExit): gdlib.cli.main(['--help'])",
+        "gdlib --help": "import gdlib.cli.main, contextlib\nwith contextlib.suppress(SystemExit): gdlib.cli.main.main(['--help'])",
         "parse the configuration": ("from gdlib.config import load; load('.')"),
     }
     cases |= {f"step {name}": f"import {', '.join(modules)}" for name, modules in imports().items()}

@@ -2,6 +2,6 @@
 
 import sys
 
-from gdlib.cli import main
+from gdlib.cli.main import main
 
 sys.exit(main())

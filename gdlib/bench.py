@@ -22,7 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gdlib import __version__, io, outputs
+from gdlib import __version__, io
+from gdlib.io import outputs
 from gdlib.limits import Threads, argument, place
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -51,7 +52,7 @@ class Bench:
     """
 
     def __init__(self, size: str = "full", device: str = "cpu", precision: str = "auto") -> None:
-        from gdlib.inference import choose_device, choose_precision
+        from gdlib.devices import choose_device, choose_precision
 
         self.group = ""
         self.size = size
@@ -178,7 +179,7 @@ class Bench:
         """Return everything about this machine, as it goes into the JSON file."""
         import torch
 
-        from gdlib.inference import bfloat16_units
+        from gdlib.devices import bfloat16_units
 
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         return {

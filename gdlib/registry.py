@@ -20,22 +20,18 @@ PACKAGE = Path(__file__).parent
 # Code that carries or checks what is computed, or says what is, which reaches a job through its parameters; an edit of it makes
 # no result another one.
 CARRIERS = frozenset(
-    f"{name}.py"
-    for name in (
-        "__init__",
-        "config",
-        "data/__init__",
-        "failures",
-        "io",
-        "limits",
-        "outputs",
-        "parts",
-        "progress",
-        "registry",
-        "schema",
-        "text",
-        "words",
+    path.relative_to(PACKAGE).as_posix()
+    for pattern in (
+        "__init__.py",
+        "io/*.py",
+        "config/*.py",
+        "jit.py",
+        "limits.py",
+        "progress.py",
+        "registry.py",
+        "text.py",
     )
+    for path in PACKAGE.glob(pattern)
 )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gdlib import io
-from gdlib.failures import Failures
+from gdlib.io.failures import Failures
 from gdlib.limits import Positive, argument, place
 
 EVENTS = "events.out.tfevents.gdlib"  # TensorBoard looks for names like this

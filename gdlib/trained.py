@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gdlib.io import DataError
+from gdlib.io.failures import DataError
 from gdlib.registry import nearest
 
 FOLDER = Path(__file__).parent / "weights"
@@ -38,8 +38,8 @@ class Model:
     """A trained network that segments arrays; made by `load`. Several threads may share one."""
 
     def __init__(self, path: Path, **kwargs: Any) -> None:
-        """See `load`; the arguments are those of `gdlib.inference.Predictor`."""
-        from gdlib.inference import Predictor
+        """See `load`; the arguments are those of `gdlib.predict.predictor.Predictor`."""
+        from gdlib.predict.predictor import Predictor
 
         self.path = path
         self._predictor = Predictor.load(path, **kwargs)
@@ -79,8 +79,8 @@ class Model:
             DataError: the image does not fit the network.
             ValueError: no such segmenter, parameter or value.
         """
-        from gdlib.parameters import chosen
-        from gdlib.segmentation import segment
+        from gdlib.segment.parameters import chosen
+        from gdlib.segment.segmenters import segment
 
         segmenter, all_of_them = chosen(self.path, self.info, segmenter, parameters)
         frames = self._frames(image, axes)
@@ -94,7 +94,7 @@ class Model:
         """Predict affinities, foreground and embedding of one image; for the arguments see `segment`.
 
         Returns:
-            A `gdlib.inference.Prediction`: `affinity` (K, [Z,] Y, X) uint8, 255 times the affinity to the neighbour at each of
+            A `gdlib.types.Prediction`: `affinity` (K, [Z,] Y, X) uint8, 255 times the affinity to the neighbour at each of
             `info["offsets"]`; `foreground` ([Z,] Y, X) uint8, 255 times its probability; `embedding` (D, [Z,] Y, X) float32.
         """
         frames = self._frames(image, axes)

@@ -69,8 +69,8 @@ def splits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def catalogue():
     """Return the project's own configuration, its words replaced by what they stand for."""
-    from gdlib import parts
-    from gdlib.words import spelt_out
+    from gdlib.config import parts
+    from gdlib.config.words import spelt_out
 
     return spelt_out(parts.read(ROOT))
 
@@ -135,7 +135,7 @@ def make_spec():
 @pytest.fixture(scope="session")
 def train(splits):
     """Return `train(spec, folder, **kwargs)` -> mean validation metrics; every file of the run goes into the folder."""
-    from gdlib.training import fit
+    from gdlib.train.loop import fit
 
     def run(spec, folder, **kwargs):
         files = {name: Path(folder) / f"{name}.safetensors" for name in ("weights", "last")}

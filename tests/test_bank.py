@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from gdlib import ops
-from gdlib.distill import Batch, Distiller, Term, Truth, View, build_term, see
+from gdlib import kernels
+from gdlib.distill import Distiller, Term, Truth, View, build_term, see
 from gdlib.distill.bank import MemoryBank
-from gdlib.models import Embedding
+from gdlib.types import Batch, Embedding
 
 OFFSETS = [(-1, 0), (0, -1), (-3, 0), (0, -3)]
 
@@ -511,10 +511,10 @@ def test_targets_and_ignore_arrive_in_the_truth(connected, per_offset, level):
     assert truth.offsets == offsets
     assert torch.equal(truth.label, batch.label * ~ignore)
     assert torch.equal(truth.ignore, ignore)
-    assert torch.equal(truth.affinity, ops.affinity_targets(truth.label, offsets, connected))
-    valid = ops.inside(offsets, (10, 11)) & ~ops.pairs_of(ignore, offsets)
-    assert torch.equal(truth.balance, ops.balance(truth.affinity, valid, per_offset))
-    assert truth.balance[ops.pairs_of(ignore, offsets)].abs().max() == 0
+    assert torch.equal(truth.affinity, kernels.affinity_targets(truth.label, offsets, connected))
+    valid = kernels.inside(offsets, (10, 11)) & ~kernels.pairs_of(ignore, offsets)
+    assert torch.equal(truth.balance, kernels.balance(truth.affinity, valid, per_offset))
+    assert truth.balance[kernels.pairs_of(ignore, offsets)].abs().max() == 0
 
 
 def test_without_options_the_truth_is_that_of_the_paper_in_2d():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from skimage.measure import label as connected_regions
 
-from gdlib import io, metrics, scores
-from gdlib.baselines import (
+from gdlib import io
+from gdlib.evaluate import metrics, scores
+from gdlib.evaluate.trivial import (
     BASELINES,
     OF_VOLUMES,
     evaluate_baselines,

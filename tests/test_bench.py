@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from gdlib import bench, cli
+from gdlib import bench
 from gdlib.bench import GROUPS, Bench, measure, merged, slope, with_peak
+from gdlib.cli import main
 
 KEYS = {"group", "name", "reference_ms", "ms", "ratio", "peak_mib", "ms_spread", "difference", "about"}
 # Cases in which a plain implementation must give the same; of the others one part is missing, or only time is compared.
@@ -100,7 +101,7 @@ def test_the_page_tells_it_all(found, tmp_path, capsys):
     source = tmp_path / "performance.json"
     source.write_text(json.dumps({"machines": [found]}))
     command = ["bench", "page", "--json", str(source), "--markdown", str(tmp_path / "performance.md")]
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     page = (tmp_path / "performance.md").read_text()
     for result in found["results"]:
         assert f"| {result['name']} |" in page
@@ -109,14 +110,14 @@ def test_the_page_tells_it_all(found, tmp_path, capsys):
     assert page.count("not met") == sum(not target["met"] for target in found["targets"])
     assert "](figures/performance.png)" in page
     picture = (tmp_path / "figures" / "performance.png").read_bytes()
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert (tmp_path / "performance.md").read_text() == page
     assert (tmp_path / "figures" / "performance.png").read_bytes() == picture
 
 
 def test_one_group_by_the_command(tmp_path, capsys):
     path = tmp_path / "targets.json"
-    assert cli.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 0
+    assert main.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 0
     (machine,) = json.loads(path.read_text())["machines"]
     assert {result["group"] for result in machine["results"]} == set(machine["loads"]) == {"targets"}
 
@@ -201,7 +202,7 @@ def test_nothing_is_measured_for_a_file_that_cannot_take_it(content, message, tm
     path.write_text(content)
     capsys.readouterr()
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it was measured"))
-    assert cli.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 1
+    assert main.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"gdlib: error: {path}")
     assert error.count("\n") == 1
@@ -214,8 +215,8 @@ def test_every_step_of_the_workflow_is_started():
     modules = workflow.imports()
     steps = {"download", "prepare", "draw", "teach", "train", "predict", "segment", "evaluate", "baselines"}
     assert steps <= set(modules)
-    assert "gdlib.training" in modules["train"]
-    assert "gdlib.scores" in modules["evaluate"]
+    assert "gdlib.train.loop" in modules["train"]
+    assert "gdlib.evaluate.scores" in modules["evaluate"]
     assert workflow.start("print('torch' in __import__('sys').modules)")() == "False\n"
 
 
@@ -226,7 +227,7 @@ def test_a_file_that_is_none(tmp_path, capsys, content, message):
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content)
-    assert cli.main(["bench", "page", "--json", str(path)]) == 1
+    assert main.main(["bench", "page", "--json", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("gdlib: error:")
     assert error.count("\n") == 1
@@ -236,7 +237,7 @@ def test_a_file_that_is_none(tmp_path, capsys, content, message):
 
 def test_without_the_folder_it_says_where_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "benchmarks")
-    assert cli.main(["bench", "all", "--json", str(tmp_path / "x.json")]) == 1
+    assert main.main(["bench", "all", "--json", str(tmp_path / "x.json")]) == 1
     error = capsys.readouterr().err
     assert "source repository" in error
     assert error.count("\n") == 1

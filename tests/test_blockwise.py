@@ -15,10 +15,12 @@ import pytest
 import tifffile
 from conftest import OFFSETS
 
-from gdlib import blockwise, io, segmentation
-from gdlib.cli import main
-from gdlib.grid import Grid, options
-from gdlib.metrics import evaluate
+from gdlib import io
+from gdlib.cli.main import main
+from gdlib.evaluate.metrics import evaluate
+from gdlib.segment import segmenters
+from gdlib.volumes import blockwise
+from gdlib.volumes.grid import Grid, options
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
@@ -70,7 +72,7 @@ def run_blocks(folder, label_affinity, foreground, grid, segmenter, **parameters
     plan = json.loads(json.dumps({**plan, "offsets": offsets}))
     settings = {
         "overlap": list(grid.overlap),
-        "parameters": segmentation.defaults(segmenter, foreground.ndim) | parameters,
+        "parameters": segmenters.defaults(segmenter, foreground.ndim) | parameters,
     }
     for name in grid.names:
         core = grid.core(name)
@@ -200,7 +202,7 @@ def test_exact_affinities_give_the_result_of_one_piece(segmenter, shape, block, 
     affinity, foreground = affinities(truth, OFFSETS[len(shape)])
     parameters = {"foreground_threshold": 0.5, "min_fragment": 0, "min_size": 30}
     parameters |= {"stride": 1} if segmenter == "mutex_watershed" else {}
-    one = segmentation.segment(affinity, foreground, OFFSETS[len(shape)], segmenter, **parameters)
+    one = segmenters.segment(affinity, foreground, OFFSETS[len(shape)], segmenter, **parameters)
     grid = Grid(shape, block, overlap)
     label = run_blocks(tmp_path, affinity, foreground, grid, segmenter, **parameters)
     assert_same(label, one)
@@ -242,12 +244,12 @@ def test_fragments_cut_by_a_block_are_not_taken_for_small(tmp_path):
     affinity, foreground = affinities(truth, OFFSETS[2])
     grid = Grid(truth.shape, (64, 32), (1, 12))
     parameters = {"min_fragment": 100, "min_size": 0}
-    one = segmentation.segment(affinity, foreground, OFFSETS[2], "mutex_watershed", **parameters)
+    one = segmenters.segment(affinity, foreground, OFFSETS[2], "mutex_watershed", **parameters)
     assert one.max() == 3
     assert_same(run_blocks(tmp_path / "a", affinity, foreground, grid, "mutex_watershed", **parameters), one)
     truth[22:26, 10:14] = 4  # this one is small, and goes to what is around it
     affinity, foreground = affinities(truth, OFFSETS[2])
-    one = segmentation.segment(affinity, foreground, OFFSETS[2], "mutex_watershed", **parameters)
+    one = segmenters.segment(affinity, foreground, OFFSETS[2], "mutex_watershed", **parameters)
     assert one.max() == 3
     assert_same(run_blocks(tmp_path / "b", affinity, foreground, grid, "mutex_watershed", **parameters), one)
 
@@ -259,7 +261,7 @@ def test_noisy_affinities_stay_within_the_tolerance(segmenter, tmp_path):
     truth = neurites((24, 96, 96), count=20)
     affinity, foreground = affinities(truth, OFFSETS[3], noise=0.25)
     parameters = {"foreground_threshold": 0.5, "min_fragment": 50, "min_size": 20}
-    one = segmentation.segment(affinity, foreground, OFFSETS[3], segmenter, **parameters)
+    one = segmenters.segment(affinity, foreground, OFFSETS[3], segmenter, **parameters)
     grid = Grid(truth.shape, (12, 48, 48), (4, 12, 12))
     label = run_blocks(tmp_path, affinity, foreground, grid, segmenter, **parameters)
     scores, ours, theirs = evaluate(one, label), evaluate(truth, label), evaluate(truth, one)
@@ -276,7 +278,7 @@ def test_what_was_made_for_other_settings_is_an_error(tmp_path):
     with io.open_h5(tmp_path / "labels.h5") as file:
         plan = {key: json.loads(file.attrs[key]) for key in ("shape", "block", "offsets")}
         plan |= {key: file.attrs[key] for key in ("image", "segmenter")}
-    settings = {"overlap": [8, 8], "parameters": segmentation.defaults("mutex_watershed", 2) | {"min_size": 7}}
+    settings = {"overlap": [8, 8], "parameters": segmenters.defaults("mutex_watershed", 2) | {"min_size": 7}}
     other = tmp_path / "segments" / "0-0.h5"
     blockwise.segment(plan, "0-0", tmp_path / "predictions", other, settings)
     for step in (
@@ -356,9 +358,9 @@ def test_the_grid_of_an_image_has_no_axes_of_one_pixel(volume, teacher, tmp_path
 def test_predictions_of_blocks_are_those_of_the_image(volume, teacher, tmp_path, monkeypatch):
     import torch
 
-    from gdlib.inference import Predictor
+    from gdlib.predict.predictor import Predictor
 
-    monkeypatch.setattr("gdlib.inference.choose_precision", lambda name, device: torch.float32)
+    monkeypatch.setattr("gdlib.devices.choose_precision", lambda name, device: torch.float32)
     plan_file, weights = tmp_path / "plan.json", ["--weights", str(teacher)]
     step = ["step", "plan-volume", "--image", f"{volume}:main", *weights, "--segmenter"]
     assert main([*step, "mutex_watershed", "--block", "[64,32]", "--out", str(plan_file)]) == 0

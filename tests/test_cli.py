@@ -19,11 +19,12 @@ from PIL import Image
 from torch import nn
 
 from gdlib import io
-from gdlib.cli import main
+from gdlib.cli.main import main
 from gdlib.config import TEACHER, Config
-from gdlib.metrics import METRICS, evaluate
-from gdlib.models import Embedding
-from gdlib.scores import COUNTS, of_image
+from gdlib.evaluate.metrics import METRICS, evaluate
+from gdlib.evaluate.scores import COUNTS, of_image
+from gdlib.predict.predictor import BLOCK
+from gdlib.types import Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("prepare", "train", "predict", "segment", "evaluate", "baselines", "profile")
@@ -78,8 +79,8 @@ def images(tmp_path, squares):
 @pytest.fixture(scope="module")
 def by_hand(teacher):
     """Return `by_hand(image, **parameters)` -> label, by the Python calls behind the command."""
-    from gdlib.inference import Predictor
-    from gdlib.segmentation import segment
+    from gdlib.predict.predictor import Predictor
+    from gdlib.segment.segmenters import segment
 
     predictor = Predictor.load(teacher, device="cpu", precision="float32")
 
@@ -132,7 +133,7 @@ def test_what_fails_beside_the_network_stops_the_command(teacher, images, refusa
 
 @pytest.mark.parametrize("block", [16, "16x48"])
 def test_segment_in_small_blocks_is_the_same(teacher, images, by_hand, squares, tmp_path, monkeypatch, block):
-    from gdlib.inference import Predictor
+    from gdlib.predict.predictor import Predictor
 
     seen, predict = [], Predictor.predict
     monkeypatch.setattr(Predictor, "predict", lambda self, *args: seen.append(args[1]) or predict(self, *args))
@@ -274,8 +275,8 @@ def volume(tmp_path):
 @pytest.fixture
 def volume_by_hand(volume_model, volume):
     """Return the label that the Python calls give for the volume."""
-    from gdlib.inference import Predictor
-    from gdlib.segmentation import segment
+    from gdlib.predict.predictor import Predictor
+    from gdlib.segment.segmenters import segment
 
     predictor = Predictor.load(volume_model, device="cpu", precision="float32")
     prediction = predictor(volume[1][None])
@@ -330,7 +331,7 @@ def test_segment_a_tiff_stack_and_a_file_with_one_dataset(volume_model, volume, 
 
 
 def test_a_volume_that_was_stopped_goes_on(volume_model, volume, volume_by_hand, tmp_path, monkeypatch):
-    from gdlib.inference import Predictor
+    from gdlib.predict.predictor import Predictor
 
     path, _, _ = volume
     out = tmp_path / "labels"
@@ -568,7 +569,7 @@ def test_help(command, capsys):
 
 
 def test_every_option_has_its_help():
-    from gdlib.cli import _parser
+    from gdlib.cli.main import _parser
 
     for parser in (_parser()._subparsers._group_actions[0].choices[name] for name in ("segment", "evaluate", "models")):
         for action in parser._actions:
@@ -883,10 +884,9 @@ def test_the_steps_of_a_volume(volume_split, volume, volume_model, volume_by_han
 
 
 def test_the_profile_of_a_volume_is_that_of_a_block(volume_split, tmp_path, monkeypatch):
-    from gdlib import inference
-    from gdlib.profile import count_macs
+    from gdlib.predict.cost import count_macs
 
-    monkeypatch.setitem(inference.BLOCK, 3, (4, 16, 64))
+    monkeypatch.setitem(BLOCK, 3, (4, 16, 64))
     spec = {"model": "resunet3d", "options": {"widths": [1, 1, 1, 1, 1]}}
     out = tmp_path / "profile.json"
     run("step", "profile", "--spec", json.dumps(spec), "--data", volume_split, "--out", out, "--device", "cpu")
@@ -896,7 +896,7 @@ def test_the_profile_of_a_volume_is_that_of_a_block(volume_split, tmp_path, monk
 
 
 def test_baselines(volume_split, splits, refusal, tmp_path):
-    from gdlib.baselines import BASELINES
+    from gdlib.evaluate.trivial import BASELINES
 
     out = tmp_path / "baselines.csv"
     run("step", "baselines", "--dataset", "d", "--val", volume_split, "--test", splits["test"], "--out", out)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gdlib import parts, registry, segmentation
-from gdlib.config import SEGMENTERS, TEACHER, Config, ConfigError, RunSpec
+from gdlib import registry
+from gdlib.config import SEGMENTERS, TEACHER, Config, ConfigError, RunSpec, parts
+from gdlib.segment import segmenters
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = tuple(parts.read(ROOT)["studies"])
@@ -204,11 +205,11 @@ def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
             build_term(term.term, term.memory, term.options)
         for segmenter in spec.segmenters:
             fixed = config.datasets[dataset].segmentation.get(segmenter, {})
-            assert fixed.keys() <= segmentation.defaults(segmenter, built.ndim).keys()
+            assert fixed.keys() <= segmenters.defaults(segmenter, built.ndim).keys()
 
 
 def test_segmenters_are_those_there_are():
-    assert set(SEGMENTERS) == set(segmentation.SEGMENTERS)
+    assert set(SEGMENTERS) == set(segmenters.SEGMENTERS)
 
 
 def test_every_source_takes_the_options_of_its_datasets(catalogue):

@@ -21,7 +21,8 @@ from gdlib.data.files import (
     voxel_size,
 )
 from gdlib.data.prepare import check_sample, prepare
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 from gdlib.registry import UnknownName
 
 SIZE = (24, 32)

@@ -18,8 +18,8 @@ import tifffile
 import yaml
 from test_workflow import PARTS, planned, snakemake
 
-from gdlib import reference
 from gdlib.config import Config
+from gdlib.config.page import _options, _sections, json_schema, markdown, registry
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -28,33 +28,33 @@ TUTORIAL = (DOCS / "tutorial.md").read_text()
 
 
 def test_the_page_of_all_keys_is_up_to_date():
-    assert (DOCS / "configuration.md").read_text() == reference.markdown(), (
+    assert (DOCS / "configuration.md").read_text() == markdown(), (
         "python -m gdlib schema --markdown > docs/configuration.md"
     )
 
 
 def test_the_schema_is_up_to_date():
-    assert json.loads(SCHEMA.read_text()) == reference.json_schema(), (
+    assert json.loads(SCHEMA.read_text()) == json_schema(), (
         "python -m gdlib schema > workflow/schemas/config.schema.json"
     )
 
 
 def test_every_key_has_a_meaning():
-    for section in reference._sections():
+    for section in _sections():
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
 
 
 def test_every_option_of_a_plug_in_is_explained():
-    for kind in (reference.registry.SOURCES, reference.registry.NETWORKS, reference.registry.TERMS):
+    for kind in (registry.SOURCES, registry.NETWORKS, registry.TERMS):
         for name in kind.names():
-            for option, _, _, meaning in reference._options(kind, name):
+            for option, _, _, meaning in _options(kind, name):
                 assert meaning, f"{name}: {option}"
 
 
 @pytest.fixture(scope="module")
 def validator():
-    schema = reference.json_schema()
+    schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 

@@ -25,11 +25,11 @@ import tifffile
 import yaml
 from test_workflow import dry_run, planned, snakemake
 
-from gdlib.cli import main
+from gdlib.cli.main import main
 from gdlib.config import Config, ConfigError
+from gdlib.config.sections import RemoteFile
 from gdlib.data.download import RECORD, _Redirects, download, fetch, unpack
-from gdlib.io import DataError, WriteError
-from gdlib.schema import RemoteFile
+from gdlib.io.failures import DataError, WriteError
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE = np.random.default_rng(0).bytes(400_000)  # several reads long, and no zip archive

@@ -6,15 +6,16 @@ import pytest
 import tifffile
 from PIL import Image
 
-from gdlib.cli import main
+from gdlib.cli.main import main
 from gdlib.data import decoders
 from gdlib.data.axes import fitted, without_single_axes
 from gdlib.data.calibration import calibration, written
 from gdlib.data.files import find_files, open_volume, read_image, read_label
 from gdlib.data.intensity import rescale
 from gdlib.data.prepare import check_sample
-from gdlib.inference import Source
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
+from gdlib.predict.predictor import Source
 
 SIZE = (24, 32)
 RNG = np.random.default_rng(0)

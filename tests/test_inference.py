@@ -18,13 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdlib import engine, inference, io, streaming
+from gdlib import io
 from gdlib.data.intensity import normalise
-from gdlib.engine import choose_engine
-from gdlib.inference import Predictor, choose_device, choose_precision, legal_shape, quantised_affinities
-from gdlib.models import Embedding, build
+from gdlib.devices import choose_device, choose_precision
+from gdlib.kernels import quantised
+from gdlib.kernels.quantised import quantised_affinities
+from gdlib.models import build
+from gdlib.predict import engine, files
+from gdlib.predict.engine import choose_engine
+from gdlib.predict.files import file_identity, predict_blocks, predict_split
+from gdlib.predict.predictor import Predictor, legal_shape
 from gdlib.registry import NETWORKS
-from gdlib.streaming import file_identity, predict_blocks, predict_split
+from gdlib.types import Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFSETS = [[-1, 0], [0, -1], [-3, 0], [0, -3], [-9, 0], [0, -9]]
@@ -452,7 +457,7 @@ def test_weights_of_a_network_of_ones_own(tmp_path, monkeypatch):
 )
 def test_affinities_in_one_pass(shape, offsets, threads, monkeypatch):
     """The formula in double precision, for strips that are shorter than the offsets reach, and the way of other devices."""
-    monkeypatch.setattr(inference, "STRIP", 100)
+    monkeypatch.setattr(quantised, "STRIP", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     vectors = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
     vectors *= np.random.default_rng(1).choice([0, 1e-3, 1, 1e4], shape).astype(np.float32)  # some are zero
@@ -470,7 +475,7 @@ def test_affinities_in_one_pass(shape, offsets, threads, monkeypatch):
                 inside = all(0 <= q < n for q, n in zip(other, shape, strict=True))
                 cosine = unit[(slice(None), *pixel)] @ unit[(slice(None), *other)] if inside else 0
                 assert abs(found[(k, *inner)] - 255 * max(cosine, 0)) <= 0.5 + 1e-3
-        there = inference._affinities_on_device(embedding, offsets, box)
+        there = quantised._affinities_on_device(embedding, offsets, box)
         assert np.abs(found.astype(int) - there).max() <= 1
 
 
@@ -551,7 +556,7 @@ def test_a_network_that_cannot_be_traced_stays_with_torch():
 def test_a_signal_is_still_handled_after_engines_came_and_went():
     """In a process of its own, because it would be this one that dies; only processors with AMX can show it."""
     program = (
-        "import signal\nimport torch\nfrom gdlib.engine import make_engine\nfrom gdlib.models import build\n"
+        "import signal\nimport torch\nfrom gdlib.predict.engine import make_engine\nfrom gdlib.models import build\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('handled'))\n"
         "network = build('resunet', {'widths': [2, 2, 2, 2, 2]}).eval()\n"
         "new = lambda: make_engine('openvino', network, 1, torch.device('cpu'), torch.float32)\n"
@@ -607,7 +612,7 @@ def count_blocks(monkeypatch, tool, limit=100):
 
 def test_volumes_are_predicted_block_by_block(volumes, tmp_path, monkeypatch):
     out = tmp_path / "p.h5"
-    monkeypatch.setattr(streaming, "KEPT_PIXELS", 3 * 22 * 30 + 5)
+    monkeypatch.setattr(files, "KEPT_PIXELS", 3 * 22 * 30 + 5)
     tool = volume_tool()
     blocks = count_blocks(monkeypatch, tool)
     predict_split(tool, volumes, out, weights_sha256="w", keep_embeddings=1)
@@ -626,7 +631,7 @@ def test_volumes_are_predicted_block_by_block(volumes, tmp_path, monkeypatch):
 
 
 def test_chunks_fit_into_blocks(volumes, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "CHUNK_PIXELS", 100)
+    monkeypatch.setattr(files, "CHUNK_PIXELS", 100)
     predict_split(volume_tool(), volumes, tmp_path / "p.h5", weights_sha256="w")
     with h5py.File(tmp_path / "p.h5") as file:
         chunks = file["a/affinity"].chunks

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from gdlib import io
-from gdlib.cli import main
+from gdlib.cli.main import main
 from gdlib.data import intensity
 from gdlib.data.augment import empty_patches
 from gdlib.data.files import read_image
 from gdlib.data.intensity import intensity_range, learn, normalise, pixel_noise, rescale
 from gdlib.data.patches import PatchSampler
-from gdlib.inference import Predictor
-from gdlib.segmentation import segment
+from gdlib.predict.predictor import Predictor
+from gdlib.segment.segmenters import segment
 
 RAW = Path(os.environ.get("GDLIB_RAW", Path(__file__).parents[1].parent / "shared" / "data"))
 PERCENTILES = {"lower": 1.0, "upper": 99.8}

@@ -18,7 +18,7 @@ import pytest
 
 from gdlib import io
 from gdlib.data.files import read_volume
-from gdlib.inference import Predictor
+from gdlib.predict.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -337,7 +337,7 @@ READERS = {
 
 
 def asked(path):
-    from gdlib.ask import _make
+    from gdlib.train.ask import _make
 
     with io.create_h5(path) as file:
         _make(file.create_group("s"), "x", (10, 12, 5))[:] = np.arange(600).reshape(10, 12, 5)
@@ -434,12 +434,12 @@ def test_no_space_left_is_one_sentence_and_leaves_nothing(kind, tmp_path):
 def test_the_command_survives_a_full_disk(tmp_path):
     """With its one sentence as the last line, whatever HDF5 says while Python ends."""
     code = (
-        "import resource, sys; from gdlib import cli, io; import numpy as np\n"
+        "import resource, sys; from gdlib import io; from gdlib.cli import main; import numpy as np\n"
         "def work(arguments):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))\n"
         "    noise = np.random.default_rng(0).integers(0, 255, (200, 200), np.uint8)\n"
         "    io.write_samples(sys.argv[1], [io.Sample('a', noise[None], noise)])\n"
-        "cli._info = work; sys.exit(cli.main(['info', sys.argv[1]]))"
+        "main._info = work; sys.exit(main.main(['info', sys.argv[1]]))"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.h5"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr

@@ -15,14 +15,18 @@ import torch
 from conftest import OFFSETS
 from torch import nn
 
-from gdlib import blockwise, footprint, grid, inference, io, large, memory, mutex, segmenting
-from gdlib.cli import main
-from gdlib.failures import is_lack_of_memory
-from gdlib.footprint import choose, live_bytes
-from gdlib.inference import Predictor
-from gdlib.memory import GIB
-from gdlib.models import Embedding, build
-from gdlib.parameters import defaults
+from gdlib import io
+from gdlib.cli import segment
+from gdlib.cli.main import main
+from gdlib.io.failures import is_lack_of_memory
+from gdlib.models import build
+from gdlib.predict.predictor import BLOCK, Predictor
+from gdlib.segment import mutex
+from gdlib.segment.parameters import defaults
+from gdlib.types import Embedding
+from gdlib.volumes import blockwise, footprint, grid, large, memory
+from gdlib.volumes.footprint import choose, live_bytes
+from gdlib.volumes.memory import GIB
 
 MIB = 2**20
 AS = ["--device", "cpu", "--precision", "float32", "--engine", "torch"]
@@ -108,7 +112,7 @@ def test_what_is_free_here():
     assert 90 * MIB < memory.resident() - held < 110 * MIB
     assert memory.resident() < memory.budget() < memory.resident() + memory.available()
     limited = (
-        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({GIB}, {GIB})); from gdlib import memory; "
+        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({GIB}, {GIB})); from gdlib.volumes import memory; "
         "print(memory.available())"
     )
     done = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -260,7 +264,7 @@ def test_images_in_one_piece_in_blocks_or_not_at_all():
         assert "\n" not in sentence
     assert seen == sorted(seen, reverse=True)
     assert len(set(seen)) >= 3
-    assert predictor.block == inference.BLOCK[2]  # the next image has its own choice
+    assert predictor.block == BLOCK[2]  # the next image has its own choice
     # Memory does not grow with the image.
     assert abs(need(20000, 3 * GIB).need - need(40000, 3 * GIB).need) < 0.3 * GIB
     with pytest.raises(
@@ -324,10 +328,10 @@ def limited(teacher, small_blocks, tmp_path):
 
     def run(image, *flags, code=0, out=tmp_path / "blocks", share=0.999):
         predictor = Predictor.load(teacher, device="cpu", precision="float32", engine="torch")
-        with segmenting._open_image(image, 1, tmp_path) as array:
+        with segment._open_image(image, 1, tmp_path) as array:
             shape = predictor.source(array).shape
             segmenter, parameters = "mutex_watershed", predictor.header["segmentation"]["mutex_watershed"]
-            held = segmenting._in_memory(array)
+            held = segment._in_memory(array)
             whole = choose(predictor, shape, segmenter, parameters, held=held, budget=2**60).whole
         command = ["segment", image, "--model", teacher, "--out", out, *AS, "--memory", f"{share * whole / GIB:.12f}"]
         command += flags
@@ -423,7 +427,7 @@ def test_large_tiff_files_are_mapped(options, shape, monkeypatch, tmp_path):
     assert mapped.dtype == read.dtype == np.uint16
     assert np.array_equal(mapped, read)
     assert not list((tmp_path / "new").glob("*"))  # the copy has no name
-    assert segmenting._in_memory(mapped) == 0 < segmenting._in_memory(read)
+    assert segment._in_memory(mapped) == 0 < segment._in_memory(read)
 
 
 def test_no_disk_for_a_copy_of_the_image(monkeypatch, tmp_path):
@@ -582,5 +586,5 @@ def test_too_little_memory_after_all_is_one_sentence(error, told, where, field, 
 
 
 def test_other_errors_are_not_called_lack_of_memory():
-    with pytest.raises(RuntimeError, match="shapes"), segmenting._lack_of_memory("a.tif"):
+    with pytest.raises(RuntimeError, match="shapes"), segment._lack_of_memory("a.tif"):
         raise RuntimeError("shapes do not fit")

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from gdlib.config import Config, ConfigError, load
-from gdlib.distill import Batch, Distiller, Term, Truth, View, build_term, label_at
+from gdlib.distill import Distiller, Term, Truth, View, build_term
 from gdlib.distill.bank import MemoryBank
-from gdlib.models import Embedding, build
+from gdlib.kernels.levels import label_at
+from gdlib.models import build
 from gdlib.registry import NETWORKS
+from gdlib.types import Batch, Embedding
 
 OFFSETS = {2: [(-1, 0), (0, -1), (-3, 0)], 3: [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, -3)]}
 

@@ -10,10 +10,12 @@ import pytest
 import yaml
 from test_config import SMALL
 
-from gdlib import grid, io, limits, mutex, parameters, segmentation
-from gdlib.cli import _parser, main
+from gdlib import io, limits
+from gdlib.cli.main import _parser, main
 from gdlib.config import Config, ConfigError
 from gdlib.registry import NETWORKS, SOURCES, TERMS, UnknownName
+from gdlib.segment import mutex, parameters, segmenters
+from gdlib.volumes import grid
 
 OFFSETS = [[-1, 0], [0, -1], [-9, 0], [0, -9]]
 AFFINITY, FOREGROUND = np.full((4, 12, 13), 200, np.uint8), np.full((12, 13), 255, np.uint8)
@@ -58,8 +60,8 @@ def files(tmp_path_factory):
 
 def test_every_parameter_of_every_segmenter_is_tried():
     tried = {name for _, name, *_ in PARAMETERS}
-    assert tried == {name for segmenter in segmentation.SEGMENTERS for name in parameters.PARAMETERS[segmenter]}
-    assert parameters.PARAMETERS.keys() == segmentation.SEGMENTERS.keys()
+    assert tried == {name for segmenter in segmenters.SEGMENTERS for name in parameters.PARAMETERS[segmenter]}
+    assert parameters.PARAMETERS.keys() == segmenters.SEGMENTERS.keys()
     for segmenter, table in parameters.PARAMETERS.items():
         for name, (_, values) in table.items():
             for default, tuned in values.values():
@@ -73,7 +75,7 @@ def test_a_parameter_of_a_segmenter(segmenter, name, words, value, files, capsys
     said = f"{name} of {segmenter} must be {words} (got {value!r})"
     foreground = FOREGROUND > 0 if parameters.is_masked(segmenter) else FOREGROUND
     with pytest.raises(ValueError, match="must be") as error:
-        segmentation.segment(AFFINITY, foreground, OFFSETS, segmenter, **{name: value})
+        segmenters.segment(AFFINITY, foreground, OFFSETS, segmenter, **{name: value})
     sentence(error, said)
     raw = yaml.safe_load(SMALL)
     raw["datasets"]["bbbc039"]["segmentation"] = {segmenter: {name: value}}
@@ -120,7 +122,7 @@ def test_the_step_of_a_study(tmp_path, capsys):
 def test_the_ends_of_a_range_are_no_traceback(value):
     for segmenter, name in (("multicut", "beta"), ("mutex_watershed", "exponent"), ("waterz", "threshold")):
         if segmenter != "waterz" or pytest.importorskip("waterz"):
-            found = segmentation.segment(AFFINITY, FOREGROUND, OFFSETS, segmenter, **{name: value})
+            found = segmenters.segment(AFFINITY, FOREGROUND, OFFSETS, segmenter, **{name: value})
             assert found.shape == FOREGROUND.shape
 
 

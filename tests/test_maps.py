@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from gdlib import io, training
-from gdlib.ask import ask
+from gdlib import io
 from gdlib.data.maps import TeacherMaps
 from gdlib.data.patches import PatchSampler
-from gdlib.distill import label_at
-from gdlib.inference import Predictor
+from gdlib.kernels.levels import label_at
 from gdlib.models import build, folded
+from gdlib.predict.predictor import Predictor
+from gdlib.train import loop
+from gdlib.train.ask import ask
 
 HALF = 2.0**-11  # relative error of a number in half precision
 STILL = {
@@ -136,7 +137,7 @@ def test_of_noise_the_teacher_says_what_it_says_of_background(make_spec, splits,
 
 def _asked(spec, train, source):
     """Return the distiller of a run, and its batches."""
-    trainer = training._Trainer(spec, source, torch.device("cpu"))
+    trainer = loop._Trainer(spec, source, torch.device("cpu"))
     known = source if isinstance(source, TeacherMaps) else None
     sampler = PatchSampler(train, **spec.drawing, margin=trainer.margin, maps=known, levels=trainer.levels)
     return trainer.distiller, sampler
@@ -322,7 +323,7 @@ def test_a_run_says_from_where_it_learns(make_spec, train, splits, maps, teacher
 def test_resumed_as_if_never_stopped(method, make_spec, train, maps, tmp_path):
     spec = make_spec(method, steps=8, teacher="maps")
     train(spec, tmp_path / "whole", maps=maps)
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(loop.Interrupted):
         train(spec, tmp_path / "parts", max_seconds=0, maps=maps)
     train(spec, tmp_path / "parts", maps=maps)
     for name in ("weights.safetensors", "history.csv"):

@@ -18,9 +18,9 @@ import torch
 from test_cli import ROOT, own_environment, refusal, run, segment_command, volume, volume_model  # noqa: F401
 
 from gdlib import io
-from gdlib.cli import main
-from gdlib.failures import sentences
-from gdlib.inference import Predictor
+from gdlib.cli.main import main
+from gdlib.io.failures import sentences
+from gdlib.predict.predictor import Predictor
 
 
 @pytest.fixture
@@ -64,12 +64,12 @@ def test_one_bad_image_does_not_end_a_folder(six, teacher, volume, tmp_path, cap
 
 def test_a_full_disk_ends_a_folder(six, teacher, tmp_path, refusal, monkeypatch):
     """Of all others the same would be said."""
-    from gdlib import segmenting
+    from gdlib.cli import segment
 
     def full(*args):
         raise io.WriteError(errno.ENOSPC, os.strerror(errno.ENOSPC), "labels")
 
-    monkeypatch.setattr(segmenting, "_write_label", full)
+    monkeypatch.setattr(segment, "_write_label", full)
     assert "free some space" in refusal(*segment_command(teacher, tmp_path / "out", six))
 
 
@@ -239,7 +239,7 @@ def test_a_tiff_without_a_page(teacher, refusal, tmp_path):
 
 def test_a_folder_that_becomes_read_only(teacher, squares, tmp_path):
     """The file in which blocks wait is not made under the network's feet, but first."""
-    from gdlib.streaming import predict_blocks
+    from gdlib.predict.files import predict_blocks
 
     predictor = Predictor.load(teacher, device="cpu", block=16)
     with pytest.raises(io.WriteError, match="make its folder writable"):

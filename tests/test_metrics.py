@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import adapted_rand_error, variation_of_information
 
-from gdlib import metrics
-from gdlib.metrics import METRICS, THRESHOLDS, errors, evaluate, is_better, match, overlaps
+from gdlib.evaluate import metrics
+from gdlib.evaluate.metrics import METRICS, THRESHOLDS, errors, evaluate, is_better, match, overlaps
 
 HIGHER = [key for key, metric in METRICS.items() if metric.better == "higher"]
 LOWER = [key for key, metric in METRICS.items() if metric.better == "lower"]

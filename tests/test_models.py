@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from gdlib import io, registry
-from gdlib.models import Embedding, build, folded
+from gdlib.models import build, folded
 from gdlib.models.resunet import ResidualBlock
-from gdlib.profile import count_macs, count_parameters
+from gdlib.predict.cost import count_macs, count_parameters
 from gdlib.registry import NETWORKS, SOURCES, TERMS, UnknownName
+from gdlib.types import Embedding
 
 RESUNETS = {  # widths, parameters without the foreground head, 10^9 multiply-accumulates at 544 x 544 with the original's head
     "teacher": ((32, 64, 179, 349, 680), 33_609_092, 581.8, 0.05),

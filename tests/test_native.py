@@ -1,4 +1,4 @@
-"""Compiled code against the plain functions of `gdlib.ops`, and how it is compiled and kept."""
+"""Compiled code against the plain functions of `gdlib.kernels`, and how it is compiled and kept."""
 
 import itertools
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdlib import jit, loops, native, ops
+from gdlib import jit, kernels
+from gdlib.kernels import fused, loops
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFSETS = {
@@ -43,8 +44,13 @@ def scene(ndim, dim, dtype=torch.float64, seed=0):
 
 
 def relations(student, teacher, label, what):
-    options = {"offsets": OFFSETS[label.ndim - 1], "instances": ops.Instances(label), "moments": True, "other": teacher}
-    found = ops.relate(student, **{name: options[name] for name in what})
+    options = {
+        "offsets": OFFSETS[label.ndim - 1],
+        "instances": kernels.Instances(label),
+        "moments": True,
+        "other": teacher,
+    }
+    found = kernels.relate(student, **{name: options[name] for name in what})
     parts = [part for part in found if part is not None]
     generator = torch.Generator().manual_seed(1)
     # Where a vector has no direction, its gradient is 10^12 times the others'.
@@ -88,20 +94,20 @@ def test_gradient_of_relations(ndim, dim):
     offsets = [o for o in itertools.product((-2, 0, 1), repeat=ndim)][::2]
 
     def all_of_them(rows):
-        return ops.relate(rows, offsets, ops.Instances(label), True, teacher)[:3]
+        return kernels.relate(rows, offsets, kernels.Instances(label), True, teacher)[:3]
 
     assert torch.autograd.gradcheck(all_of_them, student.requires_grad_(), fast_mode=dim == 16)
 
 
 def losses(affinity, goal, pairs, kinds):
     """Values, and the gradient of a sum in which each weighs something else."""
-    found = ops.pair_losses(affinity, goal, pairs, kinds)
+    found = kernels.pair_losses(affinity, goal, pairs, kinds)
     total = sum(factor * found[kind] for factor, kind in zip((3, 0.5, -2), kinds, strict=False))
     gradient = torch.autograd.grad(total, affinity)[0]
     return {kind: value.detach() for kind, value in found.items()}, gradient
 
 
-KINDS = [kinds for n in (1, 2, 3) for kinds in itertools.combinations(ops.PAIR_LOSSES, n)]
+KINDS = [kinds for n in (1, 2, 3) for kinds in itertools.combinations(kernels.PAIR_LOSSES, n)]
 
 
 @compiled
@@ -112,14 +118,14 @@ KINDS = [kinds for n in (1, 2, 3) for kinds in itertools.combinations(ops.PAIR_L
 def test_pair_losses_are_those_of_the_plain_functions(ndim, connected, per_offset, ignored, ids, plain):
     student, teacher, label = scene(ndim, 4)
     label = label * ids
-    affinity, goal = (ops.affinities(ops.unit(x.detach()), OFFSETS[ndim]) for x in (student, teacher))
+    affinity, goal = (kernels.affinities(kernels.unit(x.detach()), OFFSETS[ndim]) for x in (student, teacher))
     affinity.requires_grad_()
     options = {"background_connected": connected, "per_offset": per_offset}
     options["ignore"] = scene(ndim, 1, seed=9)[2] == 2 if ignored else None
     for kinds in KINDS:
 
         def both(kinds=kinds):
-            pairs = None if kinds == ("goal",) else ops.Pairs(label, OFFSETS[ndim], **options)
+            pairs = None if kinds == ("goal",) else kernels.Pairs(label, OFFSETS[ndim], **options)
             return losses(affinity, None if kinds == ("labels",) else goal, pairs, kinds)
 
         (mine, gradient), (theirs, expected) = both(), plain(both)
@@ -134,13 +140,13 @@ def test_pair_losses_are_those_of_the_plain_functions(ndim, connected, per_offse
 def test_an_equal_map_differs_by_nothing():
     for dim in (3, 16):
         rows = torch.randn(2, 9, 37, dim) * 10 ** torch.randn(2, 9, 37, 1)
-        assert ops.relate(rows, moments=True, other=rows.clone()).gram.abs().max() == 0
+        assert kernels.relate(rows, moments=True, other=rows.clone()).gram.abs().max() == 0
 
 
 @compiled
 def test_the_number_of_threads_changes_no_bit():
     student, teacher, label = scene(2, 16, torch.float32)
-    pairs = ops.Pairs(label, OFFSETS[2])
+    pairs = kernels.Pairs(label, OFFSETS[2])
     results = []
     before = torch.get_num_threads()
     try:
@@ -148,7 +154,7 @@ def test_the_number_of_threads_changes_no_bit():
             torch.set_num_threads(threads)
             parts, gradient = relations(student, teacher, label, WHAT[-1])
             affinity = parts[0].detach().requires_grad_()
-            found, other = losses(affinity, affinity.detach().square(), pairs, ops.PAIR_LOSSES)
+            found, other = losses(affinity, affinity.detach().square(), pairs, kernels.PAIR_LOSSES)
             results.append([*parts, gradient, *found.values(), other])
     finally:
         torch.set_num_threads(before)
@@ -167,18 +173,18 @@ def test_maps_that_are_not_contiguous():
 
 
 MISFITS = {
-    "other rows": lambda rows, label: native.relate(rows, (), True, rows[:, 1:]),
-    "other rows of another type": lambda rows, label: native.relate(rows, (), True, rows.double()),
-    "offsets of another dimension": lambda rows, label: native.relate(rows, [(0, 0, -1)], False, None),
-    "a smaller goal": lambda rows, label: native.pair_losses(rows, rows[:1]),
-    "too few offsets": lambda rows, label: native.pair_losses(rows, None, [(0, -1)]),
-    "a label of 64 bits": lambda rows, label: native.pair_losses(
+    "other rows": lambda rows, label: fused.relate(rows, (), True, rows[:, 1:]),
+    "other rows of another type": lambda rows, label: fused.relate(rows, (), True, rows.double()),
+    "offsets of another dimension": lambda rows, label: fused.relate(rows, [(0, 0, -1)], False, None),
+    "a smaller goal": lambda rows, label: fused.pair_losses(rows, rows[:1]),
+    "too few offsets": lambda rows, label: fused.pair_losses(rows, None, [(0, -1)]),
+    "a label of 64 bits": lambda rows, label: fused.pair_losses(
         rows, None, weights=torch.zeros(2, 4, 2), label=torch.zeros(2, 5, 16, dtype=torch.int64)
     ),
-    "a label without weights": lambda rows, label: native.pair_losses(rows, None, label=torch.zeros(2, 5, 16).int()),
-    "too few weights": lambda rows, label: native.pair_losses(rows, None, weights=torch.zeros(2, 3, 2)),
-    "ignored in too few": lambda rows, label: native.count_pairs(label, [(0, -1)], label[:1] > 0),
-    "a label of 64 bits to count": lambda rows, label: native.count_pairs(label.long(), [(0, -1)]),
+    "a label without weights": lambda rows, label: fused.pair_losses(rows, None, label=torch.zeros(2, 5, 16).int()),
+    "too few weights": lambda rows, label: fused.pair_losses(rows, None, weights=torch.zeros(2, 3, 2)),
+    "ignored in too few": lambda rows, label: fused.count_pairs(label, [(0, -1)], label[:1] > 0),
+    "a label of 64 bits to count": lambda rows, label: fused.count_pairs(label.long(), [(0, -1)]),
 }
 
 
@@ -193,7 +199,7 @@ def test_compiled_code_gets_nothing_that_does_not_fit(call):
 
 def test_images_without_lines_or_pixels():
     for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
-        assert ops.relate(torch.rand(*shape, 3), [(0, -1)]).affinity.shape == (shape[0], 1, *shape[1:])
+        assert kernels.relate(torch.rand(*shape, 3), [(0, -1)]).affinity.shape == (shape[0], 1, *shape[1:])
 
 
 # --- How it is compiled and kept --------------------------------------------------------------------------------------
@@ -231,7 +237,7 @@ def expected():
     """What is said without compiled code; nothing is said of that."""
     value, label, err = told(run(NUMBA_DISABLE_JIT=1))
     rows = torch.arange(96.0).reshape(1, 2, 3, 16).sin()
-    assert value == pytest.approx(float(ops.affinities(ops.unit(rows), [(0, -1)]).sum()), rel=1e-6)
+    assert value == pytest.approx(float(kernels.affinities(kernels.unit(rows), [(0, -1)]).sum()), rel=1e-6)
     assert err == ""
     return value, label
 

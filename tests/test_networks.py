@@ -9,11 +9,11 @@ import torch
 from gdlib.config import RunSpec, load
 from gdlib.data.patches import PatchSampler
 from gdlib.data.prepare import prepare
-from gdlib.inference import Predictor
 from gdlib.models import Layer, build, enlarged, radius
-from gdlib.profile import count_macs, count_parameters, network_table, profile
+from gdlib.predict.cost import count_macs, count_parameters, network_table, profile
+from gdlib.predict.predictor import Predictor
 from gdlib.registry import NETWORKS
-from gdlib.training import _Trainer
+from gdlib.train.loop import _Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 AREA = 544 * 544

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdlib import ops
+from gdlib import kernels
 
 # The offsets of the paper's code, in its order, and a few that it does not use: positive, diagonal, none at all.
 PAPER_2D = [offset for s in (1, 3, 5, 9, 27) for offset in ((-s, 0), (0, -s))]
@@ -58,7 +58,7 @@ def test_affinities_equal_the_loop(shape, offsets):
     for b, (k, offset) in itertools.product(range(shape[0]), enumerate(offsets)):
         for p, q in pairs(offset, shape[1:]):
             expected[(b, k, *p)] = sum(x * y for x, y in zip(unit[(b, *p)], unit[(b, *q)], strict=True))
-    result = ops.affinities(unit, offsets)
+    result = kernels.affinities(unit, offsets)
     assert result.dtype == torch.float64
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-14)
     if (0,) * (len(shape) - 1) in offsets:
@@ -73,7 +73,7 @@ def test_wrapped_affinities_are_those_of_a_torus(shape, offsets):
         for p in itertools.product(*map(range, shape[1:])):
             q = tuple((a + d) % n for a, d, n in zip(p, offset, shape[1:], strict=True))
             expected[(b, k, *p)] = unit[(b, *p)] @ unit[(b, *q)]
-    result = ops.affinities_wrapped(torch.from_numpy(unit), offsets)
+    result = kernels.affinities_wrapped(torch.from_numpy(unit), offsets)
     np.testing.assert_allclose(result.numpy(), expected, rtol=0, atol=1e-14)
 
 
@@ -87,14 +87,14 @@ def test_targets_and_inside_equal_the_loop(shape, offsets):
             inside[(k, *p)] = True
             for b in range(shape[0]):
                 target[(b, k, *p)] = label[(b, *p)] == label[(b, *q)]  # background pairs included
-    np.testing.assert_array_equal(ops.inside(offsets, shape[1:]).numpy(), inside)
-    result = ops.affinity_targets(label, offsets)
+    np.testing.assert_array_equal(kernels.inside(offsets, shape[1:]).numpy(), inside)
+    result = kernels.affinity_targets(label, offsets)
     assert result.dtype == torch.bool
     np.testing.assert_array_equal(result.numpy(), target)
 
 
 def test_two_background_pixels_are_connected():
-    assert ops.affinity_targets(torch.zeros(1, 1, 2, dtype=torch.int64), [(0, -1)]).tolist() == [[[[False, True]]]]
+    assert kernels.affinity_targets(torch.zeros(1, 1, 2, dtype=torch.int64), [(0, -1)]).tolist() == [[[[False, True]]]]
 
 
 @pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
@@ -105,10 +105,10 @@ def test_or_apart_where_the_background_is_no_object(shape, offsets):
         for p, q in pairs(offset, shape[1:]):
             here, there = int(label[(b, *p)]), int(label[(b, *q)])
             target[(b, k, *p)] = here == there and here > 0 and there > 0
-    result = ops.affinity_targets(label, offsets, background_connected=False)
+    result = kernels.affinity_targets(label, offsets, background_connected=False)
     assert result.dtype == torch.bool
     np.testing.assert_array_equal(result.numpy(), target)
-    assert not torch.equal(result, ops.affinity_targets(label, offsets))
+    assert not torch.equal(result, kernels.affinity_targets(label, offsets))
 
 
 @pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
@@ -121,7 +121,7 @@ def test_pairs_of_a_mask(shape, offsets):
             expected[(b, k, *p)] = bool(mask[(b, *p)])  # also where there is no neighbour
         for p, q in pairs(offset, shape[1:]):
             expected[(b, k, *p)] |= bool(mask[(b, *q)])
-    result = ops.pairs_of(mask, offsets)
+    result = kernels.pairs_of(mask, offsets)
     assert result.dtype == torch.bool
     np.testing.assert_array_equal(result.numpy(), expected)
     assert torch.equal(mask, before)
@@ -139,7 +139,7 @@ def test_borders_are_widened_where_a_window_shows_two_objects(shape, width):
         window = label[(*front, slice(max(0, y - width), y + width + 1), slice(max(0, x - width), x + width + 1))]
         if any(int(i) not in (0, int(label[place])) for i in window.flatten()):
             expected[place] = 0
-    result = ops.widen_borders(label, width)
+    result = kernels.widen_borders(label, width)
     assert torch.equal(result, expected)
     assert torch.equal(label, before)
     assert torch.equal(result, label) == (width == 0 or 1 in shape[-2:])  # there, no two objects are
@@ -149,19 +149,19 @@ def test_sections_of_a_volume_widen_alone_and_background_widens_nothing():
     label = torch.zeros(1, 2, 3, 5, dtype=torch.int64)
     label[:, 0], label[:, 1] = 1, 2  # another object in the next section
     label[:, :, :, 4] = 0
-    assert torch.equal(ops.widen_borders(label, 3), label)
+    assert torch.equal(kernels.widen_borders(label, 3), label)
 
 
 def test_a_volume_of_one_section_is_an_image():
     label = random_label((2, 11, 12))
     volume, offsets = label[:, None], [(0, *o) for o in PAPER_2D]
     for connected in (True, False):
-        flat = ops.affinity_targets(label, PAPER_2D, connected)
-        assert torch.equal(ops.affinity_targets(volume, offsets, connected)[:, :, 0], flat)
-    assert torch.equal(ops.widen_borders(volume, 2)[:, 0], ops.widen_borders(label, 2))
-    assert torch.equal(ops.pairs_of(volume == 1, offsets)[:, :, 0], ops.pairs_of(label == 1, PAPER_2D))
-    assert torch.equal(ops.inside(offsets, (1, 11, 12))[:, 0], ops.inside(PAPER_2D, (11, 12)))
-    assert not ops.inside([(-1, 0, 0), (2, 0, 0)], (1, 11, 12)).any()  # there is nothing above or below
+        flat = kernels.affinity_targets(label, PAPER_2D, connected)
+        assert torch.equal(kernels.affinity_targets(volume, offsets, connected)[:, :, 0], flat)
+    assert torch.equal(kernels.widen_borders(volume, 2)[:, 0], kernels.widen_borders(label, 2))
+    assert torch.equal(kernels.pairs_of(volume == 1, offsets)[:, :, 0], kernels.pairs_of(label == 1, PAPER_2D))
+    assert torch.equal(kernels.inside(offsets, (1, 11, 12))[:, 0], kernels.inside(PAPER_2D, (11, 12)))
+    assert not kernels.inside([(-1, 0, 0), (2, 0, 0)], (1, 11, 12)).any()  # there is nothing above or below
 
 
 @given(data=st.data())
@@ -170,7 +170,7 @@ def test_overlap_lists_the_pairs(data):
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     offset = data.draw(st.lists(st.integers(-7, 7), min_size=len(shape), max_size=len(shape)))
     index = np.arange(np.prod(shape)).reshape(shape)
-    here, there = ops.overlap(offset, shape)
+    here, there = kernels.overlap(offset, shape)
     expected = [(index[p], index[q]) for p, q in pairs(offset, shape)]
     assert list(zip(index[here].flat, index[there].flat, strict=True)) == expected
 
@@ -181,19 +181,19 @@ def test_gradient_of_affinities(shape):
     n = len(shape) - 1
     offsets = [*itertools.islice(itertools.product((-1, 0, 2), repeat=n), 12), (-27,) * n, (0,) * n]
     unit = random_unit(shape).requires_grad_()
-    assert torch.autograd.gradcheck(lambda u: ops.affinities(u, offsets), unit)
+    assert torch.autograd.gradcheck(lambda u: kernels.affinities(u, offsets), unit)
     transposed = random_unit(shape).transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
     assert not transposed.is_contiguous()
-    assert torch.autograd.gradcheck(lambda u: ops.affinities(u, offsets), transposed)
+    assert torch.autograd.gradcheck(lambda u: kernels.affinities(u, offsets), transposed)
 
 
 def test_rows_puts_vectors_last_and_copies_nothing_of_a_channels_last_map():
     embedding = torch.randn(2, 5, 3, 4)
-    assert torch.equal(ops.rows(embedding)[1, 2, 3], embedding[1, :, 2, 3])
-    assert ops.rows(torch.randn(2, 5, 2, 3, 4)).shape == (2, 2, 3, 4, 5)
+    assert torch.equal(kernels.rows(embedding)[1, 2, 3], embedding[1, :, 2, 3])
+    assert kernels.rows(torch.randn(2, 5, 2, 3, 4)).shape == (2, 2, 3, 4, 5)
     last = embedding.contiguous(memory_format=torch.channels_last)
-    assert ops.rows(last).data_ptr() == last.data_ptr()
-    assert ops.rows(embedding).is_contiguous()
+    assert kernels.rows(last).data_ptr() == last.data_ptr()
+    assert kernels.rows(embedding).is_contiguous()
 
 
 # --- Class weights --------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_balance_equals_the_rule(share, per_offset):
     target[0, 1] = rng.random((20, 25)) < 0.6  # offsets and samples differ
     valid = np.ones((3, 20, 25), bool)
     valid[0, :4] = valid[2, :, 7:] = False
-    result = ops.balance(torch.from_numpy(target), torch.from_numpy(valid), per_offset)
+    result = kernels.balance(torch.from_numpy(target), torch.from_numpy(valid), per_offset)
     expected = loop_balance(target, np.broadcast_to(valid, target.shape), per_offset)
     assert result.dtype == torch.float32
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5)
@@ -235,30 +235,30 @@ def test_balance_equals_the_rule(share, per_offset):
 def test_balance_by_hand():
     """One pair in four connected: it weighs 3. Three in four: the other weighs 3. One class or no pair at all: no change."""
     target = torch.tensor([[[1, 0, 0, 0]], [[1, 1, 1, 0]], [[1, 1, 1, 1]], [[0, 0, 0, 0]]]).bool()
-    weight = ops.balance(target, torch.ones(4, dtype=torch.bool))
+    weight = kernels.balance(target, torch.ones(4, dtype=torch.bool))
     assert weight[:, 0].tolist() == [[3, 1, 1, 1], [1, 1, 1, 3], [1, 1, 1, 1], [1, 1, 1, 1]]
-    assert ops.balance(target, torch.zeros(4, dtype=torch.bool)).abs().max() == 0
+    assert kernels.balance(target, torch.zeros(4, dtype=torch.bool)).abs().max() == 0
     rare = torch.zeros(1, 1, 1000, dtype=torch.bool)
     rare[..., 0] = True
-    assert float(ops.balance(rare, torch.tensor(True)).max()) == pytest.approx(19)  # (1 - 0.05) / 0.05
-    assert float(ops.balance(~rare, torch.tensor(True)).max()) == pytest.approx(99, rel=1e-4)  # 0.99 / (1 - 0.99)
+    assert float(kernels.balance(rare, torch.tensor(True)).max()) == pytest.approx(19)  # (1 - 0.05) / 0.05
+    assert float(kernels.balance(~rare, torch.tensor(True)).max()) == pytest.approx(99, rel=1e-4)  # 0.99 / (1 - 0.99)
 
 
 @given(connected=st.integers(60, 980))
 @settings(max_examples=20, deadline=None)
 def test_balanced_classes_weigh_the_same(connected):
     target = torch.arange(1000).lt(connected).reshape(1, 2, 500)
-    weight = ops.balance(target, torch.tensor(True))
+    weight = kernels.balance(target, torch.tensor(True))
     assert float(weight[target].sum()) == pytest.approx(float(weight[~target].sum()), rel=1e-4)
 
 
 def test_padded_pairs_that_count_as_connected_give_the_weights_of_the_original_code():
     """It counts pairs across the border as connected and lets them count for the share; both choices are the caller's."""
     label, offsets = random_label((2, 8, 9)), PAPER_2D
-    inside = ops.inside(offsets, (8, 9))
-    padded = ops.affinity_targets(label, offsets) | ~inside
+    inside = kernels.inside(offsets, (8, 9))
+    padded = kernels.affinity_targets(label, offsets) | ~inside
     f = padded.double().mean((1, 2, 3)).numpy()
-    weight = ops.balance(padded, torch.tensor(True)).numpy()
+    weight = kernels.balance(padded, torch.tensor(True)).numpy()
     assert (f > 0.5).all()
     assert (f < 0.99).all()
     for b in range(2):
@@ -308,12 +308,12 @@ def test_instances_and_their_means_equal_the_loop(label, background, spare):
 
     largest = None if spare is None else int(label.max()) + spare
     most = max(map(len, size)) if spare is None else largest + background
-    instances = ops.Instances(label, background=background, largest=largest)
+    instances = kernels.Instances(label, background=background, largest=largest)
     assert instances.count.tolist() == [len(one) for one in size]
     assert instances.size.tolist() == [one + [0] * (most - len(one)) for one in size]
     node = place + most * torch.arange(len(label)).reshape(-1, *(1,) * (label.ndim - 1))
     assert torch.equal(instances.index, node.where(place >= 0, len(label) * most).flatten())
-    nodes = ops.pool_instances(rows, instances)
+    nodes = kernels.pool_instances(rows, instances)
     assert nodes.shape == (len(label), most, 3)
     assert nodes.dtype == torch.float64
     for b, one in enumerate(means):
@@ -326,7 +326,7 @@ def test_instances_and_their_means_equal_the_loop(label, background, spare):
 def test_gradient_of_pooling(name):
     label = LABELS[name][..., :4]
     rows = torch.randn(*label.shape, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r: ops.pool_instances(r, ops.Instances(label)), rows, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda r: kernels.pool_instances(r, kernels.Instances(label)), rows, fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -335,14 +335,14 @@ def test_gradient_of_pooling(name):
 )
 def test_windows_are_averaged_as_by_a_loop(shape, window):
     rows = torch.randn(2, *shape, 3, dtype=torch.float64, requires_grad=True)
-    pooled, means = ops.pool_windows(rows, window), ops.relate(rows, window=window).means
+    pooled, means = kernels.pool_windows(rows, window), kernels.relate(rows, window=window).means
     assert pooled.shape == means.shape == (2, *(-(-n // w) for n, w in zip(shape, window, strict=True)), 3)
     for place in itertools.product(*map(range, pooled.shape[1:-1])):
         cut = rows[(slice(None), *(slice(i * w, (i + 1) * w) for i, w in zip(place, window, strict=True)))]
         of_units = (cut / cut.norm(dim=-1, keepdim=True)).flatten(1, -2).mean(1)
         torch.testing.assert_close(pooled[(slice(None), *place)], cut.flatten(1, -2).mean(1), rtol=0, atol=1e-14)
         torch.testing.assert_close(means[(slice(None), *place)], of_units, rtol=0, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda r: ops.pool_windows(r, window), rows, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda r: kernels.pool_windows(r, window), rows, fast_mode=True)
 
 
 # --- Gram matrices --------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_gram_product_is_the_mean_over_all_pairs():
     rng = np.random.default_rng(0)
     memory, student, teacher = rng.normal(size=(3, 2, 7, 4))
     memory = np.concatenate([memory, memory[:, :4] * 2], 1)  # 11 vectors against 7
-    product = ops.gram(torch.from_numpy(memory)) * ops.gram(torch.from_numpy(student - teacher))
+    product = kernels.gram(torch.from_numpy(memory)) * kernels.gram(torch.from_numpy(student - teacher))
     for b in range(2):
         total = 0.0
         for m in memory[b]:
@@ -367,17 +367,17 @@ def test_node_grams_of_a_ragged_batch():
     count = torch.tensor([3, 0, 1, 2, 0])
     for b, n in enumerate(count):
         nodes[b, n:] = 0
-    result = ops.node_grams(nodes, count)
+    result = kernels.node_grams(nodes, count)
     assert result.shape == (5, 4, 4)
     for b, n in enumerate(count.tolist()):
         mine = nodes[b, :n]
         expected = sum((torch.outer(v, v) for v in mine), torch.zeros(4, 4, dtype=torch.float64)) / max(1, n)
         torch.testing.assert_close(result[b], expected, rtol=0, atol=1e-14)
-    assert ops.node_grams(nodes[:2, :0], count[:2] * 0).abs().max() == 0
+    assert kernels.node_grams(nodes[:2, :0], count[:2] * 0).abs().max() == 0
 
 
 def test_unit_is_the_normalised_vector_and_its_gradient():
     x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.allclose(ops.unit(x), x / x.square().sum(-1, keepdim=True).sqrt())
-    assert torch.autograd.gradcheck(ops.unit, (x,))
-    assert torch.equal(ops.unit(torch.zeros(1, 3)), torch.zeros(1, 3))
+    assert torch.allclose(kernels.unit(x), x / x.square().sum(-1, keepdim=True).sqrt())
+    assert torch.autograd.gradcheck(kernels.unit, (x,))
+    assert torch.equal(kernels.unit(torch.zeros(1, 3)), torch.zeros(1, 3))

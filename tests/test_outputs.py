@@ -16,10 +16,11 @@ import pytest
 import tifffile
 from test_cli import ROOT, own_environment, refusal, run, segment_command, volume, volume_model  # noqa: F401
 
-from gdlib import io, outputs
-from gdlib.cli import _parser
-from gdlib.grid import options
+from gdlib import io
+from gdlib.cli.main import _parser
+from gdlib.io import outputs
 from gdlib.tensorboard import EVENTS
+from gdlib.volumes.grid import options
 
 PRECIOUS = "the only copy"
 
@@ -74,13 +75,13 @@ def test_labels_of_another_image_of_the_same_name_are_not_replaced(folder, teach
 
 
 def test_what_appears_while_the_network_works_is_not_replaced(folder, teacher, refusal, monkeypatch):
-    from gdlib import segmentation
+    from gdlib.segment import segmenters
 
     def slow(*args, **kwargs):
         tiff(folder / "found" / "a.tif")
         return np.ones((40, 44), np.uint32)
 
-    monkeypatch.setattr(segmentation, "segment", slow)
+    monkeypatch.setattr(segmenters, "segment", slow)
     assert "found/a.tif is there already" in refusal(*segment_command(teacher, folder / "found", folder / "images"))
     assert tifffile.imread(folder / "found" / "a.tif").shape == (8, 8)
 
@@ -311,7 +312,7 @@ def test_long_names(long, teacher, squares, tmp_path):
 
 
 def test_where_nothing_can_be_written_is_told_before_the_work(teacher, folder, refusal, monkeypatch):
-    from gdlib.inference import Predictor
+    from gdlib.predict.predictor import Predictor
 
     monkeypatch.setattr(Predictor, "load", None)  # any work would be an error
     image, label = folder / "images" / "a.tif", folder / "labels" / "a.tif"

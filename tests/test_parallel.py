@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdlib import io, parallel, training
+from gdlib import io, processes
+from gdlib.train import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("weights.safetensors", "last.safetensors", "history.csv")
@@ -58,7 +59,7 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_were_stopped(
     assert {name for _, name in losses} >= {f"loss/{term.name}" for term in spec.all_terms}
     assert all(value > 0 for (step, name), value in losses.items() if step == "12")
     (mine, _), (theirs, _) = (io.load_weights(folder / FILES[1]) for folder in (one, two))
-    start = training.build(spec.model, spec.options).state_dict()
+    start = loop.build(spec.model, spec.options).state_dict()
     moved = 0.0
     for name, tensor in mine.items():
         if "running" in name:  # the batches of a step weigh the same in two processes, the last most in one
@@ -71,8 +72,8 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_were_stopped(
 
 
 def test_a_step_that_cannot_be_shared_is_one_sentence(make_spec, train, tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "world", lambda: 2)
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
     with pytest.raises(ValueError, match=r"2 processes .* make accumulate, which is 3, a multiple") as caught:
         train(make_spec(accumulate=3), tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -80,24 +81,24 @@ def test_a_step_that_cannot_be_shared_is_one_sentence(make_spec, train, tmp_path
 
 
 def test_batches_are_dealt_out_without_remainder(make_spec, monkeypatch):
-    trainer = training._Trainer(make_spec(accumulate=6), None, torch.device("cpu"))
+    trainer = loop._Trainer(make_spec(accumulate=6), None, torch.device("cpu"))
     trainer.step = 5
     seen = []
     for world in (1, 2, 3, 6):
-        monkeypatch.setattr(parallel, "world", lambda world=world: world)
+        monkeypatch.setattr(processes, "world", lambda world=world: world)
         for rank in range(world):
-            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
             seen += trainer.batches()
     assert sorted(seen) == sorted([*range(30, 36)] * 4)
 
 
 def test_one_process_alone_does_nothing():
     device = torch.device("cpu")
-    with parallel.joined(device) as mine:
+    with processes.joined(device) as mine:
         assert mine is device
-        assert (parallel.world(), parallel.rank()) == (1, 0)
+        assert (processes.world(), processes.rank()) == (1, 0)
     tensor = torch.ones(2)
-    parallel.add([tensor])
+    processes.add([tensor])
     assert tensor.tolist() == [1, 1]
-    assert parallel.gather(tensor) is tensor
-    assert [parallel.any_of(flag, device) for flag in (True, False)] == [True, False]
+    assert processes.gather(tensor) is tensor
+    assert [processes.any_of(flag, device) for flag in (True, False)] == [True, False]

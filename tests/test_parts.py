@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gdlib import parts
-from gdlib.config import Config, ConfigError, load
+from gdlib.config import Config, ConfigError, load, parts
+from gdlib.config.words import spelt_out
 from gdlib.registry import UnknownName
 from gdlib.text import read_yaml
-from gdlib.words import spelt_out
 
 ROOT = Path(__file__).parents[1]
 DATASETS = """

@@ -82,13 +82,16 @@ def actions(train, val, teacher, folder, spec, student):
     import pandas as pd
     import torch
 
-    from gdlib import ask, io, process, training
+    from gdlib import io
+    from gdlib.cli import process
     from gdlib.config import RunSpec
     from gdlib.data.download import fetch
-    from gdlib.inference import Predictor
-    from gdlib.profile import profile
-    from gdlib.report import charts, style
-    from gdlib.segmentation import SEGMENTERS, defaults, segment
+    from gdlib.predict.cost import profile
+    from gdlib.predict.predictor import Predictor
+    from gdlib.report.figures import charts, style
+    from gdlib.segment.parameters import defaults
+    from gdlib.segment.segmenters import SEGMENTERS, segment
+    from gdlib.train import ask, loop
 
     spec, student = RunSpec.model_validate(spec), RunSpec.model_validate(student)
     image = next(io.read_samples(val)).image
@@ -97,7 +100,7 @@ def actions(train, val, teacher, folder, spec, student):
         run = Path(folder) / spec.method
         files = {name: run / f"{name}.safetensors" for name in ("weights", "last")}
         files |= {"history": run / "history.csv", "state": run / "state"}
-        training.fit(spec, train=train, val=val, device="cpu", **files, **options)
+        loop.fit(spec, train=train, val=val, device="cpu", **files, **options)
 
     def load():
         with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
@@ -109,7 +112,7 @@ def actions(train, val, teacher, folder, spec, student):
     def be_stopped():
         try:
             fit(spec, stop=lambda: True)
-        except training.Interrupted:
+        except loop.Interrupted:
             return
         raise AssertionError("it went on")
 

@@ -15,8 +15,9 @@ from scipy import stats
 
 from gdlib import io
 from gdlib.config import TEACHER
-from gdlib.metrics import METRICS, evaluate, overlaps
-from gdlib.report import charts, figures, neurons, pictures, style, summary, surfaces, tables, volumes
+from gdlib.evaluate.metrics import METRICS, evaluate, overlaps
+from gdlib.report.figures import charts, make, neurons, pictures, sections, style, surfaces
+from gdlib.report.tables import results, summary
 
 ROOT = Path(__file__).parents[1]
 DATASET, LARGE, SMALL = "cells_1", "large", "small"
@@ -174,7 +175,7 @@ def files(tmp_path_factory):
     own_inputs = {"neurons": of_volumes, "ablation": inputs | {"metrics": [*inputs["metrics"], str(varied)]}}
     both = {"metrics": ["aji", "voi"]}
     own_params = {"methods": both, "ablation": both | {"ablation": "bank_size", "base": "grd"}}
-    return {name: (own_inputs.get(name, inputs), common | own_params.get(name, {})) for name in figures.FIGURES}
+    return {name: (own_inputs.get(name, inputs), common | own_params.get(name, {})) for name in make.FIGURES}
 
 
 # --- Numbers -------------------------------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def test_broken_metrics_are_one_clear_sentence(change, message, tmp_path):
 
 def test_absent_metric_is_named():
     with pytest.raises(io.DataError, match="do not hold pq"):
-        tables.table_markdown(study(), keys=["aji", "pq"], main="aji")
+        results.table_markdown(study(), keys=["aji", "pq"], main="aji")
 
 
 # --- Tables --------------------------------------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ def cells(markdown):
 
 
 def test_markdown_says_everything():
-    text = tables.table_markdown(study(), PROFILES, **LAYOUT)
+    text = results.table_markdown(study(), PROFILES, **LAYOUT)
     header, _, teacher, none, _igd, grd = cells(text)
     assert header == ["network", "method", "AJI ↑", "VOI ↓", "Δ AJI", "gap closed", "p (images)", "p (seeds)"]
     assert teacher == ["Large", "teacher", "0.900", "0.100", "", "", "", ""]
@@ -360,11 +361,11 @@ def test_markdown_says_everything():
     for fact in ("Cells & co", "test split", "7 images", "seeds 0, 1, 2", "100 steps", "A_100% CPU", "2 threads"):
         assert fact in text
     assert "0.300 (2 %)" in text  # parameters in millions, share of the teacher's
-    assert tables.NO_GAP not in text
+    assert results.NO_GAP not in text
 
 
 def test_what_reads_the_same_is_equally_good():
-    text = tables.table_markdown(
+    text = results.table_markdown(
         frame({("none", 0): [0.5000], ("grd", 0): [0.50001], ("igd", 0): [0.4]}), keys=["aji"], main="aji"
     )
     assert [row[2] for row in cells(text)[2:]] == ["**0.500**", "**0.500**", "0.400"]
@@ -378,28 +379,28 @@ def test_gap_share_is_left_out_with_a_note(teacher, seeds, tmp_path):
     for metric, least in (("aji", "0.01 AJI"), ("voi", "0.02 VOI")):
         layout = LAYOUT | {"main": metric}
         why = f"Not defined: no teacher is better than the plain student by at least {least}{noise}."
-        text = tables.table_markdown(metrics, **layout)
-        assert cells(text)[-1][5] == tables.NO_GAP
-        assert f"{tables.NO_GAP} {why}" in text
-        tex = tables.table_tex(metrics, **layout)
+        text = results.table_markdown(metrics, **layout)
+        assert cells(text)[-1][5] == results.NO_GAP
+        assert f"{results.NO_GAP} {why}" in text
+        tex = results.table_tex(metrics, **layout)
         assert f"$^1$ {why}" in tex
         assert r"\%" not in tex
     out = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
-    tables.write([write_metrics(tmp_path / "m.csv", metrics)], [], **out, **LAYOUT)
+    results.write([write_metrics(tmp_path / "m.csv", metrics)], [], **out, **LAYOUT)
     written = pd.read_csv(out["comparison"])
     assert written[["gap_closed", "gap_closed_std"]].isna().all(axis=None), "empty there too"
     assert written["difference"].notna().all()
 
 
 def test_one_seed_has_no_deviation():
-    text = tables.table_markdown(study(seeds=(0,)), **LAYOUT)
+    text = results.table_markdown(study(seeds=(0,)), **LAYOUT)
     assert "±" not in text
     assert "One seed" in text
 
 
 def test_every_segmenter_has_its_block_of_rows():
     metrics = em_study()
-    text = tables.table_markdown(metrics, keys={"tissue": ["voi_split", "voi"]}, main={"tissue": "voi"})
+    text = results.table_markdown(metrics, keys={"tissue": ["voi_split", "voi"]}, main={"tissue": "voi"})
     header, _, *lines = cells(text)
     assert header == ["network", "method", "VOI split ↓", "VOI ↓", "Δ VOI", "gap closed", "p (images)", "p (seeds)"]
     assert [line[1] for line in lines] == 2 * ["", "teacher", "student", "IGD", "IGD + AGD"]
@@ -422,7 +423,7 @@ def test_every_segmenter_has_its_block_of_rows():
             assert [line[1] for line in block if line[column].startswith("**")] == [best], "lower is better"
     assert "Bold: best of each student in its block." in text
     assert "cannot be below 0.250" in text  # 2 / 2**3
-    tex = tables.table_tex(metrics, keys=["voi_split", "voi"], main="voi")
+    tex = results.table_tex(metrics, keys=["voi_split", "voi"], main="voi")
     assert tex.count(r"\multicolumn{8}{l}{\textit{") == 2
 
 
@@ -430,7 +431,7 @@ def test_metrics_of_every_dataset_are_its_own():
     both = pd.concat([study(), em_study(("waterz",), images=1)], ignore_index=True)
     keys, main = {DATASET: ["aji"], "tissue": ["voi_split", "voi"]}, {DATASET: "aji", "tissue": "voi"}
     budget = {DATASET: "9 steps", "tissue": "8 steps"}
-    text = tables.table_markdown(both, keys=keys, main=main, budget=budget)
+    text = results.table_markdown(both, keys=keys, main=main, budget=budget)
     planes, volume = text.split("## ")[1:]
     assert "| network | method | AJI ↑ | Δ AJI | gap closed | p (images) | p (seeds) |" in planes
     assert "| network | method | VOI split ↓ | VOI ↓ | Δ VOI | gap closed | p (seeds) |\n" in volume, (
@@ -440,7 +441,7 @@ def test_metrics_of_every_dataset_are_its_own():
     assert "8 steps" in volume
     assert "waterz" not in text, "a dataset with one segmenter needs no name of it"
     with pytest.raises(io.DataError, match="do not hold aji"):
-        tables.table_markdown(both, keys=keys | {"tissue": ["aji"]}, main=main)
+        results.table_markdown(both, keys=keys | {"tissue": ["aji"]}, main=main)
 
 
 def test_teacher_stands_beside_trivial_baselines(tmp_path):
@@ -462,7 +463,7 @@ def test_teacher_stands_beside_trivial_baselines(tmp_path):
     source = write_metrics(tmp_path / "m.csv", metrics)
     out = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
     layout = {"keys": ["voi_split", "voi"], "main": "voi", "titles": {"components": "threshold and components"}}
-    tables.write([source], [], **out, baselines=[tmp_path / "b.csv"], weights=weights, **layout)
+    results.write([source], [], **out, baselines=[tmp_path / "b.csv"], weights=weights, **layout)
     text = out["markdown"].read_text()
     body = text[text.index("Trivial baselines and the teacher") :]
     header, _, *lines = [
@@ -490,7 +491,7 @@ def test_teacher_stands_beside_trivial_baselines(tmp_path):
         digits = 1 if max(expected) >= 10 else 3
         assert [line[column] for line in lines] == [f"{value:.{digits}f}" for value in expected]
     assert r"\shortstack[r]{VOI split $\downarrow$ \\ val}" in out["tex"].read_text()
-    tables.write([source], [], **out, **layout)
+    results.write([source], [], **out, **layout)
     assert "Trivial" not in out["markdown"].read_text()
     io.write_rows(tmp_path / "b.csv", summary.BASELINE_COLUMNS[1:], [])
     with pytest.raises(io.DataError, match=r"b\.csv: the columns are split"):
@@ -499,7 +500,7 @@ def test_teacher_stands_beside_trivial_baselines(tmp_path):
 
 def test_tex_is_escaped_and_well_formed():
     titles = TITLES | {SMALL: r"a_b & c% #1 {x} ~ ^ $ \ <|>"}
-    text = tables.table_tex(study(), PROFILES, **(LAYOUT | {"titles": titles}))
+    text = results.table_tex(study(), PROFILES, **(LAYOUT | {"titles": titles}))
     assert r"a\_b \& c\% \#1 \{x\} \textasciitilde{} \textasciicircum{} \$ \textbackslash{} $<$$|$$>$" in text
     assert text.isascii()
     assert r"\textbf{" in text
@@ -519,9 +520,9 @@ def test_tex_is_escaped_and_well_formed():
 def test_written_tables(files, tmp_path):
     inputs, _ = files["methods"]
     paths = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
-    tables.write(inputs["metrics"], inputs["profiles"], **paths, **LAYOUT)
+    results.write(inputs["metrics"], inputs["profiles"], **paths, **LAYOUT)
     first = {name: path.read_bytes() for name, path in paths.items()}
-    tables.write(inputs["metrics"], inputs["profiles"], **paths, **LAYOUT)
+    results.write(inputs["metrics"], inputs["profiles"], **paths, **LAYOUT)
     assert first == {name: path.read_bytes() for name, path in paths.items()}
     lines = paths["summary"].read_text().splitlines()
     assert lines[0] == ",".join(summary.SUMMARY_COLUMNS)
@@ -580,9 +581,9 @@ def test_what_is_found_in_images_without_objects_is_a_mean_of_its_own():
 def test_tables_list_images_without_objects_apart(tmp_path):
     source = write_metrics(tmp_path / "m.csv", hidden())
     out = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
-    tables.write([source], [], **out, **LAYOUT)
+    results.write([source], [], **out, **LAYOUT)
     text, tex = out["markdown"].read_text(), out["tex"].read_text()
-    assert cells(text) == cells(tables.table_markdown(WITHOUT, **LAYOUT))
+    assert cells(text) == cells(results.table_markdown(WITHOUT, **LAYOUT))
     for words in (
         "5 images with objects and 2 without",
         "over the 5 images",
@@ -606,14 +607,14 @@ def test_tables_list_images_without_objects_apart(tmp_path):
     assert tuple(written.loc[("igd", "false_objects"), ["mean", "std", "images"]]) == (4, 1, 2)
     assert written.loc[("igd", "aji"), "images"] == 5
     assert set(pd.read_csv(out["comparison"])["images"]) == {5}
-    plain = tables.table_markdown(ALL, **LAYOUT)
+    plain = results.table_markdown(ALL, **LAYOUT)
     assert "without objects" not in plain
     assert "table of its own" not in plain
 
 
 def test_every_segmenter_found_its_own_in_images_without_objects():
     metrics = with_counts(em_study()[lambda m: m["metric"].isin(METRICS)], ["i0"], lambda method, seed: 1 + seed)
-    ((_, (_, table)),) = tables.result_tables(metrics, keys=["voi"], main="voi")
+    ((_, (_, table)),) = results.result_tables(metrics, keys=["voi"], main="voi")
     rows = [[cell.text for cell in row] for group in table.groups for row in group]
     block = [["large", "teacher", "1.0", "10 (2.5 %)"], ["small", "student", "1.5 ± 0.7", "15 ± 7 (3.8 %)"]]
     block += [["", method, "1.5 ± 0.7", "15 ± 7 (3.8 %)"] for method in ("IGD", "IGD + AGD")]
@@ -621,7 +622,7 @@ def test_every_segmenter_found_its_own_in_images_without_objects():
 
 
 def test_one_image_with_objects_is_one_image():
-    text = tables.table_markdown(hidden(images=2).replace({"sample": {"i0": "i1", "i1": "i0"}}), **LAYOUT)
+    text = results.table_markdown(hidden(images=2).replace({"sample": {"i0": "i1", "i1": "i0"}}), **LAYOUT)
     assert "1 image with objects and 1 without" in text
     assert "One image: there is no test over images" in text
     assert "p (images)" not in text
@@ -634,7 +635,7 @@ def test_baselines_are_means_over_images_with_objects():
     # The same name in another split is another image.
     rows += [("tissue", "val", "one_segment", "b", m, v) for m, v in (("voi", 4.0), ("objects", 2.0))]
     trivial = pd.DataFrame(rows, columns=list(summary.BASELINE_COLUMNS))
-    ((_, (_, table)),) = tables.result_tables(em_study(("waterz",)), keys=["voi"], main="voi", baselines=trivial)
+    ((_, (_, table)),) = results.result_tables(em_study(("waterz",)), keys=["voi"], main="voi", baselines=trivial)
     assert [cell.text for cell in table.groups[0][0]] == ["one segment", "4.000", "2.000"]
 
 
@@ -660,7 +661,7 @@ def test_figures_have_the_same_bytes_in_another_process_without_torch(files, tmp
     """Also with other hashes of text and at another time."""
     program = (
         "import json, sys\n"
-        "from gdlib.report import figures, tables\n"
+        "from gdlib.report.figures import make\nfrom gdlib.report.tables import results\n"
         "for name, (inputs, params) in json.load(sys.stdin).items():\n"
         "    figures.draw(name, inputs, params, [f'other/{name}.png', f'other/{name}.pdf'])\n"
         "assert not {'torch', 'snakemake'} & set(sys.modules)\n"
@@ -670,7 +671,7 @@ def test_figures_have_the_same_bytes_in_another_process_without_torch(files, tmp
         [sys.executable, "-c", program], input=json.dumps(files), text=True, cwd=tmp_path, env=environment, check=True
     )
     for name, (inputs, params) in files.items():
-        figures.draw(name, inputs, params, [tmp_path / f"{name}.png", tmp_path / f"{name}.pdf"])
+        make.draw(name, inputs, params, [tmp_path / f"{name}.png", tmp_path / f"{name}.pdf"])
         for ending in ("png", "pdf"):
             content = (tmp_path / f"{name}.{ending}").read_bytes()
             assert content == (tmp_path / "other" / f"{name}.{ending}").read_bytes(), f"{name}.{ending}"
@@ -685,8 +686,8 @@ def texts(figure):
 
 
 def test_names_of_the_pipeline_have_their_titles():
-    from gdlib.baselines import BASELINES
-    from gdlib.segmentation import SEGMENTERS
+    from gdlib.evaluate.trivial import BASELINES
+    from gdlib.segment.segmenters import SEGMENTERS
 
     assert {name: style.title(name) for name in BASELINES} == {name: one[0] for name, one in BASELINES.items()}
     assert not any("_" in style.title(name) for name in (*BASELINES, *SEGMENTERS))
@@ -731,7 +732,7 @@ def test_tradeoff_says_how_much_cheaper():
 
 def test_curves_compare_only_what_methods_share(files):
     inputs, params = files["curves"]
-    history = figures.read_histories(inputs["histories"], params["runs"])
+    history = make.read_histories(inputs["histories"], params["runs"])
     left, right = charts.curves(history, "aji", TITLES).axes
     assert [line.get_ydata()[0] for line in left.lines] == [pytest.approx(0.15)] * 3  # loss/a alone
     assert right.lines[-1].get_ydata()[0] == pytest.approx(0.4 + 100 / 300)  # the teacher
@@ -788,7 +789,7 @@ def test_embeddings_may_be_a_part_of_a_volume(tmp_path):
             io.put(group, "embedding", np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float16))
             group["embedding"].attrs["origin"] = origin
     inputs, params = {"data": tmp_path / "test.h5", "predictions": paths}, {"methods": [TEACHER, "none"]}
-    drawn = figures.FIGURES["embeddings"](inputs, params).axes[0].images[0].get_array()
+    drawn = make.FIGURES["embeddings"](inputs, params).axes[0].images[0].get_array()
     choices = [pictures.grey(sample.image[:, z])[part[1:]] for z in range(5, 8)]
     inside = [pictures.grey(sample.image[(slice(None), z, *part[1:])]) for z in range(5, 8)]
     assert drawn.shape == (20, 30, 3) == choices[0].shape
@@ -798,7 +799,7 @@ def test_embeddings_may_be_a_part_of_a_volume(tmp_path):
     with h5py.File(paths[1], "r+") as file:
         file["v0"]["embedding"].attrs["origin"] = (0, 0, 0)
     with pytest.raises(io.DataError, match="another part of v0"):
-        figures.FIGURES["embeddings"](inputs, params)
+        make.FIGURES["embeddings"](inputs, params)
 
 
 # --- Volumes -------------------------------------------------------------------------------------------------------------
@@ -815,7 +816,7 @@ def test_every_voxel_has_its_mistake(seed):
     rng = np.random.default_rng(seed)
     label, found = rng.integers(0, 5, (2, 3, 6, 7)), rng.integers(0, 7, (2, 3, 6, 7))[0]
     label = label[0]
-    kind = volumes.mistakes(label, found, overlaps(label, found))
+    kind = sections.mistakes(label, found, overlaps(label, found))
     shared = {(a, s): overlap(label, found, a, s) for a in range(1, 5) for s in range(1, 7)}
     for place in np.ndindex(label.shape):
         a, s = int(label[place]), int(found[place])
@@ -831,7 +832,7 @@ def test_every_voxel_has_its_mistake(seed):
 
 def test_a_perfect_segmentation_has_no_mistakes_under_other_names():
     label = tubes().label
-    assert not volumes.mistakes(label, (label * 7) % 29, overlaps(label, (label * 7) % 29)).any()
+    assert not sections.mistakes(label, (label * 7) % 29, overlaps(label, (label * 7) % 29)).any()
 
 
 def test_panel_of_a_volume_is_where_students_differ():
@@ -840,7 +841,7 @@ def test_panel_of_a_volume_is_where_students_differ():
     grd[9][sample.label[9] == 1] = 0  # the only difference of the students, in section 9
     none = sample.label.copy()
     none[:, :, 44:] = 9  # does not count
-    figure = volumes.panel(sample, {TEACHER: sample.label, "none": none, "grd": grd}, "voi", crop=20)
+    figure = sections.panel(sample, {TEACHER: sample.label, "none": none, "grd": grd}, "voi", crop=20)
     expected = evaluate(sample.label, grd, sample.ignore)["voi"]
     assert {"xy\nsection 9", "VOI 0.000", f"VOI {expected:.3f}", "student", "teacher", "image"} <= texts(figure)
     legend = {text.partition(":")[0] for text in texts(figure) if ":" in text}
@@ -857,19 +858,19 @@ def test_panel_of_a_volume_without_students_differences_or_voxel_size():
     plain = io.Sample("v", sample.image, sample.label)
     fullest = max(range(14), key=lambda z: (sample.label[z] > 0).sum())
     for segmentations in ({TEACHER: sample.label}, {"none": sample.label}):
-        figure = volumes.panel(plain, segmentations)
+        figure = sections.panel(plain, segmentations)
         assert any(text.startswith("xy") and text.endswith(str(fullest)) for text in texts(figure))
         assert not any("µm" in text for text in texts(figure))
     same = entangled(sample.label)
-    assert any("µm" in text for text in texts(volumes.panel(sample, {"none": same, "grd": same})))
+    assert any("µm" in text for text in texts(sections.panel(sample, {"none": same, "grd": same})))
 
 
 def test_segments_have_the_colour_of_their_object():
     label = tubes().label
     found = entangled(label)
-    colours = volumes.palette(4)
+    colours = sections.palette(4)
     assert len({tuple(one) for one in colours}) == 5
-    own = volumes._colours_of(overlaps(label, found), colours, 6)
+    own = sections._colours_of(overlaps(label, found), colours, 6)
     larger = 1 if (label == 1).sum() > (label == 2).sum() else 2
     assert own[1].tolist() == colours[larger].tolist()
     first, second = (3, 5) if (label[:8] == 3).sum() > (label[8:] == 3).sum() else (5, 3)
@@ -879,11 +880,11 @@ def test_segments_have_the_colour_of_their_object():
 
 def test_figures_of_volumes_from_files(files, tmp_path):
     inputs, params = files["neurons"]
-    figures.draw("panel", inputs, params | {"metric": "voi"}, [tmp_path / "panel.png"])
-    figures.draw("neurons", inputs, params, [tmp_path / "neurons.png"])
+    make.draw("panel", inputs, params | {"metric": "voi"}, [tmp_path / "panel.png"])
+    make.draw("neurons", inputs, params, [tmp_path / "neurons.png"])
     assert min(path.stat().st_size for path in tmp_path.iterdir()) > 1000
     with pytest.raises(io.DataError, match="no volumes"):
-        figures.draw("neurons", *files["panel"], [])
+        make.draw("neurons", *files["panel"], [])
 
 
 def test_worst_merge_and_best_object_are_found_by_counting():
@@ -1023,7 +1024,7 @@ def test_missing_samples_and_shapes_are_named(files):
     for name, message in (("panel", "no number 3"), ("embeddings", "no number 3")):
         inputs, params = files[name]
         with pytest.raises(io.DataError, match=message):
-            figures.draw(name, inputs, params | {"sample": 3}, [])
+            make.draw(name, inputs, params | {"sample": 3}, [])
     with pytest.raises(io.DataError, match="shape"):
         pictures.embeddings(blobs(), {TEACHER: np.zeros((3, 9, 9))})
 
@@ -1031,5 +1032,5 @@ def test_missing_samples_and_shapes_are_named(files):
 def test_every_figure_has_a_caption_and_every_metric_an_arrow():
     captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
     pages = {"table", "paper", "workflow", "configuration", "data", "time", "provenance"}
-    assert captions == {*figures.FIGURES, *pages}
+    assert captions == {*make.FIGURES, *pages}
     assert all(style.metric_title(key)[-1] in "↑↓" for key in METRICS)

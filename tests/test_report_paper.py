@@ -12,7 +12,10 @@ from matplotlib.text import Text
 
 from gdlib import io
 from gdlib.config import TEACHER, load
-from gdlib.report import charts, markup, paper, provenance, style, summary, tables
+from gdlib.report import markup
+from gdlib.report.figures import charts, style
+from gdlib.report.provenance import record
+from gdlib.report.tables import paper, results, summary
 
 TITLES = {"resunet": "ResUNet", "nestedunet": "NestedUNet", "tiny": "Tiny", "bank_size": "bank size K"}
 LAYOUT = {"keys": ["aji", "voi"], "main": "aji", "titles": TITLES}
@@ -100,7 +103,7 @@ def test_gap_is_that_to_the_teacher_a_method_learned_from():
 
 
 def test_tables_list_every_teacher():
-    ((_, (table,)),) = tables.result_tables(frame(TWO_TEACHERS), **LAYOUT)
+    ((_, (table,)),) = results.result_tables(frame(TWO_TEACHERS), **LAYOUT)
     assert [line[:2] for line in lines(table)] == [
         ["ResUNet", "teacher"], ["NestedUNet", "teacher"],
         ["Tiny", "student"], ["", "IGD + AGD"], ["", "IGD + AGD from NestedUNet"],
@@ -120,7 +123,7 @@ def test_teachers_stand_beside_baselines_by_name(tmp_path):
         io.save_weights(tmp_path / f"{network}.safetensors", {}, header)
     validation = summary.read_validation(sorted(tmp_path.iterdir()))
     layout = {"keys": ["aji"], "main": "aji", "titles": TITLES, "baselines": trivial, "validation": validation}
-    ((_, (_, table)),) = tables.result_tables(frame(TWO_TEACHERS), **layout)
+    ((_, (_, table)),) = results.result_tables(frame(TWO_TEACHERS), **layout)
     assert lines(table) == [
         ["one segment", "0.100", "0.100"],
         ["teacher ResUNet", "0.700", "0.800"],
@@ -163,7 +166,7 @@ def test_figures_show_every_teacher(tmp_path):
 
 
 def test_results_list_an_ablation_as_a_block_of_its_own():
-    ((_, (table, _)),) = tables.result_tables(frame(ABLATION), **LAYOUT, ablations={"bank_size": "grd"})
+    ((_, (table, _)),) = results.result_tables(frame(ABLATION), **LAYOUT, ablations={"bank_size": "grd"})
     shown = [line[:2] for line in lines(table)]
     assert shown == [
         ["ResUNet", "teacher"], ["Tiny", "student"], ["", "IGD + AGD"],
@@ -175,7 +178,7 @@ def test_results_list_an_ablation_as_a_block_of_its_own():
 
 def test_table_of_an_ablation_compares_with_its_method():
     metrics = frame(ABLATION)
-    ((_, (_, table)),) = tables.result_tables(metrics, **LAYOUT, ablations={"bank_size": "grd"})
+    ((_, (_, table)),) = results.result_tables(metrics, **LAYOUT, ablations={"bank_size": "grd"})
     assert table.header == ["network", "bank size K", "AJI ↑", "VOI ↓", "Δ AJI", "p (images)", "p (seeds)"]
     student, base, sixteen, eight = lines(table)
     assert [student[1], base[1], sixteen[1], eight[1]] == ["student", "IGD + AGD", "16", "8"]
@@ -266,9 +269,9 @@ def test_no_share_of_a_gap_that_is_none():
     metrics.loc[metrics["method"] == TEACHER, "value"] += 0.29  # as bad as the plain student but for 0.01
     ((_, (table,)),) = laid_out(metrics)
     shown = {row[1]: row[10] for row in lines(table)[:9] if len(row) > 1}
-    assert (shown["student"], shown["+ ours: IGD + AGD"], shown["+ RKD"]) == ("", tables.NO_GAP, tables.NO_GAP)
+    assert (shown["student"], shown["+ ours: IGD + AGD"], shown["+ RKD"]) == ("", results.NO_GAP, results.NO_GAP)
     why = "no teacher is better than the plain student by at least 0.02 VOI and 2 standard deviations over seeds"
-    assert f"{tables.NO_GAP} Not defined: {why}." in table.notes
+    assert f"{results.NO_GAP} Not defined: {why}." in table.notes
 
 
 def test_the_papers_numbers_belong_to_its_students():
@@ -350,14 +353,14 @@ def test_written_tables_say_where_they_come_from(tmp_path):
         header = {"run": run, "device": device, "precision": "bfloat16", "torch": "2.13", "gdlib": "0.1"}
         io.save_weights(tmp_path / f"{k}.safetensors", {}, header)
     weights = sorted(tmp_path.glob("*.safetensors"))
-    assert provenance.trained_on(weights) == {
+    assert record.trained_on(weights) == {
         "ac34": "GPU a, bfloat16, torch 2.13, gdlib 0.1; GPU b, bfloat16, torch 2.13, gdlib 0.1"
     }
     out = {"markdown": tmp_path / "paper.md", "tex": tmp_path / "paper.tex"}
     paper.write([source], [], weights, **out, main={"ac34": "voi"}, budget={"ac34": "9 steps"}, titles=TITLES)
     text = out["markdown"].read_text()
     assert "GPU a, bfloat16, torch 2.13, gdlib 0.1; GPU b" in text
-    assert f"code: {provenance.commit()}." in text
+    assert f"code: {record.commit()}." in text
     tex = out["tex"].read_text()
     assert tex.isascii()
     for body in re.findall(r"\\begin{tabular}{([lr]+)}\n(.*?)\\end{tabular}", tex, flags=re.DOTALL):
@@ -374,18 +377,18 @@ def test_commit_is_that_of_the_code_or_unknown(tmp_path):
     for folder in (code, installed):
         folder.mkdir()
         (folder / "a.py").write_text("1")
-    if provenance.commit(tmp_path) != "unknown":
+    if record.commit(tmp_path) != "unknown":
         pytest.skip("temporary files are in a repository")
     git("init")
     git("add", "code")
-    assert provenance.commit(code) == "unknown", "nothing is committed"
+    assert record.commit(code) == "unknown", "nothing is committed"
     git("commit", "-m", "first")
-    name = provenance.commit(code)
+    name = record.commit(code)
     assert re.fullmatch(r"[0-9a-f]{10}", name)
-    assert provenance.commit(installed) == "unknown", "not part of the repository"
+    assert record.commit(installed) == "unknown", "not part of the repository"
     (code / "a.py").write_text("2")
-    assert provenance.commit(code) == f"{name} with later changes"
-    assert provenance.commit(Path(tmp_path, "nowhere")) == "unknown"
+    assert record.commit(code) == f"{name} with later changes"
+    assert record.commit(Path(tmp_path, "nowhere")) == "unknown"
 
 
 def test_numbers_as_they_are_read():

@@ -16,7 +16,8 @@ from docutils.core import publish_parts
 
 from gdlib import io
 from gdlib.config import load
-from gdlib.report import markup, provenance, story
+from gdlib.report import markup
+from gdlib.report.provenance import record, story
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = sorted((ROOT / "workflow" / "report").glob("*.rst"))
@@ -76,7 +77,7 @@ def test_warnings_about_data_are_problems_and_stand_below_their_table(study):
     for path in study["data"][DATASET].values():
         with h5py.File(path, "r+") as file:
             file.attrs["warnings"] = json.dumps([sentence])
-    found = provenance.record(**study)
+    found = record.record(**study)
     assert found["problems"] == [f"{DATASET}: {sentence}"]
     assert f"Warning: {sentence}." in unescape(story.data_page(found, TITLES))
     assert sentence in unescape(story.provenance_page(found, TITLES))
@@ -87,7 +88,7 @@ def measure(path, seconds, mib=64.5):
 
 
 def test_every_cell_knows_its_runs_and_every_run_its_origin(study):
-    found = provenance.record(**study)
+    found = record.record(**study)
     assert [(row["network"], row["method"]) for row in found["rows"]] == [
         ("large", "teacher"), ("tiny", "none"), ("tiny", "grd")
     ]  # fmt: skip
@@ -109,21 +110,21 @@ def test_every_cell_knows_its_runs_and_every_run_its_origin(study):
     assert found["runs"][f"{DATASET}/tiny/none/seed0"]["teacher"] is None
     assert run["segmenters"]["mws"]["parameters"] == {"stride": 2}
     assert found["data"][DATASET]["test"]["sha256"] == f"{'test':x<64}"
-    assert found["code"]["commit"] == provenance.commit()
+    assert found["code"]["commit"] == record.commit()
     assert found["costs"] == {f"{DATASET}/tiny": {"dataset": DATASET, "network": "tiny", "device": "A CPU"}}
     assert found["problems"] == []
     assert found["software"]["numpy"] == np.__version__
 
 
 def test_the_configuration_of_a_run_has_a_hash_of_its_own(study):
-    runs = provenance.record(**study)["runs"].values()
+    runs = record.record(**study)["runs"].values()
     assert len({run["configuration_sha256"] for run in runs}) == len(RUNS)
 
 
 def test_weights_that_did_not_make_the_numbers_are_a_problem(study):
     path = f"results/s/runs/{DATASET}/tiny/grd/seed0/weights.safetensors"
     io.save_weights(path, {}, io.read_header(path) | {"step": 8})
-    (problem,) = provenance.record(**study)["problems"]
+    (problem,) = record.record(**study)["problems"]
     assert path in problem
     assert "made with other weights" in problem
 
@@ -131,7 +132,7 @@ def test_weights_that_did_not_make_the_numbers_are_a_problem(study):
 def test_files_that_are_no_longer_there_are_not_asked_for(study, tmp_path):
     for path in [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.h5"), *tmp_path.rglob("*.tsv")]:
         path.unlink()
-    found = provenance.record(**study)
+    found = record.record(**study)
     run = found["runs"][f"{DATASET}/tiny/grd/seed1"]
     assert (run["weights"]["sha256"], run["device"], run["seed"]) == (None, None, 1)
     assert found["data"][DATASET] == {"train": None, "val": None, "test": None}
@@ -147,7 +148,7 @@ def test_given_weights_and_another_teacher(study, tmp_path):
     path = f"results/s/runs/{DATASET}/tiny/grd@other/seed0/mws/metrics.csv"
     io.write_rows(path, io.METRIC_COLUMNS, [(DATASET, "tiny", "grd@other", 0, "mws", "a", "aji", 0.5)])
     changes = {"metrics": [*study["metrics"], path], "given": {"large": str(tmp_path / "mine.safetensors")}}
-    runs = provenance.record(**(study | changes))["runs"]
+    runs = record.record(**(study | changes))["runs"]
     assert runs[f"{DATASET}/large/teacher/seed0"]["weights"]["given"]
     assert runs[f"{DATASET}/tiny/grd@other/seed0"]["teacher"] == f"{DATASET}/other/teacher/seed0"
 
@@ -164,7 +165,7 @@ def cells(page):
 
 
 def test_pages(study, tmp_path):
-    found = provenance.record(**study)
+    found = record.record(**study)
     pages = write(found, tmp_path)
     assert json.loads(pages["record"]) == found
     assert "steps: 7 # &lt;few&gt;" in pages["configuration"]
@@ -188,13 +189,13 @@ def test_pages(study, tmp_path):
 
 def test_code_sha256_is_of_names_and_content(tmp_path):
     (tmp_path / "a.py").write_text("1")
-    first = provenance.code_sha256(tmp_path)
+    first = record.code_sha256(tmp_path)
     (tmp_path / "b.txt").write_text("no code")
-    assert provenance.code_sha256(tmp_path) == first
+    assert record.code_sha256(tmp_path) == first
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    second = provenance.code_sha256(tmp_path)
+    second = record.code_sha256(tmp_path)
     (tmp_path / "b.py").write_text("2")
-    assert len({first, second, provenance.code_sha256(tmp_path)}) == 3
+    assert len({first, second, record.code_sha256(tmp_path)}) == 3
 
 
 def test_tables_as_a_page():

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gdlib import metrics, scores
+from gdlib.evaluate import metrics, scores
 
 
 def image(*spans, length=100):

@@ -17,8 +17,12 @@ from scipy.ndimage import gaussian_filter
 from skimage.measure import label as connected_regions
 from skimage.segmentation import relabel_sequential
 
-from gdlib import config, jit, metrics, mutex, ops, segmentation
-from gdlib.segmentation import SEGMENTERS, defaults, grid, is_masked, score, segment, tune
+from gdlib import config, jit, kernels
+from gdlib.evaluate import metrics
+from gdlib.segment import agglomerate, mutex, segmenters
+from gdlib.segment.parameters import defaults, grid, is_masked
+from gdlib.segment.segmenters import SEGMENTERS, segment
+from gdlib.segment.tune import score, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW = Path(os.environ.get("GDLIB_RAW", ROOT.parent / "shared" / "data"))
@@ -54,7 +58,7 @@ def random_map(seed, ndim, objects=14, background=0.3):
 def perfect(label, offsets=None):
     """Affinities and foreground that a network without error would give."""
     offsets = offsets or OFFSETS[label.ndim]
-    affinity = ops.affinity_targets(torch.from_numpy(label.astype(np.int64))[None], offsets)[0]
+    affinity = kernels.affinity_targets(torch.from_numpy(label.astype(np.int64))[None], offsets)[0]
     return affinity.numpy().astype(np.float32), (label > 0).astype(np.float32)
 
 
@@ -428,7 +432,7 @@ def noisy(seed, ndim):
 
 def fragments_of(affinity, foreground):
     near = affinity[: foreground.ndim].astype(np.float32)
-    return near, segmentation._fragments(near, foreground >= 0.5).astype(np.int64)
+    return near, agglomerate._fragments(near, foreground >= 0.5).astype(np.int64)
 
 
 def region_graph(near, fragments):
@@ -641,7 +645,7 @@ def test_parameters_split_more_or_less():
 
 def test_nothing_is_printed():
     code = (
-        "import numpy as np; from gdlib.segmentation import segment; print('before');"
+        "import numpy as np; from gdlib.segment.segmenters import segment; print('before');"
         "a = np.ones((2, 20, 20), np.float32); segment(a, a[0], [(-1, 0), (0, -1)], 'waterz'); print('after')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -658,7 +662,7 @@ def test_threads_do_not_disturb_each_other():
 
 def test_a_missing_package_is_one_clear_sentence():
     code = (
-        "import sys; sys.modules['waterz'] = None; import numpy as np; from gdlib.segmentation import segment;"
+        "import sys; sys.modules['waterz'] = None; import numpy as np; from gdlib.segment.segmenters import segment;"
         "a = np.ones((2, 20, 20), np.float32); segment(a, a[0], [(-1, 0), (0, -1)], 'multicut');"
         "segment(a, a[0], [(-1, 0), (0, -1)], 'waterz')"
     )
@@ -793,7 +797,7 @@ def test_tuning_repeats_only_what_a_parameter_changes(monkeypatch):
         monkeypatch.setattr(module, name, wrapper)
 
     counted(bioimage_cpp.segmentation, "watershed")
-    counted(segmentation, "mutex_watershed")
+    counted(segmenters, "mutex_watershed")
     affinity, foreground, label = noisy(0, 2)
     for segmenter in ("waterz", "multicut"):
         calls.clear()

@@ -13,7 +13,8 @@ from scipy.ndimage import binary_erosion
 from gdlib import io
 from gdlib.data import sense
 from gdlib.data.prepare import check_sample, prepare
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 from gdlib.registry import SOURCES
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,8 @@ from gdlib.data.sources.dsb2018 import dsb2018
 from gdlib.data.sources.folder import _split, folder
 from gdlib.data.sources.joined import joined
 from gdlib.data.sources.nuclei_phantom import MIN_AREA, nuclei_phantom
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 from gdlib.registry import SOURCES
 
 RAW = Path(os.environ.get("GDLIB_RAW", Path(__file__).parents[1].parent / "shared" / "data"))

@@ -21,7 +21,7 @@ from gdlib.data.sources.celegans import celegans
 from gdlib.data.sources.cvppp import cvppp
 from gdlib.data.sources.leaves_phantom import MIN_AREA, leaves_phantom
 from gdlib.data.sources.worms_phantom import worms_phantom
-from gdlib.io import DataError
+from gdlib.io.failures import DataError
 from gdlib.registry import SOURCES
 
 RAW = Path(os.environ.get("GDLIB_RAW", Path(__file__).parents[1].parent / "shared" / "data"))

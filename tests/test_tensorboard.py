@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gdlib import io, tensorboard
-from gdlib.cli import main
-from gdlib.training import Interrupted
+from gdlib.cli.main import main
+from gdlib.train.loop import Interrupted
 
 # One event, `train/loss` 0.5 at step 300, as written by tensorboard 2.21 (RecordWriter, Event and Summary).
 KNOWN = bytes.fromhex(

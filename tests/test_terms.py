@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdlib import ops
+from gdlib import kernels
 from gdlib.distill import Truth, View, build_term
 from gdlib.distill.bank import mean_record
 from gdlib.distill.terms.agd import agd_inter_loss
 from gdlib.distill.terms.igd import IGD, edge_inter_loss
-from gdlib.models import Embedding
 from gdlib.registry import UnknownName
+from gdlib.types import Embedding
 
 OFFSETS = {
     2: [(-1, 0), (0, -1), (-3, 0), (0, -3), (2, -1), (0, -27)],
@@ -217,7 +217,7 @@ KINDS = ["usual", "one empty", "single", "empty", "full"]
 def view(embedding, truth):
     """A view in the precision of the test; by itself a view computes in float32."""
     out = View(Embedding(embedding, embedding[:, :1], {}), truth)
-    out.rows = ops.rows(embedding)
+    out.rows = kernels.rows(embedding)
     return out
 
 
@@ -393,8 +393,8 @@ def test_inter_losses_in_double_precision():
     unit = [x / np.sqrt((x**2).sum(1, keepdims=True)) for x in (student, teacher, *memory)]
     s, t, *m = map(torch.from_numpy, unit)
     squares = [(a @ c - b @ c) ** 2 for a, b in zip(unit[0], unit[1], strict=True) for x in unit[2:] for c in x]
-    gram = ops.gram(torch.stack(m)).mean(0)
-    assert float(agd_inter_loss(ops.gram((s - t)[None]), gram)) == pytest.approx(np.mean(squares), rel=1e-13)
+    gram = kernels.gram(torch.stack(m)).mean(0)
+    assert float(agd_inter_loss(kernels.gram((s - t)[None]), gram)) == pytest.approx(np.mean(squares), rel=1e-13)
     assert float(edge_inter_loss(s[None], t[None], torch.tensor([4]), gram)) == pytest.approx(
         np.mean(squares), rel=1e-13
     )
@@ -596,12 +596,12 @@ def test_what_a_view_computes_together_is_what_it_computes_alone(ndim):
     alone = View(output, truth)
     for side in (2, 3, 4):  # one of the first two is made with the rest
         window = (3, side, side)[3 - ndim :]
-        expected = ops.pool_windows(alone.unit, window)
+        expected = kernels.pool_windows(alone.unit, window)
         for view in (together, alone):
             torch.testing.assert_close(view.means(side), expected)
     torch.testing.assert_close(together.affinity, alone.affinity)
     torch.testing.assert_close(together.nodes, alone.nodes)
-    torch.testing.assert_close(together.gram(), ops.gram(alone.unit.flatten(1, -2)))
+    torch.testing.assert_close(together.gram(), kernels.gram(alone.unit.flatten(1, -2)))
 
 
 def test_wrong_names_and_options():

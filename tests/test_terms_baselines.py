@@ -23,13 +23,15 @@ from test_terms import (
 )
 from torch import nn
 
-from gdlib import io, training
-from gdlib.distill import Batch, Distiller, Truth, View, build_term
+from gdlib import io
+from gdlib.config.sections import Term
+from gdlib.distill import Distiller, Truth, View, build_term
 from gdlib.distill.terms.rekd import Fusion, context_loss
 from gdlib.distill.terms.response import bernoulli_divergence
-from gdlib.models import Embedding, build
+from gdlib.models import build
 from gdlib.registry import TERMS
-from gdlib.schema import Term
+from gdlib.train import loop
+from gdlib.types import Batch, Embedding
 
 COUNT = 4  # images of a batch: distances and angles between images need three
 
@@ -502,7 +504,7 @@ def test_what_is_learned_along_is_resumed_bit_for_bit_and_not_deployed(make_spec
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(spec, whole, teacher=teacher)
     for _ in range(spec.recipe.steps - 1):
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(loop.Interrupted):
             train(spec, parts, teacher=teacher, max_seconds=0)
         kept = torch.load(parts / "state" / "resume.pt", weights_only=True)
         assert any("fusions.stride4.attention" in key for key in kept["terms"])
@@ -517,7 +519,7 @@ def test_what_is_learned_along_is_resumed_bit_for_bit_and_not_deployed(make_spec
 
 
 def test_what_is_learned_along_is_in_the_optimizer(make_spec, teacher):
-    trainer = training._Trainer(baseline_spec(make_spec), teacher, torch.device("cpu"))
+    trainer = loop._Trainer(baseline_spec(make_spec), teacher, torch.device("cpu"))
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     learned: list[nn.Module] = [trainer.distiller.student, trainer.distiller.projections, trainer.distiller.terms]
     assert optimized == {id(p) for module in learned for p in module.parameters()}

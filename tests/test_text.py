@@ -11,7 +11,7 @@ from test_config import SMALL
 from test_workflow import snakemake
 
 from gdlib import text
-from gdlib.cli import main
+from gdlib.cli.main import main
 from gdlib.config import Config, ConfigError
 from gdlib.text import expanded, read_text, read_yaml
 

@@ -11,9 +11,9 @@ import pytest
 
 import gdlib
 from gdlib import trained
-from gdlib.inference import Predictor
-from gdlib.io import DataError
-from gdlib.segmentation import segment
+from gdlib.io.failures import DataError
+from gdlib.predict.predictor import Predictor
+from gdlib.segment.segmenters import segment
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,15 @@ import pytest
 import torch
 from torch import nn
 
-from gdlib import io, judge, models, training
+from gdlib import io, models
 from gdlib.config import Recipe
 from gdlib.data.intensity import learn
-from gdlib.inference import Predictor
-from gdlib.metrics import METRICS
-from gdlib.models import Embedding
-from gdlib.segmentation import defaults, score
+from gdlib.evaluate.metrics import METRICS
+from gdlib.predict.predictor import Predictor
+from gdlib.segment.parameters import defaults
+from gdlib.segment.tune import score
+from gdlib.train import loop, validator
+from gdlib.types import Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = ("weights.safetensors", "last.safetensors", "history.csv")
@@ -99,14 +101,14 @@ def rows(folder, split=None, name=None):
 
 def stop_at(monkeypatch, batch):
     """Return a `stop` that is true as soon as the sampler has been asked for this batch."""
-    original, asked = training.PatchSampler.batch, threading.Event()
+    original, asked = loop.PatchSampler.batch, threading.Event()
 
     def replacement(self, step):
         if step == batch:
             asked.set()
         return original(self, step)
 
-    monkeypatch.setattr(training.PatchSampler, "batch", replacement)
+    monkeypatch.setattr(loop.PatchSampler, "batch", replacement)
     return asked.is_set
 
 
@@ -157,7 +159,7 @@ def test_teacher_student_and_validation_see_images_as_the_training_learned(
             seen.append(self.header["normalisation"])
             return super().__call__(image, **kwargs)
 
-    monkeypatch.setattr(judge, "Predictor", Recorder)
+    monkeypatch.setattr(validator, "Predictor", Recorder)
     train(make_spec("grd"), tmp_path, teacher=teacher)
     expected = learn(map(vars, io.read_samples(splits["train"])), 1.0, 99.8, 0.1)
     assert len(expected["contrast"]) == len(expected["level"]) == 1
@@ -204,7 +206,7 @@ def test_the_header_is_enough_to_use_the_weights(teacher, splits):
 
 def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, splits, tmp_path, monkeypatch):
     marks = iter([0.1, 0.9, 0.9, 0.5])
-    seen, tuned, tune = [], [], training.Judge.tune
+    seen, tuned, tune = [], [], loop.Judge.tune
 
     def copy_of(network):
         return {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -213,8 +215,8 @@ def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, spl
         seen.append(copy_of(network))
         return {**dict.fromkeys(METRICS, 0.0), "pq": next(marks)}
 
-    monkeypatch.setattr(training.Judge, "__call__", judge)
-    monkeypatch.setattr(training.Judge, "tune", lambda self, net: tuned.append(copy_of(net)) or tune(self, net))
+    monkeypatch.setattr(loop.Judge, "__call__", judge)
+    monkeypatch.setattr(loop.Judge, "tune", lambda self, net: tuned.append(copy_of(net)) or tune(self, net))
     train(make_spec(validate_every=2, steps=8, selection="pq", optimizer={"lr": 0.05}), tmp_path)
     state, header = io.load_weights(tmp_path / "weights.safetensors")
     assert header["step"] == 4  # the first of equals
@@ -235,7 +237,7 @@ def test_stopped_then_resumed_is_bit_for_bit_the_same(
     spec, scores, whole = finished(name)
     with monkeypatch.context() as patch:
         stop = stop_at(patch, step * spec.recipe.accumulate)
-        with pytest.raises(training.Interrupted, match=f"stopped after step {step + 1} of 6"):
+        with pytest.raises(loop.Interrupted, match=f"stopped after step {step + 1} of 6"):
             train(spec, tmp_path, teacher=teacher, stop=stop)
     assert_nothing_written(tmp_path)
     assert f"stopped after step {step + 1} of 6" in "".join(capsys.readouterr())
@@ -249,7 +251,7 @@ def test_stopped_then_resumed_is_bit_for_bit_the_same(
 def test_out_of_time_after_every_step_is_the_same_too(name, finished, train, teacher, tmp_path):
     spec, scores, whole = finished(name)
     for _ in range(spec.recipe.steps):
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(loop.Interrupted):
             train(spec, tmp_path, teacher=teacher, max_seconds=0)
         assert_nothing_written(tmp_path)
     assert train(spec, tmp_path, teacher=teacher, max_seconds=0) == scores
@@ -302,7 +304,7 @@ def test_killed_while_the_state_is_written_keeps_the_state_before(
 
 
 def interrupt(run, spec, folder, **kwargs):
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(loop.Interrupted):
         run(spec, folder, max_seconds=0, **kwargs)
     return folder / "state" / "resume.pt"
 
@@ -398,13 +400,13 @@ def test_a_run_in_another_thread_is_the_same(finished, train, teacher, tmp_path)
 
 def test_methods_of_one_seed_start_from_the_same_network_and_see_the_same_patches(make_spec, splits, teacher):
     device = torch.device("cpu")
-    trainers = [training._Trainer(make_spec(method), teacher, device) for method in ("none", "grd")]
+    trainers = [loop._Trainer(make_spec(method), teacher, device) for method in ("none", "grd")]
     states = [trainer.deployed.state_dict() for trainer in trainers]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def sampler(spec, path):
-    return training.PatchSampler(
+    return loop.PatchSampler(
         path,
         patch=spec.patch,
         batch_size=spec.recipe.batch_size,
@@ -417,7 +419,7 @@ def sampler(spec, path):
 def test_accumulation_is_the_mean_over_its_batches(make_spec, splits):
     spec = plain(make_spec("none", batch_size=4, accumulate=2, warmup=0))
     batches = [sampler(spec, splits["train"]).batch(k) for k in range(2)]
-    trainer = training._Trainer(spec, None, torch.device("cpu"))
+    trainer = loop._Trainer(spec, None, torch.device("cpu"))
     start = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
     trainer.advance(iter(batches))
     accumulated = [p.grad.clone() for p in trainer.learnable]
@@ -441,7 +443,7 @@ def test_accumulation_is_the_mean_over_its_batches(make_spec, splits):
 def test_clipping_bounds_the_gradient_of_the_whole_step(make_spec, splits):
     for clip, least, most in ((None, 2e-3, math.inf), (1e-3, 0.99e-3, 1.01e-3)):
         spec = plain(make_spec("none", accumulate=2, clip=clip))
-        trainer = training._Trainer(spec, None, torch.device("cpu"))
+        trainer = loop._Trainer(spec, None, torch.device("cpu"))
         trainer.advance(sampler(spec, splits["train"]).batch(k) for k in range(2))
         assert least < torch.stack([p.grad.norm() for p in trainer.learnable]).norm() < most
 
@@ -449,7 +451,7 @@ def test_clipping_bounds_the_gradient_of_the_whole_step(make_spec, splits):
 def test_random_numbers_go_on_where_they_were(make_spec, tmp_path):
     """Networks that drop channels at random draw them."""
     spec = make_spec("none")
-    first, second = (training._Trainer(spec, None, torch.device("cpu")) for _ in range(2))
+    first, second = (loop._Trainer(spec, None, torch.device("cpu")) for _ in range(2))
     torch.rand(7)
     first.save(tmp_path / "state", "same")
     expected = torch.rand(3)
@@ -459,12 +461,12 @@ def test_random_numbers_go_on_where_they_were(make_spec, tmp_path):
 
 def test_every_batch_has_its_own_number(make_spec, train, teacher, tmp_path, monkeypatch):
     seen = {"patches": [], "memory": []}
-    batch, sample = training.PatchSampler.batch, training.MemoryBank.sample
+    batch, sample = loop.PatchSampler.batch, loop.MemoryBank.sample
     monkeypatch.setattr(
-        training.PatchSampler, "batch", lambda self, step: seen["patches"].append(step) or batch(self, step)
+        loop.PatchSampler, "batch", lambda self, step: seen["patches"].append(step) or batch(self, step)
     )
     monkeypatch.setattr(
-        training.MemoryBank, "sample", lambda self, ids, step: seen["memory"].append(step) or sample(self, ids, step)
+        loop.MemoryBank, "sample", lambda self, ids, step: seen["memory"].append(step) or sample(self, ids, step)
     )
     train(make_spec("grd", accumulate=2), tmp_path, teacher=teacher)
     assert seen["patches"] == seen["memory"] == list(range(12))
@@ -475,7 +477,7 @@ def test_loss_and_learning_rate_in_the_history(make_spec, train, teacher, tmp_pa
     train(spec, tmp_path, teacher=teacher)
     assert [step for step, _ in rows(tmp_path, "train", "loss")] == [10, 20, 23]
     for step, value in rows(tmp_path, "train", "lr"):
-        assert value == pytest.approx(training.learning_rate(step - 1, spec.recipe))
+        assert value == pytest.approx(loop.learning_rate(step - 1, spec.recipe))
     parts = [rows(tmp_path, "train", f"loss/{term.name}") for term in spec.all_terms]
     for k, (_, total) in enumerate(rows(tmp_path, "train", "loss")):
         assert total == pytest.approx(sum(t.weight * part[k][1] for t, part in zip(spec.all_terms, parts, strict=True)))
@@ -492,24 +494,24 @@ def test_training_learns(teacher):
 def test_learning_rate():
     recipe = {"steps": 100, "validate_every": 1, "warmup": 10, "optimizer": {"lr": 0.5}}
     cosine = Recipe.model_validate(recipe)
-    assert training.learning_rate(0, cosine) == pytest.approx(0.05)
-    assert training.learning_rate(4, cosine) == pytest.approx(0.25)
-    assert training.learning_rate(9, cosine) == pytest.approx(0.5)
-    assert training.learning_rate(10, cosine) == pytest.approx(0.5)
-    assert training.learning_rate(55, cosine) == pytest.approx(0.25)
-    assert training.learning_rate(10 + 30, cosine) == pytest.approx(0.375)
-    assert 0 < training.learning_rate(99, cosine) < 0.001
+    assert loop.learning_rate(0, cosine) == pytest.approx(0.05)
+    assert loop.learning_rate(4, cosine) == pytest.approx(0.25)
+    assert loop.learning_rate(9, cosine) == pytest.approx(0.5)
+    assert loop.learning_rate(10, cosine) == pytest.approx(0.5)
+    assert loop.learning_rate(55, cosine) == pytest.approx(0.25)
+    assert loop.learning_rate(10 + 30, cosine) == pytest.approx(0.375)
+    assert 0 < loop.learning_rate(99, cosine) < 0.001
     constant = Recipe.model_validate(recipe | {"schedule": "constant"})
-    assert [training.learning_rate(step, constant) for step in (4, 10, 55, 99)] == pytest.approx([0.25, 0.5, 0.5, 0.5])
+    assert [loop.learning_rate(step, constant) for step in (4, 10, 55, 99)] == pytest.approx([0.25, 0.5, 0.5, 0.5])
     short = Recipe.model_validate(recipe | {"steps": 5, "warmup": 0})
-    assert training.learning_rate(0, short) == pytest.approx(0.5)
+    assert loop.learning_rate(0, short) == pytest.approx(0.5)
     warm = Recipe.model_validate(recipe | {"steps": 5, "warmup": 20})
-    assert training.learning_rate(4, warm) == pytest.approx(0.125)
+    assert loop.learning_rate(4, warm) == pytest.approx(0.125)
 
 
 def test_moving_average(make_spec, splits):
     spec = plain(make_spec("none", ema=0.75, warmup=0))
-    trainer = training._Trainer(spec, None, torch.device("cpu"))
+    trainer = loop._Trainer(spec, None, torch.device("cpu"))
     batches = sampler(spec, splits["train"])
     expected = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
     for step, keep in enumerate((1 / 10, 2 / 11, 3 / 12)):
@@ -615,7 +617,7 @@ def test_a_teacher_that_nobody_asks_is_not_opened(finished, train, tmp_path):
 
 
 def test_the_teacher_does_not_change(make_spec, splits, teacher):
-    trainer = training._Trainer(make_spec("grd"), teacher, torch.device("cpu"))
+    trainer = loop._Trainer(make_spec("grd"), teacher, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in trainer.distiller.teacher.state_dict().items()}
     batches = sampler(trainer.spec, splits["train"])
     for step in range(2):
@@ -705,7 +707,7 @@ def test_a_run_on_volumes_is_resumed_bit_for_bit(step, volume_runs, train_volume
     weights = volume_runs["teacher"][2] / "weights.safetensors"
     with monkeypatch.context() as patch:
         stop = stop_at(patch, step)
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(loop.Interrupted):
             train_volume(spec, tmp_path, teacher=weights, stop=stop)
     assert_nothing_written(tmp_path)
     assert train_volume(spec, tmp_path, teacher=weights) == scores
@@ -722,18 +724,18 @@ def test_a_file_that_stays_on_disk_trains_the_same(volume_runs, train_volume, tm
 def test_what_is_ignored_does_not_matter_for_the_validation(make_spec, volume_runs, volume_splits, tmp_path):
     """Whatever the label says there; neither while training nor in the choice of parameters."""
     spec, _, folder = volume_runs["teacher"]
-    network = training.build(spec.model, spec.options)
+    network = loop.build(spec.model, spec.options)
     network.load_state_dict(io.load_weights(folder / "weights.safetensors")[0])
     judged = []
     for change in (False, True):
         (sample,) = io.read_samples(volume_splits["val"])
         label = np.where(sample.ignore & change, 99, sample.label).astype(np.uint32)
         io.write_samples(tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label, ignore=sample.ignore)])
-        judge = training.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
-        judged.append((judge(network), judge.tune(network)))
+        judge = loop.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
+        judged.append((judge(network), validator.tune(network)))
     assert judged[0] == judged[1]
     io.write_samples(tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label)])
-    judge = training.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
+    judge = loop.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
     assert judge(network) != judged[0][0]
 
 
@@ -747,7 +749,7 @@ def test_mala_learns_from_mala(make_spec, train_volume, volume_splits, tmp_path)
         scores = train_volume(spec, tmp_path / method, **kwargs)
         weights = tmp_path / method / "weights.safetensors"
         assert_same_scores(scores_of(weights, volume_splits["val"]), {"mutex_watershed": scores})
-        start = training.build(spec.model, spec.options)  # of another seed, but the biases start at 0
+        start = loop.build(spec.model, spec.options)  # of another seed, but the biases start at 0
         state = io.load_weights(tmp_path / method / "last.safetensors")[0]
         assert all(state[name].abs().max() > 0 for name, p in start.named_parameters() if p.abs().max() == 0)
         losses = [v for term in spec.all_terms for _, v in rows(tmp_path / method, "train", f"loss/{term.name}")]
@@ -777,7 +779,7 @@ def with_empty(folder, squares, filled, empty):
 )
 def test_validation_while_training_sees_empty_images_too(filled, empty, asked, chosen, make_spec, squares, tmp_path):
     path = with_empty(tmp_path, squares, filled, empty)
-    judge = training.Judge(make_spec(validate_images=asked), path, torch.device("cpu"))
+    judge = loop.Judge(make_spec(validate_images=asked), path, torch.device("cpu"))
     assert " ".join(sample.id for sample in judge.some) == chosen
 
 
@@ -796,7 +798,7 @@ def test_weights_that_find_objects_in_empty_images_are_not_the_best(make_spec, t
         empty = {"empty_images": 1, "false_objects": found, "false_pixels": 10 * found, "false_share": share}
         return {**dict.fromkeys(METRICS, 0.0), "aji": value, **empty}
 
-    monkeypatch.setattr(training.Judge, "__call__", judge)
+    monkeypatch.setattr(loop.Judge, "__call__", judge)
     train(make_spec(validate_every=2), tmp_path)
     assert io.read_header(tmp_path / "weights.safetensors")["step"] == 4
     assert [value for _, value in rows(tmp_path, "val", "aji")] == [0.9, 0.8, 0.85]
@@ -807,13 +809,13 @@ def test_the_sampler_gets_the_margin_and_the_border(make_spec, train, splits, te
     """The larger margin of student and teacher, per axis; the label is that of a student without a margin."""
     monkeypatch.setenv(io.PLUGINS, __name__)
     asked = []
-    original = training.PatchSampler
+    original = loop.PatchSampler
 
     def recorded(*args, **kwargs):
         asked.append(original(*args, **kwargs))
         return asked[-1]
 
-    monkeypatch.setattr(training, "PatchSampler", recorded)
+    monkeypatch.setattr(loop, "PatchSampler", recorded)
     targets = {"border": 2}
     valid_teacher = tmp_path / "valid" / "weights.safetensors"
     for method, network, folder, source in (
@@ -839,7 +841,7 @@ def test_targets_reach_the_loss(make_spec, splits):
     losses = []
     for targets in ({}, {"background_connected": False}, {"per_offset": True}):
         spec = make_spec("none", targets=targets, warmup=0)
-        trainer = training._Trainer(spec, None, torch.device("cpu"))
+        trainer = loop._Trainer(spec, None, torch.device("cpu"))
         trainer.advance(iter([sampler(spec, splits["train"]).batch(0)]))
         losses.append(trainer.flush_losses())
     assert len({round(loss, 4) for loss in losses}) == 3
@@ -857,7 +859,7 @@ def test_moving_average_is_that_of_torch():
             for parameter in network.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
         reference.update_parameters(network)
-        training.follow(average, network, 0.9 if step else 0.0)
+        loop.follow(average, network, 0.9 if step else 0.0)
     for name, expected in reference.module.state_dict().items():
         if expected.is_floating_point():
             torch.testing.assert_close(average.state_dict()[name], expected, rtol=1e-6, atol=1e-7)
@@ -878,11 +880,11 @@ def test_compiled_networks_learn_the_same(tmp_path, make_spec, train, teacher):
 
 def test_a_new_average_forgets_the_random_start():
     """With `ema` alone 22 % of it would be left after 300 steps of 0.995."""
-    left = math.prod(training.decay(step, 0.995) for step in range(300))
+    left = math.prod(loop.decay(step, 0.995) for step in range(300))
     assert left < 1e-12
-    assert training.decay(0, 0.995) == 0.1
-    assert training.decay(10_000, 0.995) == 0.995
-    assert training.decay(10_000, 0.9999) == pytest.approx(10_001 / 10_010)
+    assert loop.decay(0, 0.995) == 0.1
+    assert loop.decay(10_000, 0.995) == 0.995
+    assert loop.decay(10_000, 0.9999) == pytest.approx(10_001 / 10_010)
 
 
 def entries(folder, name):

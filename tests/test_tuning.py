@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gdlib import io, parts
-from gdlib.config import Config, ConfigError
-from gdlib.report import validation
-from gdlib.words import spelt_out
+from gdlib import io
+from gdlib.config import Config, ConfigError, parts
+from gdlib.config.words import spelt_out
+from gdlib.report.tables import validation
 
 RAW = spelt_out(parts.read(Path(__file__).parents[1]))
 

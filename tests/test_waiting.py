@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gdlib import io, training
-from gdlib.ask import ask
+from gdlib import io
 from gdlib.config import RunSpec, load
 from gdlib.data.maps import TeacherMaps
 from gdlib.data.patches import PatchSampler, largest_id
+from gdlib.train import loop
+from gdlib.train.ask import ask
 
 META = torch.device("meta")
 METHODS = load(Path(__file__).resolve().parents[1]).methods
@@ -84,7 +85,7 @@ def parts(tmp_path, splits, make_spec):
         plain = make_spec("none", model=model, widths=widths, patch=patch, **recipe, **chosen.get("recipe", {}))
         spec = RunSpec.model_validate(plain.model_dump() | {"method": method, "terms": chosen["terms"]})
         weights = tmp_path / "teacher.safetensors"
-        network = training.build(model, spec.options)
+        network = loop.build(model, spec.options)
         header = spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"})
         header["normalisation"].pop("noise")  # of which nothing was learned
         io.save_weights(weights, network.state_dict(), header)
@@ -98,7 +99,7 @@ def parts(tmp_path, splits, make_spec):
 def test_a_step_does_not_wait(axes, method, parts, monkeypatch):
     spec, samples, weights = parts(axes, method, **MORE, ema=0.9, clip=1.0, accumulate=2)
     put_on_meta(monkeypatch)
-    trainer = training._Trainer(spec, weights if spec.terms else None, META)
+    trainer = loop._Trainer(spec, weights if spec.terms else None, META)
     sampler = PatchSampler(samples, **spec.drawing, margin=trainer.margin, device=META)
     with Watch():
         for _ in range(3):  # the bank is empty, filled, full
@@ -116,7 +117,7 @@ def test_a_step_with_maps_does_not_wait(axes, tmp_path, parts, monkeypatch):
         ask(weights, samples, path, level=level, device="cpu")
     put_on_meta(monkeypatch)
     maps = TeacherMaps(files.values(), samples)
-    trainer = training._Trainer(spec, maps, META)
+    trainer = loop._Trainer(spec, maps, META)
     sampler = PatchSampler(
         samples, **spec.drawing, margin=trainer.margin, device=META, maps=maps, levels=trainer.levels
     )
@@ -143,7 +144,7 @@ def test_what_is_known_of_the_labels_changes_no_loss(parts):
     spec, samples, weights = parts("2D", "grd")
     losses = []
     for largest in (None, 12, 40):
-        trainer = training._Trainer(spec, weights, torch.device("cpu"))
+        trainer = loop._Trainer(spec, weights, torch.device("cpu"))
         sampler = PatchSampler(samples, **spec.drawing, margin=trainer.margin)
         assert sampler.largest is None
         sampler.largest = largest

@@ -21,10 +21,9 @@ import pytest
 import tifffile
 import yaml
 
-from gdlib import parts
-from gdlib.config import Config
+from gdlib.config import Config, parts
+from gdlib.config.words import spelt_out
 from gdlib.io import sha256
-from gdlib.words import spelt_out
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("Snakefile", "config", "config.yaml", "envs", "gdlib", "profiles", "workflow")

@@ -14,7 +14,7 @@ min_version("9.20")
 ROOT = os.path.dirname(workflow.basedir)
 sys.path.insert(0, ROOT)
 
-from gdlib.grid import options
+from gdlib.volumes.grid import options
 from gdlib.text import read_yaml
 
 try:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from gdlib import ops
+from gdlib import devices
 
 
 def _uniform(low: float, high: float, shape: Sequence[int], generator: Generator) -> Tensor:
@@ -186,7 +186,7 @@ def augment_intensity(
     batch = len(image)
     column = (batch,) + (1,) * (image.ndim - 1)
     if invert > 0:
-        negative = ops.send((torch.rand(batch, generator=generator) < invert).reshape(column), image.device)
+        negative = devices.send((torch.rand(batch, generator=generator) < invert).reshape(column), image.device)
         image = torch.where(negative, 1 - image, image)
 
     def draw(low: float, high: float, neutral: float) -> Tensor:
@@ -195,16 +195,16 @@ def augment_intensity(
         return torch.where(use, value, neutral).reshape(column)
 
     if gamma > 0:
-        exponent = ops.send(2 ** draw(-gamma, gamma, 0.0), image.device)
+        exponent = devices.send(2 ** draw(-gamma, gamma, 0.0), image.device)
         inner = image.clamp(0, 1)
         image = image + inner.clamp(min=1e-6) ** exponent - inner
     if blur > 0:
         image = _blur(image, draw(0.0, blur, 0.0).flatten())
     factor, shift = draw(1 - contrast, 1 + contrast, 1.0), draw(-brightness, brightness, 0.0)
-    image = image * ops.send(factor, image.device) + ops.send(shift, image.device)
+    image = image * devices.send(factor, image.device) + devices.send(shift, image.device)
     if noise > 0:
         normal = torch.randn(image.shape, generator=generator)
-        image = image + ops.send(normal, image.device) * ops.send(draw(0.0, noise, 0.0), image.device)
+        image = image + devices.send(normal, image.device) * devices.send(draw(0.0, noise, 0.0), image.device)
     return image
 
 
@@ -287,7 +287,7 @@ def augment_sections(
         return torch.rand(column, generator=generator) < p
 
     factor, shift = draw(1 - contrast, 1 + contrast), draw(-brightness, brightness)
-    image = image * ops.send(factor, device) + ops.send(shift, device)
+    image = image * devices.send(factor, device) + devices.send(shift, device)
     if blur > 0:
         sigma = (draw(0.0, blur) * chance(probability)).expand(batch, channels, sections, 1, 1)
         if sigma.any():
@@ -297,14 +297,14 @@ def augment_sections(
             length = int(torch.randint(2, motion + 1, (), generator=generator))
             diagonal, straight = torch.eye(length), torch.ones(length, 1)
             lines = (straight, straight.T, diagonal, diagonal.flip(0))
-            kernel = ops.send(lines[int(torch.randint(4, (), generator=generator))] / length, device)
+            kernel = devices.send(lines[int(torch.randint(4, (), generator=generator))] / length, device)
             height, width = kernel.shape
             section = image[at // sections, :, at % sections, None]
             border = ((width - 1) // 2, width // 2, (height - 1) // 2, height // 2)
             section = F.conv2d(F.pad(section, border, mode="replicate"), kernel[None, None])
             image[at // sections, :, at % sections] = section[:, 0]
     if missing > 0:
-        image = torch.where(ops.send(chance(missing), device), ops.send(draw(0.0, 1.0), device), image)
+        image = torch.where(devices.send(chance(missing), device), devices.send(draw(0.0, 1.0), device), image)
     return image
 
 
@@ -318,8 +318,8 @@ def _blur(image: Tensor, sigma: Tensor) -> Tensor:
     kernel = torch.exp(-0.5 * (x / sigma[which].clamp(min=0.05)[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
     planes = image.shape[1:-2].numel()
-    kernel = ops.send(kernel, image.device).repeat_interleave(planes, 0)[:, None]
-    which = ops.send(which, image.device)
+    kernel = devices.send(kernel, image.device).repeat_interleave(planes, 0)[:, None]
+    which = devices.send(which, image.device)
     flat = image[which].reshape(1, -1, *image.shape[-2:])
     flat = F.pad(flat, (radius,) * 4, mode="reflect")
     flat = F.conv2d(flat, kernel[:, :, :, None], groups=flat.shape[1])

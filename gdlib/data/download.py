@@ -25,9 +25,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from gdlib import __version__, io
-from gdlib.io import DataError
+from gdlib.config.sections import RemoteFile
+from gdlib.io.failures import DataError
 from gdlib.progress import Bar
-from gdlib.schema import RemoteFile
 
 RECORD = ".download.json"
 HEADERS = {

@@ -14,7 +14,8 @@ from bioimage_cpp.segmentation import label as connected_regions
 from PIL import Image
 
 from gdlib.data.tiff import read_tiff
-from gdlib.io import DataError, Sample, check_file, check_inside, h5_file
+from gdlib.io import Sample, check_file, check_inside, h5_file
+from gdlib.io.failures import DataError
 from gdlib.registry import nearest
 from gdlib.text import read_text
 

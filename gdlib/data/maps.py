@@ -1,4 +1,4 @@
-"""What a teacher says about every training image as a whole, in files of `gdlib.ask`, and how patches are cut from it."""
+"""What a teacher says about every training image as a whole, in files of `gdlib.train.ask`, and how patches are cut from it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gdlib import io
-from gdlib.distill import first_centre
+from gdlib.kernels.levels import first_centre
 
 
 class TeacherMaps:
     """The maps of one teacher for the images of a split; a patch reads the blocks that it needs.
 
     Args:
-        paths: files of `gdlib.ask.ask`, one per part of its output.
+        paths: files of `gdlib.train.ask.ask`, one per part of its output.
         samples: samples `.h5` that it was asked about.
 
     Attributes:
@@ -54,7 +54,7 @@ class TeacherMaps:
 
         Returns:
             By part its vectors (*sides, D) float16: those of the same pixels; of a feature map those of the voxels that hold the
-            pixels which are the centres of the student's voxels (see `gdlib.distill.label_at`).
+            pixels which are the centres of the student's voxels (see `gdlib.kernels.levels.label_at`).
         """
         found = {}
         for part, file in self.files.items():

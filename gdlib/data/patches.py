@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gdlib import io, ops
+from gdlib import devices, io, kernels
 from gdlib.data.augment import augment_intensity, augment_sections, empty_patches, mirrored, sample_patch, sampling_grid
 from gdlib.data.intensity import intensity_range, learn, span
 from gdlib.data.maps import TeacherMaps
-from gdlib.distill import Batch
-from gdlib.models import Embedding
+from gdlib.types import Batch, Embedding
 
 IN_MEMORY = 2**31  # bytes; a split that is larger stays in its file, and patches are read from there
 
@@ -137,7 +136,7 @@ class PatchSampler:
         ignore = torch.stack([patch[2] for patch in patches]) if self.ignores else None
         said = {part: torch.stack([patch[3][part] for patch in patches]) for part in patches[0][3]}
         if self.border:
-            label = ops.widen_borders(label, self.border)
+            label = kernels.widen_borders(label, self.border)
         label = label.long() & 0xFFFFFFFF
         if self.augment.get("empty", 0) > 0:
             image, label, ignore, said = self._emptied(image, label, ignore, said, step)
@@ -146,7 +145,7 @@ class PatchSampler:
             image = augment_sections(image, generator, **self.augment["sections"])
         said = {part: vectors.movedim(-1, 1) for part, vectors in said.items()}
         teacher = Embedding(said.pop("embedding", None), said.pop("foreground", None), said) if self.maps else None
-        return Batch(image, label, ops.send(ids, self.device), ignore, teacher, self.largest)
+        return Batch(image, label, devices.send(ids, self.device), ignore, teacher, self.largest)
 
     def _emptied(
         self, image: Tensor, label: Tensor, ignore: Tensor | None, said: dict[str, Tensor], step: int
@@ -161,11 +160,11 @@ class PatchSampler:
         if not len(which):
             return image, label, ignore, said
         noise = empty_patches((len(which), *image.shape[1:]), generator, **self.normalisation)
-        which = ops.send(which, self.device)
-        image = image.index_copy(0, which, ops.send(noise, self.device))
+        which = devices.send(which, self.device)
+        image = image.index_copy(0, which, devices.send(noise, self.device))
         for part, vectors in said.items():
             centres = self.maps.centres(part, self.patch, self.levels)
-            centres = (ops.send(c, self.device) if isinstance(c, Tensor) else c for c in centres)
+            centres = (devices.send(c, self.device) if isinstance(c, Tensor) else c for c in centres)
             there = label.index_select(0, which)[(slice(None), *centres)]
             weight = (there == 0).unsqueeze(-1) + 1e-6  # without background, of all there is
             old = vectors.index_select(0, which)
@@ -187,12 +186,12 @@ class PatchSampler:
         if self.maps is not None:
             pixels = [place + s.start for place, s in zip(nearest, box, strict=True)]
             said = self.maps.cut(sample["name"], pixels, self.levels)
-            said = {part: ops.send(vectors, self.device) for part, vectors in said.items()}
-        grid, nearest = ops.send(grid, self.device), tuple(ops.send(nearest, self.device))
+            said = {part: devices.send(vectors, self.device) for part, vectors in said.items()}
+        grid, nearest = devices.send(grid, self.device), tuple(devices.send(nearest, self.device))
 
         def read(name: str) -> Tensor:
             part = sample[name][(..., *box)]
-            return part if isinstance(part, Tensor) else ops.send(_tensor(part), self.device)
+            return part if isinstance(part, Tensor) else devices.send(_tensor(part), self.device)
 
         image = sample_patch((read("image").float() - sample["low"]) / sample["span"], grid.movedim(0, -1))
         label = read("label")[nearest]

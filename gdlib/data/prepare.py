@@ -19,7 +19,8 @@ from gdlib.data import sense
 from gdlib.data.axes import SECTIONS, fitted
 from gdlib.data.files import SPLITS, check_label, check_shapes
 from gdlib.data.intensity import as_float32
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 from gdlib.registry import SOURCES
 
 

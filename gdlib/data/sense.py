@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from bioimage_cpp.segmentation import label as connected_regions
 
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 
 PART = (4, 2048, 2048)  # at most so much of the middle of an image is compared with its label
 SHIFTS = 17  # places that a label is moved to, to see whether it fits its own image better

@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 
 from gdlib.data.decoders import can_decode, teach_tifffile
-from gdlib.io import DataError, writing
+from gdlib.io.failures import DataError, writing
 
 teach_tifffile()
 

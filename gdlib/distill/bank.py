@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gdlib import ops
+from gdlib import devices
 
 Memory = dict[str, Tensor]
 
@@ -55,7 +55,9 @@ class MemoryBank(nn.Module):
         if not self.original_ring:
             allowed &= ~torch.isin(self.ids, current)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        order = ops.send(torch.rand(self.capacity, generator=generator), self.ids.device).masked_fill(~allowed, -1.0)
+        order = devices.send(torch.rand(self.capacity, generator=generator), self.ids.device).masked_fill(
+            ~allowed, -1.0
+        )
         score, chosen = order.topk(min(self.sample_size, self.capacity))
         memory = {name: record[chosen] for name, record in self.records.items()}
         memory["valid"] = score >= 0

@@ -36,20 +36,6 @@ from gdlib import io
 from gdlib.registry import NETWORKS
 
 
-class Embedding(NamedTuple):
-    """What a network says about a batch of images.
-
-    Attributes:
-        embedding: (B, D, [Z,] Y, X) raw per-pixel vectors, `margin` smaller than the image on each side.
-        foreground: (B, 1, [Z,] Y, X) logit of "belongs to an object".
-        features: intermediate maps by name, for terms that compare features.
-    """
-
-    embedding: Tensor
-    foreground: Tensor
-    features: dict[str, Tensor]
-
-
 def build(name: str, options: dict[str, Any]) -> nn.Module:
     """Make a network: a file stem of this folder, or `package.module:Class` for one of your own.
 

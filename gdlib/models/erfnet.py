@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from gdlib.limits import Count, NotAll
-from gdlib.models import Embedding, Layer, normed, radius
+from gdlib.models import Layer, normed, radius
 from gdlib.models.enet import Shrink
+from gdlib.types import Embedding
 
 __all__ = ["ERFNet"]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdlib.limits import Count
-from gdlib.models import Embedding
+from gdlib.types import Embedding
 
 __all__ = ["MALA"]
 

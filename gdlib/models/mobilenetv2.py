@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from gdlib.limits import Count
-from gdlib.models import Embedding, Layer, enlarged, normed, radius
+from gdlib.models import Layer, enlarged, normed, radius
+from gdlib.types import Embedding
 
 __all__ = ["MobileNetV2"]
 

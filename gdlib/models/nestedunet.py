@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdlib.limits import Count
-from gdlib.models import Embedding, Layer, enlarged, normed, radius
+from gdlib.models import Layer, enlarged, normed, radius
+from gdlib.types import Embedding
 
 __all__ = ["NestedUNet"]
 

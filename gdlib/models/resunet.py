@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdlib.limits import Count
-from gdlib.models import Embedding, Layer, radius
+from gdlib.models import Layer, radius
+from gdlib.types import Embedding
 
 __all__ = ["ResUNet"]
 

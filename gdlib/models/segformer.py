@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdlib.limits import Count
-from gdlib.models import Embedding, enlarged, normed
+from gdlib.models import enlarged, normed
+from gdlib.types import Embedding
 
 __all__ = ["SegFormer"]
 

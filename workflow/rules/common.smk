@@ -8,8 +8,7 @@ import re
 
 import yaml
 
-from gdlib import plan
-from gdlib.config import SEGMENTERS, TEACHER
+from gdlib.config import SEGMENTERS, TEACHER, plan
 
 PLAN = plan.Plan(CFG)
 STUDY = CFG.selected
@@ -175,7 +174,7 @@ def page(name, category, title):
 
 
 def known_of_study():
-    """What the record of the study cannot know from its files: arguments of `gdlib.report.provenance.record`."""
+    """What the record of the study cannot know from its files: arguments of `gdlib.report.provenance.record.record`."""
     # Sorted below the first level, so that the order of keys in the configuration does not matter.
     text = {key: json.loads(compact(value)) for key, value in PLAN.record().items()}
     splits, datasets = ("train", "val", "test"), STUDY.datasets

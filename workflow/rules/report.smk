@@ -16,7 +16,7 @@ FIGURES = [
 ]
 # What readers call the ablations; their methods are named after them.
 SETTINGS = {name: ABLATIONS[name]["title"] for name in sorted(ABLATIONS)}
-KNOWN = files_of(["report/paper.toml"])
+KNOWN = files_of(["report/tables/paper.toml"])
 with open(KNOWN[0], "rb") as file:
     in_paper = {
         name for one in tomllib.load(file)["dataset"].values() for name in one["ours"]

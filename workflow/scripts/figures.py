@@ -2,10 +2,10 @@
 
 import sys
 
-from gdlib.report import figures
+from gdlib.report.figures import make
 
 sys.stdout = sys.stderr = open(snakemake.log[0], "w", buffering=1)  # noqa: SIM115
 
-figures.draw(
+make.draw(
     snakemake.params.figure, dict(snakemake.input.items()), dict(snakemake.params.items()), list(snakemake.output)
 )

@@ -2,7 +2,7 @@
 
 import sys
 
-from gdlib.report import paper
+from gdlib.report.tables import paper
 
 sys.stdout = sys.stderr = open(snakemake.log[0], "w", buffering=1)  # noqa: SIM115
 

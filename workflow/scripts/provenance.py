@@ -2,11 +2,11 @@
 
 import sys
 
-from gdlib.report import provenance, story
+from gdlib.report.provenance import record, story
 
 sys.stdout = sys.stderr = open(snakemake.log[0], "w", buffering=1)  # noqa: SIM115
 
-found = provenance.record(
+found = record.record(
     snakemake.input.summary, snakemake.input.metrics, snakemake.input.profiles, **snakemake.params.known
 )
 story.write(found, **dict(snakemake.output.items()), titles=snakemake.params.titles)

@@ -2,11 +2,11 @@
 
 import sys
 
-from gdlib.report import tables
+from gdlib.report.tables import results
 
 sys.stdout = sys.stderr = open(snakemake.log[0], "w", buffering=1)  # noqa: SIM115
 
-tables.write(
+results.write(
     snakemake.input.metrics,
     snakemake.input.profiles,
     **dict(snakemake.output.items()),

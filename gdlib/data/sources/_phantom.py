@@ -6,7 +6,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from gdlib.data.files import SPLITS, Splits
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 
 
 def phantom_splits(

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Literal
 
 from gdlib.data.files import Splits, existing_folder, merge_masks, published_split, read_image, read_masks
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 from gdlib.registry import nearest
 
 __all__ = ["celegans"]

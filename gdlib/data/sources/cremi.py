@@ -26,7 +26,8 @@ from gdlib.data.files import (
     split_components,
     voxel_size,
 )
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 from gdlib.limits import Count, Sections
 
 __all__ = ["cremi"]

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from gdlib.data.files import SPLITS, Splits, existing_folder, published_split, read_image, read_label
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 
 __all__ = ["cvppp"]
 

@@ -15,15 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from gdlib.data.files import (
-    Splits,
-    existing_folder,
-    find_files,
-    merge_masks,
-    published_split,
-    read_image,
-    read_masks,
-)
+from gdlib.data.files import Splits, existing_folder, find_files, merge_masks, published_split, read_image, read_masks
 from gdlib.io import Sample
 
 __all__ = ["dsb2018"]

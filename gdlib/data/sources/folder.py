@@ -34,7 +34,8 @@ from gdlib.data.files import (
     split_components,
     voxel_size,
 )
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 from gdlib.limits import Count, Inside, Positive
 
 __all__ = ["folder"]

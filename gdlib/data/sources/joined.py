@@ -6,7 +6,8 @@ from pathlib import Path
 
 from gdlib import io
 from gdlib.data.files import SPLITS, Splits, existing_folder
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 
 __all__ = ["joined"]
 

@@ -17,7 +17,8 @@ from scipy.special import ndtr
 
 from gdlib.data.files import Splits, split_components
 from gdlib.data.sources._phantom import phantom_splits
-from gdlib.io import DataError, Sample
+from gdlib.io import Sample
+from gdlib.io.failures import DataError
 from gdlib.limits import Count, FromTo, NotNegative, PerSplit, Positive, Seed, Share
 
 __all__ = ["neurites_phantom"]

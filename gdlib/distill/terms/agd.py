@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gdlib import ops
+from gdlib import kernels
 from gdlib.distill import Term, Truth, View, check_comparable
 from gdlib.distill.bank import mean_record
 from gdlib.limits import Count
@@ -56,7 +56,7 @@ class AGD(Term):
         if self.pool == 1:
             return view.gram(other)
         means = view.means(self.pool) if other is None else view.means(self.pool) - other.means(self.pool)
-        return ops.gram(means.flatten(1, -2))
+        return kernels.gram(means.flatten(1, -2))
 
     def record(self, teacher: View) -> dict[str, Tensor]:
         """Keep the Gram matrix of each image's vectors."""
@@ -69,6 +69,6 @@ class AGD(Term):
             gram = mean_record(memory, f"agd_gram_{self.pool}")
             return student.rows.sum() * 0 if gram is None else agd_inter_loss(self._gram(student, teacher), gram)
         if self.wrap_around:
-            wrapped = (ops.affinities_wrapped(view.unit, truth.offsets) for view in (student, teacher))
-            return ops.pair_losses(*wrapped, None, ["goal"])["goal"]
+            wrapped = (kernels.affinities_wrapped(view.unit, truth.offsets) for view in (student, teacher))
+            return kernels.pair_losses(*wrapped, None, ["goal"])["goal"]
         return student.pair_loss("balanced" if self.balanced else "goal", teacher)

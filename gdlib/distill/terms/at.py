@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gdlib import ops
+from gdlib import kernels
 from gdlib.distill import Term, Truth, View
 
 __all__ = ["AT"]
@@ -17,7 +17,7 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Reference: Zagoruyko and Komodakis, Paying more attention to attention, ICLR 2017, equation 2 with p = 2, squared.
     """
-    student, teacher = (ops.unit(x.square().sum(-1).flatten(1)) for x in (student, teacher))
+    student, teacher = (kernels.unit(x.square().sum(-1).flatten(1)) for x in (student, teacher))
     return (student - teacher).square().sum(1).mean()
 
 

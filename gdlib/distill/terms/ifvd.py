@@ -3,25 +3,25 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdlib import ops
+from gdlib import kernels
 from gdlib.distill import Term, Truth, View
 
 __all__ = ["IFVD"]
 
 
-def variation(rows: Tensor, classes: ops.Instances) -> Tensor:
+def variation(rows: Tensor, classes: kernels.Instances) -> Tensor:
     """Cosine of every pixel's vector with the mean vector of its class: (B * pixels,), 0 for pixels without one.
 
     Args:
         rows: (B, [Z,] Y, X, D).
         classes: of the same batch.
     """
-    prototypes = ops.unit(ops.pool_instances(rows, classes)).flatten(0, 1)
+    prototypes = kernels.unit(kernels.pool_instances(rows, classes)).flatten(0, 1)
     prototypes = F.pad(prototypes, (0, 0, 0, 1))  # and a zero for pixels without
-    return (ops.unit(rows.reshape(-1, rows.shape[-1])) * prototypes.index_select(0, classes.index)).sum(1)
+    return (kernels.unit(rows.reshape(-1, rows.shape[-1])) * prototypes.index_select(0, classes.index)).sum(1)
 
 
-def variation_loss(student: Tensor, teacher: Tensor, classes: ops.Instances) -> Tensor:
+def variation_loss(student: Tensor, teacher: Tensor, classes: kernels.Instances) -> Tensor:
     """`mean_b mean_p (m^S_p - m^T_p)^2` of the `variation` m, over the pixels p of image b that have a class.
 
     Args:

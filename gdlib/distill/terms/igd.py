@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdlib import ops
+from gdlib import kernels
 from gdlib.distill import Term, Truth, View, check_comparable
 
 __all__ = ["IGD"]
@@ -43,7 +43,7 @@ def edge_loss(student: Tensor, teacher: Tensor, count: Tensor) -> Tensor:
     missing = student.shape[2] - teacher.shape[2]  # axes that are 0 change no similarity
     student, teacher = F.pad(student, (0, max(0, -missing))), F.pad(teacher, (0, max(0, missing)))
     d = student.shape[2]
-    g = ops.node_grams(torch.cat([student - teacher, student, teacher], 2), count)
+    g = kernels.node_grams(torch.cat([student - teacher, student, teacher], 2), count)
     dd, ds, dt = g[:, :d].split(d, 2)
     ss, tt = g[:, d : 2 * d, d : 2 * d], g[:, 2 * d :, 2 * d :]
     return (dd * (ss + tt) + 2 * dt * ds.mT).sum((1, 2)).mean()
@@ -60,7 +60,7 @@ def edge_inter_loss(student: Tensor, teacher: Tensor, count: Tensor, memory_gram
 
     Reference: arXiv 2401.06370, inter-image L_edge; both graphs are compared with the teacher's memory.
     """
-    return (ops.node_grams(student - teacher, count) * memory_gram).sum((1, 2)).mean()
+    return (kernels.node_grams(student - teacher, count) * memory_gram).sum((1, 2)).mean()
 
 
 class IGD(Term):
@@ -102,10 +102,10 @@ class IGD(Term):
         self.accumulate = accumulate
         self.uses = () if background else ("nodes",)
 
-    def _graph(self, view: View) -> tuple[Tensor, ops.Instances]:
+    def _graph(self, view: View) -> tuple[Tensor, kernels.Instances]:
         if self.background:
             instances = view.truth.instances_and_background
-            return ops.relate(view.rows, instances=instances).nodes, instances
+            return kernels.relate(view.rows, instances=instances).nodes, instances
         return view.nodes, view.truth.instances
 
     def _unit(self, nodes: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class IGD(Term):
         """Keep the Gram matrix of each image's unit nodes, and their number."""
         nodes, instances = self._graph(teacher)
         return {
-            f"igd_gram_{self.background:d}": ops.node_grams(self._unit(nodes), instances.count),
+            f"igd_gram_{self.background:d}": kernels.node_grams(self._unit(nodes), instances.count),
             f"igd_count_{self.background:d}": instances.count.float(),
         }
 
@@ -143,7 +143,7 @@ class IGD(Term):
     def _usable(self, memory: dict) -> Tensor:
         return memory["valid"] & (memory[f"igd_count_{self.background:d}"] > 0)
 
-    def _memory_gram(self, memory: dict, instances: ops.Instances) -> Tensor:
+    def _memory_gram(self, memory: dict, instances: kernels.Instances) -> Tensor:
         gram = memory[f"igd_gram_{self.background:d}"]
         count = memory[f"igd_count_{self.background:d}"]
         weight = self._usable(memory).float()

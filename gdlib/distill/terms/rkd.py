@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdlib import ops
+from gdlib import kernels
 from gdlib.distill import Term, Truth, View
 from gdlib.limits import NotNegative
 
@@ -34,7 +34,7 @@ def angles(x: Tensor) -> Tensor:
     different = ~(same[:, :, None] | same[:, None, :] | same[None])
     difference = x[:, None] - x[None]
     # Equal vectors have no direction, and get no gradient.
-    towards = ops.unit(torch.where((difference != 0).any(-1, keepdim=True), difference, 0.0))  # [i, j] from j to i
+    towards = kernels.unit(torch.where((difference != 0).any(-1, keepdim=True), difference, 0.0))  # [i, j] from j to i
     return torch.einsum("ijd,kjd->ijk", towards, towards) * different
 
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdlib import ops
+from gdlib import kernels
 from gdlib.distill import Term, Truth, View
 from gdlib.limits import Count
 
@@ -20,7 +20,7 @@ def places(rows: Tensor, pool: int) -> Tensor:
     maps = rows.movedim(-1, 1)
     pooling = {4: F.avg_pool2d, 5: F.avg_pool3d}[maps.ndim]
     window = [min(pool, n) for n in maps.shape[2:]]
-    return ops.unit(ops.rows(pooling(maps, window, ceil_mode=True))).flatten(1, -2)
+    return kernels.unit(kernels.rows(pooling(maps, window, ceil_mode=True))).flatten(1, -2)
 
 
 def pairwise_loss(student: Tensor, teacher: Tensor) -> Tensor:

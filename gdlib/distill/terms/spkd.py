@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gdlib import ops
+from gdlib import kernels
 from gdlib.distill import Term, Truth, View
 
 __all__ = ["SPKD"]
@@ -19,7 +19,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Reference: Tung and Mori, Similarity-preserving knowledge distillation, ICCV 2019, activation similarities of a batch.
     """
-    student, teacher = (ops.unit(flat @ flat.T) for flat in (student.flatten(1), teacher.flatten(1)))
+    student, teacher = (kernels.unit(flat @ flat.T) for flat in (student.flatten(1), teacher.flatten(1)))
     return (student - teacher).square().mean()
 
 

@@ -1,0 +1,411 @@
+"""The configuration as frozen, typed objects. Torch-free: Snakemake parses it again for every job.
+
+It is a catalogue (what exists) and studies (named selections of it: what to run), in the files of `gdlib.config.parts`. A study may
+shrink a recipe but never changes what a name means. A run is (dataset, network, method, seed); `Config.run` gathers all that
+its training needs, and nothing else, so that an edit of the configuration re-runs exactly what depends on it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator
+
+from gdlib import registry
+from gdlib.config import parts
+from gdlib.config.checks import check_metrics, check_patch, check_recipe, check_terms
+from gdlib.config.mistakes import ConfigError, check_name, one_line, within
+from gdlib.config.sections import (
+    Ablation,
+    Dataset,
+    Method,
+    Network,
+    Plot,
+    PlotMetrics,
+    Recipe,
+    RunSpec,
+    Section,
+    Segmenter,
+    Study,
+    Term,
+)
+from gdlib.config.words import spelt_out
+from gdlib.limits import Offsets, Place
+from gdlib.segment.parameters import check_offsets, checked
+
+TEACHER = "teacher"  # the method name of every teacher run
+SEGMENTERS = get_args(Segmenter)
+
+
+def load(place: Path | str, *own: Path | str, changes: Mapping[str, Any] | None = None) -> "Config":
+    """Read and check the configuration of a project.
+
+    Args:
+        place: folder of the project, or a file in place of its `config.yaml`.
+        own: files that change it, the last one counts.
+        changes: what counts more than all files.
+
+    Raises:
+        ConfigError: one line that says where the key is written that is wrong.
+        ValueError: a file that is no YAML, or has a key twice, in one line too.
+    """
+    raw = parts.read(place, *own, changes=changes)
+    try:
+        return Config.parse(raw)
+    except ConfigError as error:
+        raise ConfigError(parts.located(str(error), [*parts.files(place), *own], changes)) from None
+
+
+class Config(Section):
+    """The whole of the configuration; every file may hold any part of it."""
+
+    study: str = Field(description="the study that is run")
+    only: tuple[str, ...] = Field((), description="of the study's datasets these alone, a list or joined by commas")
+    raw_folders: tuple[Place, ...] = Field(
+        ("raw",), min_length=1, description="where datasets are looked for, in this order; downloads go into the first"
+    )
+    download: bool = Field(
+        False, description="fetch what the study lacks and may be downloaded; nothing is fetched unasked"
+    )
+    offsets: dict[str, Offsets] = Field({}, description="offsets that datasets can name")
+    studies: dict[str, Study] = Field(description="what can be run")
+    datasets: dict[str, Dataset] = Field(description="what there is to learn from")
+    teachers: dict[str, Network] = Field(description="large networks")
+    students: dict[str, Network] = Field(description="small networks")
+    methods: dict[str, Method] = Field(description="how a student learns; `[]` is from labels alone")
+    ablations: dict[str, Ablation] = Field({}, description="methods with one setting at several values")
+    recipes: dict[Literal["teacher", "student"], Recipe] = Field(description="how both are trained")
+    plot: Plot = Field(Plot(), description="looks of tables and figures")
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any]) -> "Config":
+        """Check everything that can be checked without running anything.
+
+        Raises:
+            ConfigError: one line that names the key and, for a wrong name, the nearest valid one.
+        """
+        try:
+            config = cls.model_validate(spelt_out(raw))
+            config._check_names()
+            check_name("study", config.study, config.studies)
+            for name in config.only:
+                check_name("only", name, config.studies[config.study].datasets)
+            for name in config.studies:
+                config._check_study(name)
+        except ValidationError as error:
+            raise ConfigError(one_line(error, cls)) from None
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"config: {error}") from None
+        return config
+
+    @property
+    def selected(self) -> Study:
+        """The study to run, with those of its datasets that are."""
+        study = self.studies[self.study]
+        chosen = tuple(name for name in study.datasets if name in self.only)
+        return study.model_copy(update={"datasets": chosen}) if self.only else study
+
+    @property
+    def left_out(self) -> list[str]:
+        """The datasets of the study that are not run."""
+        return [name for name in self.studies[self.study].datasets if name not in self.selected.datasets]
+
+    def network(self, name: str) -> Network:
+        """Return a teacher or student of the catalogue."""
+        return (self.teachers | self.students)[name]
+
+    def is_teacher(self, network: str) -> bool:
+        """Is this the name of a teacher?"""
+        return network in self.teachers
+
+    def teachers_of(self, dataset: str) -> list[str]:
+        """Return the teachers that the selected study uses on a dataset, the main one first."""
+        main = self._fitting(self.selected.teachers, dataset)[0]
+        more = self._fitting(self.selected.more_teachers, dataset)
+        return list(dict.fromkeys([main, *more]))
+
+    def teacher_of(self, dataset: str, method: str = TEACHER) -> str:
+        """Return the teacher of a method on a dataset: the one it names, or the main one."""
+        return method.partition("@")[2] or self.teachers_of(dataset)[0]
+
+    def students_of(self, dataset: str) -> list[str]:
+        """Return the students that the selected study trains on a dataset."""
+        return self._fitting(self.selected.students, dataset)
+
+    def _fitting(self, networks: Iterable[str], dataset: str) -> list[str]:
+        """Those of these networks that take images with as many axes as the dataset has."""
+        return [n for n in networks if registry.axes(self.network(n).model) in (None, self.datasets[dataset].ndim)]
+
+    def methods_of(self, dataset: str) -> list[str]:
+        """Return all methods of the selected study on a dataset: by name, with its other teachers, and of its ablations."""
+        study = self.selected
+        other = self.teachers_of(dataset)[1:]
+        more = [f"{m}@{teacher}" for teacher in other for m in study.methods if self.methods[m].terms]
+        return [*study.methods, *more, *self._own_methods(study)[len(study.methods) :]]
+
+    def _own_methods(self, study: Study) -> list[str]:
+        """The methods that a study names, and those of its ablations."""
+        return [*study.methods, *(m for name in study.ablations for m in self.ablated(name))]
+
+    def ablated(self, ablation: str) -> list[str]:
+        """Return the names of the methods of an ablation, in the order of their values."""
+        return [f"{ablation}={_text(value)}" for value in self.ablations[ablation].values]
+
+    def method(self, name: str) -> Method:
+        """Return a method: of the catalogue, with or without the teacher it names, or of an ablation."""
+        name = name.partition("@")[0]
+        ablation, is_one, text = name.partition("=")
+        if not is_one:
+            return self.methods[name]
+        chosen = self.ablations[ablation]
+        value = next(v for v in chosen.values if _text(v) == text)
+        raw = self.methods[chosen.method].model_dump()
+        for key in chosen.keys:
+            _put(raw, key, value)
+        return Method.model_validate(raw)
+
+    def shown(self, dataset: str) -> PlotMetrics:
+        """Return which metrics the report shows of a dataset."""
+        return self.plot if self.datasets[dataset].ndim == 2 else self.plot.volumes
+
+    def runs(self) -> list[tuple[str, str, str, int]]:
+        """Return (dataset, network, method, seed) of every run of the selected study; teachers first."""
+        study = self.selected
+        out: list[tuple[str, str, str, int]] = []
+        for dataset in study.datasets:
+            out += [(dataset, t, TEACHER, seed) for t in self.teachers_of(dataset) for seed in study.teacher_seeds]
+            methods = self.methods_of(dataset)
+            out += [(dataset, s, m, k) for s in self.students_of(dataset) for m in methods for k in study.seeds]
+        return out
+
+    def recipe(self, study: str, dataset: str, role: str) -> Recipe:
+        """Return a recipe with the changes of the dataset, of the study, and of the study for this dataset."""
+        *_, recipe = self._recipes(study, dataset, role).values()
+        return recipe if recipe.patch else recipe.model_copy(update={"patch": self.datasets[dataset].patch})
+
+    def _recipes(self, study: str, dataset: str, role: str) -> dict[str, Recipe]:
+        """Return the recipe after each place of the configuration that has a say in it, by place; the last one counts."""
+        chosen, recipe = self.studies[study], self.recipes[role]
+        out = {f"recipes.{role}": recipe}
+        for where, changes in (
+            (f"datasets.{dataset}.recipe", self.datasets[dataset].recipe),
+            (f"studies.{study}.recipe", chosen.recipe),
+            (f"studies.{study}.{role}_recipe", chosen.teacher_recipe if role == TEACHER else chosen.student_recipe),
+            (f"studies.{study}.recipes.{dataset}.{role}", chosen.recipes.get(dataset, {}).get(role, {})),
+        ):
+            if changes:
+                with within(where):
+                    recipe = out[where] = _merge(recipe, changes)
+        return out
+
+    def run(self, dataset: str, network: str, method: str, seed: int) -> RunSpec:
+        """Gather what one training of the selected study needs."""
+        data, net = self.datasets[dataset], self.network(network)
+        chosen = Method() if method == TEACHER else self.method(method)
+        recipe = self.recipe(self.study, dataset, "teacher" if method == TEACHER else "student")
+        recipe = _merge(recipe, chosen.recipe) if chosen.recipe else recipe
+        return RunSpec(
+            dataset=dataset,
+            network=network,
+            method=method,
+            seed=seed,
+            model=net.model,
+            options={**net.options, "in_channels": data.channels},
+            channels=data.channels,
+            offsets=data.offsets,
+            normalisation=data.normalisation,
+            targets=data.targets,
+            segmenters=data.segmenters,
+            recipe=recipe,
+            terms=chosen.terms,
+        )
+
+    def raw_folder(self, dataset: str) -> Path | None:
+        """Return where the files of a dataset are, or None for synthetic data.
+
+        Raises:
+            ConfigError: when the folder is in none of `raw_folders`, or empty.
+        """
+        folder = self.datasets[dataset].folder
+        if folder is None:
+            return None
+        places = [Path(base) / folder for base in self.raw_folders]
+        for place in places:
+            if place.is_dir() and any(place.iterdir()):
+                return place
+        raise ConfigError(
+            f'config: dataset "{dataset}" needs the folder {" or ".join(map(str, places))}, which does not exist or is empty; '
+            f"{self.how_to_get(dataset)}, or add their place to raw_folders"
+        )
+
+    def new_folder(self, dataset: str) -> Path:
+        """Return where the files of a dataset go that is not there."""
+        return Path(self.raw_folders[0]) / (self.datasets[dataset].folder or "")
+
+    def how_to_get(self, dataset: str) -> str:
+        """Say how to get the files of a dataset that is not there, in half a sentence."""
+        data, folder = self.datasets[dataset], str(self.new_folder(dataset))
+        if data.by_hand:
+            return data.by_hand.replace("{folder}", folder)
+        if data.download:
+            hosts = sorted({file.url.split("/")[2] for file in data.download})
+            return f"`gdlib download {dataset}` fetches it from {' and '.join(hosts)} into {folder}"
+        return f"put the files into {folder}"
+
+    def _check_names(self) -> None:
+        for group in ("studies", "datasets", "teachers", "students", "methods", "ablations"):
+            for key in getattr(self, group):
+                for name in self.ablated(key) if group == "ablations" else [key]:
+                    if not re.fullmatch(r"\w[^/{}\\\x00-\x1f]*", name):  # it is a part of the names of files
+                        raise registry.UnknownName(
+                            f'{group}.{key}: the name "{name}" must begin with a letter or digit, and cannot have "/", "\\", '
+                            '"{" or "}" in it'
+                        )
+        for key, data in self.datasets.items():
+            with within(f"datasets.{key}"):
+                registry.SOURCES.check(data.source, data.options)
+                for part in data.options.get("datasets", ()) if data.source == "joined" else ():
+                    check_name("options.datasets", part, self.datasets.keys() - {key})
+                if data.download and (data.by_hand or not data.folder):
+                    raise registry.UnknownName("what is downloaded needs a `folder`, and is not got `by_hand`")
+                if len({file.name for file in data.download}) < len(data.download):
+                    raise registry.UnknownName("two files of `download` have the same name")
+                if len(data.offsets[0]) != data.ndim:
+                    raise registry.UnknownName("offsets and patch must have the same number of axes")
+                for segmenter, parameters in data.segmentation.items():
+                    with within(f"segmentation.{segmenter}"):
+                        checked(segmenter, parameters)
+        for group, networks in (("teachers", self.teachers), ("students", self.students)):
+            for key, network in networks.items():
+                with within(f"{group}.{key}"):
+                    registry.NETWORKS.check(network.model, network.options)
+        for key, network in self.students.items():
+            if network.weights is not None:
+                raise registry.UnknownName(
+                    f"students.{key}: a student is trained here; only a teacher can have `weights`"
+                )
+        clash = set(self.teachers) & set(self.students)
+        if clash:
+            raise registry.UnknownName(f"{sorted(clash)[0]} is both a teacher and a student: rename one")
+        if TEACHER in self.methods:
+            raise registry.UnknownName(f'methods: the name "{TEACHER}" is taken by the teacher\'s own training')
+        for key, method in self.methods.items():
+            with within(f"methods.{key}"):
+                if set(key) & set("=@"):
+                    raise registry.UnknownName('a name cannot have "=" or "@" in it')
+            self._check_method(f"methods.{key}", method)
+        for key, ablation in self.ablations.items():
+            check_name(f"ablations.{key}.method", ablation.method, self.methods)
+            for name in self.ablated(key):
+                with within(f"ablations.{key}"):
+                    method = self.method(name)
+                self._check_method(f"ablations.{key}", method)
+        for role in ("teacher", "student"):
+            if role not in self.recipes:
+                raise registry.UnknownName(f'the key "recipes.{role}" is missing')
+            check_recipe(f"recipes.{role}", self.recipes[role])
+            for key, data in self.datasets.items():
+                with within(f"datasets.{key}.recipe"):
+                    recipe = _merge(self.recipes[role], data.recipe)
+                check_recipe(f"datasets.{key}.recipe", recipe)
+        for where, shown in (("plot", self.plot), ("plot.volumes", self.plot.volumes)):
+            check_metrics(f"{where}.metrics", shown.metrics)
+            check_metrics(f"{where}.table_metrics", shown.table_metrics)
+            if shown.main_metric not in shown.metrics:
+                raise registry.UnknownName(f'{where}.main_metric: "{shown.main_metric}" is not among {where}.metrics')
+        for method in self.plot.panel_methods:
+            check_name("plot.panel_methods", method, self.methods)
+
+    def _check_method(self, where: str, method: Method) -> None:
+        with within(where):
+            check_terms(method.terms)
+        if method.recipe:
+            with within(f"{where}.recipe"):
+                recipe = _merge(self.recipes["student"], method.recipe)
+            check_recipe(f"{where}.recipe", recipe)
+
+    def _check_study(self, name: str) -> None:
+        study = self.studies[name]
+        for key, chosen, catalogue in (
+            ("datasets", study.datasets, self.datasets),
+            ("teacher", study.teachers, self.teachers),
+            ("students", study.students, self.students),
+            ("more_teachers", study.more_teachers, self.teachers),
+            ("methods", study.methods, self.methods),
+            ("ablations", study.ablations, self.ablations),
+            ("recipes", study.recipes, self.datasets),
+        ):
+            for one in chosen:
+                check_name(f"studies.{name}.{key}", one, catalogue)
+        for dataset in study.datasets:
+            axes = self.datasets[dataset].ndim
+            for key, networks in (("teacher", study.teachers), ("students", study.students)):
+                if networks and not self._fitting(networks, dataset):
+                    raise registry.UnknownName(
+                        f'studies.{name}.{key}: none takes images with {axes} axes, as dataset "{dataset}" has; add one'
+                    )
+            data = self.datasets[dataset]
+            with within(f"datasets.{dataset}"):
+                for segmenter in data.segmenters:
+                    check_offsets(segmenter, data.offsets)
+            for role in ("teacher", "student"):
+                recipes = self._recipes(name, dataset, role)
+                for where, recipe in recipes.items():
+                    check_recipe(where, recipe, has_teacher=role != TEACHER)
+                networks = [*self._fitting(study.teachers, dataset)[:1], *self._fitting(study.more_teachers, dataset)]
+                if role == "student":  # a teacher that is asked online sees the patches too
+                    own = [self.method(method) for method in self._own_methods(study)]
+                    asked = any(m.terms and m.recipe.get("teacher", recipe.teacher) == "online" for m in own)
+                    networks = self._fitting(study.students, dataset) + networks * asked
+                used = {key: self.network(key) for key in networks}
+                patches = {where: one.patch for where, one in recipes.items() if one.patch == recipe.patch}
+                where, patch = next(iter(patches.items())) if recipe.patch else (f"datasets.{dataset}", None)
+                check_patch(f"{where}.patch", patch or data.patch, dataset, data, used)
+            for method in self._own_methods(study):
+                if "patch" in (changes := self.method(method).recipe):
+                    patch = _merge(recipe, changes).patch or data.patch
+                    check_patch(f"methods.{method}.recipe.patch", patch, dataset, data, used)
+
+
+def _text(value: Any) -> str:
+    """A value as it is part of a method's name."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _put(method: dict[str, Any], key: str, value: Any) -> None:
+    """Set one value of a method, `recipe.(key)` or `terms.(name).(key)`, in its plain form; `weight` multiplies all weights."""
+    part, *path = key.split(".")
+    if key == "weight":
+        for term in method["terms"]:
+            term["weight"] *= value
+        return
+    if part == "terms" and len(path) > 1:
+        names = {Term.model_validate(term).name: term for term in method["terms"]}
+        check_name(f'key "{key}"', path[0], names)
+        place, path = names[path[0]], path[1:]
+    elif part == "recipe" and path:
+        place = method["recipe"]
+    else:
+        raise registry.UnknownName(f'key "{key}": write weight, recipe.(key) or terms.(name of a term).(key)')
+    for step in path[:-1]:
+        place = place.setdefault(step, {})
+    place[path[-1]] = value
+
+
+def _merge(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """Apply nested changes to a recipe and check the result."""
+
+    def deep(base: Any, over: Any) -> Any:
+        if isinstance(base, dict) and isinstance(over, dict):
+            return base | {key: deep(base.get(key), value) for key, value in over.items()}
+        return over
+
+    return Recipe.model_validate(deep(recipe.model_dump(), changes))

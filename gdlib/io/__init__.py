@@ -1,0 +1,68 @@
+"""Every file contract of the project: who writes what, where, in which type.
+
+| file | content |
+|---|---|
+| samples `.h5` | per sample: `image` (C, [Z,] Y, X) uint8/uint16/float32, `label` ([Z,] Y, X) uint32, 0 = background; |
+| | where some voxels do not count, `ignore` ([Z,] Y, X) bool; attributes `source` and, if known, `voxel_size_nm` |
+| predictions `.h5` | per sample: `affinity` (K, [Z,] Y, X) uint8 = round(255 a), `foreground` ([Z,] Y, X) uint8 |
+| segmentations `.h5` | per sample: `label` ([Z,] Y, X) uint32, consecutive |
+| weights `.safetensors` | parameters; the header holds one JSON text with all that is needed to run the network alone |
+| history, metrics `.csv` | long form |
+
+All writers are atomic: a file either is complete or does not exist. Equal content gives equal bytes, so that a file that
+is written again does not re-run what depends on it. What was damaged later is noticed when it is read (compressed and
+checked pieces in HDF5, checksums in weights and states), and nothing in a file is executed or leads to another file.
+"""
+
+from gdlib.io.failures import ACCESS, SPACE, DataError, WriteError, writing
+from gdlib.io.files import atomic, beside, sha256, write_text
+from gdlib.io.hdf5 import BLOCK, check_file, check_inside, create_h5, h5_file, open_h5, put, readable
+from gdlib.io.samples import Sample, read_array, read_attrs, read_samples, sample_ids, write_samples
+from gdlib.io.tables import HISTORY_COLUMNS, METRIC_COLUMNS, write_rows
+from gdlib.io.weights import (
+    HEADER,
+    PLUGINS,
+    check_header,
+    load_state,
+    load_weights,
+    read_header,
+    save_state,
+    save_weights,
+)
+
+__all__ = [
+    "ACCESS",
+    "BLOCK",
+    "HEADER",
+    "HISTORY_COLUMNS",
+    "METRIC_COLUMNS",
+    "PLUGINS",
+    "SPACE",
+    "DataError",
+    "Sample",
+    "WriteError",
+    "atomic",
+    "beside",
+    "check_file",
+    "check_header",
+    "check_inside",
+    "create_h5",
+    "h5_file",
+    "load_state",
+    "load_weights",
+    "open_h5",
+    "put",
+    "read_array",
+    "read_attrs",
+    "read_header",
+    "read_samples",
+    "readable",
+    "sample_ids",
+    "save_state",
+    "save_weights",
+    "sha256",
+    "write_rows",
+    "write_samples",
+    "write_text",
+    "writing",
+]

@@ -1,0 +1,89 @@
+"""Every file contract of the project: who writes what, where, in which type.
+
+| file | content |
+|---|---|
+| samples `.h5` | per sample: `image` (C, [Z,] Y, X) uint8/uint16/float32, `label` ([Z,] Y, X) uint32, 0 = background; |
+| | where some voxels do not count, `ignore` ([Z,] Y, X) bool; attributes `source` and, if known, `voxel_size_nm` |
+| predictions `.h5` | per sample: `affinity` (K, [Z,] Y, X) uint8 = round(255 a), `foreground` ([Z,] Y, X) uint8 |
+| segmentations `.h5` | per sample: `label` ([Z,] Y, X) uint32, consecutive |
+| weights `.safetensors` | parameters; the header holds one JSON text with all that is needed to run the network alone |
+| history, metrics `.csv` | long form |
+
+All writers are atomic: a file either is complete or does not exist. Equal content gives equal bytes, so that a file that
+is written again does not re-run what depends on it. What was damaged later is noticed when it is read (compressed and
+checked pieces in HDF5, checksums in weights and states), and nothing in a file is executed or leads to another file.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from gdlib.io.failures import ACCESS, SPACE, writing
+from gdlib.io.failures import WriteError as WriteError
+
+
+def beside(path: Path, ending: str) -> Path:
+    """Return a hidden name beside a path, with this ending and short enough for file systems."""
+    name = os.fsencode(path.name)
+    if len(name) > 254 - len(os.fsencode(ending)):
+        return path.with_name(f".{hashlib.sha256(name).hexdigest()}{ending}")
+    return path.with_name(f".{path.name}{ending}")
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and move it there only when the block ends without an error.
+
+    Raises:
+        WriteError: there is no space, or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = beside(path, f".{platform.node()}.{os.getpid()}.tmp")
+    with writing(path, SPACE | ACCESS):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(temporary)
+        temporary.touch()
+        temporary.unlink()
+    try:
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # else the name might be there after a power failure, and its content not
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(temporary: Path) -> None:
+    """Remove files that are called like a temporary one, whose writers were killed on this machine."""
+    for file in temporary.parent.glob(".*.tmp"):
+        name, process, _ = file.name.rsplit(".", 2)
+        if name == temporary.name.rsplit(".", 2)[0] and process.isdecimal() and not _is_running(int(process)):
+            file.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # there the question would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def sha256(path: Path | str) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

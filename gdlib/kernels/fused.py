@@ -1,0 +1,231 @@
+"""The slow part of `gdlib.kernels` by the compiled `gdlib.kernels.loops`, on all threads; on a CPU, for float32 and float64.
+
+It is tested against the plain functions of `ops`, which say what is computed.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdlib import jit
+from gdlib.kernels import loops
+
+Offsets = Sequence[Sequence[int]]
+PARTS = 4  # of the lines, for each thread: one that is late has fewer of them
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Tell whether compiled code takes these tensors: all float32, or all float64, on the CPU."""
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors if tensor is not None}
+    return jit.ENABLED and kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+
+
+# --- Affinities and second moments ------------------------------------------------------------------------------------
+
+
+def relate(rows: Tensor, offsets: Offsets, moments: bool, other: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`affinity` and `gram` of `ops.relate`."""
+    displacements = _displacements(offsets, rows.ndim - 2)
+    _check("other rows", other, rows.shape, rows.dtype)
+    if not (moments or len(offsets)):
+        return None, None
+    if flat := rows.ndim == 4:  # 2D is one section
+        rows, other = (None if x is None else x[:, None] for x in (rows, other))
+    unit = _Unit.apply(rows)
+    affinity = gram = None
+    if len(offsets):
+        affinity = _Affinities.apply(unit, displacements)
+        affinity = affinity.squeeze(2) if flat else affinity
+    if moments:
+        gram = _Moments.apply(unit, unit.new_empty((0,) * 5) if other is None else _Unit.apply(other))
+    return affinity, gram
+
+
+class _Unit(torch.autograd.Function):
+    """Rows (B, Z, Y, X, D) at length one, and turned: (B, Z, Y, D, X)."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        unit = _empty_turned(rows)
+        inverse = rows.new_empty(rows.shape[:-1])  # of the lengths
+        _on_lines(loops.turn_to_unit, rows.shape[:3].numel(), rows, unit, inverse)
+        ctx.save_for_backward(unit, inverse)
+        return unit
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        unit, inverse = ctx.saved_tensors
+        out = _empty_turned(unit)
+        _on_lines(loops.turn_gradient_back, unit.shape[:3].numel(), gradient, unit, inverse, out)
+        return out
+
+
+def _empty_turned(vectors: Tensor) -> Tensor:
+    return vectors.new_empty(*vectors.shape[:-2], vectors.shape[-1], vectors.shape[-2])
+
+
+class _Affinities(torch.autograd.Function):
+    """Dot products of unit vectors (B, Z, Y, D, X) with their neighbours: (B, K, Z, Y, X)."""
+
+    @staticmethod
+    def forward(ctx, unit, displacements):
+        ctx.save_for_backward(unit)
+        ctx.displacements = displacements
+        batch, depth, height, _, width = unit.shape
+        out = unit.new_empty(batch, len(displacements), depth, height, width)
+        _on_lines(loops.dot, batch * depth * height, unit, displacements, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (unit,) = ctx.saved_tensors
+        out = torch.empty_like(unit)
+        _on_lines(loops.dot_gradient, unit.shape[:3].numel(), unit, ctx.displacements, gradient, out)
+        return out, None
+
+
+class _Moments(torch.autograd.Function):
+    """Mean over the pixels of each image of v v^T: unit vectors, or what they are more than others; (B, D, D)."""
+
+    @staticmethod
+    def forward(ctx, unit, other):
+        ctx.save_for_backward(unit, other)
+        batch, depth, height, dim, width = unit.shape
+        sums = unit.new_empty(batch, depth, height, dim, dim)  # of each line
+        _on_lines(loops.sum_products, batch * depth * height, unit, other, sums)
+        return sums.sum((1, 2)) / (depth * height * width)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        unit, other = ctx.saved_tensors
+        out = torch.empty_like(unit)
+        _, depth, height, _, width = unit.shape
+        factor = (gradient + gradient.mT) / (depth * height * width)
+        _on_lines(loops.products_gradient, unit.shape[:3].numel(), unit, other, factor, out)
+        return out, None
+
+
+# --- Losses of pairs --------------------------------------------------------------------------------------------------
+
+
+def pair_losses(
+    affinity: Tensor,
+    goal: Tensor | None,
+    offsets: Offsets | None = None,
+    weights: Tensor | None = None,
+    label: Tensor | None = None,
+    ignore: Tensor | None = None,
+    connected: bool = False,
+) -> Tensor:
+    """`ops.pair_losses`, all three; those that would need what is None are 0.
+
+    Args:
+        affinity: (B, K, [Z,] Y, X).
+        goal: same shape, no gradient.
+        offsets: of the pairs.
+        weights: (B, K, 2) of separated and of connected pairs.
+        label: (B, [Z,] Y, X) int32.
+        ignore: same shape, boolean.
+        connected: whether two background pixels are.
+    """
+    batch, count, *sides = affinity.shape
+    offsets = [(0,) * len(sides)] * count if offsets is None else offsets
+    displacements = _displacements(offsets, len(sides))
+    if len(offsets) != count:
+        raise ValueError(f"there are {count} affinities of each pixel, but {len(offsets)} offsets")
+    weights = None if weights is None else weights.to(affinity.dtype)
+    _check("the goal", goal, affinity.shape, affinity.dtype)
+    _check("weights", weights, (batch, count, 2), affinity.dtype)
+    _check("the label", label, (batch, *sides), torch.int32)
+    _check("what to ignore", ignore, (batch, *sides), torch.bool)
+    if (weights is None) != (label is None):
+        raise ValueError("weights must come with a label, and a label with weights")
+    if len(sides) == 2:  # 2D is one section
+        affinity, goal = (None if x is None else x[:, :, None] for x in (affinity, goal))
+        label, ignore = (None if x is None else x[:, None] for x in (label, ignore))
+    # Compiled code takes no None.
+    goal = affinity.new_empty((0,) * 5) if goal is None else goal
+    weights = affinity.new_empty((0,) * 3) if weights is None else weights
+    label = torch.empty((0,) * 4, dtype=torch.int32) if label is None else label
+    ignore = torch.empty((0,) * 4, dtype=torch.bool) if ignore is None else ignore
+    return _PairLosses.apply(affinity, goal, displacements, weights, label, ignore, connected)
+
+
+class _PairLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, affinity, goal, displacements, weights, label, ignore, connected):
+        ctx.save_for_backward(affinity, goal, weights, label, ignore)
+        ctx.displacements, ctx.connected = displacements, connected
+        batch, _, depth, height, _ = affinity.shape
+        sums = torch.empty(batch, depth, height, 3, dtype=torch.float64)  # of each line
+        about = goal, displacements, weights, label, ignore, connected
+        _on_lines(loops.sum_losses, batch * depth * height, affinity, *about, sums)
+        return (sums.sum((0, 1, 2)) / affinity[:, 0].numel()).to(affinity.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        affinity, goal, *about = ctx.saved_tensors
+        out = torch.empty_like(affinity, memory_format=torch.contiguous_format)
+        scale = (2 * gradient.double() / affinity[:, 0].numel()).to(affinity.dtype)
+        arrays = affinity, goal, ctx.displacements, *about, ctx.connected, scale, out
+        _on_lines(loops.losses_gradient, affinity[:, 0].shape[:3].numel(), *arrays)
+        return out, None, None, None, None, None, None
+
+
+def count_pairs(label: Tensor, offsets: Offsets, ignore: Tensor | None = None, connected: bool = False) -> Tensor:
+    """Return (B, K, 2) int64: the pairs that count, and those of them that are connected; for the arguments see `pair_losses`."""
+    displacements = _displacements(offsets, label.ndim - 1)
+    _check("the label", label, label.shape, torch.int32)
+    _check("what to ignore", ignore, label.shape, torch.bool)
+    if label.ndim == 3:
+        label, ignore = (None if x is None else x[:, None] for x in (label, ignore))
+    ignore = torch.empty((0,) * 4, dtype=torch.bool) if ignore is None else ignore
+    counts = torch.empty(*label.shape[:3], len(offsets), 2, dtype=torch.int64)  # of each line
+    _on_lines(loops.count, label.shape[:3].numel(), label, displacements, ignore, connected, counts)
+    return counts.sum((1, 2))
+
+
+# --- Calling compiled code --------------------------------------------------------------------------------------------
+
+
+def _displacements(offsets: Offsets, ndim: int) -> np.ndarray:
+    """Return offsets as (K, 3)."""
+    if any(len(offset) != ndim for offset in offsets):
+        raise ValueError(f"offsets {list(map(list, offsets))} do not fit images with {ndim} axes")
+    return np.array([(0,) * (3 - ndim) + tuple(offset) for offset in offsets], np.int64).reshape(-1, 3)
+
+
+def _check(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise unless compiled code, which looks at no shape, may read a tensor."""
+    if tensor is not None and (tensor.shape != torch.Size(shape) or tensor.dtype != dtype):
+        raise ValueError(f"{name} must be {tuple(shape)} of {dtype}, not {tuple(tensor.shape)} of {tensor.dtype}")
+
+
+def _on_lines(kernel: Callable, lines: int, *arguments: Tensor | np.ndarray | bool) -> None:
+    """Call kernel(first, last, *arguments) on all threads of torch, for parts of the lines that together are all of them."""
+    arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return kernel(0, lines, *arrays)
+    parts = min(lines, PARTS * threads)
+    edges = [lines * part // parts for part in range(parts + 1)] if parts else []
+    for done in [_pool(threads).submit(kernel, *pair, *arrays) for pair in itertools.pairwise(edges)]:
+        done.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "gdlib")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not there any more

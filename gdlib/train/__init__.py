@@ -1,0 +1,1 @@
+"""Training: patches in, weights and their history out."""

@@ -1,0 +1,1 @@
+"""Images and volumes that are too large to be segmented at once."""
