@@ -1,4 +1,6 @@
-"""Networks against the eager float32 network, the student against the teacher, and an image from file to file."""
+"""Networks against the eager float32 network, the student against the teacher, and an image from
+file to file.
+"""
 
 import time
 from collections.abc import Callable
@@ -58,11 +60,18 @@ def networks(bench: Bench, ndim: int, shape: tuple[int, ...]) -> None:
         found[role]["gflop_per_s"] = 2e-6 * count_macs(model, options, shape) / found[role]["ms"]
     share = 100 * found["student"]["ms"] / found["teacher"]["ms"]
     if ndim == 2:
-        macs = "its share of operations is 0.97 %; layers of 4 and 8 channels at full resolution are bound by memory"
+        macs = (
+            "its share of operations is 0.97 %; layers of 4 and 8 channels at full resolution "
+            "are bound by memory"
+        )
         if bench.precision == "bfloat16":
             macs += " and leave units for bfloat16, from which the teacher gains most, without work"
         bench.target(
-            "time of the student against the teacher's in the same engine, 2D", share, 1.5, unit=" %", floor=macs
+            "time of the student against the teacher's in the same engine, 2D",
+            share,
+            1.5,
+            unit=" %",
+            floor=macs,
         )
     else:
         bench.extra["student_share_3d"] = share
@@ -80,7 +89,14 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
         predictor = Predictor.load(weights, device=bench.device, precision=bench.precision)
         parameters = predictor.header["segmentation"]["mutex_watershed"]
         offsets = predictor.header["offsets"]
-        command = ["segment", str(out / "image.tif"), "--model", str(weights), "--out", str(out / "labels")]
+        command = [
+            "segment",
+            str(out / "image.tif"),
+            "--model",
+            str(weights),
+            "--out",
+            str(out / "labels"),
+        ]
         command += ["--precision", bench.precision, "--device", str(bench.device)]
 
         def whole() -> None:
@@ -89,36 +105,59 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
                     raise ValueError("gdlib segment failed")
 
         total = bench.compare(
-            "an image from file to file", whole, about="gdlib segment in a running process", shape=list(shape)
+            "an image from file to file",
+            whole,
+            about="gdlib segment in a running process",
+            shape=list(shape),
         )
         image = read_image(out / "image.tif", 1)
         prediction = predictor(image)
-        label = segment(prediction.affinity, prediction.foreground, offsets, "mutex_watershed", **parameters)
+        label = segment(
+            prediction.affinity, prediction.foreground, offsets, "mutex_watershed", **parameters
+        )
         sides = [-(-n // d) * d for n, d in zip(shape, predictor.network.divisor, strict=True)]
         ready = torch.rand(1, *sides)
         parts: dict[str, Callable] = {
-            "load the weights": lambda: Predictor.load(weights, device=bench.device, precision=bench.precision),
+            "load the weights": lambda: Predictor.load(
+                weights, device=bench.device, precision=bench.precision
+            ),
             "read": lambda: read_image(out / "image.tif", 1),
             "network": lambda: predictor.forward(ready),
             "predict (network and affinities)": lambda: predictor(image),
             "segment": lambda: segment(
                 prediction.affinity, prediction.foreground, offsets, "mutex_watershed", **parameters
             ),
-            "write": lambda: tifffile.imwrite(out / "label.tif", label, compression="zlib", photometric="minisblack"),
+            "write": lambda: tifffile.imwrite(
+                out / "label.tif", label, compression="zlib", photometric="minisblack"
+            ),
         }
         ms = {}
         for title, call in parts.items():
-            ms[title] = bench.compare(f"of it: {title}", call, about="a part of the case before")["ms"]
-    others = max(ms["segment"], ms["predict (network and affinities)"] - ms["network"], ms["read"], ms["write"])
+            ms[title] = bench.compare(f"of it: {title}", call, about="a part of the case before")[
+                "ms"
+            ]
+    others = max(
+        ms["segment"],
+        ms["predict (network and affinities)"] - ms["network"],
+        ms["read"],
+        ms["write"],
+    )
     total["parts_ms"] = ms
-    bench.target("network against the largest other part, 520 x 696", ms["network"] / others, 1, unit=" x")
+    bench.target(
+        "network against the largest other part, 520 x 696", ms["network"] / others, 1, unit=" x"
+    )
 
 
 def streams(bench: Bench, shape: tuple[int, int]) -> None:
     """Images per second of the student, one after the other."""
     header = {"channels": 1, "offsets": OFFSETS[2], "normalisation": {"lower": 1, "upper": 99.8}}
-    predictor = Predictor(build(*NETWORKS[2]["student"]), header, device=bench.device, precision=bench.precision)
-    images = [np.random.default_rng(k).integers(0, 4000, (1, *shape), np.uint16) for k in range(bench.pick(8, 4, 2))]
+    predictor = Predictor(
+        build(*NETWORKS[2]["student"]), header, device=bench.device, precision=bench.precision
+    )
+    images = [
+        np.random.default_rng(k).integers(0, 4000, (1, *shape), np.uint16)
+        for k in range(bench.pick(8, 4, 2))
+    ]
     times = []
     for _ in range(bench.pick(4, 2, 2)):
         start = time.perf_counter()
@@ -126,7 +165,12 @@ def streams(bench: Bench, shape: tuple[int, int]) -> None:
             predictor(image)
         synchronise(bench.device)
         times.append(1e3 * (time.perf_counter() - start) / len(images))
-    bench.add("predict one of many images", times[1:] or times, about="student, affinities included", shape=list(shape))
+    bench.add(
+        "predict one of many images",
+        times[1:] or times,
+        about="student, affinities included",
+        shape=list(shape),
+    )
 
 
 def run(bench: Bench) -> None:

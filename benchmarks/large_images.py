@@ -2,9 +2,9 @@
 
     python benchmarks/large_images.py --sides 3000 6000 --memory 8 2
 
-Each image is segmented in a process of its own, from a TIFF file into a TIFF file. The network sees single pixels, and tells
-objects apart by their brightness, so that what is measured is the way of the data and the segmentation; a real one adds its
-feature maps of one pass.
+Each image is segmented in a process of its own, from a TIFF file into a TIFF file. The network sees
+single pixels, and tells objects apart by their brightness, so that what is measured is the way of
+the data and the segmentation; a real one adds its feature maps of one pass.
 """
 
 import argparse
@@ -22,7 +22,18 @@ from gdlib.types import Embedding
 
 STEP = 30  # pixels between the centres of two objects
 RADIUS = 7
-OFFSETS = [[-1, 0], [0, -1], [-3, 0], [0, -3], [-5, 0], [0, -5], [-9, 0], [0, -9], [-27, 0], [0, -27]]
+OFFSETS = [
+    [-1, 0],
+    [0, -1],
+    [-3, 0],
+    [0, -3],
+    [-5, 0],
+    [0, -5],
+    [-9, 0],
+    [0, -9],
+    [-27, 0],
+    [0, -27],
+]
 
 
 class Brightness(nn.Module):
@@ -45,11 +56,15 @@ class Brightness(nn.Module):
 
 def main() -> None:
     """Print one line for each size and limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sides", nargs="+", type=int, default=[3000, 6000], help="pixels")
     parser.add_argument("--memory", nargs="+", default=["16", "2"], help="GiB that may be used")
     parser.add_argument("--segmenter", default="mutex_watershed")
-    parser.add_argument("--folder", type=Path, help="where the images go for a while (default: the system's)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the images go for a while (default: the system's)"
+    )
     arguments = parser.parse_args()
     print(f"{'pixels':>9} {'may use GiB':>12} {'seconds':>8} {'peak GiB':>9} {'objects':>9}  said")
     for side in arguments.sides:
@@ -58,7 +73,8 @@ def main() -> None:
             for memory in arguments.memory:
                 row = measure(Path(folder), image, memory, arguments.segmenter)
                 print(
-                    f"{side:>8}² {memory:>12} {row['seconds']:8.0f} {row['peak']:9.2f} {row['objects']:>9}  {row['said']}",
+                    f"{side:>8}² {memory:>12} {row['seconds']:8.0f} {row['peak']:9.2f} "
+                    f"{row['objects']:>9}  {row['said']}",
                     flush=True,
                 )
 
@@ -78,11 +94,17 @@ def make(folder: Path, side: int) -> Path:
     y, x = np.indices((STEP, STEP)) - STEP // 2
     disc = np.hypot(y, x) <= RADIUS
     image = tifffile.memmap(
-        folder / "image.tif", shape=(side, side), dtype=np.uint8, photometric="minisblack", bigtiff=True
+        folder / "image.tif",
+        shape=(side, side),
+        dtype=np.uint8,
+        photometric="minisblack",
+        bigtiff=True,
     )
     rng = np.random.default_rng(0)
     for start in range(0, side, STEP):
-        rows = np.kron(rng.integers(60, 250, (1, side // STEP + 1), np.uint8), disc.astype(np.uint8))
+        rows = np.kron(
+            rng.integers(60, 250, (1, side // STEP + 1), np.uint8), disc.astype(np.uint8)
+        )
         image[start : start + STEP] = rows[: side - start, :side]
     image.flush()
     return folder / "image.tif"
@@ -118,13 +140,18 @@ def measure(folder: Path, image: Path, memory: str, segmenter: str) -> dict[str,
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, command)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(done.stderr)
     *_, objects, peak = done.stdout.splitlines()
     size = int(peak) * (1 if sys.platform == "darwin" else 1024)
-    said = next((line for line in done.stderr.splitlines() if "GiB" in line), "").rpartition("image.tif: ")[2]
+    said = next((line for line in done.stderr.splitlines() if "GiB" in line), "").rpartition(
+        "image.tif: "
+    )[2]
     return {
         "seconds": time.perf_counter() - start,
         "peak": size / 2**30,

@@ -14,7 +14,9 @@ from gdlib.distill.bank import MemoryBank
 from gdlib.types import Batch, Embedding
 
 CHANNELS, INSTANCES, MEMORY = 16, 25, 12
-POOL = 7  # pixels are averaged before images are compared, as in the original: a matrix of all pixel pairs fits nowhere
+# pixels are averaged before images are compared, as in the original: a matrix of all pixel pairs
+# fits nowhere
+POOL = 7
 
 # name, term, weight, options; the paper's whole method
 TERMS = {
@@ -35,11 +37,17 @@ PARTS = {
 
 
 class Scene:
-    """Embeddings of student and teacher on a batch, and what the teacher said about the images in memory."""
+    """Embeddings of student and teacher on a batch, and what the teacher said about the images in
+    memory.
+    """
 
-    def __init__(self, shape: Sequence[int], batch: int = 2, instances: int = INSTANCES, memory: int = MEMORY) -> None:
+    def __init__(
+        self, shape: Sequence[int], batch: int = 2, instances: int = INSTANCES, memory: int = MEMORY
+    ) -> None:
         self.offsets = OFFSETS[len(shape)]
-        labels = [torch.from_numpy(blobs(shape, instances, seed).astype("int64")) for seed in range(2)]
+        labels = [
+            torch.from_numpy(blobs(shape, instances, seed).astype("int64")) for seed in range(2)
+        ]
         self.label = torch.stack([labels[k % 2] for k in range(batch)])
         self.teacher = embeddings(self.label.numpy(), CHANNELS, 0.3, seed=1)
         self.student = embeddings(self.label.numpy(), CHANNELS, 0.5, seed=2)
@@ -50,7 +58,9 @@ class Scene:
 
     def to(self, device: torch.device) -> "Scene":
         """Move everything."""
-        self.label, self.teacher, self.student = (x.to(device) for x in (self.label, self.teacher, self.student))
+        self.label, self.teacher, self.student = (
+            x.to(device) for x in (self.label, self.teacher, self.student)
+        )
         self.memory = [(image.to(device), label.to(device)) for image, label in self.memory]
         return self
 
@@ -120,12 +130,17 @@ def reference(scene: Scene, student: Tensor, names: Sequence[str]) -> Tensor:
         weight = weight.to(student.dtype)
         mine = affinities(student, scene.offsets)
     if "supervised" in parts:
-        total = total + parts["supervised"] * (weight * (mine - target.to(mine.dtype)) ** 2).sum() / (batch * pixels)
+        total = total + parts["supervised"] * (
+            weight * (mine - target.to(mine.dtype)) ** 2
+        ).sum() / (batch * pixels)
     if "agd" in parts:
         goal = affinities(scene.teacher, scene.offsets)
         total = total + parts["agd"] * (weight * mask * (mine - goal) ** 2).sum() / (batch * pixels)
     if {"igd nodes", "igd edges", "igd inter"} & set(parts):
-        graphs = [(nodes(s, y), nodes(t, y)) for s, t, y in zip(student, scene.teacher, scene.label, strict=True)]
+        graphs = [
+            (nodes(s, y), nodes(t, y))
+            for s, t, y in zip(student, scene.teacher, scene.label, strict=True)
+        ]
     for name, weigh in parts.items():
         if name == "igd nodes":
             loss = sum(((v - w) ** 2).sum(1).mean() for v, w in graphs) / batch
@@ -133,13 +148,17 @@ def reference(scene: Scene, student: Tensor, names: Sequence[str]) -> Tensor:
             loss = sum(((cosines(v, v) - cosines(w, w)) ** 2).mean() for v, w in graphs) / batch
         elif name == "igd inter":
             others = [nodes(image, label) for image, label in scene.memory]
-            loss = sum(((cosines(v, m) - cosines(w, m)) ** 2).mean() for v, w in graphs for m in others)
+            loss = sum(
+                ((cosines(v, m) - cosines(w, m)) ** 2).mean() for v, w in graphs for m in others
+            )
             loss = loss / (batch * len(others))
         elif name == "agd inter":
             mine_pooled, goal_pooled = pooled(student), pooled(scene.teacher)
             others = [pooled(image[None])[0] for image, _ in scene.memory]
             loss = sum(
-                ((m.T @ s - m.T @ t) ** 2).mean() for s, t in zip(mine_pooled, goal_pooled, strict=True) for m in others
+                ((m.T @ s - m.T @ t) ** 2).mean()
+                for s, t in zip(mine_pooled, goal_pooled, strict=True)
+                for m in others
             ) / (batch * len(others))
         else:
             continue
@@ -160,7 +179,8 @@ class Fixed(nn.Module):
         self.ndim = embedding.ndim - 2
         self.margin, self.levels = (0,) * self.ndim, {}
         layout = torch.channels_last if self.ndim == 2 else torch.channels_last_3d
-        self.embedding = nn.Parameter(embedding.contiguous(memory_format=layout))  # as networks return it
+        # as networks return it
+        self.embedding = nn.Parameter(embedding.contiguous(memory_format=layout))
 
     def forward(self, image: Tensor) -> Embedding:
         """Return the parameter."""
@@ -170,7 +190,9 @@ class Fixed(nn.Module):
 class Ours:
     """The terms as they are trained with: through the distiller and its memory bank."""
 
-    def __init__(self, scene: Scene, names: Sequence[str], capacity: int | None = None, **changes: object) -> None:
+    def __init__(
+        self, scene: Scene, names: Sequence[str], capacity: int | None = None, **changes: object
+    ) -> None:
         terms = []
         for name in names:
             term, weight, options = TERMS[name]
@@ -186,12 +208,20 @@ class Ours:
         if self.distiller.bank is not None:
             for k, (image, label) in enumerate(scene.memory):
                 self._show(image[None], label[None], 1000 + k)
-        self.bank = None if self.distiller.bank is None else copy.deepcopy(self.distiller.bank.state_dict())
+        self.bank = (
+            None if self.distiller.bank is None else copy.deepcopy(self.distiller.bank.state_dict())
+        )
 
     @staticmethod
     def _batch(label: Tensor, first: int, teacher: Embedding | None = None) -> Batch:
         image = torch.zeros(len(label), 1, *label.shape[1:], device=label.device)
-        return Batch(image, label, torch.arange(first, first + len(label), device=label.device), None, teacher)
+        return Batch(
+            image,
+            label,
+            torch.arange(first, first + len(label), device=label.device),
+            None,
+            teacher,
+        )
 
     @torch.no_grad()
     def _show(self, image: Tensor, label: Tensor, number: int) -> None:
@@ -244,7 +274,10 @@ def run(bench: Bench) -> None:
     }
     for axes, shape in shapes.items():
         scene = Scene(shape, memory=bench.pick(MEMORY, MEMORY, 3)).to(bench.device)
-        about = "roll and sum for every offset, a loop over instances, matrices of all pairs of pooled pixels"
+        about = (
+            "roll and sum for every offset, a loop over instances, matrices of all pairs of "
+            "pooled pixels"
+        )
         for title, names in PARTS.items():
             ours = Ours(scene, names)
             found = bench.compare(
@@ -258,20 +291,33 @@ def run(bench: Bench) -> None:
         unpooled = Ours(scene, tuple(TERMS), pool=1)
         full = bench.compare(
             f"all terms, no pooling, {axes}", unpooled, prepare=unpooled.prepare,
-            about="the paper's formula: all pairs of pixels of two images, a matrix of which fits nowhere",
+            about="the paper's formula: all pairs of pixels of two images, a matrix of which fits " "nowhere",
         )  # fmt: skip
         step = bare_step(bench, len(shape), (len(scene.label), 1, *shape))
-        bare = bench.compare(f"student's step without losses, {axes}", step, about="forward, backward and optimizer")
-        floor = _floor(bench, scene, axes) + f"; all terms without pooling, as by default, take {full['ms']:.0f} ms"
+        bare = bench.compare(
+            f"student's step without losses, {axes}", step, about="forward, backward and optimizer"
+        )
+        floor = _floor(bench, scene, axes) + (
+            f"; all terms without pooling, as by default, take {full['ms']:.0f} ms"
+        )
         bench.target(
-            f"all terms against the plain implementation, {axes}", ratio, 60, at_least=True, unit=" x", floor=floor
+            f"all terms against the plain implementation, {axes}",
+            ratio,
+            60,
+            at_least=True,
+            unit=" x",
+            floor=floor,
         )
         share = 100 * full["ms"] / bare["ms"]
-        bench.target(f"all terms against the student's own step, {axes}", share, 15, unit=" %", floor=floor)
+        bench.target(
+            f"all terms against the student's own step, {axes}", share, 15, unit=" %", floor=floor
+        )
         half = Scene([n // 2 for n in shape], memory=len(scene.memory)).to(bench.device)
         bank = [Ours(s, ("agd inter", "igd inter")).bank_bytes for s in (scene, half)]
         bench.extra[f"bank_bytes_{axes.lower()}"] = bank[0]
-        bench.target(f"memory bank of twice the side against once, {axes}", bank[0] / bank[1], 1, unit=" x")
+        bench.target(
+            f"memory bank of twice the side against once, {axes}", bank[0] / bank[1], 1, unit=" x"
+        )
 
 
 def _floor(bench: Bench, scene: Scene, axes: str) -> str:

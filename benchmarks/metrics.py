@@ -1,4 +1,6 @@
-"""All metrics of a pair of label maps, against scikit-image, and against loops over pairs of objects."""
+"""All metrics of a pair of label maps, against scikit-image, and against loops over pairs of
+objects.
+"""
 
 import numpy as np
 from skimage.metrics import adapted_rand_error, variation_of_information
@@ -34,19 +36,29 @@ def of_loops(label: np.ndarray, segmentation: np.ndarray) -> Scores:
     iou = inner / outer
     best_of_truth = [max(2 * inner[i == k] / (inner + outer)[i == k], default=0) for k in truth]
     best_of_found = [max(2 * inner[j == k] / (inner + outer)[j == k], default=0) for k in found]
-    chosen = {k: max((n for n in range(len(pairs)) if i[n] == k), key=lambda n: iou[n], default=None) for k in truth}
+    chosen = {
+        k: max((n for n in range(len(pairs)) if i[n] == k), key=lambda n: iou[n], default=None)
+        for k in truth
+    }
     taken = [n for n in chosen.values() if n is not None]
-    union = sum(outer[n] for n in taken) + sum((label == k).sum() for k, n in chosen.items() if n is None)
+    union = sum(outer[n] for n in taken) + sum(
+        (label == k).sum() for k, n in chosen.items() if n is None
+    )
     union += sum((segmentation == k).sum() for k in found if k not in j[taken])
     hits, objects = iou > 0.5, len(truth) + len(found)
     return {
         "aji": sum(inner[n] for n in taken) / union,
-        "dice": 2 * ((label > 0) & (segmentation > 0)).sum() / ((label > 0).sum() + (segmentation > 0).sum()),
+        "dice": 2
+        * ((label > 0) & (segmentation > 0)).sum()
+        / ((label > 0).sum() + (segmentation > 0).sum()),
         "pq": 2 * iou[hits].sum() / objects,
         "sbd": min(np.mean(best_of_truth), np.mean(best_of_found)),
         "dic": abs(len(truth) - len(found)),
         **{f"f1_{t}": 2 * (iou > t / 100).sum() / objects for t in (50, 60, 70, 80, 90)},
-        **{f"ap_{t}": (iou > t / 100).sum() / (objects - (iou > t / 100).sum()) for t in (50, 60, 70, 80, 90)},
+        **{
+            f"ap_{t}": (iou > t / 100).sum() / (objects - (iou > t / 100).sum())
+            for t in (50, 60, 70, 80, 90)
+        },
     }
 
 
@@ -72,7 +84,13 @@ def run(bench: Bench) -> None:
             about="scikit-image, for ARAND and VOI alone", shape=list(label.shape), least=2,
         )  # fmt: skip
         bench.target(f"all metrics, {shape}", found["ms"], limit, unit=" ms")
-        bench.target(f"against ARAND and VOI of scikit-image, {shape}", found["ratio"], 10, at_least=True, unit=" x")
+        bench.target(
+            f"against ARAND and VOI of scikit-image, {shape}",
+            found["ratio"],
+            10,
+            at_least=True,
+            unit=" x",
+        )
     bench.compare(
         "all metrics, an image of nuclei, loops", lambda: evaluate(*pair), lambda: of_loops(*pair), differ=differ, tolerance=1e-9,
         about="numpy, masks of every pair of objects that meet, for the metrics of objects",

@@ -49,12 +49,17 @@ def write(machines: Machines, target: Path) -> None:
     """
     names = headings(machines)
     picture = draw(machines, names, files(target)[1].with_suffix(""))
-    parts = [introduction(machines, names, target), f"![Ratios and growth of cost](figures/{picture.name})\n"]
+    parts = [
+        introduction(machines, names, target),
+        f"![Ratios and growth of cost](figures/{picture.name})\n",
+    ]
     parts.append(targets(machines, names))
     for group in TITLES:
         found = [{r["name"]: r for r in one["results"] if r["group"] == group} for one in machines]
         if any(found):
-            parts.append(f"## {TITLES[group]}\n\n" + (growth if group == "scale" else cases)(found, names))
+            parts.append(
+                f"## {TITLES[group]}\n\n" + (growth if group == "scale" else cases)(found, names)
+            )
     io.write_text(target, "\n".join(parts))
 
 
@@ -75,20 +80,45 @@ def introduction(machines: Machines, names: Sequence[str], target: Path) -> str:
     """Say what was measured where."""
     groups = [group for group in TITLES if any(group in one["loads"] for one in machines)]
     size = machines[0]["size"]
-    command = ("all" if len(groups) == len(TITLES) else " and ".join(groups)) + f" --size {size}" * (size != "full")
+    command = (
+        "all" if len(groups) == len(TITLES) else " and ".join(groups)
+    ) + f" --size {size}" * (size != "full")
     rows = []
     for name, one in zip(names, machines, strict=True):
         device = one["device_name"] + f" beside {one['cpu']}" * (one["device"] != "cpu")
-        loads = sorted({f"{load:.1f}" for load in one["loads"].values() if load is not None}, key=float)
+        loads = sorted(
+            {f"{load:.1f}" for load in one["loads"].values() if load is not None}, key=float
+        )
         versions = [f"gdlib {one['gdlib']}", f"Python {one['python']}"]
         versions += [f"{library} {version}" for library, version in one["libraries"].items()]
         units = ", ".join(one["bfloat16_units"]) or "none"
-        load = " to ".join(dict.fromkeys((loads[0], loads[-1]))) if loads else "not known" if one["loads"] else MISSING
-        rows.append((name, device, units, one["precision"], str(one["threads"]), load, ", ".join(versions)))
-    head = ("machine", "processor", "units for bfloat16", "networks in", "threads", "load before", "software")
-    smaller = "" if size == "full" else "Cases are smaller than those that the targets were set for.\n"
+        load = (
+            " to ".join(dict.fromkeys((loads[0], loads[-1])))
+            if loads
+            else "not known"
+            if one["loads"]
+            else MISSING
+        )
+        rows.append(
+            (name, device, units, one["precision"], str(one["threads"]), load, ", ".join(versions))
+        )
+    head = (
+        "machine",
+        "processor",
+        "units for bfloat16",
+        "networks in",
+        "threads",
+        "load before",
+        "software",
+    )
+    smaller = (
+        "" if size == "full" else ("Cases are smaller than those that the targets were set for.\n")
+    )
     return INTRODUCTION.format(
-        source=f"{target.stem}.json", command=command, machines=table(head, "llllrrl", rows), smaller=smaller
+        source=f"{target.stem}.json",
+        command=command,
+        machines=table(head, "llllrrl", rows),
+        smaller=smaller,
     )
 
 
@@ -136,9 +166,13 @@ def targets(machines: Machines, names: Sequence[str]) -> str:
         else f"{name}: {MISSING}"
         for one, name in zip(found, names, strict=True)
     ]
-    out = f"## Targets\n\n{'; '.join(met)}.\n\n" + table(("target", "limit", *names), "lr" + "r" * len(names), rows)
+    out = f"## Targets\n\n{'; '.join(met)}.\n\n" + table(
+        ("target", "limit", *names), "lr" + "r" * len(names), rows
+    )
     if floors:
-        lines = [f"* {'; '.join(texts)}, on {name}: {floor}." for (name, floor), texts in floors.items()]
+        lines = [
+            f"* {'; '.join(texts)}, on {name}: {floor}." for (name, floor), texts in floors.items()
+        ]
         out += "\nWhat no implementation on the machine can be below:\n\n" + "\n".join(lines) + "\n"
     return out
 
@@ -148,7 +182,9 @@ Found = Sequence[dict[str, dict[str, Any]]]  # for each machine, results by name
 
 def of_each(names: Sequence[str], *columns: str) -> list[str]:
     """Return the heads of columns that every machine has."""
-    return [f"{name}: {column}" if len(names) > 1 else column for name in names for column in columns]
+    return [
+        f"{name}: {column}" if len(names) > 1 else column for name in names for column in columns
+    ]
 
 
 def cases(found: Found, names: Sequence[str]) -> str:
@@ -162,7 +198,10 @@ def cases(found: Found, names: Sequence[str]) -> str:
         cells = []
         for one in (machine.get(name) for machine in found):
             mine = (
-                (time(one["ms"], one["ms_spread"]), time(one["reference_ms"], one["reference_ms_spread"]))
+                (
+                    time(one["ms"], one["ms_spread"]),
+                    time(one["reference_ms"], one["reference_ms_spread"]),
+                )
                 if one
                 else ()
             )
@@ -172,7 +211,9 @@ def cases(found: Found, names: Sequence[str]) -> str:
     head = ("case", *of_each(names, "ms", "reference, ms", "ratio"), "MiB", "reference, MiB")
     text = table(head, "l" + "rrr" * len(names) + "rr", rows)
     results = [result for machine in found for result in machine.values()]
-    if about := dict.fromkeys(result["about"] for result in results if result["reference_ms"] is not None):
+    if about := dict.fromkeys(
+        result["about"] for result in results if result["reference_ms"] is not None
+    ):
         text += f"\nReference: {'; '.join(about)}.\n"
     notes = {
         "10^9 operations per second": lambda r: (
@@ -181,7 +222,9 @@ def cases(found: Found, names: Sequence[str]) -> str:
             else ""
         ),
         "Import torch": lambda r: r["name"].removeprefix("step ") if r.get("imports_torch") else "",
-        "Mean AJI": lambda r: f"{r['name']} {r['aji']:.3f} (reference {r['reference_aji']:.3f})" if "aji" in r else "",
+        "Mean AJI": lambda r: (
+            f"{r['name']} {r['aji']:.3f} (reference {r['reference_aji']:.3f})" if "aji" in r else ""
+        ),
     }
     for title, note in notes.items():
         said = [", ".join(filter(None, map(note, machine.values()))) for machine in found]
@@ -202,19 +245,31 @@ def growth(found: Found, names: Sequence[str]) -> str:
         if "slope" in first:
             sizes = " → ".join(" x ".join(map(str, size)) for size in first["sizes"])
             cells = [
-                (" → ".join(map(number, one["ms_by_size"])), f"{one['slope']:.2f}") if one else (MISSING, "")
+                (" → ".join(map(number, one["ms_by_size"])), f"{one['slope']:.2f}")
+                if one
+                else (MISSING, "")
                 for one in known
             ]
             slopes.append((name, sizes, f"{first['expected']:g}", *sum(cells, ())))
         if "most_in_24_gib" in first:
             cells = [
-                (number(one["mib_per_unit"]), number(one["most_in_24_gib"])) if one else (MISSING, "") for one in known
+                (number(one["mib_per_unit"]), number(one["most_in_24_gib"]))
+                if one
+                else (MISSING, "")
+                for one in known
             ]
             fits.append((name, first["unit"], *sum(cells, ()), first["about"]))
-    text = "Exponent p of cost ~ size^p, fitted on a doubly logarithmic scale; below the order, fixed costs still show.\n\n"
-    text += table(("cost", "sizes", "order", *of_each(names, "ms", "p")), "llr" + "lr" * len(names), slopes)
+    text = (
+        "Exponent p of cost ~ size^p, fitted on a doubly logarithmic scale; below the order, "
+        "fixed costs still show.\n\n"
+    )
+    text += table(
+        ("cost", "sizes", "order", *of_each(names, "ms", "p")), "llr" + "lr" * len(names), slopes
+    )
     if fits:
-        text += "\nMemory, and how much of it 24 GiB hold, by the line through two measured sizes:\n\n"
+        text += (
+            "\nMemory, and how much of it 24 GiB hold, by the line through two measured sizes:\n\n"
+        )
         head = ("what", "unit", *of_each(names, "MiB per unit", "units in 24 GiB"), "of what")
         text += table(head, "ll" + "rr" * len(names) + "l", fits)
     return text
@@ -231,7 +286,8 @@ def is_page(target: Path) -> bool:
 
 
 def draw(machines: Machines, names: Sequence[str], stem: Path) -> Path:
-    """Draw ratios as bars, those of other machines than the first as marks, and growth as lines, of the first.
+    """Draw ratios as bars, those of other machines than the first as marks, and growth as lines, of
+    the first.
 
     Args:
         machines: from the JSON file.
@@ -239,27 +295,50 @@ def draw(machines: Machines, names: Sequence[str], stem: Path) -> Path:
         stem: path of the figure without its ending.
     """
     first, *others = machines
-    bars = [result for result in first["results"] if result["ratio"] and result["group"] not in ("workflow", "train")]
+    bars = [
+        result
+        for result in first["results"]
+        if result["ratio"] and result["group"] not in ("workflow", "train")
+    ]
     lines = [result for result in first["results"] if "slope" in result]
     with mpl.rc_context(STYLE):
         figure = new_figure(PAGE, max(2.4, 0.17 * len(bars) + 0.6))
-        axes = figure.subplots(1, 1 + bool(lines), squeeze=False, width_ratios=[3, 2][: 1 + bool(lines)])[0]
+        axes = figure.subplots(
+            1, 1 + bool(lines), squeeze=False, width_ratios=[3, 2][: 1 + bool(lines)]
+        )[0]
         colours = dict(zip(TITLES, (*SPARE, "#7a7a7a", "#0072B2", "#D55E00"), strict=True))
         axes[0].barh(
-            range(len(bars)), [b["ratio"] for b in bars], color=[colours[b["group"]] for b in bars], height=0.7
+            range(len(bars)),
+            [b["ratio"] for b in bars],
+            color=[colours[b["group"]] for b in bars],
+            height=0.7,
         )
-        axes[0].set_yticks(range(len(bars)), [f"{b['group']}: {b['name']}" for b in bars], fontsize=5.5)
+        axes[0].set_yticks(
+            range(len(bars)), [f"{b['group']}: {b['name']}" for b in bars], fontsize=5.5
+        )
         for k, bar in enumerate(bars):
             axes[0].text(bar["ratio"], k, f" {number(bar['ratio'])}", va="center", fontsize=5.5)
         for one, name, marker in zip(others, names[1:], "DovsP", strict=False):
             ratios = {(r["group"], r["name"]): r["ratio"] for r in one["results"] if r["ratio"]}
-            places = [(ratios[key], k) for k, bar in enumerate(bars) if (key := (bar["group"], bar["name"])) in ratios]
+            places = [
+                (ratios[key], k)
+                for k, bar in enumerate(bars)
+                if (key := (bar["group"], bar["name"])) in ratios
+            ]
             if places:
                 axes[0].plot(
-                    *zip(*places, strict=True), marker, color="black", markersize=2.5, linestyle="none", label=name
+                    *zip(*places, strict=True),
+                    marker,
+                    color="black",
+                    markersize=2.5,
+                    linestyle="none",
+                    label=name,
                 )
         if others:
-            handles = [Patch(color="#7a7a7a", label=names[0]), *axes[0].get_legend_handles_labels()[0]]
+            handles = [
+                Patch(color="#7a7a7a", label=names[0]),
+                *axes[0].get_legend_handles_labels()[0],
+            ]
             figure.legend(handles=handles, loc="outside upper center", ncols=len(names), fontsize=6)
         axes[0].set_xscale("log")
         axes[0].invert_yaxis()
@@ -276,5 +355,10 @@ def draw(machines: Machines, names: Sequence[str], stem: Path) -> Path:
             axes[1].set(xlabel="size against the smallest", ylabel="time against the smallest")
             low, high = axes[1].get_ylim()
             axes[1].set_ylim(low, high * (high / low) ** 0.6)  # room for the legend
-            axes[1].legend(loc="upper left", fontsize=5, title="measured exponent (expected)", title_fontsize=5.5)
+            axes[1].legend(
+                loc="upper left",
+                fontsize=5,
+                title="measured exponent (expected)",
+                title_fontsize=5.5,
+            )
     return save(figure, stem, ("png",))[0]

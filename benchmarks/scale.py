@@ -1,4 +1,7 @@
-"""How cost grows: with the area of images, instances, the memory bank, the batch and the volume; and what fits into 24 GiB."""
+"""How cost grows: with the area of images, instances, the memory bank, the batch and the volume.
+
+And what fits into 24 GiB.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +34,9 @@ def losses(bench: Bench, shape: Sequence[int], **scene: Any) -> Callable[[], Any
     return call
 
 
-def grow(bench: Bench, name: str, axis: str, expected: float, sizes: Sequence[float], make: Make) -> None:
+def grow(
+    bench: Bench, name: str, axis: str, expected: float, sizes: Sequence[float], make: Make
+) -> None:
     """Time a call at several sizes in turns, and fit the exponent of its cost."""
     calls = [make(size) for size in sizes]
     times: list[list[float]] = [[] for _ in sizes]
@@ -50,7 +55,9 @@ def grow(bench: Bench, name: str, axis: str, expected: float, sizes: Sequence[fl
     )  # fmt: skip
 
 
-def fits(bench: Bench, name: str, unit: str, sizes: Sequence[float], make: Make, about: str) -> None:
+def fits(
+    bench: Bench, name: str, unit: str, sizes: Sequence[float], make: Make, about: str
+) -> None:
     """Find how much memory a unit takes, and how many units 24 GiB hold."""
     peaks = []
     for size in sizes:
@@ -63,7 +70,15 @@ def fits(bench: Bench, name: str, unit: str, sizes: Sequence[float], make: Make,
         return
     each = max((peaks[-1] - peaks[0]) / (sizes[-1] - sizes[0]), 1e-6)
     most = (MEMORY - peaks[0]) / each + sizes[0]
-    bench.add(name, [ms], peak_mib=peaks[-1], about=about, mib_per_unit=each, unit=unit, most_in_24_gib=most)
+    bench.add(
+        name,
+        [ms],
+        peak_mib=peaks[-1],
+        about=about,
+        mib_per_unit=each,
+        unit=unit,
+        most_in_24_gib=most,
+    )
 
 
 def run(bench: Bench) -> None:
@@ -76,7 +91,9 @@ def run(bench: Bench) -> None:
     def terms(axis: str, expected: float, sizes: Sequence[Any], make: Make) -> None:
         grow(bench, f"losses by {axis}", axis, expected, sizes, make)
 
-    counts, banks = bench.pick(((8, 32, 128, 512), (2, 8, 32, 128)), ((8, 32, 128), (2, 8, 32)), ((4, 8), (2, 4)))
+    counts, banks = bench.pick(
+        ((8, 32, 128, 512), (2, 8, 32, 128)), ((8, 32, 128), (2, 8, 32)), ((4, 8), (2, 4))
+    )
     batches = bench.pick((2, 4, 8), (2, 4), (2, 3))
     small, half = areas[0], (middle // 2, middle // 2)
     terms("image area", 1, areas, lambda shape: losses(bench, shape, memory=memory))
@@ -88,15 +105,27 @@ def run(bench: Bench) -> None:
     header = {"channels": 1, "normalisation": {"lower": 1.0, "upper": 99.8}}
     rng = np.random.default_rng(0)
 
-    def predict(shape: Sequence[int], network: tuple, block: Sequence[int] | None = None) -> Callable[[], Any]:
+    def predict(
+        shape: Sequence[int], network: tuple, block: Sequence[int] | None = None
+    ) -> Callable[[], Any]:
         torch.manual_seed(0)
         about = header | {"offsets": OFFSETS[len(shape)]}
-        predictor = Predictor(build(*network), about, device=bench.device, precision=bench.precision, block=block)
+        predictor = Predictor(
+            build(*network), about, device=bench.device, precision=bench.precision, block=block
+        )
         image = rng.integers(0, 255, (1, *shape), np.uint8)
         return lambda: predictor(image)
 
-    grow(bench, "prediction by image area", "image area", 1, areas, lambda s: predict(s, (model, options)))
-    depths = bench.pick((64, 128, 256), (16, 32), (4, 8))  # of several blocks: a single one has no overlap
+    grow(
+        bench,
+        "prediction by image area",
+        "image area",
+        1,
+        areas,
+        lambda s: predict(s, (model, options)),
+    )
+    # of several blocks: a single one has no overlap
+    depths = bench.pick((64, 128, 256), (16, 32), (4, 8))
     width, block = bench.pick((128, (16, 128, 128)), (64, (8, 64, 64)), (16, (4, 16, 16)))
     volumes = [(depth, width, width) for depth in depths]
     grow(
@@ -109,7 +138,9 @@ def run(bench: Bench) -> None:
     )
 
     def instances(shape: Sequence[int]) -> Callable[[], Any]:
-        _, affinity, foreground = predictions(tuple(shape), max(2, int(np.prod(shape)) // 3000), 0, 20)
+        _, affinity, foreground = predictions(
+            tuple(shape), max(2, int(np.prod(shape)) // 3000), 0, 20
+        )
         return lambda: segment(affinity, foreground, OFFSETS[2])
 
     grow(bench, "segmentation by image area", "image area", 1, areas, instances)
@@ -132,11 +163,11 @@ def run(bench: Bench) -> None:
 
     fits(
         bench, "training on images of BBBC039", "images in a batch", batches, step,
-        "a step of the small student, then all terms on embeddings of student and teacher; linear in the batch",
+        "a step of the small student, then all terms on embeddings of student and teacher; linear " "in the batch",
     )  # fmt: skip
     sizes = [np.prod(volume) / 2**20 for volume in volumes[-2:]]
     fits(
         bench, "prediction of a volume in memory", "2^20 voxels", sizes,
         lambda size: predict((round(size * 2**20 / width**2), width, width), NETWORKS[3]["student"], block),
-        "image, affinities and foreground in memory, network block by block; gdlib reads larger volumes from disk",
+        "image, affinities and foreground in memory, network block by block; gdlib reads larger " "volumes from disk",
     )  # fmt: skip

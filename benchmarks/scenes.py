@@ -1,4 +1,7 @@
-"""Made-up images, labels, embeddings and runs that the groups share; everything follows from its seed."""
+"""Made-up images, labels, embeddings and runs that the groups share.
+
+Everything follows from its seed.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -17,7 +20,11 @@ from gdlib.config import RunSpec
 from gdlib.registry import SOURCES
 
 OFFSETS = {
-    2: tuple(tuple(-step * (axis == k) for k in range(2)) for step in (1, 3, 5, 9, 27) for axis in range(2)),
+    2: tuple(
+        tuple(-step * (axis == k) for k in range(2))
+        for step in (1, 3, 5, 9, 27)
+        for axis in range(2)
+    ),
     3: tuple(
         tuple(-step * (axis == k) for k in range(3))
         for steps in ((1, 1, 1), (2, 3, 3), (3, 9, 9), (4, 27, 27))
@@ -39,14 +46,18 @@ def folder() -> Path:
     return Path(_FOLDER.name)
 
 
-def blobs(shape: Sequence[int], count: int, seed: int = 0, radius: float | None = None) -> np.ndarray:
-    """Return a label ([Z,] Y, X) uint32 of `count` objects: what is nearest to each of as many points, and not too far.
+def blobs(
+    shape: Sequence[int], count: int, seed: int = 0, radius: float | None = None
+) -> np.ndarray:
+    """Return a label ([Z,] Y, X) uint32 of `count` objects: what is nearest to each of as many
+    points, and not too far.
 
     Args:
         shape: in pixels.
         count: of objects.
         seed: of the points.
-        radius: largest distance from the point, in pixels; by default objects fill a bit less than the half of the image.
+        radius: largest distance from the point, in pixels; by default objects fill a bit less than
+            the half of the image.
     """
     rng = np.random.default_rng(seed)
     points = np.unravel_index(rng.choice(int(np.prod(shape)), count, replace=False), shape)
@@ -64,14 +75,18 @@ def tiled(shape: Sequence[int], tile: Sequence[int], count: int, seed: int = 0) 
     """Return a large label made of copies of one of `blobs`, each with ids of its own."""
     part = blobs(tile, count, seed)
     out = np.zeros(shape, np.uint32)
-    for number, corner in enumerate(np.ndindex(*(n // t for n, t in zip(shape, tile, strict=True)))):
+    for number, corner in enumerate(
+        np.ndindex(*(n // t for n, t in zip(shape, tile, strict=True)))
+    ):
         box = tuple(slice(c * t, (c + 1) * t) for c, t in zip(corner, tile, strict=True))
         out[box] = np.where(part > 0, part + number * count, 0)
     return out
 
 
 def spoiled(label: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return a label with mistakes, as if segmented: moved borders, a tenth of the objects merged, a tenth cut in two."""
+    """Return a label with mistakes, as if segmented: moved borders, a tenth of the objects merged,
+    a tenth cut in two.
+    """
     out = np.roll(label, range(label.ndim), range(label.ndim)).astype(np.int64)
     count = int(out.max())
     rng = np.random.default_rng(seed)
@@ -85,10 +100,14 @@ def spoiled(label: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def embeddings(labels: np.ndarray, channels: int, noise: float, seed: int) -> Tensor:
-    """Return raw pixel vectors (B, D, [Z,] Y, X) float32: one direction for every object of every image, and noise."""
+    """Return raw pixel vectors (B, D, [Z,] Y, X) float32: one direction for every object of every
+    image, and noise.
+    """
     rng = np.random.default_rng(seed)
     directions = rng.standard_normal((int(labels.max()) + 1, channels), np.float32)
-    vectors = directions[labels] + noise * rng.standard_normal((*labels.shape, channels), np.float32)
+    vectors = directions[labels] + noise * rng.standard_normal(
+        (*labels.shape, channels), np.float32
+    )
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(vectors, -1, 1)))
 
 
@@ -109,19 +128,35 @@ def trainings(bench: Bench) -> dict[str, tuple[tuple[int, ...], int, Path]]:
     neurites = bench.pick(((24, 112, 112), 1), ((24, 112, 112), 1), ((8, 40, 40), 1))
     return {
         "2D": (bench.pick((128, 128), (64, 64), (32, 32)), 8, samples("nuclei_phantom", *nuclei)),
-        "3D": (bench.pick((12, 96, 96), (8, 64, 64), (4, 32, 32)), 2, samples("neurites_phantom", *neurites)),
+        "3D": (
+            bench.pick((12, 96, 96), (8, 64, 64), (4, 32, 32)),
+            2,
+            samples("neurites_phantom", *neurites),
+        ),
     }
 
 
-def spec(ndim: int, patch: Sequence[int], batch_size: int, terms: Sequence[dict] = (), **recipe: Any) -> RunSpec:
-    """Return what the training of the small student on phantoms needs to know; the rest is the catalogue's."""
+def spec(
+    ndim: int, patch: Sequence[int], batch_size: int, terms: Sequence[dict] = (), **recipe: Any
+) -> RunSpec:
+    """Return what the training of the small student on phantoms needs to know.
+
+    The rest is the catalogue's.
+    """
     model, options = NETWORKS[ndim]["student"]
-    nuclei = {"augment": {"empty": 0.0}}  # patches of noise are none that another way to cut them would have
+    # patches of noise are none that another way to cut them would have
+    nuclei = {"augment": {"empty": 0.0}}
     neurons = {
         "augment": {
             "geometry": {"scale": [0.9, 1.1], "elastic": 2.0, "rotate": 15, "misalign": 6},
             "intensity": {"blur": 0.0, "noise": 0.03},
-            "sections": {"contrast": 0.15, "brightness": 0.08, "blur": 2.0, "motion": 7, "missing": 0.03},
+            "sections": {
+                "contrast": 0.15,
+                "brightness": 0.08,
+                "blur": 2.0,
+                "motion": 7,
+                "missing": 0.03,
+            },
         }
     }
     return RunSpec.model_validate(
@@ -135,7 +170,9 @@ def spec(ndim: int, patch: Sequence[int], batch_size: int, terms: Sequence[dict]
             "channels": 1,
             "offsets": OFFSETS[ndim],
             "normalisation": {},
-            "targets": {} if ndim == 2 else {"background_connected": False, "per_offset": True, "border": 1},
+            "targets": {}
+            if ndim == 2
+            else {"background_connected": False, "per_offset": True, "border": 1},
             "segmenters": ["mutex_watershed"],
             "recipe": {
                 "steps": 10,
@@ -155,13 +192,18 @@ def spec(ndim: int, patch: Sequence[int], batch_size: int, terms: Sequence[dict]
 def roof(bench: Bench) -> None:
     """Time a large product of matrices: what no network can be faster than."""
     n = bench.pick(2048, 1024, 128) * (4 if bench.device.type == "cuda" else 1)
-    a, b = (torch.rand(n, n, device=bench.device).to(getattr(torch, bench.precision)) for _ in range(2))
-    found = bench.compare("a product of matrices", lambda: a @ b, about="the most operations per second", shape=[n, n])
+    a, b = (
+        torch.rand(n, n, device=bench.device).to(getattr(torch, bench.precision)) for _ in range(2)
+    )
+    found = bench.compare(
+        "a product of matrices", lambda: a @ b, about="the most operations per second", shape=[n, n]
+    )
     found.update({"precision": bench.precision, "gflop_per_s": 2e-6 * n**3 / found["ms"]})
 
 
 def bare_step(bench: Bench, ndim: int, image: Sequence[int]) -> Any:
-    """Return a call that makes one step of the small student alone: forward, backward and optimizer, no loss and no data.
+    """Return a call that makes one step of the small student alone: forward, backward and
+    optimizer, no loss and no data.
 
     Args:
         bench: says on which device.

@@ -20,7 +20,9 @@ def shift_based(label: np.ndarray, offsets: Sequence[Sequence[int]]) -> Arrays:
     for b, image in enumerate(label):
         for k, offset in enumerate(offsets):
             # Element p of the shifted label is that at p + offset; what comes from outside is -1.
-            neighbour = ndimage.shift(image, [-d for d in offset], order=0, cval=-1, prefilter=False)
+            neighbour = ndimage.shift(
+                image, [-d for d in offset], order=0, cval=-1, prefilter=False
+            )
             masks[b, k] = neighbour >= 0
             targets[b, k] = (neighbour == image) & masks[b, k]
     return targets, masks
@@ -39,7 +41,10 @@ def with_weights(label: np.ndarray, offsets: Sequence[Sequence[int]]) -> Arrays:
 
 def differ(ours: Sequence[torch.Tensor], theirs: Arrays) -> float:
     """Largest relative difference of any element."""
-    pairs = ((a.cpu().numpy().astype(np.float64), b.astype(np.float64)) for a, b in zip(ours, theirs, strict=False))
+    pairs = (
+        (a.cpu().numpy().astype(np.float64), b.astype(np.float64))
+        for a, b in zip(ours, theirs, strict=False)
+    )
     return max(float((np.abs(a - b) / np.maximum(np.abs(b), 1)).max()) for a, b in pairs)
 
 
@@ -73,4 +78,6 @@ def run(bench: Bench) -> None:
                 about="scipy.ndimage.shift of the label for every offset, as in the original", shape=list(image.shape),
             )  # fmt: skip
             if name == "affinity targets":
-                bench.target(f"{name} against shifting, {axes}", found["ratio"], 10, at_least=True, unit=" x")
+                bench.target(
+                    f"{name} against shifting, {axes}", found["ratio"], 10, at_least=True, unit=" x"
+                )

@@ -1,4 +1,6 @@
-"""A step of training as users run it, against forward, backward and optimizer of the same network."""
+"""A step of training as users run it, against forward, backward and optimizer of the same
+network.
+"""
 
 import contextlib
 import io as text
@@ -23,14 +25,21 @@ class Clock(Term):
     needs_teacher = False
     seen: list[float] = []
 
-    def forward(self, student: View, teacher: View | None, truth: Truth, memory: Mapping[str, Tensor]) -> Tensor:
+    def forward(
+        self, student: View, teacher: View | None, truth: Truth, memory: Mapping[str, Tensor]
+    ) -> Tensor:
         """Return 0."""
         self.seen.append(time.perf_counter())
         return student.output.embedding.new_zeros(())
 
 
-def train(bench: Bench, steps: int, ndim: int, patch: Sequence[int], batch: int, data: Path, out: Path) -> np.ndarray:
-    """Train the small student and write its weights into a folder; return the time of every step but the last, in ms."""
+def train(
+    bench: Bench, steps: int, ndim: int, patch: Sequence[int], batch: int, data: Path, out: Path
+) -> np.ndarray:
+    """Train the small student and write its weights into a folder.
+
+    Return the time of every step but the last, in ms.
+    """
     from gdlib.train.loop import fit
 
     Clock.seen.clear()
@@ -47,7 +56,8 @@ def train(bench: Bench, steps: int, ndim: int, patch: Sequence[int], batch: int,
 def run(bench: Bench) -> None:
     """Steps of a real training in 2D and 3D, in turns with bare ones.
 
-    A time is the mean of as many steps as there are between two entries in the log, after some that warm up.
+    A time is the mean of as many steps as there are between two entries in the log, after some that
+    warm up.
     """
     process.keep_memory()  # as the command line does
     warm, together, count = bench.pick((5, 10, 4), (3, 10, 2), (1, 1, 2))
@@ -56,7 +66,9 @@ def run(bench: Bench) -> None:
         times, reference = [], []
         for _ in range(bench.pick(3, 2, 1)):
             with TemporaryDirectory(dir=folder()) as out:
-                steps = train(bench, warm + together * count + 1, len(patch), patch, batch, data, Path(out))
+                steps = train(
+                    bench, warm + together * count + 1, len(patch), patch, batch, data, Path(out)
+                )
             times += steps[warm:].reshape(count, together).mean(1).tolist()
             for number in range(warm + together * count):
                 if number == warm:
@@ -66,7 +78,7 @@ def run(bench: Bench) -> None:
             reference.append(1e3 * (time.perf_counter() - start) / (together * count))
         found = bench.add(
             f"a step of training, {axes}", times, reference, shape=[batch, *patch],
-            about="forward, backward and optimizer of the same network on a batch that is there already",
+            about="forward, backward and optimizer of the same network on a batch that is there " "already",
         )  # fmt: skip
         with FlopCounterMode(display=False) as counter:
             bare()

@@ -9,7 +9,9 @@ from gdlib.cli import steps
 
 
 def imports() -> dict[str, list[str]]:
-    """Return for every step of the workflow the modules that it imports, from the source of `gdlib.cli.steps`."""
+    """Return for every step of the workflow the modules that it imports, from the source of
+    `gdlib.cli.steps`.
+    """
     with open(steps.__file__) as file:
         tree = ast.parse(file.read())
     found = {}
@@ -26,7 +28,11 @@ def start(code: str):
 
     def call() -> str:
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=FOLDER.parent, stdout=subprocess.PIPE, check=True, text=True
+            [sys.executable, "-c", code],
+            cwd=FOLDER.parent,
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
         )
         return done.stdout
 
@@ -38,11 +44,15 @@ def run(bench: Bench) -> None:
     empty = start("pass")
     about = "the interpreter alone"
     cases = {
-        "gdlib --help": "import gdlib.cli.main, contextlib\nwith contextlib.suppress(SystemExit): gdlib.cli.main.main(['--help'])",
+        "gdlib --help": "import gdlib.cli.main, contextlib\nwith contextlib.suppress(SystemExit): "
+        "gdlib.cli.main.main(['--help'])",
         "parse the configuration": ("from gdlib.config import load; load('.')"),
     }
     cases |= {f"step {name}": f"import {', '.join(modules)}" for name, modules in imports().items()}
     for name, code in cases.items():
-        heavy = start(f"{code}\nimport sys; print('torch' in sys.modules)")().splitlines()[-1] == "True"
+        heavy = (
+            start(f"{code}\nimport sys; print('torch' in sys.modules)")().splitlines()[-1] == "True"
+        )
         found = bench.compare(name, start(code), empty, about=about, least=2, imports_torch=heavy)
-        found["peak_mib"] = found["reference_peak_mib"] = None  # that was of this process, not of the new one
+        # that was of this process, not of the new one
+        found["peak_mib"] = found["reference_peak_mib"] = None

@@ -1,7 +1,10 @@
-"""`gdlib bench`: how fast the parts are, each beside a plain implementation of the same, in one process.
+"""`gdlib bench`: how fast the parts are, each beside a plain implementation of the same, in one
+    process.
 
-The cases and the plain implementations are in the folder `benchmarks/` of the source repository. Here is what they share:
-how a call is timed, how its memory is measured, and how two results are compared before either is timed.
+The cases and the plain implementations are in the folder `benchmarks/` of the source repository.
+Here is what they share:
+how a call is timed, how its memory is measured, and how two results are compared before either is
+timed.
 """
 
 import argparse
@@ -27,11 +30,31 @@ from gdlib.io import outputs
 from gdlib.limits import Threads, argument, place
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-GROUPS = ("losses", "targets", "data", "train", "inference", "segmentation", "metrics", "workflow", "scale")
+GROUPS = (
+    "losses",
+    "targets",
+    "data",
+    "train",
+    "inference",
+    "segmentation",
+    "metrics",
+    "workflow",
+    "scale",
+)
 # Seconds that a case is repeated for, after the fewest rounds that it needs, and these.
 SIZES = {"full": (2.0, 3), "small": (0.5, 3), "tiny": (0.0, 1)}
 MOST = 30  # rounds
-LIBRARIES = ("torch", "numpy", "scipy", "scikit-image", "bioimage-cpp", "h5py", "onnxruntime", "openvino", "snakemake")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "bioimage-cpp",
+    "h5py",
+    "onnxruntime",
+    "openvino",
+    "snakemake",
+)
 
 Call = Callable[[], Any]
 
@@ -44,10 +67,12 @@ class Bench:
         size: a key of `SIZES`.
         device: a torch device.
         precision: that networks compute in, the name of a torch type.
-        results: one dict for each case: `name`, `ms` and `reference_ms` (medians), their quartiles `ms_spread` and
-            `reference_ms_spread`, `ratio` = reference_ms / ms, `peak_mib` and `reference_peak_mib` (memory on top of what was
-            held before the call), `rounds`, `difference` of both results, `about` (what is compared); None where there is none.
-        targets: one dict for each: `text`, `value`, `limit`, `at_least`, `met`, `floor` (what stops it, or None).
+        results: one dict for each case: `name`, `ms` and `reference_ms` (medians), their quartiles
+            `ms_spread` and `reference_ms_spread`, `ratio` = reference_ms / ms, `peak_mib` and
+            `reference_peak_mib` (memory on top of what was held before the call), `rounds`,
+            `difference` of both results, `about` (what is compared); None where there is none.
+        targets: one dict for each: `text`, `value`, `limit`, `at_least`, `met`, `floor` (what stops
+            it, or None).
         extra: what else goes into the JSON file.
     """
 
@@ -81,7 +106,8 @@ class Bench:
     ) -> dict[str, Any]:
         """Time two calls in turns, so that what slows the machine slows both.
 
-        Each is called once before, not timed: to warm up, to measure its memory and to compare the results.
+        Each is called once before, not timed: to warm up, to measure its memory and to compare the
+        results.
 
         Args:
             name: of the case.
@@ -95,7 +121,8 @@ class Bench:
             more: other keys of the result.
 
         Raises:
-            ValueError: the results differ by more than the tolerance: then neither time means anything.
+            ValueError: the results differ by more than the tolerance: then neither time means
+                anything.
         """
         prepare = prepare or (lambda: None)
         calls = [ours] if reference is None else [ours, reference]
@@ -111,7 +138,8 @@ class Bench:
             difference = float(differ(*outputs))
             if not difference <= tolerance:
                 raise ValueError(
-                    f'benchmark "{name}": the results differ by {difference:.3g}, more than {tolerance:.3g}'
+                    f'benchmark "{name}": the results differ by {difference:.3g}, more than '
+                    f"{tolerance:.3g}"
                 )
         outputs.clear()
         times: list[list[float]] = [[] for _ in calls]
@@ -136,7 +164,13 @@ class Bench:
             **more,
         )
 
-    def add(self, name: str, times: Sequence[float], reference: Sequence[float] | None = None, **more: Any) -> dict:
+    def add(
+        self,
+        name: str,
+        times: Sequence[float],
+        reference: Sequence[float] | None = None,
+        **more: Any,
+    ) -> dict:
         """Add a case of which the times, in milliseconds, are known."""
         ms = statistics.median(times)
         reference_ms = statistics.median(reference) if reference else None
@@ -156,18 +190,31 @@ class Bench:
             **more,
         }
         self.results.append(result)
-        against = f", reference {reference_ms:.4g} ms, ratio {result['ratio']:.3g}" if reference else ""
+        against = (
+            f", reference {reference_ms:.4g} ms, ratio {result['ratio']:.3g}" if reference else ""
+        )
         print(f"{self.group}: {name}: {ms:.4g} ms{against}", file=sys.stderr, flush=True)
         return result
 
     def target(
-        self, text: str, value: float, limit: float, *, at_least: bool = False, floor: str | None = None, unit: str = ""
+        self,
+        text: str,
+        value: float,
+        limit: float,
+        *,
+        at_least: bool = False,
+        floor: str | None = None,
+        unit: str = "",
     ) -> None:
         """Say whether a target is met; `floor` says what stops it where it is not."""
         met = value >= limit if at_least else value <= limit
         target = {"group": self.group, "text": text, "value": value, "limit": limit, "unit": unit}
         self.targets.append({**target, "at_least": at_least, "met": bool(met), "floor": floor})
-        print(f"{self.group}: {'met' if met else 'NOT MET'}: {text}: {value:.4g}{unit}", file=sys.stderr, flush=True)
+        print(
+            f"{self.group}: {'met' if met else 'NOT MET'}: {text}: {value:.4g}{unit}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _time(self, call: Call) -> float:
         start = time.perf_counter()
@@ -218,7 +265,9 @@ def cpu_name() -> str:
     """Return what the processor is called."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or "CPU"
 
@@ -232,9 +281,11 @@ def synchronise(device: Any) -> None:
 
 
 def with_peak(call: Call, device: Any) -> tuple[Any, float | None]:
-    """Return the result of a call and the most memory it took on top of what was held before, in MiB.
+    """Return the result of a call and the most memory it took on top of what was held before, in
+    MiB.
 
-    On a GPU that of torch's allocator, on a CPU the resident set of the process, which Linux tells; else None.
+    On a GPU that of torch's allocator, on a CPU the resident set of the process, which Linux tells;
+    else None.
     """
     gc.collect()
     if device.type == "cuda":
@@ -246,7 +297,8 @@ def with_peak(call: Call, device: Any) -> tuple[Any, float | None]:
         synchronise(device)
         return output, (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that it is not taken for held
+        # what was freed is given back, so that it is not taken for held
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # from here on a new peak is recorded
         before = _memory("VmRSS")
@@ -277,10 +329,14 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure how fast every part is",
-        description="Time every part of gdlib beside a plain implementation of the same, and check that both agree. Needs the "
-        "folder benchmarks/ of the source repository. The JSON file keeps what other machines measured, and this one in "
-        "another precision; groups that were measured before are replaced. `page` measures nothing: it writes "
-        "docs/performance.md and its figure from a JSON file, with columns for every machine in it.",
+        description="Time every part of gdlib beside a plain implementation of the same, and check "
+        "that both agree. Needs the "
+        "folder benchmarks/ of the source repository. The JSON file keeps what other machines "
+        "measured, and this one in "
+        "another precision; groups that were measured before are replaced. `page` measures "
+        "nothing: it writes "
+        "docs/performance.md and its figure from a JSON file, with columns for every machine in "
+        "it.",
     )
     bench.add_argument("group", choices=(*GROUPS, "all", "page"), help="what to measure")
     bench.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1 (default: cpu)")
@@ -288,12 +344,21 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "--precision",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of networks; float32 is what processors without units for bfloat16 compute in (default: auto)",
+        help="of networks; float32 is what processors without units for bfloat16 compute in "
+        "(default: auto)",
     )
-    bench.add_argument("--size", default="full", choices=tuple(SIZES), help="of the cases (default: full)")
-    bench.add_argument("--threads", type=argument(Threads), metavar="N", help="CPU threads (default: all)")
-    bench.add_argument("--json", type=place, required=True, metavar="FILE", help="where results are kept")
-    bench.add_argument("--markdown", type=place, metavar="FILE", help="also write a page, e.g. docs/performance.md")
+    bench.add_argument(
+        "--size", default="full", choices=tuple(SIZES), help="of the cases (default: full)"
+    )
+    bench.add_argument(
+        "--threads", type=argument(Threads), metavar="N", help="CPU threads (default: all)"
+    )
+    bench.add_argument(
+        "--json", type=place, required=True, metavar="FILE", help="where results are kept"
+    )
+    bench.add_argument(
+        "--markdown", type=place, metavar="FILE", help="also write a page, e.g. docs/performance.md"
+    )
     bench.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     bench.set_defaults(function=_bench)
 
@@ -305,7 +370,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     # Before anything is measured: a file that cannot be used must not cost an hour.
     written = [] if is_page else [outputs.Output(arguments.json, is_own)]
     written += (
-        [outputs.Output(path, lambda path: page.is_page(target)) for path in page.files(target)] if target else []
+        [outputs.Output(path, lambda path: page.is_page(target)) for path in page.files(target)]
+        if target
+        else []
     )
     inputs = [arguments.json] if is_page else []
     outputs.check(written, inputs, overwrite=arguments.overwrite, option="--json or --markdown")
@@ -313,7 +380,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     if not is_page:
         if other := {one["size"] for one in machines} - {arguments.size}:
             raise io.DataError(
-                f"{arguments.json}: its cases are of size {other.pop()}, which do not stand beside others; take another file"
+                f"{arguments.json}: its cases are of size {other.pop()}, which do not stand beside "
+                "others; take another file"
             )
         groups = GROUPS if arguments.group == "all" else (arguments.group,)
         found = measure(groups, arguments.size, arguments.device, arguments.precision)
@@ -343,32 +411,46 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise io.DataError(f"{path}: not a JSON file ({error}); make it with `gdlib bench all`") from None
+        raise io.DataError(
+            f"{path}: not a JSON file ({error}); make it with `gdlib bench all`"
+        ) from None
     machines = content.get("machines") if isinstance(content, dict) else None
-    if not machines or not all({*SAME, "loads", "results", "targets"} <= set(one) for one in machines):
-        raise io.DataError(f"{path}: there are no results of machines in it; make it with `gdlib bench all`")
+    if not machines or not all(
+        {*SAME, "loads", "results", "targets"} <= set(one) for one in machines
+    ):
+        raise io.DataError(
+            f"{path}: there are no results of machines in it; make it with `gdlib bench all`"
+        )
     return machines
 
 
 def merged(machines: Sequence[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put what was measured in its place: groups of the same machine and precision are replaced, others stay."""
+    """Put what was measured in its place: groups of the same machine and precision are replaced,
+    others stay.
+    """
     out, found = list(machines), dict(found)
-    at = next((k for k, one in enumerate(out) if all(one[key] == found[key] for key in SAME)), len(out))
+    at = next(
+        (k for k, one in enumerate(out) if all(one[key] == found[key] for key in SAME)), len(out)
+    )
     before = out[at] if at < len(out) else {"loads": {}, "results": [], "targets": []}
     for key in ("results", "targets"):
         kept = [one for one in before[key] if one["group"] not in found["loads"]]
-        found[key] = sorted([*kept, *found[key]], key=lambda one: GROUPS.index(one["group"]))  # stable
+        # stable
+        found[key] = sorted([*kept, *found[key]], key=lambda one: GROUPS.index(one["group"]))
     found["loads"] = before["loads"] | found["loads"]
     out[at:] = [before | found, *out[at + 1 :]]
     return out
 
 
-def measure(groups: Sequence[str], size: str, device: str, precision: str = "auto") -> dict[str, Any]:
+def measure(
+    groups: Sequence[str], size: str, device: str, precision: str = "auto"
+) -> dict[str, Any]:
     """Run groups of benchmarks and return what this machine adds to the JSON file."""
     modules = {group: load(group) for group in groups}
     bench = Bench(size, device, precision)
     start = time.perf_counter()
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # 0 on a machine that does nothing else
+    # 0 on a machine that does nothing else
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     bench.extra["loads"] = dict.fromkeys(groups, load_before)
     for bench.group in groups:
         modules[bench.group].run(bench)
@@ -380,7 +462,8 @@ def load(name: str) -> ModuleType:
     """Import a module of the folder `benchmarks`."""
     if not (FOLDER / "__init__.py").exists():
         raise ValueError(
-            f"{FOLDER}: there is no such folder: benchmarks come with the source repository, not with the installed package; "
+            f"{FOLDER}: there is no such folder: benchmarks come with the source repository, not "
+            "with the installed package; "
             "clone it and install it with pip install -e ."
         )
     if str(FOLDER.parent) not in sys.path:

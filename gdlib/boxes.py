@@ -5,7 +5,9 @@ Box = tuple[slice, ...]
 
 def relative(box: Box, frame: Box) -> Box:
     """Return a box as seen from the corner of another."""
-    return tuple(slice(s.start - f.start, s.stop - f.start) for s, f in zip(box, frame, strict=True))
+    return tuple(
+        slice(s.start - f.start, s.stop - f.start) for s, f in zip(box, frame, strict=True)
+    )
 
 
 def intersection(box: Box, other: Box) -> Box:

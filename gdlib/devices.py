@@ -1,7 +1,8 @@
-"""Devices and precisions, and one job per GPU: a command takes a GPU that no other command has, or waits for one.
+"""Devices and precisions, and one job per GPU: a command takes a GPU that no other command has, or
+waits for one.
 
-A GPU is taken by a lock on a file, which the system gives back when the process ends, however it ends. Programs that use this
-package as a library choose their device themselves, and lock nothing.
+A GPU is taken by a lock on a file, which the system gives back when the process ends, however it
+ends. Programs that use this package as a library choose their device themselves, and lock nothing.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FOLDER = Path("/tmp")  # all users' jobs on a machine must find the same files, whatever their TMPDIR
+# all users' jobs on a machine must find the same files, whatever their TMPDIR
+FOLDER = Path("/tmp")
 PATIENCE = 5.0  # seconds between two looks at GPUs that are all taken
 _held: list[int] = []  # descriptors, open until the process ends
 
 
 def claim() -> None:
-    """Make one GPU, which no other command has, the only one that this process sees; without GPUs do nothing.
+    """Make one GPU, which no other command has, the only one that this process sees.
 
-    To be called before CUDA is used. A single GPU in CUDA_VISIBLE_DEVICES was chosen by a scheduler or a person, and is taken
-    without waiting; of several, one is chosen here.
+    Without GPUs do nothing.
+
+    To be called before CUDA is used. A single GPU in CUDA_VISIBLE_DEVICES was chosen by a scheduler
+    or a person, and is taken without waiting; of several, one is chosen here.
     """
     import torch
 
@@ -58,7 +62,8 @@ def take(names: Sequence[str], folder: Path = FOLDER, *, wait: bool = True) -> i
             return 0
         if not told:
             print(
-                f"waiting for a GPU: other gdlib jobs have all {len(names)}; `--device cuda:0` would share one",
+                f"waiting for a GPU: other gdlib jobs have all {len(names)}; `--device cuda:0` "
+                "would share one",
                 file=sys.stderr,
                 flush=True,
             )
@@ -73,7 +78,8 @@ def _lock(path: Path) -> bool:
     except ImportError:  # Windows
         return True
     try:
-        descriptor = os.open(path, os.O_RDONLY)  # that of another user can be locked, but not created again
+        # that of another user can be locked, but not created again
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT)
         os.fchmod(descriptor, 0o644)
@@ -91,42 +97,66 @@ def choose_device(name: str = "auto") -> torch.device:
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()  # from one that is only a name nothing comes back
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f'device "{name}" cannot be used ({str(error).splitlines()[0]}); choose auto, cpu, or one that this machine has'
+            f'device "{name}" cannot be used ({str(error).splitlines()[0]}); choose auto, cpu, or '
+            "one that this machine has"
         ) from error
     return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the type that networks compute in; `auto` takes bfloat16 where the hardware multiplies in it, else float32."""
+    """Return the type that networks compute in.
+
+    `auto` takes bfloat16 where the hardware multiplies in it, else float32.
+    """
     import torch
 
     if name in ("float32", "bfloat16", "float16"):
         return getattr(torch, name)
     if name != "auto":
-        raise ValueError(f'there is no precision "{name}": choose auto, float32, bfloat16 or float16')
+        raise ValueError(
+            f'there is no precision "{name}": choose auto, float32, bfloat16 or float16'
+        )
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     # A CPU without such units is slower in bfloat16 than in float32.
     return torch.bfloat16 if device.type == "cpu" and bfloat16_units() else torch.float32
 
 
 def bfloat16_units() -> list[str]:
-    """Return the units of this processor that multiply in bfloat16, by the names of their makers."""
+    """Return the units of this processor that multiply in bfloat16, by the names of their
+    makers.
+    """
     import torch
 
     units = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-    return [name for name, is_there in units.items() if getattr(torch.cpu, is_there, lambda: False)()]
+    return [
+        name for name, is_there in units.items() if getattr(torch.cpu, is_there, lambda: False)()
+    ]
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a tensor from the CPU to a device, for which nothing waits: CUDA copies from pinned memory while the CPU goes on."""
+    """Copy a tensor from the CPU to a device, for which nothing waits: CUDA copies from pinned
+    memory while the CPU goes on.
+    """
     import torch
 
     kind = torch.device(device).type
-    return (tensor.pin_memory() if kind == "cuda" else tensor).to(device, non_blocking=kind not in ("cpu", "mps"))
+    return (tensor.pin_memory() if kind == "cuda" else tensor).to(
+        device, non_blocking=kind not in ("cpu", "mps")
+    )

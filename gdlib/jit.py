@@ -1,8 +1,10 @@
-"""Functions that Numba compiles for the processor at hand, at their first call, and keeps in the user's cache.
+"""Functions that Numba compiles for the processor at hand, at their first call, and keeps in the
+user's cache.
 
-A `kernel` is called from Python, a `part` from kernels alone, and an `inlined` one becomes part of its caller. What was compiled
-is a file in `NUMBA_CACHE_DIR`, else in the folder `gdlib` of the user's cache; where that cannot be written, every process
-compiles anew. With `NUMBA_DISABLE_JIT=1` nothing is compiled, and what would be is done by torch or bioimage-cpp, more slowly.
+A `kernel` is called from Python, a `part` from kernels alone, and an `inlined` one becomes part of
+its caller. What was compiled is a file in `NUMBA_CACHE_DIR`, else in the folder `gdlib` of the
+user's cache; where that cannot be written, every process compiles anew. With `NUMBA_DISABLE_JIT=1`
+nothing is compiled, and what would be is done by torch or bioimage-cpp, more slowly.
 """
 
 import contextlib
@@ -30,7 +32,10 @@ inlined = numba.njit(inline="always")
 
 
 def kernel(function: Callable, **options: Any) -> Callable:
-    """Compile what is called with arrays and numbers from Python; other threads of Python go on meanwhile."""
+    """Compile what is called with arrays and numbers from Python.
+
+    Other threads of Python go on meanwhile.
+    """
     dispatcher = numba.njit(nogil=True, **options)(function)
     if ENABLED:  # else it is the function itself
         dispatcher._cache = _Cache(function)
@@ -44,8 +49,8 @@ summing_kernel = functools.partial(kernel, fastmath={"reassoc", "nsz"})
 class _Cache(NullCache):
     """One file for each kernel and types of arguments, named by all that it depends on.
 
-    Numba's own cache keeps an index of such files, in which two processes that compile for other types at once can each put the
-    number of the other's file.
+    Numba's own cache keeps an index of such files, in which two processes that compile for other
+    types at once can each put the number of the other's file.
     """
 
     def __init__(self, function: Callable) -> None:
@@ -67,10 +72,22 @@ class _Cache(NullCache):
             temporary.write_bytes(dumps(cres._reduce()))
 
     def _path(self, sig, codegen) -> Path:
-        sources = [Path(inspect.getfile(function)).read_bytes() for function in (self.function, kernel)]
+        sources = [
+            Path(inspect.getfile(function)).read_bytes() for function in (self.function, kernel)
+        ]
         processor = codegen.magic_tuple()
-        about = self.function.__qualname__, str(sig), processor, numba.__version__, sys.version, *sources
-        return self.folder / f"{self.function.__name__}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.numba"
+        about = (
+            self.function.__qualname__,
+            str(sig),
+            processor,
+            numba.__version__,
+            sys.version,
+            *sources,
+        )
+        return (
+            self.folder
+            / f"{self.function.__name__}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.numba"
+        )
 
 
 class _Announcer(event.Listener):
@@ -81,7 +98,11 @@ class _Announcer(event.Listener):
     def on_start(self, event):
         if not self.said and event.data["dispatcher"].py_func.__module__.startswith("gdlib."):
             self.said = True
-            print("gdlib: compiling for this processor, once (about 10 s)", file=sys.stderr, flush=True)
+            print(
+                "gdlib: compiling for this processor, once (about 10 s)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def on_end(self, event):
         pass

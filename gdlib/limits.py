@@ -1,7 +1,9 @@
-"""What people may choose: kinds of values with their ranges, each written once, and the sentence about a value outside of it.
+"""What people may choose: kinds of values with their ranges, each written once, and the sentence
+about a value outside of it.
 
-An option of a plug-in says its kind in its signature, `pool: Count = 1`; the command line, the configuration and the header of
-weights are all checked against that, before anything is loaded. Starts without torch.
+An option of a plug-in says its kind in its signature, `pool: Count = 1`; the command line, the
+configuration and the header of weights are all checked against that, before anything is loaded.
+Starts without torch.
 """
 
 import argparse
@@ -42,11 +44,16 @@ class Range:
         low, high = (f"{end:.10g}" for end in self.ends)
         closed = self.interval[0] == "[", self.interval[-1] == "]"
         if high == "inf":
-            return kind if low == "-inf" else f"{kind} {'of at least' if closed[0] else 'above'} {low}"
+            return (
+                kind
+                if low == "-inf"
+                else (f"{kind} {'of at least' if closed[0] else 'above'} {low}")
+            )
         if closed == (True, True):
             return f"{kind} from {low} to {high}"
         return (
-            f"{kind} {'of at least' if closed[0] else 'above'} {low} and {'at most' if closed[1] else 'below'} {high}"
+            f"{kind} {'of at least' if closed[0] else 'above'} {low} and "
+            f"{'at most' if closed[1] else 'below'} {high}"
         )
 
     def signs(self) -> str:
@@ -56,13 +63,18 @@ class Range:
         '> 0 and ≤ 1'
         """
         both = zip(
-            self.ends, ("≥" if self.interval[0] == "[" else ">", "≤" if self.interval[-1] == "]" else "<"), strict=True
+            self.ends,
+            ("≥" if self.interval[0] == "[" else ">", "≤" if self.interval[-1] == "]" else "<"),
+            strict=True,
         )
         return " and ".join(f"{sign} {end:.10g}" for end, sign in both if math.isfinite(end))
 
     def __contains__(self, value: float) -> bool:
         low, high = self.ends
-        closed = low == value and self.interval[0] == "[", high == value and self.interval[-1] == "]"
+        closed = (
+            low == value and self.interval[0] == "[",
+            high == value and self.interval[-1] == "]",
+        )
         return low < value < high or any(closed)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
@@ -84,20 +96,27 @@ class Range:
             ("minimum" if self.interval[0] == "[" else "exclusiveMinimum"),
             ("maximum" if self.interval[-1] == "]" else "exclusiveMaximum"),
         )
-        return handler(core) | {key: end for key, end in zip(keys, self.ends, strict=True) if math.isfinite(end)}
+        return handler(core) | {
+            key: end for key, end in zip(keys, self.ends, strict=True) if math.isfinite(end)
+        }
 
 
 def _once(values: tuple) -> tuple:
     for value in values:
         if isinstance(values, tuple) and values.count(value) > 1:
-            raise ValueError(f"{list(value) if isinstance(value, tuple) else value} is there twice; leave one out")
+            raise ValueError(
+                f"{list(value) if isinstance(value, tuple) else value} is there "
+                "twice; leave one out"
+            )
     return values
 
 
 def _offsets(offsets: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     for offset in _once(offsets):
         if len(offset) != len(offsets[0]):
-            raise ValueError(f"{list(offset)} and {list(offsets[0])} have different numbers of axes")
+            raise ValueError(
+                f"{list(offset)} and {list(offsets[0])} have different numbers of axes"
+            )
         if not any(offset):
             raise ValueError(f"{list(offset)} pairs every pixel with itself; leave it out")
     return offsets
@@ -136,10 +155,14 @@ FromTo = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
 CountFromTo = Annotated[tuple[Whole, Whole], AfterValidator(_rising)]
 PerSplit = Annotated[dict[Literal["train", "val", "test"], Count], AfterValidator(_complete)]
 # The first section, and the one after the last.
-Sections = Annotated[dict[Literal["train", "val", "test"], tuple[Whole, Count]], AfterValidator(_complete)]
+Sections = Annotated[
+    dict[Literal["train", "val", "test"], tuple[Whole, Count]], AfterValidator(_complete)
+]
 
 # What an annotation of an option may be made of. A plain number is finite, and no true or false.
-NAMES: dict[str, Any] = {key: value for key, value in globals().items() if get_origin(value) is Annotated} | {
+NAMES: dict[str, Any] = {
+    key: value for key, value in globals().items() if get_origin(value) is Annotated
+} | {
     "int": Integer,
     "float": Number,
     "str": str,
@@ -152,7 +175,9 @@ NAMES: dict[str, Any] = {key: value for key, value in globals().items() if get_o
 
 
 def kind_of(annotation: ast.expr | None) -> Any:
-    """Return the kind of value that an annotation in a source text stands for; what it says by other names is not checked.
+    """Return the kind of value that an annotation in a source text stands for.
+
+    What it says by other names is not checked.
 
     >>> kind_of(ast.parse("Sequence[str] | None", mode="eval").body)
     collections.abc.Sequence[str] | None
@@ -197,17 +222,24 @@ def checked(name: str, kind: Any, value: Any) -> Any:
 
 
 def told(error: ValidationError, name: str) -> str:
-    """Return the first problem of a validation error as one sentence, about a value of this name."""
+    """Return the first problem of a validation error as one sentence, about a value of this
+    name.
+    """
     problem = error.errors()[0]
     place = ".".join([name, *(str(part) for part in problem["loc"])])
     return f"{place} is missing" if problem["type"] == "missing" else f"{place} {words(problem)}"
 
 
 def words(problem: Any) -> str:
-    """Return what one problem of a validation error says, as the end of a sentence about the value."""
+    """Return what one problem of a validation error says, as the end of a sentence about the
+    value.
+    """
     text = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
     if not text.startswith("must"):
-        text = f"does not fit: {text if problem['type'] == 'value_error' else text[:1].lower() + text[1:]}"
+        text = (
+            "does not fit: "
+            f"{text if problem['type'] == 'value_error' else text[:1].lower() + text[1:]}"
+        )
     got = repr(problem["input"])
     return f"{text} (got {got})" if len(got) < 100 else text
 
@@ -237,13 +269,18 @@ def sides(text: str) -> int | tuple[int, ...]:
     try:
         numbers = checked("sides", tuple[Count, ...], list(map(_number_or_text, text.split("x"))))
     except ValueError:
-        words = "one side for all axes, or one for each as in 32x256x256, whole numbers of at least 1"
+        words = (
+            "one side for all axes, or one for each as in 32x256x256, whole numbers of at least 1"
+        )
         raise argparse.ArgumentTypeError(f"it must be {words} (got {text!r})") from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 
 def place(text: str) -> Path:
-    """Read the place of a file or folder; a `type` of argparse. Shells leave the `~` of `--out=~/labels` as it is."""
+    """Read the place of a file or folder; a `type` of argparse.
+
+    Shells leave the `~` of `--out=~/labels` as it is.
+    """
     return Path(os.path.expanduser(text))
 
 

@@ -1,7 +1,10 @@
-"""Several processes, started by `torchrun`, that train one network together. In a single process nothing here does anything.
+"""Several processes, started by `torchrun`, that train one network together.
 
-They share the work of `accumulate`: each step's batches are dealt out to them, gradients are added up, and what the teacher said
-goes into the memory bank of each. So the recipe alone says what is computed; a run means the same in one process and in eight.
+In a single process nothing here does anything.
+
+They share the work of `accumulate`: each step's batches are dealt out to them, gradients are added
+up, and what the teacher said goes into the memory bank of each. So the recipe alone says what is
+computed; a run means the same in one process and in eight.
 """
 
 import contextlib
@@ -16,7 +19,8 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
-    """Meet the other processes, if there are any and the program has not done so, and leave them at the end.
+    """Meet the other processes, if there are any and the program has not done so, and leave them at
+    the end.
 
     Yields:
         The device of this process.
@@ -51,7 +55,9 @@ def add(tensors: Sequence[Tensor], mean: bool = False) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(part.view_as(tensor) / (world() if mean else 1))
 
 
@@ -59,7 +65,9 @@ def gather(tensor: Tensor) -> Tensor:
     """Concatenate the tensors (B, ...) of all processes, in their order."""
     if world() == 1:
         return tensor
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world())]
+    parts = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world())
+    ]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
 

@@ -8,11 +8,15 @@ from typing import Any
 from tqdm import tqdm
 
 EVERY = 30  # seconds between two lines of a log; a job that is shorter has none
-LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left, {rate_fmt}{postfix}"
+LINE = (
+    "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left, {rate_fmt}{postfix}"
+)
 
 
 class Bar(tqdm):
-    """A `tqdm` that does not settle how the program starts processes, as the lock of `tqdm`, which is for them too, does."""
+    """A `tqdm` that does not settle how the program starts processes, as the lock of `tqdm`, which
+    is for them too, does.
+    """
 
     _lock = threading.RLock()
 

@@ -1,9 +1,12 @@
-"""Training histories for TensorBoard, which then needs nothing of the trainings and they nothing of it.
+"""Training histories for TensorBoard, which then needs nothing of the trainings and they nothing of
+it.
 
-`gdlib tensorboard results/quick` writes one event file per run below `results/quick/tensorboard`. A run that is still
-training is shown as far as its last saved state. Called again, it adds what is new, so that a running TensorBoard goes on.
+`gdlib tensorboard results/quick` writes one event file per run below `results/quick/tensorboard`. A
+run that is still training is shown as far as its last saved state. Called again, it adds what is
+new, so that a running TensorBoard goes on.
 
-Reference: the formats TFRecord and `tensorflow.Event` of TensorFlow. An event is written by hand because the package that
+Reference: the formats TFRecord and `tensorflow.Event` of TensorFlow. An event is written by hand
+    because the package that
 could do it is larger than all that it would be used for.
 """
 
@@ -29,8 +32,14 @@ def histories(folder: Path) -> dict[str, Path]:
     Args:
         folder: of the study, `results/<study>`.
     """
-    found = {path.parent.relative_to(folder / "runs"): path for path in folder.glob("runs/**/history.csv")}
-    found |= {path.parent.relative_to(folder / "state"): path for path in folder.glob("state/**/resume.pt")}
+    found = {
+        path.parent.relative_to(folder / "runs"): path
+        for path in folder.glob("runs/**/history.csv")
+    }
+    found |= {
+        path.parent.relative_to(folder / "state"): path
+        for path in folder.glob("state/**/resume.pt")
+    }
     return {name.as_posix(): path for name, path in sorted(found.items())}
 
 
@@ -45,10 +54,17 @@ def _read_history(path: Path) -> list[tuple[int, str, str, float]]:
         with open(path, newline="") as file:
             reader = csv.reader(file)
             if tuple(next(reader, ())) == io.HISTORY_COLUMNS:
-                return [(int(step), split, name, float(value)) for step, split, name, value in reader]
+                return [
+                    (int(step), split, name, float(value)) for step, split, name, value in reader
+                ]
     except ValueError as error:
-        raise io.DataError(f"{path}: not a readable training history ({error}); train again") from None
-    raise io.DataError(f"{path}: this is no training history; it must have the columns {', '.join(io.HISTORY_COLUMNS)}")
+        raise io.DataError(
+            f"{path}: not a readable training history ({error}); train again"
+        ) from None
+    raise io.DataError(
+        f"{path}: this is no training history; it must have the columns "
+        f"{', '.join(io.HISTORY_COLUMNS)}"
+    )
 
 
 def _read_state(path: Path) -> list[tuple[int, str, str, float]]:
@@ -57,14 +73,18 @@ def _read_state(path: Path) -> list[tuple[int, str, str, float]]:
     except io.DataError as error:
         raise io.DataError(f"{error}; it will be there again when the training goes on") from error
     if "history" not in state:
-        raise io.DataError(f"{path}: this is no saved state of a training; give the folder of a study, results/<study>")
+        raise io.DataError(
+            f"{path}: this is no saved state of a training; give the folder of a "
+            "study, results/<study>"
+        )
     return state["history"]
 
 
 def events(rows: Iterable[Row]) -> bytes:
     """Return an event file with these scalars, in their order.
 
-    The time of an event is its step in seconds: equal histories give equal bytes, and a longer one begins with a shorter one.
+    The time of an event is its step in seconds: equal histories give equal bytes, and a longer one
+    begins with a shorter one.
 
     >>> len(events([])), len(events([(10, "train/loss", 0.5)]))
     (31, 79)
@@ -77,7 +97,10 @@ def events(rows: Iterable[Row]) -> bytes:
 
 
 def write(folder: Path, out: Path) -> tuple[int, Failures]:
-    """Write or continue the event files of all runs of a study; return how many runs there are, and what failed."""
+    """Write or continue the event files of all runs of a study.
+
+    Return how many runs there are, and what failed.
+    """
     runs, failed = histories(folder), Failures()
     for name, path in runs.items():
         with failed.noted():
@@ -88,7 +111,9 @@ def write(folder: Path, out: Path) -> tuple[int, Failures]:
 def _write(path: Path, content: bytes) -> None:
     known = path.read_bytes() if path.exists() else b""
     if not known.startswith(events([])[: len(known)]):
-        raise io.DataError(f"{path}: it is there already, and not from this command; choose another --out")
+        raise io.DataError(
+            f"{path}: it is there already, and not from this command; choose another --out"
+        )
     if known and content.startswith(known):
         with open(path, "ab") as file:
             file.write(content[len(known) :])
@@ -160,15 +185,25 @@ def add_tensorboard(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "tensorboard",
         help="write training histories for TensorBoard",
-        description="Write the training histories of a study as event files, finished runs and those that are training. Look at "
-        "them with `pip install tensorboard` and `tensorboard --logdir results/<study>/tensorboard`.",
-    )
-    parser.add_argument("study", type=place, metavar="DIR", help="folder of the study, e.g. results/quick")
-    parser.add_argument(
-        "--out", type=place, metavar="DIR", help="where to write (default: tensorboard/ in that folder)"
+        description="Write the training histories of a study as event files, finished runs and "
+        "those that are training. Look at "
+        "them with `pip install tensorboard` and `tensorboard --logdir "
+        "results/<study>/tensorboard`.",
     )
     parser.add_argument(
-        "--every", type=argument(Positive), metavar="S", help="go on, writing what is new every so many seconds"
+        "study", type=place, metavar="DIR", help="folder of the study, e.g. results/quick"
+    )
+    parser.add_argument(
+        "--out",
+        type=place,
+        metavar="DIR",
+        help="where to write (default: tensorboard/ in that folder)",
+    )
+    parser.add_argument(
+        "--every",
+        type=argument(Positive),
+        metavar="S",
+        help="go on, writing what is new every so many seconds",
     )
     parser.set_defaults(function=_tensorboard)
 
@@ -179,7 +214,8 @@ def _tensorboard(arguments: argparse.Namespace) -> None:
         count, failed = write(arguments.study, out)
         if not count and not arguments.every:
             raise io.DataError(
-                f"{arguments.study}: there is no training history; give the folder of a study, results/<study>"
+                f"{arguments.study}: there is no training history; give the folder of a study, "
+                "results/<study>"
             )
         print(f"{out}: {count - len(failed.errors)} runs", flush=True)
         if not arguments.every:

@@ -1,4 +1,5 @@
-"""Text as people have it: in any Unicode encoding that says which it is, and YAML in which nothing is lost in silence.
+"""Text as people have it: in any Unicode encoding that says which it is, and YAML in which nothing
+is lost in silence.
 
 Starts without numpy.
 """
@@ -28,30 +29,40 @@ def read_text(path: Path | str) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: this is not {encoding.upper()} text; save the file as UTF-8") from None
+        raise ValueError(
+            f"{path}, line {line}: this is not {encoding.upper()} text; save the file as UTF-8"
+        ) from None
     if "\0" in text:
         raise ValueError(
-            f"{path}: there are characters of code 0 in it, as in UTF-16 without a mark; save the file as UTF-8"
+            f"{path}: there are characters of code 0 in it, as in UTF-16 without a mark; save the "
+            "file as UTF-8"
         )
     return text
 
 
 def read_yaml(*paths: Path | str) -> Any:
-    """Return the content of a YAML or JSON file, or of several, of which each changes what was before it, key by key.
+    """Return the content of a YAML or JSON file, or of several, of which each changes what was
+    before it, key by key.
 
     Raises:
-        ValueError: one sentence that names file and line, also about a key that is written twice, of which YAML would take the
-            last without a word.
+        ValueError: one sentence that names file and line, also about a key that is written twice,
+            of which YAML would take the last without a word.
     """
     found: Any = {}
     for path in paths:
         content = _read_yaml(path)
-        found = updated(found, content) if isinstance(found, Mapping) and isinstance(content, Mapping) else content
+        found = (
+            updated(found, content)
+            if isinstance(found, Mapping) and isinstance(content, Mapping)
+            else content
+        )
     return found
 
 
 def updated(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a nested mapping with changes, key by key, as Snakemake does it with what `--configfile` names."""
+    """Return a nested mapping with changes, key by key, as Snakemake does it with what
+    `--configfile` names.
+    """
     out = {**base, **changes}
     for key in base.keys() & changes.keys():
         if isinstance(base[key], Mapping) and isinstance(changes[key], Mapping):
@@ -72,9 +83,14 @@ def _read_yaml(path: Path | str) -> Any:
         raise ValueError(f"{path}: {error}") from None
     if twice:
         keys, first, again = twice
-        lines = f"twice in line {first}" if first == again else f"in line {first} and again in line {again}"
+        lines = (
+            f"twice in line {first}"
+            if first == again
+            else (f"in line {first} and again in line {again}")
+        )
         raise ValueError(
-            f'{path}: the key "{".".join(keys)}" is written {lines}; put what belongs to it together under one'
+            f'{path}: the key "{".".join(keys)}" is written {lines}; put what belongs to it '
+            "together under one"
         )
     return content
 
@@ -89,7 +105,9 @@ def _parsed(text: str, kind: type) -> tuple[Any, tuple | None]:
     return loader.construct_document(node), twice
 
 
-def _twice(node: yaml.Node, seen: set[int], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int, int]]:
+def _twice(
+    node: yaml.Node, seen: set[int], keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], int, int]]:
     """Yield the keys that are written twice in one mapping, with the lines where."""
     if id(node) in seen:  # an alias
         return
@@ -113,8 +131,10 @@ def _told(path: Path | str, error: yaml.YAMLError) -> str:
     problem = " ".join(str(getattr(error, "problem", None) or error).split())
     if alias := re.search(r"undefined alias:? '?([^']+)'?", problem):
         return (
-            f'{place}: "*{alias[1]}" stands for what "&{alias[1]}" marks, but nothing in this file is marked so, and anchors of '
-            "other files do not reach here; write out what it stands for, or use a name: `offsets: nuclei`, or `like:` the name "
+            f'{place}: "*{alias[1]}" stands for what "&{alias[1]}" marks, but nothing in this file '
+            "is marked so, and anchors of "
+            "other files do not reach here; write out what it stands for, or use a name: `offsets: "
+            "nuclei`, or `like:` the name "
             "of another entry"
         )
     if "'\\t'" in problem:
@@ -130,5 +150,7 @@ def expanded(path: str) -> str:
     """
     path = os.path.expanduser(os.path.expandvars(path))
     if unknown := re.search(r"\$(\{\w+\}|[A-Za-z_]\w*)", path):
-        raise ValueError(f"there is no environment variable {unknown[0]}; set it, or write the whole path")
+        raise ValueError(
+            f"there is no environment variable {unknown[0]}; set it, or write the whole path"
+        )
     return path

@@ -29,7 +29,8 @@ def find(model: Path | str) -> Path:
         return path  # what is wrong with it is said where it is read
     if str(model) not in names():
         raise DataError(
-            f'there is no file and no built-in network "{model}": {nearest(str(model), names())}, or give a weights file'
+            f'there is no file and no built-in network "{model}": {nearest(str(model), names())}, '
+            "or give a weights file"
         )
     return FOLDER / f"{model}.safetensors"
 
@@ -47,7 +48,9 @@ class Model:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What the weights file says of itself: network, offsets, normalisation, segmenters, validation scores, training."""
+        """What the weights file says of itself: network, offsets, normalisation, segmenters,
+        validation scores, training.
+        """
         return self._predictor.header
 
     @property
@@ -57,19 +60,27 @@ class Model:
 
     def __repr__(self) -> str:
         header = self.info
-        return f"<{self.path.stem}: {header['model']}, {self.ndim}D, {header['channels']} channel(s)>"
+        return (
+            f"<{self.path.stem}: {header['model']}, {self.ndim}D, {header['channels']} channel(s)>"
+        )
 
     def segment(
-        self, image: np.ndarray, axes: str | None = None, *, segmenter: str | None = None, **parameters: float
+        self,
+        image: np.ndarray,
+        axes: str | None = None,
+        *,
+        segmenter: str | None = None,
+        **parameters: float,
     ) -> np.ndarray:
         """Find the objects of an image.
 
         Args:
-            image: intensities as recorded, of any real type. Without `axes`: (Y, X) or (Z, Y, X), as the network wants them,
-                with the channels first if it wants several.
-            axes: a letter per axis, of `TCZYX`, in any order, e.g. `"YXC"`. Along T, and along Z where the network is 2D, every
-                frame is segmented on its own.
-            segmenter: what makes objects of affinities; the one that the weights were chosen with if left out.
+            image: intensities as recorded, of any real type. Without `axes`: (Y, X) or (Z, Y, X),
+                as the network wants them, with the channels first if it wants several.
+            axes: a letter per axis, of `TCZYX`, in any order, e.g. `"YXC"`. Along T, and along Z
+                where the network is 2D, every frame is segmented on its own.
+            segmenter: what makes objects of affinities; the one that the weights were chosen with
+                if left out.
             parameters: of the segmenter, instead of those that were tuned.
 
         Returns:
@@ -87,19 +98,26 @@ class Model:
         labels = np.empty(frames.shape[: -1 - self.ndim] + frames.shape[-self.ndim :], np.uint32)
         for index in np.ndindex(frames.shape[: -1 - self.ndim]):
             found = self._predict(frames[index], False)
-            labels[index] = segment(found.affinity, found.foreground, self.info["offsets"], segmenter, **all_of_them)
+            labels[index] = segment(
+                found.affinity, found.foreground, self.info["offsets"], segmenter, **all_of_them
+            )
         return labels
 
     def predict(self, image: np.ndarray, axes: str | None = None) -> Any:
-        """Predict affinities, foreground and embedding of one image; for the arguments see `segment`.
+        """Predict affinities, foreground and embedding of one image.
+
+        For the arguments see `segment`.
 
         Returns:
-            A `gdlib.types.Prediction`: `affinity` (K, [Z,] Y, X) uint8, 255 times the affinity to the neighbour at each of
-            `info["offsets"]`; `foreground` ([Z,] Y, X) uint8, 255 times its probability; `embedding` (D, [Z,] Y, X) float32.
+            A `gdlib.types.Prediction`: `affinity` (K, [Z,] Y, X) uint8, 255 times the affinity to
+            the neighbour at each of `info["offsets"]`; `foreground` ([Z,] Y, X) uint8, 255 times
+            its probability; `embedding` (D, [Z,] Y, X) float32.
         """
         frames = self._frames(image, axes)
         if frames.ndim != self.ndim + 1:
-            raise DataError(f"an image of shape {np.shape(image)} has several frames: predict them one by one")
+            raise DataError(
+                f"an image of shape {np.shape(image)} has several frames: predict them one by one"
+            )
         return self._predict(frames, True)
 
     def _predict(self, image: np.ndarray, keep_embedding: bool) -> Any:
@@ -107,7 +125,9 @@ class Model:
             return self._predictor(image, keep_embedding=keep_embedding)
 
     def _frames(self, image: np.ndarray, axes: str | None) -> np.ndarray:
-        """Return an image as ([T,] [Z,] C, [Z,] Y, X): the frames first, then what the network sees at once."""
+        """Return an image as ([T,] [Z,] C, [Z,] Y, X): the frames first, then what the network sees
+        at once.
+        """
         image = np.asarray(image)
         channels, own = self.info["channels"], "ZYX"[-self.ndim :]
         if axes is None:
@@ -116,7 +136,8 @@ class Model:
         known = sorted(set(axes)) == sorted(axes) and set(own) <= set(axes) <= set("TCZYX")
         if not known or len(axes) != image.ndim:
             raise DataError(
-                f"an image of shape {image.shape} does not have the axes {axes}: give a letter of TCZYX for each axis, once, "
+                f"an image of shape {image.shape} does not have the axes {axes}: give a letter of "
+                "TCZYX for each axis, once, "
                 f"with {' and '.join(own)} among them, as in axes={f'C{own}'!r}"
             )
         if "C" not in axes:
@@ -126,13 +147,21 @@ class Model:
         found = image.shape[wanted.index("C")]
         if found != channels:
             raise DataError(
-                f"an image of shape {image.shape}, axes {''.join(wanted)}, has {found} channel(s), and the network "
-                f"{self.path.stem} wants {channels}: choose which, as in image[0], or say which axis is which by `axes`"
+                f"an image of shape {image.shape}, axes {''.join(wanted)}, has {found} channel(s), "
+                "and the network "
+                f"{self.path.stem} wants {channels}: choose which, as in image[0], or say which "
+                "axis is which by `axes`"
             )
         return image
 
 
-def load(model: Path | str = "nuclei", *, device: str = "auto", precision: str = "auto", engine: str = "auto") -> Model:
+def load(
+    model: Path | str = "nuclei",
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    engine: str = "auto",
+) -> Model:
     """Load a trained network.
 
     Args:

@@ -1,4 +1,5 @@
-"""What travels between the rooms: an image becomes a `Batch` or a `Prediction`, what a network says is an `Embedding`.
+"""What travels between the rooms: an image becomes a `Batch` or a `Prediction`, what a network says
+is an `Embedding`.
 
 Nothing here imports torch, so that what works on files alone starts without it.
 """
@@ -21,7 +22,8 @@ class Embedding(NamedTuple):
     """What a network says about a batch of images.
 
     Attributes:
-        embedding: (B, D, [Z,] Y, X) raw per-pixel vectors, `margin` smaller than the image on each side.
+        embedding: (B, D, [Z,] Y, X) raw per-pixel vectors, `margin` smaller than the image on each
+            side.
         foreground: (B, 1, [Z,] Y, X) logit of "belongs to an object".
         features: intermediate maps by name, for terms that compare features.
     """
@@ -36,9 +38,11 @@ class Batch:
     """Augmented patches.
 
     Attributes:
-        image: (B, C, [Z,] Y, X) float32, larger than the label by a margin where a network needs it.
+        image: (B, C, [Z,] Y, X) float32, larger than the label by a margin where a network needs
+            it.
         label: (B, [Z,] Y, X) int64, 0 = background.
-        ids: (B,) int64 numbers of the patches, of which no two of a training are equal: the memory bank tells them apart by it.
+        ids: (B,) int64 numbers of the patches, of which no two of a training are equal: the memory
+            bank tells them apart by it.
         ignore: (B, [Z,] Y, X) boolean, where the label is not known.
         teacher: what the teacher says of these patches, if it was asked before (`gdlib.data.maps`).
         largest: no id in the label is larger; known where a device is better not asked.

@@ -1,8 +1,10 @@
-"""What several test files share: squares as objects, a run small enough to train in a second, a trained pair of networks."""
+"""What several test files share: squares as objects, a run small enough to train in a second, a
+trained pair of networks."""
 
 import os
 
-# Before torch is imported. Test processes and their children share two cores, and agree to the last bit.
+# Before torch is imported. Test processes and their children share two cores, and agree to the last
+# bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import copy
@@ -24,17 +26,33 @@ METHODS = {
     ],
     "levels": [
         {"term": "agd", "weight": 1.0, "level": "stride2"},
-        {"term": "igd", "weight": 1.0, "level": "stride2", "memory": True, "options": {"part": "edges"}},
+        {
+            "term": "igd",
+            "weight": 1.0,
+            "level": "stride2",
+            "memory": True,
+            "options": {"part": "edges"},
+        },
     ],
 }
 OFFSETS = {
     2: ((-1, 0), (0, -1), (-3, 0), (0, -3), (-9, 0), (0, -9)),
-    3: ((-1, 0, 0), (0, -1, 0), (0, 0, -1), (-2, 0, 0), (0, -3, 0), (0, 0, -3), (0, -9, 0), (0, 0, -9)),
+    3: (
+        (-1, 0, 0),
+        (0, -1, 0),
+        (0, 0, -1),
+        (-2, 0, 0),
+        (0, -3, 0),
+        (0, 0, -3),
+        (0, -9, 0),
+        (0, 0, -9),
+    ),
 }
 
 
 def _squares(seed, shape=(40, 44), side=9, gap=3):
-    """Bright squares of different brightness on a noisy ground: image (1, Y, X) uint8, label (Y, X) uint32."""
+    """Bright squares of different brightness on a noisy ground: image (1, Y, X) uint8, label (Y, X)
+    uint32."""
     rng = np.random.default_rng(seed)
     label = np.zeros(shape, np.uint32)
     step = side + gap
@@ -83,8 +101,8 @@ def raw(catalogue):
 
 @pytest.fixture(scope="session")
 def make_spec():
-    """Return `make(method="none", seed=0, model="resunet", widths=..., patch=..., ..., **recipe)` -> RunSpec of a training
-    that takes a second."""
+    """Return `make(method="none", seed=0, model="resunet", widths=..., patch=..., ..., **recipe)`
+    -> RunSpec of a training that takes a second."""
     from gdlib.config import RunSpec
 
     def make(
@@ -134,22 +152,36 @@ def make_spec():
 
 @pytest.fixture(scope="session")
 def train(splits):
-    """Return `train(spec, folder, **kwargs)` -> mean validation metrics; every file of the run goes into the folder."""
+    """Return `train(spec, folder, **kwargs)` -> mean validation metrics.
+
+    Every file of the run goes into the folder.
+    """
     from gdlib.train.loop import fit
 
     def run(spec, folder, **kwargs):
         files = {name: Path(folder) / f"{name}.safetensors" for name in ("weights", "last")}
         files |= {"history": Path(folder) / "history.csv", "state": Path(folder) / "state"}
-        return fit(spec, **{"train": splits["train"], "val": splits["val"], "device": "cpu", **files, **kwargs})
+        return fit(
+            spec,
+            **{"train": splits["train"], "val": splits["val"], "device": "cpu", **files, **kwargs},
+        )
 
     return run
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory, make_spec, train):
-    """Return the weights file of a teacher that has learnt to tell bright from dark, on one core in seconds."""
+    """Return the weights file of a teacher that has learnt to tell bright from dark, on one core in
+    seconds."""
     folder = tmp_path_factory.mktemp("teacher")
     optimizer = {"lr": 0.02}
-    spec = make_spec("teacher", widths=(4, 4, 8, 8, 8), steps=40, batch_size=4, validate_every=20, optimizer=optimizer)
+    spec = make_spec(
+        "teacher",
+        widths=(4, 4, 8, 8, 8),
+        steps=40,
+        batch_size=4,
+        validate_every=20,
+        optimizer=optimizer,
+    )
     train(spec, folder)
     return folder / "weights.safetensors"

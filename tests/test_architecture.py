@@ -1,4 +1,5 @@
-"""Who may import whom, and other promises about the shape of the code, checked on its syntax trees."""
+"""Who may import whom, and other promises about the shape of the code, checked on its syntax
+trees."""
 
 import ast
 import inspect
@@ -22,7 +23,8 @@ def name_of(path):
 
 MODULES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
 
-# The rooms, from the ground up, and what each may import beside its own files and the ground: rooms that stand before it.
+# The rooms, from the ground up, and what each may import beside its own files and the ground: rooms
+# that stand before it.
 GROUND = {"boxes", "devices", "limits", "processes", "progress", "registry", "text", "types"}
 ROOMS = {
     "io": "",
@@ -43,7 +45,8 @@ ROOMS = {
     "__main__": "cli",
 }
 
-# What Snakemake parses for every job, and what works on files alone, starts without the seconds that torch takes.
+# What Snakemake parses for every job, and what works on files alone, starts without the seconds
+# that torch takes.
 WITH_TORCH = re.compile(
     r"gdlib\.(processes|kernels|models|distill|predict|train|data\.(augment|patches)|volumes\.(footprint|large))(\..*)?"
 )
@@ -52,13 +55,18 @@ WITH_TORCH = re.compile(
 def public_names(tree):
     """Return `__all__` of a file, None where it has none."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and [getattr(target, "id", None) for target in node.targets] == ["__all__"]:
+        if isinstance(node, ast.Assign) and [
+            getattr(target, "id", None) for target in node.targets
+        ] == ["__all__"]:
             return ast.literal_eval(node.value)
     return None
 
 
 def imported(tree, everywhere):
-    """Yield the modules that a syntax tree imports; a name of gdlib is a module of ours or else its package."""
+    """Yield the modules that a syntax tree imports.
+
+    A name of gdlib is a module of ours or else its package.
+    """
     nodes = ast.walk(tree) if everywhere else at_import(tree.body)
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -75,11 +83,14 @@ def at_import(body):
     for node in body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
-            yield from at_import([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)])
+            yield from at_import(
+                [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+            )
 
 
 def loaded(name):
-    """Return all modules, ours and others, that are loaded when one of ours is imported, as far as our files say."""
+    """Return all modules, ours and others, that are loaded when one of ours is imported, as far as
+    our files say."""
     seen, waiting = set(), [name]
     while waiting:
         module = waiting.pop()
@@ -88,12 +99,16 @@ def loaded(name):
         seen.add(module)
         if module in MODULES:
             waiting += imported(MODULES[module], everywhere=False)
-            waiting += [module.rpartition(".")[0]] if "." in module else []  # a module brings its package
+            # a module brings its package
+            waiting += [module.rpartition(".")[0]] if "." in module else []
     return seen
 
 
 def room_of(name):
-    """Return the room of a module, "ground" for what every room may use; the package's own file is everybody's."""
+    """Return the room of a module, "ground" for what every room may use.
+
+    The package's own file is everybody's.
+    """
     first = name.split(".")[1] if "." in name else "ground"
     return "ground" if first in GROUND else first
 
@@ -105,14 +120,23 @@ def test_imports_go_one_way():
         if name == "gdlib":
             continue  # `gdlib.load` asks for `trained` when it is called
         allowed = {room, "ground", *ROOMS.get(room, "").split()}
-        ours = {module for module in imported(tree, everywhere=True) if module.partition(".")[0] == "gdlib"}
-        wrong += [f"{name} imports {module}" for module in sorted(ours) if room_of(module) not in allowed]
+        ours = {
+            module
+            for module in imported(tree, everywhere=True)
+            if module.partition(".")[0] == "gdlib"
+        }
+        wrong += [
+            f"{name} imports {module}" for module in sorted(ours) if room_of(module) not in allowed
+        ]
     assert not wrong
 
 
 def test_rooms_are_those_that_exist():
     assert {room_of(name) for name in MODULES} == {"ground", *ROOMS}
-    assert {name.removeprefix("gdlib.") for name in MODULES if room_of(name) == "ground"} == {"gdlib", *GROUND}
+    assert {name.removeprefix("gdlib.") for name in MODULES if room_of(name) == "ground"} == {
+        "gdlib",
+        *GROUND,
+    }
     for room, others in ROOMS.items():
         before = list(ROOMS)[: list(ROOMS).index(room)]
         assert set(others.split()) <= set(before), room
@@ -128,16 +152,26 @@ def test_torch_free():
 
 
 def test_torch_free_in_practice():
-    names = [name for name in MODULES if not WITH_TORCH.fullmatch(name) and name != "gdlib.__main__"]
+    names = [
+        name for name in MODULES if not WITH_TORCH.fullmatch(name) and name != "gdlib.__main__"
+    ]
     code = (
-        "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; print('torch' in sys.modules)"
+        "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; "
+        "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
 def test_to_segment_an_image_nothing_of_training_is_imported():
-    for name in ("gdlib.cli.segment", "gdlib.predict.predictor", "gdlib.trained", "gdlib.volumes.large"):
+    for name in (
+        "gdlib.cli.segment",
+        "gdlib.predict.predictor",
+        "gdlib.trained",
+        "gdlib.volumes.large",
+    ):
         rooms = {room_of(module) for module in everything(name) if module in MODULES}
         assert not rooms & {"train", "distill"}, name
 
@@ -165,7 +199,9 @@ def test_config_stays_light():
 
 
 def test_no_cycles():
-    graph = {name: set(imported(tree, everywhere=False)) & set(MODULES) for name, tree in MODULES.items()}
+    graph = {
+        name: set(imported(tree, everywhere=False)) & set(MODULES) for name, tree in MODULES.items()
+    }
     done, path = set(), []
 
     def visit(name):
@@ -181,7 +217,11 @@ def test_no_cycles():
 
 
 def public(body):
-    return [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    return [
+        n
+        for n in body
+        if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")
+    ]
 
 
 def test_everything_public_has_a_docstring():
@@ -191,27 +231,51 @@ def test_everything_public_has_a_docstring():
         for node in public(tree.body):
             without += [f"{name}.{node.name}"] * (not ast.get_docstring(node))
             if isinstance(node, ast.ClassDef) and (listed is None or node.name in listed):
-                without += [f"{name}.{node.name}.{m.name}" for m in public(node.body) if not ast.get_docstring(m)]
+                without += [
+                    f"{name}.{node.name}.{m.name}"
+                    for m in public(node.body)
+                    if not ast.get_docstring(m)
+                ]
     assert not without
 
 
 def test_no_module_and_no_function_is_long():
     """A guide for the reader, not a number to fill."""
-    long = [name for name, path in zip(MODULES, FILES, strict=True) if len(path.read_text().splitlines()) > 450]
+    long = [
+        name
+        for name, path in zip(MODULES, FILES, strict=True)
+        if len(path.read_text().splitlines()) > 450
+    ]
     assert not long
 
 
-PLUGINS = [(kind, name) for kind in (registry.SOURCES, registry.NETWORKS, registry.TERMS) for name in kind.names()]
+PLUGINS = [
+    (kind, name)
+    for kind in (registry.SOURCES, registry.NETWORKS, registry.TERMS)
+    for name in kind.names()
+]
 
 
 def test_plug_ins_are_found():
-    sources = {"ac34", "bbbc039", "cremi", "dsb2018", "folder", "neurites_phantom", "nuclei_phantom"}
+    sources = {
+        "ac34",
+        "bbbc039",
+        "cremi",
+        "dsb2018",
+        "folder",
+        "neurites_phantom",
+        "nuclei_phantom",
+    }
     assert sources <= set(registry.SOURCES.names())
-    assert {"mala", "mobilenetv2", "nestedunet", "resunet", "resunet3d", "segformer"} <= set(registry.NETWORKS.names())
+    assert {"mala", "mobilenetv2", "nestedunet", "resunet", "resunet3d", "segformer"} <= set(
+        registry.NETWORKS.names()
+    )
     assert {"supervised", "foreground", "agd", "igd"} <= set(registry.TERMS.names())
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS, ids=[f"{kind.package}.{name}" for kind, name in PLUGINS])
+@pytest.mark.parametrize(
+    ("kind", "name"), PLUGINS, ids=[f"{kind.package}.{name}" for kind, name in PLUGINS]
+)
 def test_a_plug_in_file_has_one_public_name_with_options_by_keyword(kind, name):
     tree = MODULES[f"{kind.package}.{name}"]
     (only,) = public_names(tree)
@@ -257,7 +321,11 @@ def test_no_absolute_paths():
             text = path.read_text()
         except UnicodeDecodeError:
             continue
-        found += [f"{path.relative_to(ROOT)}: {line}" for line in text.splitlines() if ABSOLUTE.search(line)]
+        found += [
+            f"{path.relative_to(ROOT)}: {line}"
+            for line in text.splitlines()
+            if ABSOLUTE.search(line)
+        ]
     assert not found
 
 

@@ -1,4 +1,5 @@
-"""Augmented patches: where their pixels come from, how their intensities change, and what they depend on."""
+"""Augmented patches: where their pixels come from, how their intensities change, and what they
+depend on."""
 
 import itertools
 import math
@@ -11,7 +12,14 @@ from scipy import ndimage
 
 from gdlib import io
 from gdlib.data import patches
-from gdlib.data.augment import _enlarged, augment_intensity, augment_sections, mirrored, sample_patch, sampling_grid
+from gdlib.data.augment import (
+    _enlarged,
+    augment_intensity,
+    augment_sections,
+    mirrored,
+    sample_patch,
+    sampling_grid,
+)
 from gdlib.data.intensity import normalise
 from gdlib.data.patches import PatchSampler
 
@@ -41,8 +49,11 @@ def blocks(shape, seed=0, side=5):
 
 
 def ramps(shape):
-    """An image whose channels are its own coordinates: linear interpolation of it says where it was sampled."""
-    return torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in shape), indexing="ij"))
+    """An image whose channels are its own coordinates: linear interpolation of it says where it was
+    sampled."""
+    return torch.stack(
+        torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in shape), indexing="ij")
+    )
 
 
 # --- Geometry -------------------------------------------------------------------------------------------------------
@@ -99,7 +110,8 @@ def test_flips_and_turns_permute_pixels(sides, options, allowed, depth):
 
 
 @pytest.mark.parametrize(
-    ("shape", "patch"), [((9, 12), (4, 5)), ((9, 12), (9, 12)), ((3, 6, 7), (2, 6, 4)), ((1, 6, 7), (1, 3, 3))]
+    ("shape", "patch"),
+    [((9, 12), (4, 5)), ((9, 12), (9, 12)), ((3, 6, 7), (2, 6, 4)), ((1, 6, 7), (1, 3, 3))],
 )
 def test_without_augmentation_patches_are_crops_from_everywhere(shape, patch):
     image, label = ramps(shape), torch.arange(math.prod(shape)).reshape(shape)
@@ -114,7 +126,9 @@ def test_without_augmentation_patches_are_crops_from_everywhere(shape, patch):
         assert torch.equal(out_label, label[window])
         torch.testing.assert_close(out, image[(slice(None), *window)], rtol=0, atol=1e-5)
     assert min(count.values()) > 0
-    assert sum((n - 20) ** 2 / 20 for n in count.values()) < len(count) + 5 * math.sqrt(2 * len(count))
+    assert sum((n - 20) ** 2 / 20 for n in count.values()) < len(count) + 5 * math.sqrt(
+        2 * len(count)
+    )
 
 
 def test_images_of_a_batch_may_have_different_sizes():
@@ -138,14 +152,22 @@ GEOMETRY = {
     "rotated": {"rotate": 45.0},
     "misaligned": {"misalign": 4.0},
     "all": {
-        **{"scale": (0.6, 1.6), "elastic": 2.0, "elastic_spacing": 8, "rotate": 20.0, "misalign": 3.0},
+        **{
+            "scale": (0.6, 1.6),
+            "elastic": 2.0,
+            "elastic_spacing": 8,
+            "rotate": 20.0,
+            "misalign": 3.0,
+        },
         "probability": 0.7,
     },
 }
 
 
 @pytest.mark.parametrize("options", GEOMETRY.values(), ids=GEOMETRY)
-@pytest.mark.parametrize(("shape", "patch"), [((40, 50), (32, 32)), ((33, 31), (33, 30)), ((5, 40, 36), (4, 24, 30))])
+@pytest.mark.parametrize(
+    ("shape", "patch"), [((40, 50), (32, 32)), ((33, 31), (33, 30)), ((5, 40, 36), (4, 24, 30))]
+)
 def test_image_and_label_come_from_the_same_place(shape, patch, options):
     """Read the place from an image of coordinates; the label there must be the nearest one."""
     label = blocks(shape)
@@ -163,7 +185,8 @@ def test_image_and_label_come_from_the_same_place(shape, patch, options):
 
 @pytest.mark.parametrize("options", GEOMETRY.values(), ids=GEOMETRY)
 def test_an_image_of_the_label_stays_the_label(options):
-    """Away from borders of objects, where interpolation mixes ids, nothing moves against the other."""
+    """Away from borders of objects, where interpolation mixes ids, nothing moves against the
+    other."""
     label = blocks((60, 60), side=10)
     for grid in grid_of((60, 60), (48, 48), count=6, **options):
         image, found = resampled(label[None].float(), label, grid)
@@ -203,10 +226,15 @@ def test_outside_a_single_slice_is_that_slice():
 def test_mirrored_is_a_reflection_at_the_outer_pixels_as_often_as_needed(n):
     for far in (1, n, 5 * n + 3):
         index = torch.arange(-far, n + far, dtype=torch.float32)[:, None]
-        assert mirrored(index, [n])[:, 0].tolist() == np.pad(np.arange(n), far, mode="reflect").tolist()
+        assert (
+            mirrored(index, [n])[:, 0].tolist()
+            == np.pad(np.arange(n), far, mode="reflect").tolist()
+        )
         if n > 1:  # and between pixels, on the straight line of the two nearest
             between = mirrored(index[:-1] + 0.25, [n])
-            torch.testing.assert_close(between, 0.75 * mirrored(index[:-1], [n]) + 0.25 * mirrored(index[1:], [n]))
+            torch.testing.assert_close(
+                between, 0.75 * mirrored(index[:-1], [n]) + 0.25 * mirrored(index[1:], [n])
+            )
     two = torch.tensor([[-1.0, 7.0], [3.0, -2.5]])
     assert mirrored(two, [3, 7]).tolist() == [[1, 5], [1, 2.5]]  # each axis by its own side
 
@@ -231,7 +259,8 @@ def steps(grid):
 
 
 def test_zoom():
-    """A factor of 2 shows objects twice as large: half a pixel of the image per pixel of the patch."""
+    """A factor of 2 shows objects twice as large: half a pixel of the image per pixel of the
+    patch."""
     for step in steps(grid_of((64, 64), (20, 20), scale=(2.0, 2.0), **EXACT)):
         torch.testing.assert_close(step, torch.full_like(step, 0.5))
     grid = grid_of((64, 64), (20, 20), count=2000, scale=(0.5, 2.0), **EXACT)
@@ -254,7 +283,8 @@ def test_zoom_keeps_the_centre():
 
 @pytest.mark.parametrize("depth", [None, 3])
 def test_turn(depth):
-    """By an angle within the range, around the centre, in the plane, without a change of size or shape."""
+    """By an angle within the range, around the centre, in the plane, without a change of size or
+    shape."""
     front = () if depth is None else (depth,)
     options = {"rotate": 30.0, "probability": 0.8, **EXACT}
     grid = grid_of((*front, 64, 64), (*front, 21, 33), count=1000, **options)
@@ -263,11 +293,16 @@ def test_turn(depth):
         torch.testing.assert_close(grid[:, :1].expand_as(grid)[..., 1:], grid[..., 1:])
         grid = grid[:, 0, ..., 1:]
     down, right = grid[:, 1, 0] - grid[:, 0, 0], grid[:, 0, 1] - grid[:, 0, 0]
-    torch.testing.assert_close(grid.diff(dim=1), down[:, None, None].expand(-1, 20, 33, 2), rtol=0, atol=1e-4)
-    torch.testing.assert_close(grid.diff(dim=2), right[:, None, None].expand(-1, 21, 32, 2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        grid.diff(dim=1), down[:, None, None].expand(-1, 20, 33, 2), rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(
+        grid.diff(dim=2), right[:, None, None].expand(-1, 21, 32, 2), rtol=0, atol=1e-4
+    )
     one = torch.ones(len(grid))
     torch.testing.assert_close(down.norm(dim=1), one, rtol=0, atol=1e-4)
-    torch.testing.assert_close(right, torch.stack([-down[:, 1], down[:, 0]], 1), rtol=0, atol=1e-4)  # not mirrored
+    # not mirrored
+    torch.testing.assert_close(right, torch.stack([-down[:, 1], down[:, 0]], 1), rtol=0, atol=1e-4)
     centre = grid.mean((1, 2))
     torch.testing.assert_close(centre, centre.round(), rtol=0, atol=1e-3)
     angle = torch.atan2(right[:, 0], right[:, 1]) * 180 / math.pi
@@ -279,7 +314,8 @@ def test_turn(depth):
 
 
 def shifts_of(grid):
-    """Where each section is, in y and x, against the first: (B, Z, 2), of grids that are otherwise crops."""
+    """Where each section is, in y and x, against the first: (B, Z, 2), of grids that are otherwise
+    crops."""
     corner = grid[:, :, 0, 0, 1:]
     expected = grid[:, :1, ..., 1:] + (corner - corner[:, :1])[:, :, None, None]
     torch.testing.assert_close(grid[..., 1:], expected, rtol=0, atol=0)  # sections stay whole
@@ -287,7 +323,10 @@ def shifts_of(grid):
 
 
 def test_misalignment():
-    """Whole pixels, up to the largest; one section or all from one on, both equally often, every section equally often."""
+    """Whole pixels, up to the largest.
+
+    One section or all from one on, both equally often, every section equally often.
+    """
     draws, sections, most = 3000, 6, 3
     options = {"misalign": float(most), "probability": 0.6, **EXACT}
     grid = grid_of((sections, 30, 30), (sections, 8, 8), count=draws, **options)
@@ -315,7 +354,8 @@ def test_misalignment():
     assert (seen > 0).sum() == 48  # every displacement but none occurs
     # Ends of the range are rounded from half as much.
     assert seen[0].sum() == pytest.approx(seen.sum() / 12, rel=0.4)
-    # A shift of (0, 0) does not show, nor one of all sections; an outer section alone looks like one jump.
+    # A shift of (0, 0) does not show, nor one of all sections; an outer section alone looks like
+    # one jump.
     seen_share = 0.6 * (1 - 1 / 36)
     assert kind["alone"] / draws == pytest.approx(seen_share / 2 * 4 / 6, abs=0.03)
     assert kind["following"] / draws == pytest.approx(seen_share / 2 * (5 / 6 + 2 / 6), abs=0.03)
@@ -328,10 +368,15 @@ def test_misalignment_is_for_volumes_and_happens_on_its_own():
     flat = grid_of((30, 30), (8, 8), count=50, misalign=5.0, **EXACT)
     assert torch.equal(flat, grid_of((30, 30), (8, 8), count=50, **EXACT))
     # Half of the patches are deformed, half misaligned, a quarter both.
-    grid = grid_of((5, 64, 64), (5, 9, 9), count=2000, misalign=9.0, scale=(2.0, 2.0), probability=0.5, **EXACT)
+    grid = grid_of(
+        (5, 64, 64), (5, 9, 9), count=2000, misalign=9.0, scale=(2.0, 2.0), probability=0.5, **EXACT
+    )
     zoomed = (grid[:, 0, 1, 0, 1] - grid[:, 0, 0, 0, 1]) < 0.75
     moved = shifts_of(grid).flatten(1).any(1)
-    share = {key: float(mask.float().mean()) for key, mask in {"z": zoomed, "m": moved, "both": zoomed & moved}.items()}
+    share = {
+        key: float(mask.float().mean())
+        for key, mask in {"z": zoomed, "m": moved, "both": zoomed & moved}.items()
+    }
     assert share["z"] == pytest.approx(0.5, abs=0.05)
     assert share["both"] == pytest.approx(share["z"] * share["m"], abs=0.03)
 
@@ -360,15 +405,23 @@ def test_a_margin_leaves_the_patch_where_it_is(shape, patch, margin, options):
     assert wide.shape == (20, *(p + 2 * m for p, m in zip(patch, margin, strict=True)), len(shape))
     inner = tuple(slice(m, m + p) for m, p in zip(margin, patch, strict=True))
     exact = not options
-    torch.testing.assert_close(wide[(slice(None), *inner)], plain, rtol=0, atol=0 if exact else 1e-4)
+    torch.testing.assert_close(
+        wide[(slice(None), *inner)], plain, rtol=0, atol=0 if exact else 1e-4
+    )
     for axis in range(1, len(shape) + 1):  # and goes on straight
         step = wide.diff(dim=axis)
-        torch.testing.assert_close(step, step.narrow(axis, 0, 1).expand_as(step), rtol=0, atol=0 if exact else 1e-4)
-    assert torch.equal(grid_of(shape, patch, count=3, margin=(0,) * len(shape)), grid_of(shape, patch, count=3))
+        torch.testing.assert_close(
+            step, step.narrow(axis, 0, 1).expand_as(step), rtol=0, atol=0 if exact else 1e-4
+        )
+    assert torch.equal(
+        grid_of(shape, patch, count=3, margin=(0,) * len(shape)), grid_of(shape, patch, count=3)
+    )
 
 
 def test_a_margin_is_displaced_smoothly_too():
-    grid = grid_of((200, 200), (32, 32), count=10, margin=(40, 40), elastic=3.0, elastic_spacing=16, **EXACT)
+    grid = grid_of(
+        (200, 200), (32, 32), count=10, margin=(40, 40), elastic=3.0, elastic_spacing=16, **EXACT
+    )
     assert grid.shape == (10, 112, 112, 2)
     for dim in (1, 2):
         step = grid.diff(dim=dim)[..., dim - 1]
@@ -379,12 +432,15 @@ def test_a_margin_is_displaced_smoothly_too():
 
 @pytest.mark.parametrize("depth", [None, 5])
 def test_displacement(depth):
-    """Smooth, of about the stated size, free of drift, the same in every slice, and independent in y and x."""
+    """Smooth, of about the stated size, free of drift, the same in every slice, and independent in
+    y and x."""
     front = () if depth is None else (depth,)
     shape, patch = (*front, 200, 200), (*front, 96, 80)
     options = {"elastic_spacing": 16, **EXACT}
     moved = grid_of(shape, patch, seed=1, count=40, elastic=5.0, **options)
-    base = torch.stack(torch.meshgrid(*(torch.arange(p) - (p - 1) / 2 for p in patch), indexing="ij"), -1)
+    base = torch.stack(
+        torch.meshgrid(*(torch.arange(p) - (p - 1) / 2 for p in patch), indexing="ij"), -1
+    )
     shift = moved - base  # displacement and the place of the patch
     if depth is not None:
         assert (shift[..., 0].flatten(1).std(1) < 1e-4).all()
@@ -406,7 +462,15 @@ def test_displacement(depth):
 
 
 def test_probability_is_the_share_of_deformed_patches():
-    grid = grid_of((64, 64), (16, 16), count=1000, scale=(0.5, 0.9), elastic=2.0, elastic_spacing=8, probability=0.3)
+    grid = grid_of(
+        (64, 64),
+        (16, 16),
+        count=1000,
+        scale=(0.5, 0.9),
+        elastic=2.0,
+        elastic_spacing=8,
+        probability=0.3,
+    )
     whole = (grid == grid.round()).flatten(1).all(1)
     assert float(whole.float().mean()) == pytest.approx(0.7, abs=0.05)
     zoomed = grid_of((64, 64), (16, 16), count=1000, scale=(0.5, 0.9), probability=0.3, **EXACT)
@@ -424,9 +488,12 @@ def test_neutral_settings_change_nothing(shape):
     image = torch.rand(shape, generator=rng()) * 2 - 0.5
     assert torch.equal(augment_intensity(image, rng()), image)
     assert torch.equal(augment_intensity(image, rng(), probability=1.0), image)
-    # What is below 10^-6 is lifted to that before it gets an exponent; some roundings of numbers below 4 come on top.
+    # What is below 10^-6 is lifted to that before it gets an exponent; some roundings of numbers
+    # below 4 come on top.
     limit = 1e-6 + 4 * torch.finfo(torch.float32).eps * 2
-    torch.testing.assert_close(augment_intensity(image, rng(), **STRONG, probability=0.0), image, rtol=0, atol=limit)
+    torch.testing.assert_close(
+        augment_intensity(image, rng(), **STRONG, probability=0.0), image, rtol=0, atol=limit
+    )
 
 
 @pytest.mark.parametrize("shape", [(500, 1, 8, 9), (500, 2, 2, 8, 9)])
@@ -489,12 +556,18 @@ def test_gamma_leaves_what_is_outside_as_it_is():
 
 @pytest.mark.parametrize("shape", [(4, 2, 20, 24), (4, 2, 3, 20, 24)])
 def test_blur_is_gaussian_in_every_plane(shape):
-    """Recover the one unknown, the width, from one plane; then every other plane must agree with scipy."""
+    """Recover the one unknown, the width, from one plane.
+
+    Then every other plane must agree with scipy.
+    """
     image = torch.rand(shape, generator=rng(5))
     out = augment_intensity(image, rng(6), blur=1.5, probability=1.0)
     widths = []
     for b in range(len(image)):
-        planes, blurred = image[b].flatten(0, -3).double().numpy(), out[b].flatten(0, -3).double().numpy()
+        planes, blurred = (
+            image[b].flatten(0, -3).double().numpy(),
+            out[b].flatten(0, -3).double().numpy(),
+        )
 
         def apply(plane, sigma):
             return ndimage.gaussian_filter(plane, sigma, mode="mirror", radius=6)
@@ -535,7 +608,8 @@ def test_sections_depend_on_the_seed_and_are_made_anew(name):
     image = volume()
     before = image.clone()
     first, again, other = (
-        augment_sections(image, rng(s), **{name: SECTIONS[name]}, probability=0.5) for s in (3, 3, 4)
+        augment_sections(image, rng(s), **{name: SECTIONS[name]}, probability=0.5)
+        for s in (3, 3, 4)
     )
     assert torch.equal(image, before)
     assert torch.equal(first, again)
@@ -547,7 +621,8 @@ def test_sections_depend_on_the_seed_and_are_made_anew(name):
 @pytest.mark.parametrize("name", ["contrast", "brightness"])
 def test_every_section_has_its_own_intensity(name):
     image = volume()
-    out = augment_sections(image, rng(2), **{name: SECTIONS[name]}, probability=0.0)  # it is for every section
+    # it is for every section
+    out = augment_sections(image, rng(2), **{name: SECTIONS[name]}, probability=0.0)
     a, b = apart(image).flatten(1), apart(out).flatten(1)
     change = b / a if name == "contrast" else b - a
     assert (change.std(1) < 1e-5).all()  # channels and pixels alike
@@ -580,7 +655,9 @@ def test_some_sections_are_blurred():
     same = (apart(out) == apart(image)).flatten(1).all(1)
     assert float(same.float().mean()) == pytest.approx(0.7, abs=0.07)
     widths = []
-    for before, after in zip(apart(image)[changed].numpy(), apart(out)[changed].numpy(), strict=True):
+    for before, after in zip(
+        apart(image)[changed].numpy(), apart(out)[changed].numpy(), strict=True
+    ):
 
         def errors(sigma, before=before, after=after):
             return [
@@ -597,7 +674,10 @@ def test_some_sections_are_blurred():
 
 
 def test_some_sections_are_blurred_by_motion():
-    """Each is the mean of copies of itself along one of four directions; the border goes on with its outer pixels."""
+    """Each is the mean of copies of itself along one of four directions.
+
+    The border goes on with its outer pixels.
+    """
     most = SECTIONS["motion"]
     image = volume(sides=(8, 9))
     out = augment_sections(image, rng(2), motion=most, probability=0.3)
@@ -606,13 +686,20 @@ def test_some_sections_are_blurred_by_motion():
     assert torch.equal(apart(out)[~changed], apart(image)[~changed])
     y, x = np.mgrid[:8, :9]
     lines = {}  # for an even length there are two centres
-    for (dy, dx), length in itertools.product([(1, 0), (0, 1), (1, 1), (1, -1)], range(2, most + 1)):
+    for (dy, dx), length in itertools.product(
+        [(1, 0), (0, 1), (1, 1), (1, -1)], range(2, most + 1)
+    ):
         for cy, cx in itertools.product((0, (length - 1) % 2), repeat=2):
             middle = (length - 1) // 2
-            steps = [(k - middle - cy, (k if dx > 0 else length - 1 - k) - middle - cx) for k in range(length)]
+            steps = [
+                (k - middle - cy, (k if dx > 0 else length - 1 - k) - middle - cx)
+                for k in range(length)
+            ]
             lines[dy, dx, length, cy, cx] = [(a * abs(dy), b * abs(dx)) for a, b in steps]
     seen = set()
-    for before, after in zip(apart(image)[changed].numpy(), apart(out)[changed].numpy(), strict=True):
+    for before, after in zip(
+        apart(image)[changed].numpy(), apart(out)[changed].numpy(), strict=True
+    ):
         found = set()
         for line, steps in lines.items():
             copies = [before[:, (y + a).clip(0, 7), (x + b).clip(0, 8)] for a, b in steps]
@@ -628,7 +715,10 @@ def test_some_sections_are_blurred_by_motion():
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Return {ndim: file} with four images each; grey value and label both tell the image and the place."""
+    """Return {ndim: file} with four images each.
+
+    Grey value and label both tell the image and the place.
+    """
     files = {}
     for ndim, shape in ((2, (30, 40)), (3, (6, 24, 20))):
         files[ndim] = tmp_path_factory.mktemp("samples") / "train.h5"
@@ -636,7 +726,11 @@ def samples(tmp_path_factory):
         for i in range(4):
             label = blocks(shape, seed=i).numpy()
             label = np.where(label > 0, label + 100 * i, 0)
-            out.append(io.Sample(f"s{i}", (label + 40 * i)[None].astype(np.uint16), label.astype(np.uint32)))
+            out.append(
+                io.Sample(
+                    f"s{i}", (label + 40 * i)[None].astype(np.uint16), label.astype(np.uint32)
+                )
+            )
         io.write_samples(files[ndim], out)
     return files
 
@@ -652,8 +746,15 @@ PERCENTILES = {"lower": 0.0, "upper": 100.0}
 
 
 def sampler(samples, ndim=2, seed=0, augment=None, batch_size=3, **options):
-    options = {"patch": PATCH[ndim], "batch_size": batch_size, "normalisation": PERCENTILES, **options}
-    return PatchSampler(samples[ndim], **options, augment=FULL if augment is None else augment, seed=seed)
+    options = {
+        "patch": PATCH[ndim],
+        "batch_size": batch_size,
+        "normalisation": PERCENTILES,
+        **options,
+    }
+    return PatchSampler(
+        samples[ndim], **options, augment=FULL if augment is None else augment, seed=seed
+    )
 
 
 def equal(a, b):
@@ -696,14 +797,21 @@ def test_batch_shapes_and_types(samples, ndim):
     assert batch.image.shape == (3, 1, *PATCH[ndim])
     assert batch.label.shape == (3, *PATCH[ndim])
     assert batch.ids.shape == (3,)
-    assert (batch.image.dtype, batch.label.dtype, batch.ids.dtype) == (torch.float32, torch.int64, torch.int64)
+    assert (batch.image.dtype, batch.label.dtype, batch.ids.dtype) == (
+        torch.float32,
+        torch.int64,
+        torch.int64,
+    )
     assert torch.isfinite(batch.image).all()
     assert batch.ignore is None
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_patches_are_of_the_images_that_were_chosen(samples, ndim):
-    """Every image as often as every other; the plain patch is the normalised image where its label is."""
+    """Every image as often as every other.
+
+    The plain patch is the normalised image where its label is.
+    """
     count = np.zeros(4)
     made = sampler(samples, ndim, augment=NONE)
     stored = list(io.read_samples(samples[ndim]))
@@ -733,14 +841,19 @@ def test_every_patch_of_a_batch_is_drawn_anew(samples):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Return {ndim: file}: two images whose channels are their own coordinates; the second ignores one of its objects."""
+    """Return {ndim: file}: two images whose channels are their own coordinates.
+
+    The second ignores one of its objects.
+    """
     files = {}
     for ndim, shape in ((2, (30, 40)), (3, (6, 24, 20))):
         files[ndim] = tmp_path_factory.mktemp("places") / "train.h5"
         out = []
         for i in range(2):
             label = blocks(shape, seed=i).numpy().astype(np.uint32) + 20 * i
-            out.append(io.Sample(f"s{i}", ramps(shape).numpy(), label, ignore=label == 24 if i else None))
+            out.append(
+                io.Sample(f"s{i}", ramps(shape).numpy(), label, ignore=label == 24 if i else None)
+            )
         io.write_samples(files[ndim], out)
     return files
 
@@ -755,7 +868,9 @@ def test_label_and_ignore_are_those_at_the_centre_of_the_image(places, ndim, mar
     stored = list(io.read_samples(places[ndim]))
     augment = NONE | {"geometry": GEOMETRY["all"]}
     sides = MARGIN[ndim] if margin else (0,) * ndim
-    made = sampler(places, ndim, augment=augment, margin=sides, normalisation={"lower": 0.0, "upper": 100.0})
+    made = sampler(
+        places, ndim, augment=augment, margin=sides, normalisation={"lower": 0.0, "upper": 100.0}
+    )
     ignored = 0
     for step in range(20):
         batch = made.batch(step)
@@ -773,7 +888,9 @@ def test_label_and_ignore_are_those_at_the_centre_of_the_image(places, ndim, mar
             at = tuple(place.round().long().numpy())
             np.testing.assert_array_equal(batch.label[k].numpy()[clear], stored[i].label[at][clear])
             if batch.ignore is not None:
-                np.testing.assert_array_equal(batch.ignore[k].numpy(), (batch.label[k] == 24).numpy())
+                np.testing.assert_array_equal(
+                    batch.ignore[k].numpy(), (batch.label[k] == 24).numpy()
+                )
                 ignored += int(batch.ignore[k].sum())
             else:
                 assert not (batch.label[k] == 24).any()

@@ -18,7 +18,8 @@ OFFSETS = [(-1, 0), (0, -1), (-3, 0), (0, -3)]
 
 
 def record(ids, moment=0):
-    """What a teacher could have said: the id itself, so that id and record can be compared, and when it was said."""
+    """What a teacher could have said: the id itself, so that id and record can be compared, and
+    when it was said."""
     ids = torch.as_tensor(ids)
     return {"id": ids[:, None].float(), "when": torch.full((len(ids), 2, 2), float(moment))}
 
@@ -26,7 +27,13 @@ def record(ids, moment=0):
 def drawn(memory):
     """Ids and moments of the valid entries of a sample."""
     valid = memory["valid"]
-    return list(zip(memory["id"][valid, 0].int().tolist(), memory["when"][valid, 0, 0].int().tolist(), strict=True))
+    return list(
+        zip(
+            memory["id"][valid, 0].int().tolist(),
+            memory["when"][valid, 0, 0].int().tolist(),
+            strict=True,
+        )
+    )
 
 
 # --- The ring -------------------------------------------------------------------------------------------------------
@@ -40,21 +47,31 @@ def test_ring_keeps_the_newest_and_never_returns_a_current_image(capacity, batch
         bank = MemoryBank(capacity=capacity, sample_size=sample_size)
         newest = []  # (id, step), the oldest first
         for step in range(25):
-            # Ten images, so that some of the current ones are in the bank: from steps before, seldom twice.
+            # Ten images, so that some of the current ones are in the bank: from steps before,
+            # seldom twice.
             current = rng.choice(12, batch, replace=False)
             memory = bank.sample(torch.from_numpy(current), step)
             qualifying = [entry for entry in newest if entry[0] not in current]
             if step == 0:
                 assert memory == {}
             else:
-                assert len(memory["valid"]) == len(memory["id"]) == len(memory["when"]) == min(sample_size, capacity)
+                assert (
+                    len(memory["valid"])
+                    == len(memory["id"])
+                    == len(memory["when"])
+                    == min(sample_size, capacity)
+                )
                 found = drawn(memory)
                 assert len(found) == len(set(found)) == min(sample_size, len(qualifying))
                 assert set(found) <= set(qualifying)
             bank.enqueue(torch.from_numpy(current), record(current, step))
             newest = [*newest, *((int(i), step) for i in current)][-capacity:]
             filled = bank.ids >= 0
-            kept = zip(bank.ids[filled].tolist(), bank.records["when"][filled, 0, 0].int().tolist(), strict=True)
+            kept = zip(
+                bank.ids[filled].tolist(),
+                bank.records["when"][filled, 0, 0].int().tolist(),
+                strict=True,
+            )
             assert sorted(kept) == sorted(newest)
             assert torch.equal(bank.records["id"][filled, 0].long(), bank.ids[filled])
 
@@ -66,7 +83,8 @@ def test_oldest_entry_is_replaced_first_and_no_other_moves():
         bank.enqueue(torch.tensor([i]), record([i]))
         seen.append(bank.ids.tolist())
     assert seen == [[0, -1, -1], [0, 1, -1], [0, 1, 2], [3, 1, 2], [3, 4, 2]]
-    bank.enqueue(torch.arange(10, 15), record(range(10, 15)))  # more than fit: the last three, in their places
+    # more than fit: the last three, in their places
+    bank.enqueue(torch.arange(10, 15), record(range(10, 15)))
     assert bank.ids.tolist() == [14, 12, 13]
 
 
@@ -79,14 +97,16 @@ def test_an_image_that_is_sampled_again_excludes_all_its_entries():
 
 
 def test_sampling_is_uniform_without_replacement():
-    """Every entry, every pair and every place in the order equally often, as chi-squared tells (limits: one in 10^4)."""
+    """Every entry, every pair and every place in the order equally often, as chi-squared tells
+    (limits: one in 10^4)."""
     capacity, sample_size, steps = 9, 4, 4000
     bank = MemoryBank(capacity=capacity, sample_size=sample_size, seed=3)
     bank.enqueue(torch.arange(capacity), record(range(capacity)))
     place = np.zeros((sample_size, capacity))
     pair = np.zeros((capacity, capacity))
     for step in range(steps):
-        found = [i for i, _ in drawn(bank.sample(torch.tensor([8]), step))]  # 8 is current: eight qualify
+        # 8 is current: eight qualify
+        found = [i for i, _ in drawn(bank.sample(torch.tensor([8]), step))]
         place[range(sample_size), found] += 1
         for a, b in itertools.permutations(found, 2):
             pair[a, b] += 1
@@ -161,7 +181,10 @@ def test_entries_are_copies_of_the_records():
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 @pytest.mark.parametrize(("capacity", "sample_size"), [(32, 12), (3, 2)])
 def test_original_ring_writes_like_the_original(capacity, sample_size, batch):
-    """A pointer runs to the capacity; there the sample goes to the last slot again, and the pointer back to 0."""
+    """A pointer runs to the capacity.
+
+    There the sample goes to the last slot again, and the pointer back to 0.
+    """
     bank = MemoryBank(capacity=capacity, sample_size=sample_size, original_ring=True)
     slots, pointer, others = [-1] * capacity, 0, 0
     for step in range(150):
@@ -177,7 +200,8 @@ def test_original_ring_writes_like_the_original(capacity, sample_size, batch):
         assert bank.ids.tolist() == slots
         assert bank.records["id"][bank.ids >= 0, 0].int().tolist() == [i for i in slots if i >= 0]
         found = [i for i, _ in drawn(bank.sample(torch.tensor(current), step))]
-        assert len(found) == len(set(found)) == min(sample_size, pointer)  # also when all slots are filled
+        # also when all slots are filled
+        assert len(found) == len(set(found)) == min(sample_size, pointer)
         assert set(found) <= set(slots)
         if pointer < sample_size:
             others += len(set(found) - set(slots[:pointer]))
@@ -185,8 +209,11 @@ def test_original_ring_writes_like_the_original(capacity, sample_size, batch):
 
 
 def test_original_ring_samples_like_the_original():
-    """Measured on the original, 3000 steps of two: 9.63 entries on average; one step in 33 without any; half of the steps meet
-    an image of their own batch, 0.61 of them on average."""
+    """Measured on the original, 3000 steps of two: 9.63 entries on average.
+
+    One step in 33 without any; half of the steps meet an image of their own batch, 0.61 of them on
+    average.
+    """
     bank = MemoryBank(capacity=32, sample_size=12, original_ring=True)
     count, own = [], []
     for step in range(3000):
@@ -205,7 +232,10 @@ def test_original_ring_samples_like_the_original():
 
 
 class Tiny(nn.Module):
-    """Smallest network with everything that matters here: weights, batch statistics, both heads; with a margin or without."""
+    """Smallest network with everything that matters here: weights, batch statistics, both heads.
+
+    With a margin or without.
+    """
 
     def __init__(self, seed, dim=4, margin=(0, 0)):
         super().__init__()
@@ -214,7 +244,9 @@ class Tiny(nn.Module):
         self.levels = {"only": (dim, (1,) * len(margin))}
         kernel = [2 * m + 1 if m else 3 for m in margin]
         padding = [0 if m else 1 for m in margin]
-        convolution, norm = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[len(margin)]
+        convolution, norm = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[
+            len(margin)
+        ]
         self.conv = convolution(1, dim + 1, kernel, padding=padding)
         self.norm = norm(dim + 1)
         with torch.no_grad():
@@ -246,10 +278,16 @@ TERMS = [
 
 
 def make_distiller(names=None, teacher=True, bank=None, seed=0, **options):
-    terms = [(name, weight, build_term(*what)) for name, weight, what in TERMS if names is None or name in names]
+    terms = [
+        (name, weight, build_term(*what))
+        for name, weight, what in TERMS
+        if names is None or name in names
+    ]
     bank = bank or MemoryBank(capacity=3, sample_size=2)
     torch.manual_seed(seed)
-    return Distiller(Tiny(seed + 1), Tiny(seed + 2) if teacher else None, terms, OFFSETS, bank, **options)
+    return Distiller(
+        Tiny(seed + 1), Tiny(seed + 2) if teacher else None, terms, OFFSETS, bank, **options
+    )
 
 
 def snapshot(module):
@@ -269,7 +307,11 @@ def test_the_teacher_never_changes_and_the_student_learns():
     assert not distiller.teacher.training
     assert not distiller.teacher.norm.training
     teacher, student = snapshot(distiller.teacher), snapshot(distiller.student)
-    assert all(id(p) in map(id, distiller.student.parameters()) for p in distiller.parameters() if p.requires_grad)
+    assert all(
+        id(p) in map(id, distiller.student.parameters())
+        for p in distiller.parameters()
+        if p.requires_grad
+    )
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
     for step in range(3):
         optimizer.zero_grad()
@@ -306,7 +348,9 @@ def test_total_is_the_sum_of_the_weighted_losses():
         assert list(losses) == [name for name, _, _ in TERMS]
         expected = sum(weight * float(losses[name].detach()) for name, weight, _ in TERMS)
         assert float(total.detach()) == pytest.approx(expected, rel=1e-6)
-        assert all(float(loss.detach()) > 0 for name, loss in losses.items() if step or "inter" not in name)
+        assert all(
+            float(loss.detach()) > 0 for name, loss in losses.items() if step or "inter" not in name
+        )
 
 
 def test_without_distillation_no_teacher_is_needed_or_kept():
@@ -326,9 +370,12 @@ def test_the_bank_is_asked_before_it_takes_the_current_images():
     assert distiller.bank.ids.tolist() == [5, 6, -1]
     _, losses = distiller(second, 1)
 
-    # The same with the first batch as memory, in full. The student's statistics are those of the batch: it is in training.
+    # The same with the first batch as memory, in full. The student's statistics are those of the
+    # batch: it is in training.
     truths = [Truth(batch.label, OFFSETS) for batch in (first, second)]
-    teacher = [View(distiller.teacher(b.image), t) for b, t in zip((first, second), truths, strict=True)]
+    teacher = [
+        View(distiller.teacher(b.image), t) for b, t in zip((first, second), truths, strict=True)
+    ]
     student = View(distiller.student(second.image), truths[1])
     for name in ("agd_inter", "edges_inter"):
         term = distiller.terms[distiller.names.index(name)]
@@ -384,7 +431,10 @@ def test_resumed_training_goes_on_with_the_same_losses():
     file.seek(0)
     fresh = make_distiller(seed=50).train()
     fresh.load_state_dict(torch.load(file, weights_only=True))
-    assert advance(fresh, torch.optim.SGD(fresh.student.parameters(), lr=0.01), range(4, 8)) == expected
+    assert (
+        advance(fresh, torch.optim.SGD(fresh.student.parameters(), lr=0.01), range(4, 8))
+        == expected
+    )
 
 
 def test_losses_are_float32_when_the_networks_are_not():
@@ -425,7 +475,9 @@ def make_wide_batch(seed, ids, margin, shape=(10, 11)):
 WIDE = itertools.product([(0, 0), (2, 1), (0, 1)], [(0, 0), (3, 5), (2, 1), (0, 4)])
 
 
-@pytest.mark.parametrize(("network", "margin"), [(n, m) for n, m in WIDE if n[0] <= m[0] and n[1] <= m[1]])
+@pytest.mark.parametrize(
+    ("network", "margin"), [(n, m) for n, m in WIDE if n[0] <= m[0] and n[1] <= m[1]]
+)
 def test_a_network_sees_what_it_needs_and_no_more(network, margin):
     batch = make_wide_batch(0, [0, 1], margin)
     seen = []
@@ -439,14 +491,18 @@ def test_a_network_sees_what_it_needs_and_no_more(network, margin):
     assert output.embedding.shape[2:] == output.foreground.shape[2:] == batch.label.shape[1:]
     (image,) = seen
     y, x = (m - n for n, m in zip(network, margin, strict=True))
-    assert torch.equal(image, batch.image[:, :, y : batch.image.shape[2] - y, x : batch.image.shape[3] - x])
+    assert torch.equal(
+        image, batch.image[:, :, y : batch.image.shape[2] - y, x : batch.image.shape[3] - x]
+    )
 
 
 def test_a_network_sees_volumes_too():
     label = torch.zeros(1, 3, 6, 5, dtype=torch.int64)
     image = torch.rand(1, 1, 3 + 4, 6 + 8, 5 + 6)
     for margin in ((0, 0, 0), (2, 4, 3), (1, 2, 0)):
-        assert see(Tiny(0, margin=margin).eval(), Batch(image, label, torch.tensor([0]))).embedding.shape[2:] == (
+        assert see(
+            Tiny(0, margin=margin).eval(), Batch(image, label, torch.tensor([0]))
+        ).embedding.shape[2:] == (
             3,
             6,
             5,
@@ -456,8 +512,11 @@ def test_a_network_sees_volumes_too():
 @pytest.mark.parametrize(
     ("student", "teacher"), [((0, 0), (3, 2)), ((3, 2), (0, 0)), ((1, 2), (3, 2)), ((2, 2), (2, 2))]
 )
-def test_student_and_teacher_with_different_margins_say_something_about_the_same_pixels(student, teacher):
-    """All losses are those of two maps that were made apart, each from its own part of the image."""
+def test_student_and_teacher_with_different_margins_say_something_about_the_same_pixels(
+    student, teacher
+):
+    """All losses are those of two maps that were made apart, each from its own part of the
+    image."""
     margin = [max(pair) for pair in zip(student, teacher, strict=True)]
     terms = [(name, weight, build_term(*what)) for name, weight, what in TERMS]
     networks = Tiny(1, margin=student), Tiny(2, margin=teacher)
@@ -467,7 +526,9 @@ def test_student_and_teacher_with_different_margins_say_something_about_the_same
     total, losses = distiller(batches[1], 1)
 
     def crop(image, spare):
-        return image[:, :, spare[0] : image.shape[2] - spare[0], spare[1] : image.shape[3] - spare[1]]
+        return image[
+            :, :, spare[0] : image.shape[2] - spare[0], spare[1] : image.shape[3] - spare[1]
+        ]
 
     views = {}
     for k, batch in enumerate(batches):
@@ -476,7 +537,11 @@ def test_student_and_teacher_with_different_margins_say_something_about_the_same
             spare = [m - n for m, n in zip(margin, network.margin, strict=True)]
             views[role, k] = View(network(crop(batch.image, spare)), truth)
     for name, term in zip(distiller.names, distiller.terms, strict=True):
-        memory = term.record(views["teacher", 0]) | {"valid": torch.tensor([True, True])} if term.memory else {}
+        memory = (
+            term.record(views["teacher", 0]) | {"valid": torch.tensor([True, True])}
+            if term.memory
+            else {}
+        )
         expected = term(views["student", 1], views["teacher", 1], truth, memory)
         torch.testing.assert_close(losses[name], expected)
         assert float(expected.detach()) > 0
@@ -495,7 +560,9 @@ class Witness(Term):
 def truth_of(batch, level=None, **targets):
     witness = Witness()
     witness.needs_teacher = level is not None
-    Distiller(Tiny(1), Tiny(2), [("witness", 1.0, witness)], OFFSETS, None, targets, [level])(batch, 0)
+    Distiller(Tiny(1), Tiny(2), [("witness", 1.0, witness)], OFFSETS, None, targets, [level])(
+        batch, 0
+    )
     return witness.truth
 
 

@@ -26,7 +26,9 @@ RAW = Path(os.environ.get("GDLIB_RAW", Path(__file__).resolve().parents[2] / "sh
 
 def columns(depth=4, side=12, per_row=3):
     """Equal square columns without gaps: (Z, Y, X)."""
-    section = np.kron(np.arange(1, per_row**2 + 1).reshape(per_row, per_row), np.ones((side, side), int))
+    section = np.kron(
+        np.arange(1, per_row**2 + 1).reshape(per_row, per_row), np.ones((side, side), int)
+    )
     return np.repeat(section[None], depth, 0).astype(np.uint32)
 
 
@@ -67,7 +69,13 @@ def test_true_sections_are_the_parts_of_every_section():
     assert np.array_equal(result > 0, label > 0)
     seen = set()
     for section, cut in zip(label, result, strict=True):
-        pairs = set(zip(connected_regions(section, background=0, connectivity=1).ravel(), cut.ravel(), strict=True))
+        pairs = set(
+            zip(
+                connected_regions(section, background=0, connectivity=1).ravel(),
+                cut.ravel(),
+                strict=True,
+            )
+        )
         assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
         ids = {int(b) for _, b in pairs} - {0}
         assert not ids & seen  # nothing is linked
@@ -83,7 +91,8 @@ def test_an_empty_volume_stays_empty():
 def test_watershed_finds_bright_discs_on_a_dark_ground():
     y, x = np.mgrid[:120, :150]
     label = np.zeros((120, 150), int)
-    for number, (cy, cx) in enumerate([(30, 30), (30, 62), (80, 40), (90, 110)], start=1):  # two of them touch
+    # two of them touch
+    for number, (cy, cx) in enumerate([(30, 30), (30, 62), (80, 40), (90, 110)], start=1):
         label[(y - cy) ** 2 + (x - cx) ** 2 <= 16**2] = number
     image = np.random.default_rng(0).normal(np.where(label > 0, 150, 30), 10)
     scores = metrics.evaluate(label, image_watershed(sample_of(label, image[None])))
@@ -103,7 +112,9 @@ def cells(voxel_size_nm, side=480, per_row=3):
 
 def test_watershed_knows_that_voxels_are_flat():
     image, label = cells((30, 6, 6))
-    scores = metrics.evaluate(label, image_watershed(sample_of(label, image, voxel_size_nm=[30.0, 6.0, 6.0])))
+    scores = metrics.evaluate(
+        label, image_watershed(sample_of(label, image, voxel_size_nm=[30.0, 6.0, 6.0]))
+    )
     assert scores["f1_70"] == 1
     assert (image_watershed(sample_of(label, image, voxel_size_nm=[30.0, 6.0, 6.0])) > 0).all()
     blind = metrics.evaluate(label, image_watershed(sample_of(label, image)))
@@ -112,7 +123,10 @@ def test_watershed_knows_that_voxels_are_flat():
 
 def test_watershed_depends_on_the_shape_of_voxels_not_on_their_unit():
     image, label = cells((30, 6, 6))
-    one, other = (image_watershed(sample_of(label, image, voxel_size_nm=size)) for size in ([30, 6, 6], [5, 1, 1]))
+    one, other = (
+        image_watershed(sample_of(label, image, voxel_size_nm=size))
+        for size in ([30, 6, 6], [5, 1, 1])
+    )
     assert np.array_equal(one, other)
 
 
@@ -136,9 +150,12 @@ def test_rows_are_every_metric_of_every_baseline(tmp_path):
     assert set(found) == {(name, "volume") for name in BASELINES} | {
         (name, "image") for name in BASELINES if name not in OF_VOLUMES
     }
-    assert all(one.keys() == metrics.METRICS.keys() | scores.COUNTS.keys() for one in found.values())
+    assert all(
+        one.keys() == metrics.METRICS.keys() | scores.COUNTS.keys() for one in found.values()
+    )
     assert found["one_segment", "image"]["voi_merge"] == pytest.approx(math.log2(9))
-    assert found["one_segment", "volume"]["voi_merge"] == pytest.approx(math.log2(8))  # one column does not count
+    # one column does not count
+    assert found["one_segment", "volume"]["voi_merge"] == pytest.approx(math.log2(8))
 
 
 def test_neurons_are_not_found_by_any_of_them():
@@ -146,9 +163,26 @@ def test_neurons_are_not_found_by_any_of_them():
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     crop = slice(0, 16), slice(100, 292), slice(100, 292)
-    with h5py.File(folder / "AC4_inputs.h5") as images, h5py.File(folder / "AC4_labels.h5") as labels:
-        sample = sample_of(labels["main"][crop], images["main"][crop][None], voxel_size_nm=[30.0, 6.0, 6.0])
-    voi = {name: metrics.evaluate(sample.label, function(sample))["voi"] for name, (_, function) in BASELINES.items()}
-    # The image says something about the objects, and none of this is anywhere near a good segmentation.
-    assert 1.5 < voi["image_watershed"] < min(voi["one_segment"], voi["true_sections"]) < voi["sections"]
-    assert voi["image_watershed"] < metrics.evaluate(sample.label, image_watershed(sample, rounding=1))["voi"]
+    with (
+        h5py.File(folder / "AC4_inputs.h5") as images,
+        h5py.File(folder / "AC4_labels.h5") as labels,
+    ):
+        sample = sample_of(
+            labels["main"][crop], images["main"][crop][None], voxel_size_nm=[30.0, 6.0, 6.0]
+        )
+    voi = {
+        name: metrics.evaluate(sample.label, function(sample))["voi"]
+        for name, (_, function) in BASELINES.items()
+    }
+    # The image says something about the objects, and none of this is anywhere near a good
+    # segmentation.
+    assert (
+        1.5
+        < voi["image_watershed"]
+        < min(voi["one_segment"], voi["true_sections"])
+        < voi["sections"]
+    )
+    assert (
+        voi["image_watershed"]
+        < metrics.evaluate(sample.label, image_watershed(sample, rounding=1))["voi"]
+    )

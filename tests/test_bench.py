@@ -1,4 +1,7 @@
-"""`gdlib bench` at its smallest: every plain implementation agrees with ours; the JSON file and the page say what was found."""
+"""`gdlib bench` at its smallest: every plain implementation agrees with ours.
+
+The JSON file and the page say what was found.
+"""
 
 import json
 import math
@@ -11,8 +14,19 @@ from gdlib import bench
 from gdlib.bench import GROUPS, Bench, measure, merged, slope, with_peak
 from gdlib.cli import main
 
-KEYS = {"group", "name", "reference_ms", "ms", "ratio", "peak_mib", "ms_spread", "difference", "about"}
-# Cases in which a plain implementation must give the same; of the others one part is missing, or only time is compared.
+KEYS = {
+    "group",
+    "name",
+    "reference_ms",
+    "ms",
+    "ratio",
+    "peak_mib",
+    "ms_spread",
+    "difference",
+    "about",
+}
+# Cases in which a plain implementation must give the same; of the others one part is missing, or
+# only time is compared.
 AGREE = {
     "losses": {f"{part}, {axes}": 1e-3 for part in (
         "affinities (supervised and AGD)", "AGD between images", "IGD within images", "IGD between images", "all terms"
@@ -52,7 +66,9 @@ def test_every_result_keeps_the_contract(found):
 @pytest.mark.parametrize("group", AGREE)
 def test_the_plain_implementation_gives_the_same(found, group):
     compared = {
-        r["name"]: r["difference"] for r in found["results"] if r["group"] == group and r["difference"] is not None
+        r["name"]: r["difference"]
+        for r in found["results"]
+        if r["group"] == group and r["difference"] is not None
     }
     assert set(compared) == set(AGREE[group])
     for name, tolerance in AGREE[group].items():
@@ -90,17 +106,28 @@ def test_targets_say_whether_they_are_met(found):
 
 def test_growth_has_an_exponent(found):
     grown = [result for result in found["results"] if "slope" in result]
-    assert {"image area", "instances", "images in memory", "batch", "volume"} == {result["axis"] for result in grown}
+    assert {"image area", "instances", "images in memory", "batch", "volume"} == {
+        result["axis"] for result in grown
+    }
     for result in grown:
         amounts = [math.prod(size) for size in result["sizes"]]
-        assert result["slope"] == pytest.approx(np.polyfit(np.log(amounts), np.log(result["ms_by_size"]), 1)[0])
+        assert result["slope"] == pytest.approx(
+            np.polyfit(np.log(amounts), np.log(result["ms_by_size"]), 1)[0]
+        )
 
 
 def test_the_page_tells_it_all(found, tmp_path, capsys):
     """From the file alone, by the command, and again with the same bytes."""
     source = tmp_path / "performance.json"
     source.write_text(json.dumps({"machines": [found]}))
-    command = ["bench", "page", "--json", str(source), "--markdown", str(tmp_path / "performance.md")]
+    command = [
+        "bench",
+        "page",
+        "--json",
+        str(source),
+        "--markdown",
+        str(tmp_path / "performance.md"),
+    ]
     assert main.main(command) == 0
     page = (tmp_path / "performance.md").read_text()
     for result in found["results"]:
@@ -119,14 +146,18 @@ def test_one_group_by_the_command(tmp_path, capsys):
     path = tmp_path / "targets.json"
     assert main.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 0
     (machine,) = json.loads(path.read_text())["machines"]
-    assert {result["group"] for result in machine["results"]} == set(machine["loads"]) == {"targets"}
+    assert (
+        {result["group"] for result in machine["results"]} == set(machine["loads"]) == {"targets"}
+    )
 
 
 def test_networks_run_in_the_precision_that_was_asked_for():
     for precision in ("float32", "bfloat16"):
         found = measure(["train"], "tiny", "cpu", precision)
         assert found["precision"] == precision
-        assert {result["precision"] for result in found["results"] if "precision" in result} == {precision}
+        assert {result["precision"] for result in found["results"] if "precision" in result} == {
+            precision
+        }
 
 
 def machine(name="A CPU", value=1.0, groups=("losses", "metrics"), **about):
@@ -134,7 +165,9 @@ def machine(name="A CPU", value=1.0, groups=("losses", "metrics"), **about):
     at_work = Bench("tiny", precision=about.pop("precision", "float32"))
     for at_work.group in groups:
         at_work.add(f"case of {at_work.group}", [value, value, 2 * value], [10 * value])
-        at_work.target(f"target of {at_work.group}", value, 5.0, floor="a floor" if value > 5 else None)
+        at_work.target(
+            f"target of {at_work.group}", value, 5.0, floor="a floor" if value > 5 else None
+        )
     at_work.extra["loads"] = dict.fromkeys(groups, value)
     return at_work.summary() | {"device_name": name, "cpu": name, "threads": 2} | about
 
@@ -147,10 +180,14 @@ def test_the_file_keeps_what_other_machines_measured():
     again = machine(value=3.0, groups=("metrics",))
     mine, theirs = merged(machines, again)
     assert theirs == other
-    assert [(r["group"], r["ms"]) for r in mine["results"]] == [("losses", 1.0), ("metrics", 3.0)], (
-        "in the order of groups"
-    )
-    assert [(t["group"], t["value"]) for t in mine["targets"]] == [("losses", 1.0), ("metrics", 3.0)]
+    assert [(r["group"], r["ms"]) for r in mine["results"]] == [
+        ("losses", 1.0),
+        ("metrics", 3.0),
+    ], "in the order of groups"
+    assert [(t["group"], t["value"]) for t in mine["targets"]] == [
+        ("losses", 1.0),
+        ("metrics", 3.0),
+    ]
     assert mine["loads"] == {"losses": 1.0, "metrics": 3.0}
     for change in ({"precision": "bfloat16"}, {"threads": 1}, {"cpu": "C"}, {"device": "cuda"}):
         assert len(merged(machines, machine() | change)) == 3, "not the same"
@@ -160,7 +197,9 @@ def test_the_page_has_columns_for_every_machine(tmp_path):
     several = [
         machine("Fast(R) CPU @ 3 GHz", 1.0, bfloat16_units=["AMX"]),
         machine("Slow Processor", 7.0, groups=("metrics",)),
-        machine("Slow Processor", 6.0, ("losses",), threads=4, loads={"losses": None}, bfloat16_units=[]),
+        machine(
+            "Slow Processor", 6.0, ("losses",), threads=4, loads={"losses": None}, bfloat16_units=[]
+        ),
     ]
     names = ["Fast, float32", "Slow, float32, 2 threads", "Slow, float32, 4 threads"]
     bench.load("page").write(several, tmp_path / "performance.md")
@@ -178,7 +217,10 @@ def test_the_page_has_columns_for_every_machine(tmp_path):
     assert f"| case of losses | {quick} | {absent} | {slower} |  |  |" in page
     assert f"| case of metrics | {quick} | {slow} | {absent} |  |  |" in page
     assert "| target of losses | ≤ 5 | 1 | not measured yet | **6, not met** |" in page
-    assert "2 of 2 are met by Fast, float32; 0 of 1 are met by Slow, float32, 2 threads; 0 of 1" in page
+    assert (
+        "2 of 2 are met by Fast, float32; 0 of 1 are met by Slow, float32, 2 threads; 0 of 1"
+        in page
+    )
     assert "* target of losses, on Slow, float32, 4 threads: a floor." in page
 
 
@@ -196,7 +238,9 @@ def test_the_page_of_the_documentation_is_that_of_its_file(tmp_path):
         (None, "of size small"),
     ],
 )
-def test_nothing_is_measured_for_a_file_that_cannot_take_it(content, message, tmp_path, capsys, monkeypatch):
+def test_nothing_is_measured_for_a_file_that_cannot_take_it(
+    content, message, tmp_path, capsys, monkeypatch
+):
     path = tmp_path / "results.json"
     content = content or json.dumps({"machines": [machine(size="small")]})
     path.write_text(content)
@@ -213,7 +257,17 @@ def test_nothing_is_measured_for_a_file_that_cannot_take_it(content, message, tm
 def test_every_step_of_the_workflow_is_started():
     workflow = bench.load("workflow")
     modules = workflow.imports()
-    steps = {"download", "prepare", "draw", "teach", "train", "predict", "segment", "evaluate", "baselines"}
+    steps = {
+        "download",
+        "prepare",
+        "draw",
+        "teach",
+        "train",
+        "predict",
+        "segment",
+        "evaluate",
+        "baselines",
+    }
     assert steps <= set(modules)
     assert "gdlib.train.loop" in modules["train"]
     assert "gdlib.evaluate.scores" in modules["evaluate"]
@@ -221,7 +275,8 @@ def test_every_step_of_the_workflow_is_started():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{}", "no results"), ("{", "not a JSON file"), (None, "the file is missing")]
+    ("content", "message"),
+    [("{}", "no results"), ("{", "not a JSON file"), (None, "the file is missing")],
 )
 def test_a_file_that_is_none(tmp_path, capsys, content, message):
     path = tmp_path / "results.json"
@@ -247,7 +302,9 @@ def test_without_the_folder_it_says_where_it_is(tmp_path, capsys, monkeypatch):
 def test_results_that_differ_are_not_timed():
     at_work = Bench("tiny")
     with pytest.raises(ValueError, match="differ by 1"):
-        at_work.compare("wrong", lambda: 2, lambda: 3, differ=lambda a, b: abs(a - b), tolerance=0.5)
+        at_work.compare(
+            "wrong", lambda: 2, lambda: 3, differ=lambda a, b: abs(a - b), tolerance=0.5
+        )
     with pytest.raises(ValueError, match="differ by nan"):
         at_work.compare("wrong", lambda: 2, lambda: 3, differ=lambda a, b: math.nan, tolerance=0.5)
     assert not at_work.results
@@ -256,7 +313,10 @@ def test_results_that_differ_are_not_timed():
 def test_both_calls_take_turns_after_a_first_that_does_not_count():
     at_work, order = Bench("small"), []
     result = at_work.compare(
-        "turns", lambda: order.append("ours"), lambda: order.append("plain"), prepare=lambda: order.append("prepare")
+        "turns",
+        lambda: order.append("ours"),
+        lambda: order.append("plain"),
+        prepare=lambda: order.append("prepare"),
     )
     assert order == ["prepare", "ours", "prepare", "plain"] * (result["rounds"] + 1)
     assert result["rounds"] >= 3

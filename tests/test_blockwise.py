@@ -1,4 +1,5 @@
-"""A volume in blocks against the same volume in one piece: exact where the affinities are, within a tolerance where not."""
+"""A volume in blocks against the same volume in one piece: exact where the affinities are, within a
+tolerance where not."""
 
 import json
 import os
@@ -28,7 +29,8 @@ TOLERANCE = {"arand": 0.02, "voi": 0.1}  # of blocks to one piece, where affinit
 
 
 def neurites(shape, count=14, seed=0):
-    """Processes that run through the volume side by side, along z, with a wall between them: label ([Z,] Y, X)."""
+    """Processes that run through the volume side by side, along z, with a wall between them: label
+    ([Z,] Y, X)."""
     rng = np.random.default_rng(seed)
     depth, plane = (shape[0], shape[1:]) if len(shape) == 3 else (1, shape)
     place = rng.uniform(0, 1, (count, 2)) * plane
@@ -50,25 +52,40 @@ def segmentation_of(label):
 
 
 def affinities(label, offsets, noise=0.0, seed=0):
-    """Return affinity (K, ...) and foreground uint8 of a label; pixels beyond the border are like none."""
+    """Return affinity (K, ...) and foreground uint8 of a label.
+
+    Pixels beyond the border are like none.
+    """
     rng = np.random.default_rng(seed)
     out = np.zeros((len(offsets), *label.shape), np.float32)
     for k, offset in enumerate(offsets):
-        here = tuple(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, label.shape, strict=True))
-        there = tuple(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, label.shape, strict=True))
+        here = tuple(
+            slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, label.shape, strict=True)
+        )
+        there = tuple(
+            slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, label.shape, strict=True)
+        )
         out[k][here] = (label[here] == label[there]) & (label[here] > 0)
     out += rng.normal(0, noise, out.shape) if noise else 0
     return (np.clip(out, 0, 1) * 255).round().astype(np.uint8), ((label > 0) * 255).astype(np.uint8)
 
 
 def run_blocks(folder, label_affinity, foreground, grid, segmenter, **parameters):
-    """Do all steps after the prediction, whose files are written here, and return the joined label."""
+    """Do all steps after the prediction, whose files are written here, and return the joined
+    label."""
     offsets = OFFSETS[foreground.ndim]
     folder.mkdir(exist_ok=True)
     image = folder / "image.h5"
     with h5py.File(image, "w") as file:
-        file.create_dataset("volumes/raw", data=foreground).attrs["resolution"] = [40.0, 4.0, 4.0][-foreground.ndim :]
-    plan = {"image": f"{image}:volumes/raw", "shape": grid.shape, "block": grid.block, "segmenter": segmenter}
+        file.create_dataset("volumes/raw", data=foreground).attrs["resolution"] = [40.0, 4.0, 4.0][
+            -foreground.ndim :
+        ]
+    plan = {
+        "image": f"{image}:volumes/raw",
+        "shape": grid.shape,
+        "block": grid.block,
+        "segmenter": segmenter,
+    }
     plan = json.loads(json.dumps({**plan, "offsets": offsets}))
     settings = {
         "overlap": list(grid.overlap),
@@ -76,18 +93,31 @@ def run_blocks(folder, label_affinity, foreground, grid, segmenter, **parameters
     }
     for name in grid.names:
         core = grid.core(name)
-        with io.create_h5(folder / f"predictions/{name}.h5", made_for=blockwise._fingerprint(plan)) as file:
+        with io.create_h5(
+            folder / f"predictions/{name}.h5", made_for=blockwise._fingerprint(plan)
+        ) as file:
             io.put(file, "affinity", label_affinity[(slice(None), *core)])
             io.put(file, "foreground", foreground[core])
     for name in reversed(grid.names):  # the order of jobs does not matter
-        blockwise.segment(plan, name, folder / "predictions", folder / f"segments/{name}.h5", settings)
+        blockwise.segment(
+            plan, name, folder / "predictions", folder / f"segments/{name}.h5", settings
+        )
     for name in grid.names:
-        blockwise.match(plan, name, folder / "segments", folder / f"matches/{name}.h5", grid.overlap)
+        blockwise.match(
+            plan, name, folder / "segments", folder / f"matches/{name}.h5", grid.overlap
+        )
     minimum = settings["parameters"]["min_size"]
-    count = blockwise.number(plan, folder / "segments", folder / "matches", folder / "numbers.h5", minimum)
+    count = blockwise.number(
+        plan, folder / "segments", folder / "matches", folder / "numbers.h5", minimum
+    )
     for name in grid.names:
         blockwise.relabel(
-            plan, name, folder / "segments", folder / "numbers.h5", folder / f"labels/{name}.h5", grid.overlap
+            plan,
+            name,
+            folder / "segments",
+            folder / "numbers.h5",
+            folder / f"labels/{name}.h5",
+            grid.overlap,
         )
     blockwise.join(plan, folder / "labels", folder / "labels.h5", settings)
     with io.open_h5(folder / "labels.h5") as file:
@@ -154,7 +184,8 @@ def test_a_block_that_is_not_there(name):
 
 def test_pieces_that_are_the_same():
     a, b = np.zeros((2, 12, 30), np.uint32)
-    # One object of the first block is two of the second: it is joined beyond the place where both look.
+    # One object of the first block is two of the second: it is joined beyond the place where both
+    # look.
     a[1:4] = a[6:9] = 7
     b[1:4], b[6:8] = 1, 2
     assert blockwise.same(a, b, 1, 15).tolist() == [[7, 1, 3], [7, 2, 2]]
@@ -178,7 +209,8 @@ def test_contacts():
 
 
 def test_one_block_that_joins_two_objects_is_outvoted():
-    # Segments 1 and 2 touch in one block, 4 and 5 in the next, and 3 is both of them in the block between.
+    # Segments 1 and 2 touch in one block, 4 and 5 in the next, and 3 is both of them in the block
+    # between.
     attracted = np.array([[1, 3, 9], [2, 3, 4], [3, 4, 9], [3, 5, 4], [6, 7, 1]])
     repelled = np.array([[1, 2, 20], [4, 5, 20]])
     group = np.array([0, 1, 1, 1, 1, 1, 2, 2])
@@ -192,7 +224,11 @@ def test_one_block_that_joins_two_objects_is_outvoted():
 @pytest.mark.parametrize("segmenter", ["mutex_watershed", "waterz", "multicut"])
 @pytest.mark.parametrize(
     ("shape", "block", "overlap"),
-    [((20, 70, 81), (8, 32, 32), (2, 8, 8)), ((1, 90, 101), (8, 32, 32), (2, 8, 8)), ((90, 101), (32, 32), (8, 8))],
+    [
+        ((20, 70, 81), (8, 32, 32), (2, 8, 8)),
+        ((1, 90, 101), (8, 32, 32), (2, 8, 8)),
+        ((90, 101), (32, 32), (8, 8)),
+    ],
     ids=["3D", "one section", "2D"],
 )
 def test_exact_affinities_give_the_result_of_one_piece(segmenter, shape, block, overlap, tmp_path):
@@ -213,7 +249,8 @@ def test_exact_affinities_give_the_result_of_one_piece(segmenter, shape, block, 
 def test_objects_through_four_blocks_and_round_a_corner(tmp_path):
     truth = np.zeros((64, 64), np.uint32)
     truth[28:36, 28:36] = 1  # a corner of four blocks
-    truth[4:8, 4:60], truth[4:20, 56:60], truth[16:20, 36:60] = 2, 2, 2  # out of a block, round, and back to its face
+    # out of a block, round, and back to its face
+    truth[4:8, 4:60], truth[4:20, 56:60], truth[16:20, 36:60] = 2, 2, 2
     truth[44:60, 4:60], truth[48:56, 8:56] = 3, 0  # a ring
     truth[50:54, 10:54] = 4  # inside of the ring
     truth[4:8, 4:8] = 0  # an end
@@ -229,10 +266,20 @@ def test_empty_blocks_and_small_objects(tmp_path):
     truth[10:20, 28:36], truth[30:34, 31:33] = 1, 2  # each of two blocks, or four
     affinity, foreground = affinities(truth, OFFSETS[2])
     grid = Grid(truth.shape, (32, 32), (4, 4))
-    label = run_blocks(tmp_path / "all", affinity, foreground, grid, "mutex_watershed", min_fragment=0, min_size=8)
+    label = run_blocks(
+        tmp_path / "all", affinity, foreground, grid, "mutex_watershed", min_fragment=0, min_size=8
+    )
     assert_same(label, truth)
     # Half of it is smaller than that, it is not.
-    label = run_blocks(tmp_path / "large", affinity, foreground, grid, "mutex_watershed", min_fragment=0, min_size=9)
+    label = run_blocks(
+        tmp_path / "large",
+        affinity,
+        foreground,
+        grid,
+        "mutex_watershed",
+        min_fragment=0,
+        min_size=9,
+    )
     assert_same(label, np.where(truth == 1, 1, 0))
     nothing = run_blocks(tmp_path / "none", affinity * 0, foreground * 0, grid, "multicut")
     assert not nothing.any()
@@ -240,18 +287,23 @@ def test_empty_blocks_and_small_objects(tmp_path):
 
 def test_fragments_cut_by_a_block_are_not_taken_for_small(tmp_path):
     truth = np.zeros((40, 64), np.uint32)
-    truth[8:20, :], truth[20:30, :40], truth[20:30, 40:] = 1, 2, 3  # of the last one, 32 to 40 is another block's
+    # of the last one, 32 to 40 is another block's
+    truth[8:20, :], truth[20:30, :40], truth[20:30, 40:] = 1, 2, 3
     affinity, foreground = affinities(truth, OFFSETS[2])
     grid = Grid(truth.shape, (64, 32), (1, 12))
     parameters = {"min_fragment": 100, "min_size": 0}
     one = segmenters.segment(affinity, foreground, OFFSETS[2], "mutex_watershed", **parameters)
     assert one.max() == 3
-    assert_same(run_blocks(tmp_path / "a", affinity, foreground, grid, "mutex_watershed", **parameters), one)
+    assert_same(
+        run_blocks(tmp_path / "a", affinity, foreground, grid, "mutex_watershed", **parameters), one
+    )
     truth[22:26, 10:14] = 4  # this one is small, and goes to what is around it
     affinity, foreground = affinities(truth, OFFSETS[2])
     one = segmenters.segment(affinity, foreground, OFFSETS[2], "mutex_watershed", **parameters)
     assert one.max() == 3
-    assert_same(run_blocks(tmp_path / "b", affinity, foreground, grid, "mutex_watershed", **parameters), one)
+    assert_same(
+        run_blocks(tmp_path / "b", affinity, foreground, grid, "mutex_watershed", **parameters), one
+    )
 
 
 @pytest.mark.parametrize("segmenter", ["mutex_watershed", "waterz", "multicut"])
@@ -278,20 +330,31 @@ def test_what_was_made_for_other_settings_is_an_error(tmp_path):
     with io.open_h5(tmp_path / "labels.h5") as file:
         plan = {key: json.loads(file.attrs[key]) for key in ("shape", "block", "offsets")}
         plan |= {key: file.attrs[key] for key in ("image", "segmenter")}
-    settings = {"overlap": [8, 8], "parameters": segmenters.defaults("mutex_watershed", 2) | {"min_size": 7}}
+    settings = {
+        "overlap": [8, 8],
+        "parameters": segmenters.defaults("mutex_watershed", 2) | {"min_size": 7},
+    }
     other = tmp_path / "segments" / "0-0.h5"
     blockwise.segment(plan, "0-0", tmp_path / "predictions", other, settings)
     for step in (
         lambda: blockwise.match(plan, "0-0", tmp_path / "segments", tmp_path / "m.h5", [8, 8]),
-        lambda: blockwise.number(plan, tmp_path / "segments", tmp_path / "matches", tmp_path / "n.h5", 0),
+        lambda: blockwise.number(
+            plan, tmp_path / "segments", tmp_path / "matches", tmp_path / "n.h5", 0
+        ),
         lambda: blockwise.relabel(
             plan, "0-0", tmp_path / "segments", tmp_path / "numbers.h5", tmp_path / "l.h5", [8, 8]
         ),
         lambda: blockwise.segment(
-            plan | {"offsets": plan["offsets"][:2]}, "0-0", tmp_path / "predictions", tmp_path / "s.h5", settings
+            plan | {"offsets": plan["offsets"][:2]},
+            "0-0",
+            tmp_path / "predictions",
+            tmp_path / "s.h5",
+            settings,
         ),
     ):
-        with pytest.raises(io.DataError, match=r"\.h5: it was made for another plan or with other settings"):
+        with pytest.raises(
+            io.DataError, match=r"\.h5: it was made for another plan or with other " r"settings"
+        ):
             step()
     assert not [path for path in tmp_path.iterdir() if path.stem in "mnls"]  # nothing half-written
 
@@ -343,7 +406,9 @@ def test_a_mistake_in_the_options_is_one_sentence(change, message, volume, teach
 
 
 def test_options_are_completed(volume, teacher):
-    chosen = options({"input": str(volume), "model": teacher, "out": "out", "parameters": {"min_size": 3}})
+    chosen = options(
+        {"input": str(volume), "model": teacher, "out": "out", "parameters": {"min_size": 3}}
+    )
     tuned = io.read_header(teacher)["segmentation"]["mutex_watershed"]
     assert chosen["parameters"] == tuned | {"min_size": 3}
     assert chosen["grid"].names == ["0-0"]
@@ -370,12 +435,23 @@ def test_predictions_of_blocks_are_those_of_the_image(volume, teacher, tmp_path,
         whole = Predictor.load(teacher)(file["main"][()][None])
     for name in grid.names:
         out = tmp_path / f"{name}.h5"
-        block = ["step", "predict-block", "--plan", str(plan_file), "--name", name, *weights, "--out", str(out)]
+        block = [
+            "step",
+            "predict-block",
+            "--plan",
+            str(plan_file),
+            "--name",
+            name,
+            *weights,
+            "--out",
+            str(out),
+        ]
         assert main([*block, "--device", "cpu"]) == 0
         with io.open_h5(out) as file:
             for key, expected in (("affinity", whole.affinity), ("foreground", whole.foreground)):
                 expected = expected[(..., *grid.core(name))]
-                # Sums over an image of another size may round differently: at most a step of 1 / 255.
+                # Sums over an image of another size may round differently: at most a step of 1 /
+                # 255.
                 assert np.abs(file[key][()].astype(int) - expected).max() <= 1
     # What only nearest neighbours are asked of is predicted for them alone.
     assert main([*step, "multicut", "--block", "[64,32]", "--out", str(plan_file)]) == 0
@@ -387,9 +463,29 @@ def test_a_plan_for_other_files(volume, teacher, tmp_path, capsys):
     moved = tmp_path / "image.h5"
     moved.write_bytes(volume.read_bytes())
     weights = ["--weights", str(teacher)]
-    step = ["step", "plan-volume", "--image", str(moved), *weights, "--segmenter", "multicut", "--block", "[64,32]"]
+    step = [
+        "step",
+        "plan-volume",
+        "--image",
+        str(moved),
+        *weights,
+        "--segmenter",
+        "multicut",
+        "--block",
+        "[64,32]",
+    ]
     assert main([*step, "--out", str(plan_file)]) == 0
-    block = ["step", "predict-block", "--plan", str(plan_file), "--name", "0-0", *weights, "--out", out]
+    block = [
+        "step",
+        "predict-block",
+        "--plan",
+        str(plan_file),
+        "--name",
+        "0-0",
+        *weights,
+        "--out",
+        out,
+    ]
     os.utime(moved, (1, 1))
     assert main(block) == 1
     assert "the file has changed since the plan was made" in capsys.readouterr().err
@@ -403,10 +499,23 @@ def test_a_plan_for_other_files(volume, teacher, tmp_path, capsys):
 
 
 def snakemake(folder, config, *arguments, **kwargs):
-    command = [SNAKEMAKE, "--snakefile", ROOT / "workflow" / "volume.smk", "--directory", folder, *arguments]
+    command = [
+        SNAKEMAKE,
+        "--snakefile",
+        ROOT / "workflow" / "volume.smk",
+        "--directory",
+        folder,
+        *arguments,
+    ]
     command += ["--config", *(f"{key}={value}" for key, value in config.items())]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **kwargs
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **kwargs,
     )
 
 
@@ -414,7 +523,8 @@ def test_the_workflow_is_killed_and_goes_on(volume, teacher, tmp_path):
     config = config_of(volume, teacher, "out")
     first = snakemake(tmp_path, config, "--cores", "1")
     segments = tmp_path / "out" / "segments"
-    while first.poll() is None and len(list(segments.glob("[!.]*.h5"))) < 2:  # the first of them is certainly done
+    # the first of them is certainly done
+    while first.poll() is None and len(list(segments.glob("[!.]*.h5"))) < 2:
         time.sleep(0.05)
     assert first.poll() is None
     os.killpg(first.pid, signal.SIGKILL)
@@ -428,8 +538,14 @@ def test_the_workflow_is_killed_and_goes_on(volume, teacher, tmp_path):
     assert blocks == 3
     done = re.findall(r"^Job \d+: Segment block (\S+)$", output, flags=re.MULTILINE)
     assert 0 < len(done) < blocks
-    assert main(["segment", f"{volume}:main", "--model", str(teacher), "--out", str(tmp_path / "one")]) == 0
-    with io.open_h5(tmp_path / "out" / "labels.h5") as file, h5py.File(tmp_path / "one" / "image.h5") as one:
+    assert (
+        main(["segment", f"{volume}:main", "--model", str(teacher), "--out", str(tmp_path / "one")])
+        == 0
+    )
+    with (
+        io.open_h5(tmp_path / "out" / "labels.h5") as file,
+        h5py.File(tmp_path / "one" / "image.h5") as one,
+    ):
         assert_same(file["main"][()], one["main"][()])
         assert json.loads(file.attrs["overlap"]) == [16, 16]
         assert file.attrs["weights_sha256"] == io.sha256(teacher)

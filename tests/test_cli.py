@@ -1,4 +1,5 @@
-"""The command line: the same results as the Python calls, one line for a mistake, and a whole study without Snakemake."""
+"""The command line: the same results as the Python calls, one line for a mistake, and a whole study
+without Snakemake."""
 
 import csv
 import io as text_io
@@ -36,7 +37,8 @@ def own_environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MKL_NUM_THREADS", "1")
     monkeypatch.delenv("GDLIB_TRACEBACK", raising=False)
-    monkeypatch.setenv("GDLIB_PLUGINS", __name__)  # of this file, whose network the weights below name
+    # of this file, whose network the weights below name
+    monkeypatch.setenv("GDLIB_PLUGINS", __name__)
 
 
 def run(*arguments, code=0):
@@ -87,18 +89,28 @@ def by_hand(teacher):
     def make(image, segmenter="mutex_watershed", **parameters):
         prediction = predictor(image)
         parameters = predictor.header["segmentation"].get(segmenter, {}) | parameters
-        return segment(prediction.affinity, prediction.foreground, predictor.header["offsets"], segmenter, **parameters)
+        return segment(
+            prediction.affinity,
+            prediction.foreground,
+            predictor.header["offsets"],
+            segmenter,
+            **parameters,
+        )
 
     return make
 
 
 def segment_command(teacher, out, *images, **options):
     options = {"precision": "float32", "device": "cpu", **options}
-    flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
+    flags = [
+        part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)
+    ]
     return ["segment", *images, "--model", teacher, "--out", out, *flags]
 
 
-def test_segment_writes_labels_that_equal_the_python_calls(teacher, images, by_hand, squares, tmp_path, capsys):
+def test_segment_writes_labels_that_equal_the_python_calls(
+    teacher, images, by_hand, squares, tmp_path, capsys
+):
     out = tmp_path / "new" / "labels"
     run(*segment_command(teacher, out, images))
     assert sorted(path.name for path in out.iterdir()) == ["first.tif", "second.tif"]
@@ -114,7 +126,9 @@ def test_segment_writes_labels_that_equal_the_python_calls(teacher, images, by_h
     ]
 
 
-def test_segment_takes_files_one_by_one_and_writes_what_viewers_open(teacher, images, by_hand, squares, tmp_path):
+def test_segment_takes_files_one_by_one_and_writes_what_viewers_open(
+    teacher, images, by_hand, squares, tmp_path
+):
     out = tmp_path / "labels"
     run(*segment_command(teacher, out, images / "second.tif", images / "first.png", threads=1))
     with tifffile.TiffFile(out / "first.tif") as file:
@@ -132,11 +146,15 @@ def test_what_fails_beside_the_network_stops_the_command(teacher, images, refusa
 
 
 @pytest.mark.parametrize("block", [16, "16x48"])
-def test_segment_in_small_blocks_is_the_same(teacher, images, by_hand, squares, tmp_path, monkeypatch, block):
+def test_segment_in_small_blocks_is_the_same(
+    teacher, images, by_hand, squares, tmp_path, monkeypatch, block
+):
     from gdlib.predict.predictor import Predictor
 
     seen, predict = [], Predictor.predict
-    monkeypatch.setattr(Predictor, "predict", lambda self, *args: seen.append(args[1]) or predict(self, *args))
+    monkeypatch.setattr(
+        Predictor, "predict", lambda self, *args: seen.append(args[1]) or predict(self, *args)
+    )
     run(*segment_command(teacher, tmp_path, images / "second.tif", block=block))
     assert len(seen) == {16: 15, "16x48": 6}[block]
     found = tifffile.imread(tmp_path / "second.tif")
@@ -144,7 +162,11 @@ def test_segment_in_small_blocks_is_the_same(teacher, images, by_hand, squares, 
 
 
 def test_segment_parameters_of_ones_own(teacher, images, by_hand, squares, tmp_path):
-    run(*segment_command(teacher, tmp_path / "a", images / "first.png", min_size=75, foreground_threshold=0.9))
+    run(
+        *segment_command(
+            teacher, tmp_path / "a", images / "first.png", min_size=75, foreground_threshold=0.9
+        )
+    )
     result = tifffile.imread(tmp_path / "a" / "first.tif")
     image = squares(50)[0]
     assert np.array_equal(result, by_hand(image, min_size=75, foreground_threshold=0.9))
@@ -158,15 +180,24 @@ def test_segment_parameters_of_ones_own(teacher, images, by_hand, squares, tmp_p
 
 
 def test_segment_by_another_segmenter(teacher, images, by_hand, squares, tmp_path, capsys):
-    run(*segment_command(teacher, tmp_path / "a", images / "first.png", segmenter="multicut", set="beta=0.3"))
+    run(
+        *segment_command(
+            teacher, tmp_path / "a", images / "first.png", segmenter="multicut", set="beta=0.3"
+        )
+    )
     expected = by_hand(squares(50)[0], segmenter="multicut", beta=0.3)
     assert np.array_equal(tifffile.imread(tmp_path / "a" / "first.tif"), expected)
-    assert "multicut was not tuned with these weights, only mutex_watershed" in capsys.readouterr().err
+    assert (
+        "multicut was not tuned with these weights, only mutex_watershed" in capsys.readouterr().err
+    )
 
 
 def test_segment_needs_no_truth(teacher, images, refusal, tmp_path):
-    """Users' images have no ground truth, so a segmenter that wants its foreground is refused, tuned or not."""
-    command = segment_command(teacher, tmp_path / "a", images / "first.png", segmenter="mutex_watershed_masked")
+    """Users' images have no ground truth, so a segmenter that wants its foreground is refused,
+    tuned or not."""
+    command = segment_command(
+        teacher, tmp_path / "a", images / "first.png", segmenter="mutex_watershed_masked"
+    )
     line = refusal(*command)
     assert "mutex_watershed_masked needs the foreground of a ground truth" in line
     assert line.rstrip().endswith("choose mutex_watershed")
@@ -190,7 +221,9 @@ def test_segment_refuses_with_one_line(teacher, images, refusal, tmp_path, squar
     assert "1 channel" in line
     (tmp_path / "other").mkdir()
     Image.fromarray(squares(50)[0][0]).save(tmp_path / "other" / "first.tif")
-    assert '"first"' in refusal(*segment_command(teacher, out, good, tmp_path / "other" / "first.tif"))
+    assert '"first"' in refusal(
+        *segment_command(teacher, out, good, tmp_path / "other" / "first.tif")
+    )
     assert '"nonsense"' in refusal(*segment_command(teacher, out, good, device="nonsense"))
     assert '"int7"' in refusal(*segment_command(teacher, out, good, precision="int7"))
     assert '"onnx"' in refusal(*segment_command(teacher, out, good, engine="onnx"))
@@ -207,7 +240,8 @@ def test_segment_refuses_with_one_line(teacher, images, refusal, tmp_path, squar
 
 
 class Volume(nn.Module):
-    """A network of volumes that needs no training: bright voxels of one brightness are one object."""
+    """A network of volumes that needs no training: bright voxels of one brightness are one
+    object."""
 
     ndim = 3
     divisor = (1, 2, 2)
@@ -231,7 +265,10 @@ VOLUME_OFFSETS = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [-2, 0, 0], [0, -5, 0], [0
 @pytest.fixture
 def volume_model(tmp_path):
     """Return the weights file of `Volume`, tuned for two segmenters."""
-    tuned = {"multicut": {"beta": 0.5, "min_size": 3}, "mutex_watershed": {"foreground_threshold": 0.4, "min_size": 5}}
+    tuned = {
+        "multicut": {"beta": 0.5, "min_size": 3},
+        "mutex_watershed": {"foreground_threshold": 0.4, "min_size": 5},
+    }
     scores = dict.fromkeys(METRICS, 0.5)
     header = {
         "model": f"{__name__}:Volume",
@@ -240,7 +277,10 @@ def volume_model(tmp_path):
         "offsets": VOLUME_OFFSETS,
         "normalisation": {"lower": 0.0, "upper": 100.0},
         "segmentation": tuned,
-        "validation": {"multicut": scores | {"voi": 0.25}, "mutex_watershed": scores | {"voi": 0.75}},
+        "validation": {
+            "multicut": scores | {"voi": 0.25},
+            "mutex_watershed": scores | {"voi": 0.75},
+        },
         "run": {
             "dataset": "blocks",
             "network": "volume",
@@ -259,7 +299,8 @@ def volume_model(tmp_path):
 
 @pytest.fixture
 def volume(tmp_path):
-    """Return an HDF5 file with an image of boxes of different brightness, and the label of the boxes."""
+    """Return an HDF5 file with an image of boxes of different brightness, and the label of the
+    boxes."""
     label = np.zeros((10, 40, 44), np.uint32)
     for number, (z, y, x) in enumerate(np.ndindex(2, 3, 3), start=1):
         label[5 * z : 5 * z + 4, 13 * y : 13 * y + 11, 14 * x : 14 * x + 12] = number
@@ -283,7 +324,9 @@ def volume_by_hand(volume_model, volume):
 
     def make(segmenter="mutex_watershed", **parameters):
         parameters = predictor.header["segmentation"][segmenter] | parameters
-        return segment(prediction.affinity, prediction.foreground, VOLUME_OFFSETS, segmenter, **parameters)
+        return segment(
+            prediction.affinity, prediction.foreground, VOLUME_OFFSETS, segmenter, **parameters
+        )
 
     return make
 
@@ -298,10 +341,15 @@ def test_segment_a_dataset_of_an_hdf5_file(volume_model, volume, volume_by_hand,
         assert found.dtype == np.uint32
         assert found.chunks is not None
         assert found.attrs["resolution"].tolist() == [40, 4, 4]
-        assert np.array_equal(found[()], volume_by_hand())  # of the main segmenter, which is not the first by name
+        # of the main segmenter, which is not the first by name
+        assert np.array_equal(found[()], volume_by_hand())
         assert evaluate(label, found[()])["aji"] > 0.9
     assert capsys.readouterr().out == f"{path}:volumes/raw: {found_count(out)} objects\n"
-    run(*segment_command(volume_model, out, f"{path}:/volumes/raw", segmenter="multicut", min_size=0))
+    run(
+        *segment_command(
+            volume_model, out, f"{path}:/volumes/raw", segmenter="multicut", min_size=0
+        )
+    )
     with h5py.File(out / "brain.h5") as file:
         assert np.array_equal(file["volumes/raw"][()], volume_by_hand("multicut", min_size=0))
 
@@ -311,10 +359,13 @@ def found_count(folder):
         return file["volumes/raw"][()].max()
 
 
-def test_segment_a_tiff_stack_and_a_file_with_one_dataset(volume_model, volume, volume_by_hand, tmp_path):
+def test_segment_a_tiff_stack_and_a_file_with_one_dataset(
+    volume_model, volume, volume_by_hand, tmp_path
+):
     _, image, _ = volume
     scale = {"resolution": (5, 5), "metadata": {"axes": "ZCYX", "unit": "um", "spacing": 2}}
-    tifffile.imwrite(tmp_path / "stack.tif", image[:, None], imagej=True, **scale)  # an axis of one pixel does no harm
+    # an axis of one pixel does no harm
+    tifffile.imwrite(tmp_path / "stack.tif", image[:, None], imagej=True, **scale)
     run(*segment_command(volume_model, tmp_path / "a", tmp_path / "stack.tif", block=16))
     with tifffile.TiffFile(tmp_path / "a" / "stack.tif") as file:
         assert np.array_equal(file.asarray(), volume_by_hand())
@@ -330,7 +381,9 @@ def test_segment_a_tiff_stack_and_a_file_with_one_dataset(volume_model, volume, 
         assert np.array_equal(file["image"][()], volume_by_hand())
 
 
-def test_a_volume_that_was_stopped_goes_on(volume_model, volume, volume_by_hand, tmp_path, monkeypatch):
+def test_a_volume_that_was_stopped_goes_on(
+    volume_model, volume, volume_by_hand, tmp_path, monkeypatch
+):
     from gdlib.predict.predictor import Predictor
 
     path, _, _ = volume
@@ -348,7 +401,9 @@ def test_a_volume_that_was_stopped_goes_on(volume_model, volume, volume_by_hand,
     run(*command, code=130)
     assert [item.name for item in out.iterdir()] == [".brain.volumes%2Fraw.partial"]
     done.clear()
-    monkeypatch.setattr(Predictor, "predict", lambda self, *args: done.append(args) or predict(self, *args))
+    monkeypatch.setattr(
+        Predictor, "predict", lambda self, *args: done.append(args) or predict(self, *args)
+    )
     run(*command)
     assert len(done) == 3 * 3 * 3 - 10
     assert [item.name for item in out.iterdir()] == ["brain.h5"]
@@ -360,22 +415,33 @@ def test_volumes_that_cannot_be_segmented(volume_model, volume, teacher, refusal
     path, image, _ = volume
     out = tmp_path / "labels"
     line = refusal(*segment_command(volume_model, out, f"{path}:volumes/rwa"))
-    assert all(part in line for part in (str(path), '"volumes/rwa"', "volumes/raw (10, 40, 44)", "volumes/labels"))
+    assert all(
+        part in line
+        for part in (str(path), '"volumes/rwa"', "volumes/raw (10, 40, 44)", "volumes/labels")
+    )
     line = refusal(*segment_command(volume_model, out, path))
     assert "volumes/raw (10, 40, 44)" in line
-    assert str(tmp_path / "no.h5") in refusal(*segment_command(volume_model, out, tmp_path / "no.h5:a"))
+    assert str(tmp_path / "no.h5") in refusal(
+        *segment_command(volume_model, out, tmp_path / "no.h5:a")
+    )
     line = refusal(*segment_command(teacher, out, f"{path}:volumes/raw"))
     assert all(part in line for part in (f"{path}:volumes/raw", "(10, 40, 44)", "2 axes"))
     tifffile.imwrite(tmp_path / "section.tif", image[0])
     line = refusal(*segment_command(volume_model, out, tmp_path / "section.tif"))
     assert all(part in line for part in ("section.tif", "(1, 40, 44)", "3 axes"))
     (tmp_path / "text.h5").write_text("nothing")
-    assert str(tmp_path / "text.h5") in refusal(*segment_command(volume_model, out, tmp_path / "text.h5:a"))
-    assert "written over" in refusal(*segment_command(volume_model, tmp_path, f"{path}:volumes/raw"))
+    assert str(tmp_path / "text.h5") in refusal(
+        *segment_command(volume_model, out, tmp_path / "text.h5:a")
+    )
+    assert "written over" in refusal(
+        *segment_command(volume_model, tmp_path, f"{path}:volumes/raw")
+    )
     with h5py.File(tmp_path / "empty.h5", "w") as file:
         file["raw"] = np.zeros((0, 4, 4), np.uint8)
         file["nan"] = np.full((4, 4, 4), np.nan, np.float32)
-    assert "at least one pixel" in refusal(*segment_command(volume_model, out, tmp_path / "empty.h5:raw"))
+    assert "at least one pixel" in refusal(
+        *segment_command(volume_model, out, tmp_path / "empty.h5:raw")
+    )
     line = refusal(*segment_command(volume_model, out, tmp_path / "empty.h5:nan"))
     assert all(part in line for part in ("empty.h5:nan", "NaN"))
     assert not out.exists() or not list(out.iterdir())
@@ -383,7 +449,10 @@ def test_volumes_that_cannot_be_segmented(volume_model, volume, teacher, refusal
 
 def test_a_volume_of_a_single_voxel_is_fine(volume_model, tmp_path):
     tifffile.imwrite(
-        tmp_path / "one.tif", np.ones((1, 1, 1), np.uint8), photometric="minisblack", metadata={"axes": "ZYX"}
+        tmp_path / "one.tif",
+        np.ones((1, 1, 1), np.uint8),
+        photometric="minisblack",
+        metadata={"axes": "ZYX"},
     )
     run(*segment_command(volume_model, tmp_path / "out", tmp_path / "one.tif"))
 
@@ -404,14 +473,20 @@ def test_evaluate_datasets_of_hdf5_files(volume, tmp_path, capsys):
 def test_evaluate_refuses_datasets(volume, refusal):
     path, *_ = volume
     line = refusal("evaluate", f"{path}:volumes/lbls", f"{path}:volumes/labels")
-    assert all(part in line for part in (str(path), '"volumes/lbls"', "volumes/labels (10, 40, 44)"))
+    assert all(
+        part in line for part in (str(path), '"volumes/lbls"', "volumes/labels (10, 40, 44)")
+    )
     assert "volumes/raw" in refusal("evaluate", f"{path}:volumes/labels", path)
 
 
 def test_info_of_several_segmenters(volume_model, capsys):
     run("info", volume_model)
     lines = capsys.readouterr().out.splitlines()
-    about = [line.split(maxsplit=1)[1] for line in lines if line.startswith(("segmentation", "validation"))]
+    about = [
+        line.split(maxsplit=1)[1]
+        for line in lines
+        if line.startswith(("segmentation", "validation"))
+    ]
     assert about == [
         "mutex_watershed: foreground_threshold 0.4, min_size 5",
         "mutex_watershed: voi_split 0.5000, voi_merge 0.5000, voi 0.7500, arand 0.5000",
@@ -470,10 +545,18 @@ def test_the_mean_is_over_images_with_objects(pairs, capsys):
         tifffile.imwrite(found / f"{name}.tif", image)
     run("evaluate", labels, found)
     clean, filled = of_image(nothing, nothing), of_image(nothing, field)
-    assert (clean["aji"], filled["aji"], filled["false_objects"], filled["false_pixels"]) == (1, 0, 1, 600)
+    assert (clean["aji"], filled["aji"], filled["false_objects"], filled["false_pixels"]) == (
+        1,
+        0,
+        1,
+        600,
+    )
     means = {
         name: {key: (one[key] + other[key]) / 2 for key in one}
-        for name, one, other in (("mean of images without objects", clean, filled), ("mean", good, bad))
+        for name, one, other in (
+            ("mean of images without objects", clean, filled),
+            ("mean", good, bad),
+        )
     }
     expected = {"0": clean, "a": good, "b": bad, "c": filled} | means
     check_table(capsys.readouterr().out, expected)
@@ -486,7 +569,9 @@ def test_evaluate_refuses_with_one_line(pairs, refusal, tmp_path):
     out = ["--out", tmp_path / "scores.csv"]
     tifffile.imwrite(labels / "only.tif", np.ones((4, 4), np.uint8))
     line = refusal("evaluate", labels / "only.tif", found, *out)
-    assert all(part in line for part in ("(only, ...)", "(a, ...)", str(labels / "only.tif"), str(found)))
+    assert all(
+        part in line for part in ("(only, ...)", "(a, ...)", str(labels / "only.tif"), str(found))
+    )
     only = labels / "only.tif", found / "only.tif"
     tifffile.imwrite(only[1], np.ones((4, 5), np.uint8))
     line = refusal("evaluate", *only, *out)
@@ -508,7 +593,15 @@ def test_info(teacher, capsys, refusal, tmp_path):
     run("info", teacher)
     text = capsys.readouterr().out
     header = io.read_header(teacher)
-    for part in ("resunet_4", "squares", "40 steps", "32x32", "seed 0", f"step {header['step']}", "gdlib"):
+    for part in (
+        "resunet_4",
+        "squares",
+        "40 steps",
+        "32x32",
+        "seed 0",
+        f"step {header['step']}",
+        "gdlib",
+    ):
         assert part in text
     assert f"mutex_watershed: aji {header['validation']['mutex_watershed']['aji']:.4f}" in text
     run("info", teacher, "--json")
@@ -531,7 +624,9 @@ def test_models(capsys, raw, refusal, tmp_path):
     macs, shape = table["resunet"][3:]
     assert shape == "544x544"
     run("models", "--config", ROOT / "config.yaml", "--shape", 272, 272)
-    quarter = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    quarter = {
+        line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]
+    }
     assert float(quarter["resunet"][3]) == pytest.approx(float(macs) / 4, rel=1e-3)
     catalogue["teachers"]["volumes"] = {"model": "mala", "options": {"widths": [12, 60, 300, 1500]}}
     (tmp_path / "volumes.yaml").write_text(yaml.safe_dump(catalogue))
@@ -550,7 +645,15 @@ def test_models(capsys, raw, refusal, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["segment"], ["evaluate"], ["info"], ["models"], ["step"], *(["step", step] for step in STEPS)],
+    [
+        [],
+        ["segment"],
+        ["evaluate"],
+        ["info"],
+        ["models"],
+        ["step"],
+        *(["step", step] for step in STEPS),
+    ],
     ids=" ".join,
 )
 def test_help(command, capsys):
@@ -571,7 +674,10 @@ def test_help(command, capsys):
 def test_every_option_has_its_help():
     from gdlib.cli.main import _parser
 
-    for parser in (_parser()._subparsers._group_actions[0].choices[name] for name in ("segment", "evaluate", "models")):
+    for parser in (
+        _parser()._subparsers._group_actions[0].choices[name]
+        for name in ("segment", "evaluate", "models")
+    ):
         for action in parser._actions:
             assert action.help, (parser.prog, action.dest)
 
@@ -623,22 +729,41 @@ def test_scores_are_not_computed_for_a_run_without_a_name(splits, tmp_path, refu
     named = {"dataset": "nuclei", "network": "tiny", "method": "none", "seed": 0}
     for part in named:
         less = json.dumps({key: value for key, value in named.items() if key != part})
-        assert f"--run: {part} missing" in refusal("step", "evaluate", *where, "--run", less, "--segmenter", "multicut")
+        assert f"--run: {part} missing" in refusal(
+            "step", "evaluate", *where, "--run", less, "--segmenter", "multicut"
+        )
     assert not out.exists()
 
 
 def test_threads_are_set_before_torch_reads_them(splits, tmp_path):
     spec = {"model": "resunet", "options": {"widths": [1, 1, 1, 1, 1]}}
     out = tmp_path / "profile.json"
-    command = ["step", "profile", "--spec", json.dumps(spec), "--data", splits["test"], "--out", out, "--threads", 2]
-    done = process(*command, "--device", "cpu", env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
+    command = [
+        "step",
+        "profile",
+        "--spec",
+        json.dumps(spec),
+        "--data",
+        splits["test"],
+        "--out",
+        out,
+        "--threads",
+        2,
+    ]
+    done = process(
+        *command,
+        "--device",
+        "cpu",
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["threads"] == 2
 
 
 @pytest.fixture
 def tiny(raw):
-    """Return a study of a minute in seconds: six images of 64 x 64 pixels, a teacher and a student of few channels."""
+    """Return a study of a minute in seconds: six images of 64 x 64 pixels, a teacher and a student
+    of few channels."""
     raw["datasets"]["tiny"] = {
         "source": "nuclei_phantom",
         "options": {
@@ -651,8 +776,14 @@ def tiny(raw):
         "patch": [48, 48],
         "segmentation": {"mutex_watershed": {"min_size": 12}},
     }
-    raw["teachers"]["big"] = {"model": "resunet", "options": {"widths": [4, 4, 8, 8, 8], "embedding_dim": 8}}
-    raw["students"]["small"] = {"model": "resunet", "options": {"widths": [2, 2, 4, 4, 4], "embedding_dim": 8}}
+    raw["teachers"]["big"] = {
+        "model": "resunet",
+        "options": {"widths": [4, 4, 8, 8, 8], "embedding_dim": 8},
+    }
+    raw["students"]["small"] = {
+        "model": "resunet",
+        "options": {"widths": [2, 2, 4, 4, 4], "embedding_dim": 8},
+    }
     recipe = {
         "steps": 12,
         "batch_size": 2,
@@ -683,16 +814,35 @@ def dump(section, **kwargs):
 
 
 def train_command(spec, data, folder, **kwargs):
-    command = ["step", "train", "--spec", dump(spec), "--train", data["train"], "--val", data["val"], "--device", "cpu"]
+    command = [
+        "step",
+        "train",
+        "--spec",
+        dump(spec),
+        "--train",
+        data["train"],
+        "--val",
+        data["val"],
+        "--device",
+        "cpu",
+    ]
     command += [f"--weights={folder}/weights.safetensors", f"--last={folder}/last.safetensors"]
     command += [f"--history={folder}/history.csv", f"--state={folder}/state"]
-    return command + [part for key, value in kwargs.items() for part in (f"--{key.replace('_', '-')}", value)]
+    return command + [
+        part for key, value in kwargs.items() for part in (f"--{key.replace('_', '-')}", value)
+    ]
 
 
 def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
     data = {split: tmp_path / "data" / f"{split}.h5" for split in ("train", "val", "test")}
     dataset = dump(tiny.datasets["tiny"], include={"source", "options", "channels", "patch"})
-    run("step", "prepare", "--dataset", dataset, *(f"--{split}={path}" for split, path in data.items()))
+    run(
+        "step",
+        "prepare",
+        "--dataset",
+        dataset,
+        *(f"--{split}={path}" for split, path in data.items()),
+    )
     assert [len(io.sample_ids(path)) for path in data.values()] == [3, 2, 2]
 
     weights = None
@@ -713,7 +863,14 @@ def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
             folder / "segmentation.h5",
             folder / "metrics.csv",
         )
-        common = ["--weights", folder / "weights.safetensors", "--data", data["test"], "--device", "cpu"]
+        common = [
+            "--weights",
+            folder / "weights.safetensors",
+            "--data",
+            data["test"],
+            "--device",
+            "cpu",
+        ]
         run("step", "predict", *common, "--out", predictions, "--keep-embeddings", 1)
         override = json.dumps(tiny.datasets[name].segmentation["mutex_watershed"])
         segmenter = ["--segmenter", "mutex_watershed"]
@@ -732,10 +889,21 @@ def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
         )
         identity = {"dataset": name, "network": network, "method": method, "seed": seed}
         columns = identity | {"segmenter": "mutex_watershed"}
-        evaluation = ["--data", data["test"], "--segmentation", segmentation, "--run", json.dumps(identity)]
+        evaluation = [
+            "--data",
+            data["test"],
+            "--segmentation",
+            segmentation,
+            "--run",
+            json.dumps(identity),
+        ]
         run("step", "evaluate", *evaluation, "--out", metrics, *segmenter)
 
-        kept = [sample for sample in io.sample_ids(data["test"]) if "embedding" in arrays(predictions, sample)]
+        kept = [
+            sample
+            for sample in io.sample_ids(data["test"])
+            if "embedding" in arrays(predictions, sample)
+        ]
         assert kept == io.sample_ids(data["test"])[:1]
         attrs = io.read_attrs(segmentation)
         assert attrs["segmenter"] == "mutex_watershed"
@@ -747,39 +915,87 @@ def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
         truth = {sample.id: sample.label for sample in io.read_samples(data["test"])}
         assert len(rows) == len(truth) * len(METRICS | COUNTS)
         for row in rows:
-            assert {key: row[key] for key in columns} == {key: str(value) for key, value in columns.items()}
+            assert {key: row[key] for key in columns} == {
+                key: str(value) for key, value in columns.items()
+            }
             found = io.read_array(segmentation, row["sample"], "label")
             assert found.dtype == np.uint32
-            assert float(row["value"]) == pytest.approx(of_image(truth[row["sample"]], found)[row["metric"]], rel=1e-8)
+            assert float(row["value"]) == pytest.approx(
+                of_image(truth[row["sample"]], found)[row["metric"]], rel=1e-8
+            )
 
         spec = {"dataset": name, "network": network, "model": spec.model, "options": spec.options}
         out = tmp_path / f"{network}.json"
-        run("step", "profile", "--spec", json.dumps(spec), "--data", data["test"], "--out", out, "--device", "cpu")
+        run(
+            "step",
+            "profile",
+            "--spec",
+            json.dumps(spec),
+            "--data",
+            data["test"],
+            "--out",
+            out,
+            "--device",
+            "cpu",
+        )
         profile = json.loads(out.read_text())
         assert profile["network"] == network
         assert profile["image_shape"] == [64, 64]
-        assert all(profile[key] > 0 for key in ("parameters", "macs", "latency_ms", "latency_ms_p90"))
+        assert all(
+            profile[key] > 0 for key in ("parameters", "macs", "latency_ms", "latency_ms_p90")
+        )
     assert json.loads((tmp_path / "big.json").read_text())["macs"] > profile["macs"]
 
 
-def test_segmenting_again_gives_the_same_bytes_with_any_number_of_threads(teacher, splits, tmp_path):
+def test_segmenting_again_gives_the_same_bytes_with_any_number_of_threads(
+    teacher, splits, tmp_path
+):
     run(
-        "step", "predict", "--weights", teacher, "--data", splits["test"], "--out", tmp_path / "p.h5", "--device", "cpu"
+        "step",
+        "predict",
+        "--weights",
+        teacher,
+        "--data",
+        splits["test"],
+        "--out",
+        tmp_path / "p.h5",
+        "--device",
+        "cpu",
     )
     run(
-        "step", "predict", "--weights", teacher, "--data", splits["test"], "--out", tmp_path / "q.h5", "--device", "cpu"
+        "step",
+        "predict",
+        "--weights",
+        teacher,
+        "--data",
+        splits["test"],
+        "--out",
+        tmp_path / "q.h5",
+        "--device",
+        "cpu",
     )
     assert io.sha256(tmp_path / "p.h5") == io.sha256(tmp_path / "q.h5")
     for name, threads in (("a", 1), ("b", 3)):
         out = tmp_path / f"{name}.h5"
-        command = ["step", "segment", "--predictions", tmp_path / "p.h5", "--out", out, "--threads", threads]
+        command = [
+            "step",
+            "segment",
+            "--predictions",
+            tmp_path / "p.h5",
+            "--out",
+            out,
+            "--threads",
+            threads,
+        ]
         run(*command, "--segmenter", "mutex_watershed")
     assert io.sha256(tmp_path / "a.h5") == io.sha256(tmp_path / "b.h5")
 
 
 def test_an_interrupted_step_exits_with_75_and_goes_on(tiny, splits, tmp_path, capsys):
     spec = tiny.run("tiny", "small", "none", 0)
-    spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"steps": 3, "patch": (32, 32)})})
+    spec = spec.model_copy(
+        update={"recipe": spec.recipe.model_copy(update={"steps": 3, "patch": (32, 32)})}
+    )
     command = [str(part) for part in train_command(spec, splits, tmp_path, max_seconds=1e-6)]
     for step in (1, 2, 3):
         with pytest.raises(SystemExit) as caught:
@@ -798,15 +1014,30 @@ def test_steps_refuse_with_one_line(tiny, teacher, splits, refusal, tmp_path):
     spec = large.model_copy(update={"recipe": large.recipe.model_copy(update={"patch": (32, 32)})})
     folder = tmp_path / "run"
     assert '"grd"' in refusal(*train_command(spec, splits, folder))
-    assert str(missing) in refusal(*train_command(spec, splits | {"val": missing}, folder, teacher=teacher))
-    assert "smaller than the patch" in refusal(*train_command(large, splits, folder, teacher=teacher))
+    assert str(missing) in refusal(
+        *train_command(spec, splits | {"val": missing}, folder, teacher=teacher)
+    )
+    assert "smaller than the patch" in refusal(
+        *train_command(large, splits, folder, teacher=teacher)
+    )
     broken = train_command(spec, splits, folder)
     broken[broken.index("--spec") + 1] = '{"dataset": "tiny"}'
     assert "network" in refusal(*broken)
     predict = ["step", "predict", "--weights", teacher, "--out", out, "--device", "cpu", "--data"]
     assert str(missing) in refusal(*predict, missing)
     run = json.dumps({"dataset": "d", "network": "n", "method": "m", "seed": 0})
-    evaluation = ["step", "evaluate", "--data", splits["test"], "--run", run, "--out", out, "--segmenter", "waterz"]
+    evaluation = [
+        "step",
+        "evaluate",
+        "--data",
+        splits["test"],
+        "--run",
+        run,
+        "--out",
+        out,
+        "--segmenter",
+        "waterz",
+    ]
     assert str(splits["val"]) in refusal(*evaluation, "--segmentation", splits["val"])
     segmentation = ["step", "segment", "--out", out, "--segmenter", "waterz", "--predictions"]
     line = refusal(*segmentation, splits["test"])
@@ -831,10 +1062,32 @@ def volume_split(volume, tmp_path):
 
 def test_the_step_inside_the_true_foreground(teacher, splits, refusal, tmp_path):
     predictions, out = tmp_path / "p.h5", tmp_path / "s.h5"
-    run("step", "predict", "--weights", teacher, "--data", splits["test"], "--out", predictions, "--device", "cpu")
-    command = ["step", "segment", "--predictions", predictions, "--out", out, "--segmenter", "mutex_watershed_masked"]
+    run(
+        "step",
+        "predict",
+        "--weights",
+        teacher,
+        "--data",
+        splits["test"],
+        "--out",
+        predictions,
+        "--device",
+        "cpu",
+    )
+    command = [
+        "step",
+        "segment",
+        "--predictions",
+        predictions,
+        "--out",
+        out,
+        "--segmenter",
+        "mutex_watershed_masked",
+    ]
     command += ["--override", '{"min_size": 0, "min_fragment": 0}']
-    assert "needs the foreground of the ground truth; give the samples as --data" in refusal(*command)
+    assert "needs the foreground of the ground truth; give the samples as --data" in refusal(
+        *command
+    )
     run(*command, "--data", splits["test"])
     for sample in io.read_samples(splits["test"]):
         found = io.read_array(out, sample.id, "label")
@@ -845,12 +1098,26 @@ def test_the_step_inside_the_true_foreground(teacher, splits, refusal, tmp_path)
     assert 'no "label" of sample' in line
 
 
-def test_the_steps_of_a_volume(volume_split, volume, volume_model, volume_by_hand, refusal, tmp_path):
+def test_the_steps_of_a_volume(
+    volume_split, volume, volume_model, volume_by_hand, refusal, tmp_path
+):
     predictions, out = tmp_path / "p.h5", tmp_path / "s.h5"
     common = ["--weights", volume_model, "--data", volume_split, "--device", "cpu"]
-    run("step", "predict", *common, "--out", predictions, "--keep-embeddings", 1, "--block", "4x16x16")
+    run(
+        "step",
+        "predict",
+        *common,
+        "--out",
+        predictions,
+        "--keep-embeddings",
+        1,
+        "--block",
+        "4x16x16",
+    )
     assert arrays(predictions, "brain") == {"affinity", "foreground", "embedding"}
-    assert io.read_attrs(predictions)["segmentation"] == io.read_header(volume_model)["segmentation"]
+    assert (
+        io.read_attrs(predictions)["segmentation"] == io.read_header(volume_model)["segmentation"]
+    )
     command = ["step", "segment", "--predictions", predictions, "--out", out, "--segmenter"]
     run(*command, "multicut", "--override", '{"min_size": 0}')
     found = io.read_array(out, "brain", "label")
@@ -863,7 +1130,16 @@ def test_the_steps_of_a_volume(volume_split, volume, volume_model, volume_by_han
     assert io.read_attrs(out) == about
 
     identity = json.dumps({"dataset": "d", "network": "n", "method": "m", "seed": 3})
-    evaluation = ["step", "evaluate", "--data", volume_split, "--run", identity, "--segmenter", "multicut"]
+    evaluation = [
+        "step",
+        "evaluate",
+        "--data",
+        volume_split,
+        "--run",
+        identity,
+        "--segmenter",
+        "multicut",
+    ]
     run(*evaluation, "--segmentation", out, "--out", tmp_path / "m.csv")
     with (tmp_path / "m.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -875,7 +1151,9 @@ def test_the_steps_of_a_volume(volume_split, volume, volume_model, volume_by_han
     assert expected != of_image(volume[2], found)
 
     line = refusal(*command, "waterz")
-    assert all(part in line for part in (str(predictions), '"waterz"', "multicut", "mutex_watershed"))
+    assert all(
+        part in line for part in (str(predictions), '"waterz"', "multicut", "mutex_watershed")
+    )
     with h5py.File(out, "r+") as file:
         del file["brain/label"]
         file["brain/label"] = found[1:]
@@ -889,7 +1167,18 @@ def test_the_profile_of_a_volume_is_that_of_a_block(volume_split, tmp_path, monk
     monkeypatch.setitem(BLOCK, 3, (4, 16, 64))
     spec = {"model": "resunet3d", "options": {"widths": [1, 1, 1, 1, 1]}}
     out = tmp_path / "profile.json"
-    run("step", "profile", "--spec", json.dumps(spec), "--data", volume_split, "--out", out, "--device", "cpu")
+    run(
+        "step",
+        "profile",
+        "--spec",
+        json.dumps(spec),
+        "--data",
+        volume_split,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    )
     profile = json.loads(out.read_text())
     assert profile["image_shape"] == [4, 16, 44]
     assert profile["macs"] == count_macs(spec["model"], spec["options"], (4, 16, 44)) > 0
@@ -899,19 +1188,47 @@ def test_baselines(volume_split, splits, refusal, tmp_path):
     from gdlib.evaluate.trivial import BASELINES
 
     out = tmp_path / "baselines.csv"
-    run("step", "baselines", "--dataset", "d", "--val", volume_split, "--test", splits["test"], "--out", out)
+    run(
+        "step",
+        "baselines",
+        "--dataset",
+        "d",
+        "--val",
+        volume_split,
+        "--test",
+        splits["test"],
+        "--out",
+        out,
+    )
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == ("dataset", "split", "baseline", "sample", "metric", "value")
     assert {row["dataset"] for row in rows} == {"d"}
     assert {row["baseline"] for row in rows} == set(BASELINES)
-    assert {(row["split"], row["sample"]) for row in rows} == {("val", "brain"), ("test", "test0"), ("test", "test1")}
-    value = next(row["value"] for row in rows if row["baseline"] == "one_segment" and row["metric"] == "arand")
+    assert {(row["split"], row["sample"]) for row in rows} == {
+        ("val", "brain"),
+        ("test", "test0"),
+        ("test", "test1"),
+    }
+    value = next(
+        row["value"]
+        for row in rows
+        if row["baseline"] == "one_segment" and row["metric"] == "arand"
+    )
     sample = next(io.read_samples(volume_split))
     expected = evaluate(sample.label[5:], np.ones_like(sample.label[5:]))["arand"]
     assert float(value) == pytest.approx(expected)
     missing = tmp_path / "missing.h5"
     line = refusal(
-        "step", "baselines", "--dataset", "d", "--val", missing, "--test", missing, "--out", tmp_path / "x.csv"
+        "step",
+        "baselines",
+        "--dataset",
+        "d",
+        "--val",
+        missing,
+        "--test",
+        missing,
+        "--out",
+        tmp_path / "x.csv",
     )
     assert str(missing) in line

@@ -1,4 +1,5 @@
-"""The configuration: every run of the catalogue can be built, every typo is one line that names key and nearest valid name."""
+"""The configuration: every run of the catalogue can be built, every typo is one line that names key
+and nearest valid name."""
 
 import copy
 import json
@@ -17,7 +18,8 @@ from gdlib.segment import segmenters
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = tuple(parts.read(ROOT)["studies"])
 
-# A catalogue of its own for the mistakes, so that an edit of config.yaml breaks no test of how mistakes are told.
+# A catalogue of its own for the mistakes, so that an edit of config.yaml breaks no test of how
+# mistakes are told.
 SMALL = """
 study: quick
 raw_folders: [raw]
@@ -186,10 +188,16 @@ def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
             for d in chosen.datasets
         )
     )
-    assert {network for _, network, _, _ in runs} >= set(chosen.students)  # none is left out of all datasets
+    # none is left out of all datasets
+    assert {network for _, network, _, _ in runs} >= set(chosen.students)
     for dataset, network, method, seed in runs:
         spec = config.run(dataset, network, method, seed)
-        assert (spec.dataset, spec.network, spec.method, spec.seed) == (dataset, network, method, seed)
+        assert (spec.dataset, spec.network, spec.method, spec.seed) == (
+            dataset,
+            network,
+            method,
+            seed,
+        )
         assert config.is_teacher(network) == (method == TEACHER)
         assert spec.options["in_channels"] == spec.channels == config.datasets[dataset].channels
         assert len(spec.patch) == len(spec.offsets[0])
@@ -240,7 +248,11 @@ TYPOS = {
     "top": (rename("recipes", "recipies"), "recipies", "recipes"),
     "top, superfluous": (put("plots", {}), "plots", "plot"),
     "study": (rename("studies.quick.methods", "method"), "studies.quick.method", "methods"),
-    "study recipe": (put("studies.quick.student_recipe.step", 3), "studies.quick.student_recipe.step", "steps"),
+    "study recipe": (
+        put("studies.quick.student_recipe.step", 3),
+        "studies.quick.student_recipe.step",
+        "steps",
+    ),
     "study recipe, nested": (
         put("studies.quick.student_recipe.optimizer", {"lrate": 1}),
         "studies.quick.student_recipe.optimizer.lrate",
@@ -261,22 +273,50 @@ TYPOS = {
         "studies.quick.student_recipe.selection",
         "f1_50",
     ),
-    "recipe": (rename("recipes.teacher.batch_size", "batchsize"), "recipes.teacher.batchsize", "batch_size"),
-    "recipe, metric": (put("recipes.student.selection", "ajii"), "recipes.student.selection", "aji"),
+    "recipe": (
+        rename("recipes.teacher.batch_size", "batchsize"),
+        "recipes.teacher.batchsize",
+        "batch_size",
+    ),
+    "recipe, metric": (
+        put("recipes.student.selection", "ajii"),
+        "recipes.student.selection",
+        "aji",
+    ),
     "recipe, name": (rename("recipes.student", "students"), "recipes.students", "'student'"),
     "optimizer": (
         rename("recipes.student.optimizer.weight_decay", "weightdecay"),
         "recipes.student.optimizer.weightdecay",
         "weight_decay",
     ),
-    "optimizer, name": (put("recipes.student.optimizer.name", "adamm"), "recipes.student.optimizer.name", "'adam'"),
-    "bank": (put("recipes.student.bank", {"capasity": 3}), "recipes.student.bank.capasity", "capacity"),
+    "optimizer, name": (
+        put("recipes.student.optimizer.name", "adamm"),
+        "recipes.student.optimizer.name",
+        "'adam'",
+    ),
+    "bank": (
+        put("recipes.student.bank", {"capasity": 3}),
+        "recipes.student.bank.capasity",
+        "capacity",
+    ),
     "term key": (rename("methods.agd.0.weight", "wieght"), "methods.agd.terms.0.wieght", "weight"),
     "term name": (put("methods.agd.0.term", "adg"), "methods.agd", "agd"),
     "term option": (put("methods.agd.0.options", {"poool": 2}), "poool", "pool"),
-    "model key": (rename("students.resunet_tiny.options", "option"), "students.resunet_tiny.option", "options"),
-    "model name": (put("students.resunet_tiny.model", "resnet"), "students.resunet_tiny", "resunet"),
-    "model option": (put("teachers.resunet_w16.options", {"width": [1]}), "teachers.resunet_w16", "widths"),
+    "model key": (
+        rename("students.resunet_tiny.options", "option"),
+        "students.resunet_tiny.option",
+        "options",
+    ),
+    "model name": (
+        put("students.resunet_tiny.model", "resnet"),
+        "students.resunet_tiny",
+        "resunet",
+    ),
+    "model option": (
+        put("teachers.resunet_w16.options", {"width": [1]}),
+        "teachers.resunet_w16",
+        "widths",
+    ),
     "dataset key": (rename("datasets.bbbc039.folder", "foldr"), "datasets.bbbc039.foldr", "folder"),
     "dataset section": (
         put("datasets.bbbc039.normalisation", {"uper": 99}),
@@ -284,12 +324,20 @@ TYPOS = {
         "upper",
     ),
     "source name": (put("datasets.bbbc039.source", "bbbc39"), "datasets.bbbc039", "bbbc039"),
-    "source option": (put("datasets.bbbc039.options", {"splits": "heldout"}), "datasets.bbbc039", "split"),
+    "source option": (
+        put("datasets.bbbc039.options", {"splits": "heldout"}),
+        "datasets.bbbc039",
+        "split",
+    ),
     "plot key": (rename("plot.main_metric", "mainmetric"), "plot.mainmetric", "main_metric"),
     "plot metric": (put("plot.metrics", ["aji", "f1_81"]), "plot.metrics", "f1_80"),
     "plot table metric": (put("plot.table_metrics", ["dise"]), "plot.table_metrics", "dice"),
     "plot volumes": (put("plot.volumes", {"metrix": ["voi"]}), "plot.volumes.metrix", "metrics"),
-    "plot volumes metric": (put("plot.volumes", {"metrics": ["voii"]}), "plot.volumes.metrics", "voi"),
+    "plot volumes metric": (
+        put("plot.volumes", {"metrics": ["voii"]}),
+        "plot.volumes.metrics",
+        "voi",
+    ),
     "plot volumes table": (
         put("plot.volumes", {"table_metrics": ["voi_splt"]}),
         "plot.volumes.table_metrics",
@@ -300,8 +348,16 @@ TYPOS = {
         "plot.volumes.main_metric",
         "plot.volumes.metrics",
     ),
-    "targets": (put("datasets.bbbc039.targets", {"boarder": 1}), "datasets.bbbc039.targets.boarder", "border"),
-    "segmenter": (put("datasets.bbbc039.segmenters", ["watrz"]), "datasets.bbbc039.segmenters.0", "'waterz'"),
+    "targets": (
+        put("datasets.bbbc039.targets", {"boarder": 1}),
+        "datasets.bbbc039.targets.boarder",
+        "border",
+    ),
+    "segmenter": (
+        put("datasets.bbbc039.segmenters", ["watrz"]),
+        "datasets.bbbc039.segmenters.0",
+        "'waterz'",
+    ),
     "segmentation": (
         put("datasets.bbbc039.segmentation", {"watrz": {"threshold": 0.5}}),
         "datasets.bbbc039.segmentation.watrz: ",
@@ -322,7 +378,11 @@ TYPOS = {
         "recipes.student.augment.sections.mising",
         "missing",
     ),
-    "dataset recipe": (put("datasets.bbbc039.recipe", {"step": 3}), "datasets.bbbc039.recipe.step", "steps"),
+    "dataset recipe": (
+        put("datasets.bbbc039.recipe", {"step": 3}),
+        "datasets.bbbc039.recipe.step",
+        "steps",
+    ),
     "dataset recipe, metric": (
         put("datasets.bbbc039.recipe", {"selection": "voii"}),
         "datasets.bbbc039.recipe.selection",
@@ -334,7 +394,10 @@ TYPOS = {
         "weight",
     ),
     "dataset recipe of a dataset that no study has": (
-        put("datasets.more", {"source": "bbbc039", "offsets": [[-1, 0]], "patch": [8, 8], "recipe": {"emma": 0.9}}),
+        put(
+            "datasets.more",
+            {"source": "bbbc039", "offsets": [[-1, 0]], "patch": [8, 8], "recipe": {"emma": 0.9}},
+        ),
         "datasets.more.recipe.emma",
         "ema",
     ),
@@ -366,10 +429,26 @@ TYPOS = {
     "plot main metric": (put("plot.main_metric", "f1_90"), "plot.main_metric", "plot.metrics"),
     "plot method": (put("plot.panel_methods", ["none", "grdd"]), "plot.panel_methods", "grd"),
     "study name": (put("study", "quik"), "study", "quick"),
-    "study, dataset": (put("studies.nuclei.datasets", ["bbbc039", "bbc039"]), "studies.nuclei.datasets", "bbbc039"),
-    "study, teacher": (put("studies.nuclei.teacher", "resunet_w23"), "studies.nuclei.teacher", "resunet_w32"),
-    "study, student": (put("studies.nuclei.students", ["resunet_tny"]), "studies.nuclei.students", "resunet_tiny"),
-    "study, method": (put("studies.nuclei.methods", ["none", "igd_infra"]), "studies.nuclei.methods", "igd_intra"),
+    "study, dataset": (
+        put("studies.nuclei.datasets", ["bbbc039", "bbc039"]),
+        "studies.nuclei.datasets",
+        "bbbc039",
+    ),
+    "study, teacher": (
+        put("studies.nuclei.teacher", "resunet_w23"),
+        "studies.nuclei.teacher",
+        "resunet_w32",
+    ),
+    "study, student": (
+        put("studies.nuclei.students", ["resunet_tny"]),
+        "studies.nuclei.students",
+        "resunet_tiny",
+    ),
+    "study, method": (
+        put("studies.nuclei.methods", ["none", "igd_infra"]),
+        "studies.nuclei.methods",
+        "igd_intra",
+    ),
 }
 
 
@@ -384,17 +463,26 @@ def test_a_typo_is_one_line_with_the_key_and_the_nearest_name(raw, spoil, key, s
 # Mistakes other than a wrong name; the message must name the key.
 MISTAKES = {
     "missing section": (lambda raw: raw.pop("methods"), '"methods" is missing'),
-    "missing key": (lambda raw: raw["methods"]["agd"][0].pop("weight"), "methods.agd.terms.0.weight"),
+    "missing key": (
+        lambda raw: raw["methods"]["agd"][0].pop("weight"),
+        "methods.agd.terms.0.weight",
+    ),
     "missing recipe": (lambda raw: raw["recipes"].pop("teacher"), "recipes.teacher"),
     "wrong type": (put("recipes.teacher.steps", "many"), "recipes.teacher.steps"),
     "wrong range": (put("recipes.teacher.batch_size", 0), "recipes.teacher.batch_size"),
-    "wrong section type": (put("studies.quick.student_recipe.optimizer", 3), "studies.quick.student_recipe.optimizer"),
+    "wrong section type": (
+        put("studies.quick.student_recipe.optimizer", 3),
+        "studies.quick.student_recipe.optimizer",
+    ),
     "list for a section": (put("datasets.bbbc039", []), "datasets.bbbc039"),
     "name for a list": (put("studies.quick.methods", "grd"), "studies.quick.methods"),
     "no dataset": (put("studies.quick.datasets", []), "studies.quick.datasets"),
     "no teacher seed": (put("studies.quick.teacher_seeds", []), "studies.quick.teacher_seeds"),
     "axes of the patch": (put("datasets.bbbc039.patch", [8, 128, 128]), "datasets.bbbc039"),
-    "axes of a study's patch": (put("studies.nuclei.student_recipe.patch", [8, 64, 64]), "studies.nuclei"),
+    "axes of a study's patch": (
+        put("studies.nuclei.student_recipe.patch", [8, 64, 64]),
+        "studies.nuclei",
+    ),
     "no offsets": (put("datasets.bbbc039.offsets", []), "datasets.bbbc039.offsets"),
     "empty patch": (put("datasets.bbbc039.patch", [0, 128]), "datasets.bbbc039.patch"),
     "segmentation without a segmenter": (
@@ -409,7 +497,10 @@ MISTAKES = {
     "no teacher": (put("studies.quick.teacher", []), "studies.quick.teacher"),
     "a teacher without a name": (put("studies.quick.teacher", ""), "studies.quick.teacher"),
     "a number for a teacher": (put("studies.quick.teacher", 3), "studies.quick.teacher: "),
-    "negative border": (put("datasets.bbbc039.targets", {"border": -1}), "datasets.bbbc039.targets.border"),
+    "negative border": (
+        put("datasets.bbbc039.targets", {"border": -1}),
+        "datasets.bbbc039.targets.border",
+    ),
     "axes of a recipe's patch": (
         put("recipes.teacher.patch", [8, 64, 64]),
         "recipes.teacher.patch: it must have 2 axes",
@@ -427,17 +518,29 @@ MISTAKES = {
         "studies.quick.recipes.nuclei_phantom.student: ",
     ),
     "no teacher for volumes": (
-        put("datasets.nuclei_phantom", {"source": "folder", "offsets": [[-1, 0, 0]], "patch": [8, 64, 64]}),
+        put(
+            "datasets.nuclei_phantom",
+            {"source": "folder", "offsets": [[-1, 0, 0]], "patch": [8, 64, 64]},
+        ),
         'studies.quick.teacher: none takes images with 3 axes, as dataset "nuclei_phantom" has',
     ),
     "memory for a term without": (
         put("methods.more", [{"term": "supervised", "weight": 1, "memory": True}]),
         "methods.more",
     ),
-    "the same term twice": (put("methods.more", [{"term": "agd", "weight": 1}] * 2), "methods.more"),
+    "the same term twice": (
+        put("methods.more", [{"term": "agd", "weight": 1}] * 2),
+        "methods.more",
+    ),
     "a method called teacher": (put("methods.teacher", []), "teacher"),
-    "teacher and student of one name": (put("students.resunet_w16", {"model": "resunet"}), "resunet_w16"),
-    "weights of a student": (put("students.resunet_tiny.weights", "own.safetensors"), "students.resunet_tiny"),
+    "teacher and student of one name": (
+        put("students.resunet_w16", {"model": "resunet"}),
+        "resunet_w16",
+    ),
+    "weights of a student": (
+        put("students.resunet_tiny.weights", "own.safetensors"),
+        "students.resunet_tiny",
+    ),
     "no name at all": (put("study", None), "study"),
 }
 
@@ -484,7 +587,7 @@ SENSELESS = {
         f"{STUDY}.student_recipe.patch: ", '"resunet_w16"', "[32, 32]",
     ),
     "a seed twice": (put(f"{STUDY}.seeds", [0, 0]), f"{STUDY}.seeds: ", "0 is there twice"),
-    "a seed below 0": (put(f"{STUDY}.seeds", [-1]), f"{STUDY}.seeds.0: ", "from 0 to 4294967295 (got -1)"),
+    "a seed below 0": (put(f"{STUDY}.seeds", [-1]), f"{STUDY}.seeds.0: ", "from 0 to 4294967295 " "(got -1)"),
     "half a seed": (put(f"{STUDY}.seeds", [0.5]), f"{STUDY}.seeds.0: ", "a whole number"),
     "no seed": (put(f"{STUDY}.seeds", []), f"{STUDY}.seeds: "),
     "a teacher's seed twice": (put(f"{STUDY}.teacher_seeds", [1, 2, 1]), f"{STUDY}.teacher_seeds: ", "1 is there twice"),
@@ -492,7 +595,7 @@ SENSELESS = {
     "no method": (put(f"{STUDY}.methods", []), f"{STUDY}.methods: "),
     "a dataset twice": (put(f"{STUDY}.datasets", ["bbbc039"] * 2), f"{STUDY}.datasets: ", "bbbc039 is there twice"),
     "a student twice": (put(f"{STUDY}.students", ["resunet_tiny"] * 2), f"{STUDY}.students: ", "is there twice"),
-    "a teacher twice": (put(f"{STUDY}.teacher", ["resunet_w16"] * 2), f"{STUDY}.teacher: ", "resunet_w16 is there twice"),
+    "a teacher twice": (put(f"{STUDY}.teacher", ["resunet_w16"] * 2), f"{STUDY}.teacher: ", "resunet_w16 is " "there twice"),
     "a segmenter twice": (
         put("datasets.bbbc039.segmenters", ["waterz", "waterz"]), "datasets.bbbc039.segmenters: ", "waterz is there twice",
     ),
@@ -510,14 +613,14 @@ SENSELESS = {
     "no number": (put("recipes.student.optimizer.lr", math.nan), "recipes.student.optimizer.lr: ", "(got nan)"),
     "an endless number": (put("recipes.student.clip", math.inf), "recipes.student.clip: ", "finite", "(got inf)"),
     "a weight that is no number": (put("methods.agd.0.weight", math.nan), "methods.agd.terms.0.weight: ", "(got nan)"),
-    "learning rate 0": (put("recipes.student.optimizer.lr", 0), "recipes.student.optimizer.lr: must be greater than 0"),
-    "no steps": (put("recipes.student.steps", 0), "recipes.student.steps: must be greater than 0 (got 0)"),
-    "no batch": (put("recipes.student.batch_size", -1), "recipes.student.batch_size: must be greater than 0"),
-    "never validated": (put("recipes.student.validate_every", 0), "recipes.student.validate_every: must be greater than 0"),
+    "learning rate 0": (put("recipes.student.optimizer.lr", 0), "recipes.student.optimizer.lr: " "must be " "greater than 0"),
+    "no steps": (put("recipes.student.steps", 0), "recipes.student.steps: must be greater than 0 " "(got 0)"),
+    "no batch": (put("recipes.student.batch_size", -1), "recipes.student.batch_size: must be " "greater than 0"),
+    "never validated": (put("recipes.student.validate_every", 0), "recipes.student.validate_every: " "must be " "greater than 0"),
     "never saved": (put("recipes.student.save_every", 0), "recipes.student.save_every: "),
-    "an average of nothing": (put("recipes.student.ema", 1), "recipes.student.ema: must be less than 1 (got 1)"),
+    "an average of nothing": (put("recipes.student.ema", 1), "recipes.student.ema: must be " "less than " "1 (got 1)"),
     "a running mean of nothing": (
-        put("recipes.student.optimizer.betas", [0.9, 1]), "recipes.student.optimizer.betas.1: ", "of at least 0 and below 1",
+        put("recipes.student.optimizer.betas", [0.9, 1]), "recipes.student.optimizer.betas.1: ", "of at least 0 " "and below 1",
     ),
     "a zoom from large to small": (
         put("recipes.student.augment", {"geometry": {"scale": [1.2, 0.8]}}), "recipes.student.augment.geometry.scale: ",
@@ -525,11 +628,11 @@ SENSELESS = {
     "a zoom to nothing": (
         put("recipes.student.augment", {"geometry": {"scale": [0, 1]}}), "recipes.student.augment.geometry.scale.0: ",
     ),
-    "true for a number": (put("recipes.student.steps", True), "recipes.student.steps: must be a number", "(got True)"),
+    "true for a number": (put("recipes.student.steps", True), "recipes.student.steps: must be " "a number", "(got True)"),
     "yes for a share": (put("recipes.student.ema", True), "recipes.student.ema: must be a number"),
     "true for an offset": (put("datasets.bbbc039.offsets", [*OFFSETS, [True, 0]]), "datasets.bbbc039.offsets.3.0: "),
     "a contrast that inverts": (
-        put("recipes.student.augment", {"intensity": {"contrast": 2}}), "intensity.contrast: must be less than or equal to 1",
+        put("recipes.student.augment", {"intensity": {"contrast": 2}}), "intensity.contrast: must " "be less " "than or " "equal to 1",
     ),
     "channels that the images have not": (
         put("students.resunet_tiny.options.in_channels", 3), '"resunet_tiny"', "in_channels is 3", '"nuclei_phantom" have 1',
@@ -616,7 +719,10 @@ def test_values_never_change(catalogue):
 
 
 def test_study_recipe_merges_deeply_and_leaves_the_catalogue_alone(raw):
-    put("studies.quick.student_recipe", {"optimizer": {"lr": 0.5}, "augment": {"geometry": {"flip": False}}})(raw)
+    put(
+        "studies.quick.student_recipe",
+        {"optimizer": {"lr": 0.5}, "augment": {"geometry": {"flip": False}}},
+    )(raw)
     put("recipes.student.optimizer", {"lr": 0.002, "eps": 0.01, "betas": [0.8, 0.9]})(raw)
     before = copy.deepcopy(raw)
     config = Config.parse(raw)
@@ -653,18 +759,25 @@ def test_networks_go_to_the_datasets_with_their_number_of_axes(volumes):
         "neurites": ["cube_tiny", "cube_small"],
         "bbbc039": ["resunet_tiny"],
     }
-    teachers = {"nuclei_phantom": "resunet_w16", "neurites": "cube_w8", "bbbc039": "resunet_w16"}  # the first that fits
+    # the first that fits
+    teachers = {"nuclei_phantom": "resunet_w16", "neurites": "cube_w8", "bbbc039": "resunet_w16"}
     expected = []
     for dataset, mine in students.items():
         assert config.teacher_of(dataset) == teachers[dataset]
         assert config.students_of(dataset) == mine
-        expected += [(dataset, teachers[dataset], TEACHER, 4), (dataset, teachers[dataset], TEACHER, 5)]
+        expected += [
+            (dataset, teachers[dataset], TEACHER, 4),
+            (dataset, teachers[dataset], TEACHER, 5),
+        ]
         expected += [(dataset, s, m, k) for s in mine for m in ("none", "grd") for k in (0, 1)]
     assert config.runs() == expected
     assert config.selected.teachers == ("resunet_w16", "cube_w8", "resunet_w32", "cube_w16")
     one = Config.parse(volumes | {"study": "cubes"})
     assert one.selected.teachers == ("cube_w16",)
-    assert one.runs() == [("neurites", "cube_w16", TEACHER, 0), ("neurites", "cube_tiny", "none", 0)]
+    assert one.runs() == [
+        ("neurites", "cube_w16", TEACHER, 0),
+        ("neurites", "cube_tiny", "none", 0),
+    ]
 
 
 def test_a_network_of_another_package_fits_every_dataset(volumes):
@@ -704,11 +817,16 @@ def test_the_nearest_change_of_a_recipe_wins(volumes, count):
     recipe = Config.parse(volumes).run("neurites", "cube_tiny", "none", 0).recipe
     assert recipe.clip == 9.0 + count
     assert recipe.optimizer.betas == (0.5, 0.9)
-    assert [recipe.optimizer.lr, recipe.optimizer.eps, recipe.optimizer.weight_decay].count(0.25) == count - 1
-    # Changes of the dataset hold for its teacher and in other studies, those of a study nowhere else.
+    assert [recipe.optimizer.lr, recipe.optimizer.eps, recipe.optimizer.weight_decay].count(
+        0.25
+    ) == count - 1
+    # Changes of the dataset hold for its teacher and in other studies, those of a study nowhere
+    # else.
     teacher = Config.parse(volumes).run("neurites", "cube_w8", TEACHER, 0).recipe
     assert teacher.clip == (11.0 if count > 1 else None)
-    other = Config.parse(volumes | {"study": "cubes"}).run("neurites", "cube_tiny", "none", 0).recipe
+    other = (
+        Config.parse(volumes | {"study": "cubes"}).run("neurites", "cube_tiny", "none", 0).recipe
+    )
     assert other.clip == 10.0 + min(count - 1, 1)
     flat = Config.parse(volumes).run("bbbc039", "resunet_tiny", "none", 0).recipe
     assert flat.clip == (12.0 if count > 2 else 10.0)
@@ -725,17 +843,27 @@ def test_recipes_of_one_dataset(volumes):
     assert config.recipe("cubes", "neurites", "teacher").patch == (8, 64, 64)  # the dataset's
     del volumes["studies"]["both"]["recipes"]
     text = message(volumes)
-    assert 'studies.both.teacher_recipe.patch: it must have 3 axes, as dataset "neurites" has' in text
+    assert (
+        'studies.both.teacher_recipe.patch: it must have 3 axes, as dataset "neurites" has' in text
+    )
 
 
 def test_targets_and_segmenters_reach_the_run(volumes):
     config = Config.parse(volumes)
     spec = config.run("neurites", "cube_tiny", "grd", 0)
-    assert spec.targets.model_dump() == {"background_connected": False, "per_offset": True, "border": 1}
+    assert spec.targets.model_dump() == {
+        "background_connected": False,
+        "per_offset": True,
+        "border": 1,
+    }
     assert spec.segmenters == ("waterz", "mutex_watershed")
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
     plain = config.run("bbbc039", "resunet_tiny", "grd", 0)
-    assert plain.targets.model_dump() == {"background_connected": True, "per_offset": False, "border": 0}
+    assert plain.targets.model_dump() == {
+        "background_connected": True,
+        "per_offset": False,
+        "border": 0,
+    }
     assert plain.segmenters == ("mutex_watershed",)
 
 
@@ -753,7 +881,8 @@ def test_volumes_show_metrics_of_their_own(volumes):
     assert config.shown("bbbc039").metrics == ("aji", "pq")
     assert config.shown("neurites").main_metric == "voi"
     default = config.shown("neurites")
-    put("plot.volumes", {"main_metric": "arand"})(volumes)  # the rest is as before, not that of images in 2D
+    # the rest is as before, not that of images in 2D
+    put("plot.volumes", {"main_metric": "arand"})(volumes)
     changed = Config.parse(volumes).shown("neurites")
     assert changed.model_copy(update={"main_metric": "voi"}) == default
     assert changed.main_metric == "arand"
@@ -775,7 +904,10 @@ def test_raw_folder_is_the_first_that_exists(raw, tmp_path):
         config.raw_folder("bbbc039")
     text = str(caught.value)
     assert "\n" not in text
-    assert all(name in text for name in ('"bbbc039"', str(tmp_path / "first" / "bbbc039"), "second", "raw_folders"))
+    assert all(
+        name in text
+        for name in ('"bbbc039"', str(tmp_path / "first" / "bbbc039"), "second", "raw_folders")
+    )
     (tmp_path / "first" / "bbbc039").mkdir(parents=True)  # empty
     (tmp_path / "second" / "bbbc039" / "images").mkdir(parents=True)
     assert config.raw_folder("bbbc039") == tmp_path / "second" / "bbbc039"
@@ -788,7 +920,9 @@ def test_parsing_imports_no_torch():
         "import sys; from gdlib.config import load; c = load('.'); [c.run(*r) for r in c.runs()]; "
         "print([m for m in ('torch', 'h5py', 'skimage', 'scipy', 'snakemake') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -837,7 +971,9 @@ def test_methods_of_a_study_with_ablations_and_more_teachers(more):
         *("bank_size=4", "bank_size=32", "both_weights=0.5", "both_weights=2"),
     ]
     teachers = [run for run in config.runs() if run[2] == TEACHER]
-    assert teachers == [("nuclei_phantom", name, TEACHER, 0) for name in ("resunet_w16", "resunet_w32")]
+    assert teachers == [
+        ("nuclei_phantom", name, TEACHER, 0) for name in ("resunet_w16", "resunet_w32")
+    ]
     assert config.teacher_of("nuclei_phantom", "grd@resunet_w32") == "resunet_w32"
     for method in ("none", "grd", "bank_size=4"):
         assert config.teacher_of("nuclei_phantom", method) == "resunet_w16"
@@ -852,10 +988,22 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(more):
     same = base.recipe.bank.model_copy(update={"capacity": 4})
     assert bank.recipe == base.recipe.model_copy(update={"bank": same})
     assert bank.terms == base.terms
-    assert weights(config, "grd") == {"agd": 1.0, "agd_inter": 1.0, "igd_nodes": 0.1, "igd_edges_inter": 1.0}
-    assert weights(config, "both_weights=2") == {"agd": 2, "agd_inter": 1.0, "igd_nodes": 0.1, "igd_edges_inter": 2}
+    assert weights(config, "grd") == {
+        "agd": 1.0,
+        "agd_inter": 1.0,
+        "igd_nodes": 0.1,
+        "igd_edges_inter": 1.0,
+    }
+    assert weights(config, "both_weights=2") == {
+        "agd": 2,
+        "agd_inter": 1.0,
+        "igd_nodes": 0.1,
+        "igd_edges_inter": 2,
+    }
     squared = {v: config.method(f"squared={v}").terms[2] for v in (1, 2)}
-    assert {v: term.options for v, term in squared.items()} == {v: {"part": "nodes", "power": v} for v in (1, 2)}
+    assert {v: term.options for v, term in squared.items()} == {
+        v: {"part": "nodes", "power": v} for v in (1, 2)
+    }
     still = config.run("nuclei_phantom", "resunet_tiny", "flip=false", 0)
     assert not still.recipe.augment.geometry.flip
     assert still.recipe.optimizer.lr == 1e-4
@@ -868,9 +1016,21 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(more):
         "recipe of a method": ("methods.slow.recipe", {"optimiser": {"lr": 1}}, "optimizer"),
         "name of a method": ("methods.a=b", [], '"="'),
         "base of an ablation": ("ablations.bank_size.method", "gdr", "grd"),
-        "key of an ablation": ("ablations.bank_size.keys", ["bank.capacity"], "write weight, recipe."),
-        "term of an ablation": ("ablations.squared.keys", ["terms.igd_node.options.power"], "igd_nodes"),
-        "option of an ablation": ("ablations.squared.keys", ["terms.igd_nodes.options.powr"], "power"),
+        "key of an ablation": (
+            "ablations.bank_size.keys",
+            ["bank.capacity"],
+            "write weight, recipe.",
+        ),
+        "term of an ablation": (
+            "ablations.squared.keys",
+            ["terms.igd_node.options.power"],
+            "igd_nodes",
+        ),
+        "option of an ablation": (
+            "ablations.squared.keys",
+            ["terms.igd_nodes.options.powr"],
+            "power",
+        ),
         "value of an ablation": ("ablations.bank_size.values", [0], "greater than or equal to 1"),
         "no value": ("ablations.bank_size.values", [], "ablations.bank_size.values"),
         "ablation of a study": ("studies.more.ablations", ["bank_sise"], "bank_size"),

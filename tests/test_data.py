@@ -121,32 +121,80 @@ def _png(path, array):
 
 
 BAD = {
-    "no folder": (lambda r: (r / "images").rename(r / "pictures"), ["images", "no such folder", "check its name"]),
-    "no file": (lambda r: [p.unlink() for p in (r / "images").iterdir()], ["images", "no PNG, TIFF or HDF5", "put"]),
-    "unreadable": (lambda r: (r / "images/a02.tif").write_bytes(b"hello"), ["a02.tif", "cannot be read", "save it"]),
-    "truncated tiff": (lambda r: _truncate(r / "images/a02.tif"), ["a02.tif", "cannot be read", "save it"]),
-    "truncated png": (lambda r: _truncate(r / "labels/a02.png"), ["a02.png", "cannot be read", "save it"]),
+    "no folder": (
+        lambda r: (r / "images").rename(r / "pictures"),
+        ["images", "no such folder", "check its name"],
+    ),
+    "no file": (
+        lambda r: [p.unlink() for p in (r / "images").iterdir()],
+        ["images", "no PNG, TIFF or HDF5", "put"],
+    ),
+    "unreadable": (
+        lambda r: (r / "images/a02.tif").write_bytes(b"hello"),
+        ["a02.tif", "cannot be read", "save it"],
+    ),
+    "truncated tiff": (
+        lambda r: _truncate(r / "images/a02.tif"),
+        ["a02.tif", "cannot be read", "save it"],
+    ),
+    "truncated png": (
+        lambda r: _truncate(r / "labels/a02.png"),
+        ["a02.png", "cannot be read", "save it"],
+    ),
     "shapes": (
         lambda r: _write(r / "images/a02.tif", _image(2, shape=(24, 31))),
         ["a02.tif", "(24, 31)", "same shape"],
     ),
-    "no label": (lambda r: (r / "labels/a02.png").unlink(), ["a02.tif", "no label", "add labels/a02"]),
-    "no image": (lambda r: (r / "images/a02.tif").unlink(), ["a02.png", "no image", "add images/a02"]),
-    "same stem": (lambda r: _write(r / "images/a02.png", _image(2)), ["a02.tif", "a02.png", "rename"]),
+    "no label": (
+        lambda r: (r / "labels/a02.png").unlink(),
+        ["a02.tif", "no label", "add labels/a02"],
+    ),
+    "no image": (
+        lambda r: (r / "images/a02.tif").unlink(),
+        ["a02.png", "no image", "add images/a02"],
+    ),
+    "same stem": (
+        lambda r: _write(r / "images/a02.png", _image(2)),
+        ["a02.tif", "a02.png", "rename"],
+    ),
     "float label": (
         lambda r: _label_tif(r, np.float32(_label()) / 2),
         ["a02", "float32", "probabilities", "store it as integers"],
     ),
-    "negative label": (lambda r: _label_tif(r, _label().astype(np.int16) - 1), ["a02", "negative", "use 0"]),
-    "boolean label": (lambda r: _write(r / "labels/a02.png", _label() > 0), ["a02", "bool", "store it as integers"]),
-    "colour label": (lambda r: _write(r / "labels/a02.png", _rgb()), ["a02.png", "colour image", "store one integer"]),
+    "negative label": (
+        lambda r: _label_tif(r, _label().astype(np.int16) - 1),
+        ["a02", "negative", "use 0"],
+    ),
+    "boolean label": (
+        lambda r: _write(r / "labels/a02.png", _label() > 0),
+        ["a02", "bool", "store it as integers"],
+    ),
+    "colour label": (
+        lambda r: _write(r / "labels/a02.png", _rgb()),
+        ["a02.png", "colour image", "store one integer"],
+    ),
     "nan": (lambda r: _write(r / "images/a02.tif", _nan()), ["a02.tif", "NaN", "replace"]),
-    "complex": (lambda r: _write(r / "images/a02.tif", _image(2, np.complex64)), ["a02.tif", "complex64", "store it"]),
-    "rgb tiff": (lambda r: _write(r / "images/a02.tif", _rgb()), ["a02.tif", "3 channels", "says 1", "convert"]),
-    "rgb png": (lambda r: _png(r / "images/a02.png", _rgb()), ["a02.png", "3 channels", "says 1", "convert"]),
-    "small": (lambda r: _small(r), ["a02.tif", "(12, 32)", "smaller than the patch (16, 16)", "smaller patch"]),
+    "complex": (
+        lambda r: _write(r / "images/a02.tif", _image(2, np.complex64)),
+        ["a02.tif", "complex64", "store it"],
+    ),
+    "rgb tiff": (
+        lambda r: _write(r / "images/a02.tif", _rgb()),
+        ["a02.tif", "3 channels", "says 1", "convert"],
+    ),
+    "rgb png": (
+        lambda r: _png(r / "images/a02.png", _rgb()),
+        ["a02.png", "3 channels", "says 1", "convert"],
+    ),
+    "small": (
+        lambda r: _small(r),
+        ["a02.tif", "(12, 32)", "smaller than the patch (16, 16)", "smaller patch"],
+    ),
     "volume": (lambda r: _volume(r), ["a02.tif", "3 axes", "dataset 2", "convert"]),
-    "few": (lambda r: [p.unlink() for p in r.glob("*/a0[2-9].*")], ["2 images", "at least one each", "add images"]),
+    "few": (
+        lambda r: [p.unlink() for p in r.glob("*/a0[2-9].*")],
+        ["2 images", "at least one each", "add images"],
+    ),
 }
 
 
@@ -209,7 +257,8 @@ def test_8_and_16_bit_may_be_mixed_and_are_counted(raw):
 
 def test_colour_and_volumes_are_accepted_where_expected(tmp_path):
     for i in range(3):
-        _write(tmp_path / f"rgb/images/a{i}.png", _image(i, shape=(*SIZE, 4)))  # the alpha channel is dropped
+        # the alpha channel is dropped
+        _write(tmp_path / f"rgb/images/a{i}.png", _image(i, shape=(*SIZE, 4)))
         _write(tmp_path / f"rgb/labels/a{i}.png", _label())
         _write(tmp_path / f"volume/images/a{i}.tif", _image(i, shape=(5, *SIZE)))
         _write(tmp_path / f"volume/labels/a{i}.tif", np.stack([_label()] * 5))
@@ -222,7 +271,16 @@ def test_colour_and_volumes_are_accepted_where_expected(tmp_path):
 
 @pytest.mark.parametrize(
     ("dtype", "stored"),
-    [("u1", "u1"), ("u2", "u2"), (">u2", "u2"), ("i2", "f4"), ("u4", "f4"), ("f2", "f4"), ("f4", "f4"), ("f8", "f4")],
+    [
+        ("u1", "u1"),
+        ("u2", "u2"),
+        (">u2", "u2"),
+        ("i2", "f4"),
+        ("u4", "f4"),
+        ("f2", "f4"),
+        ("f4", "f4"),
+        ("f8", "f4"),
+    ],
 )
 def test_image_types(dtype, stored):
     sample = check_sample(Sample("a", _image(0, dtype)[None], _label().astype(">i8")), 1, SIZE)
@@ -246,7 +304,8 @@ def test_channel_axis_of_tiff(tmp_path):
     tifffile.imwrite(tmp_path / "big_endian.tif", image, photometric="minisblack", byteorder=">")
     for name in ("named", "first", "last", "big_endian"):
         np.testing.assert_array_equal(read_image(tmp_path / f"{name}.tif", channels=2), image)
-    assert read_image(tmp_path / "first.tif").shape == (1, 2, *SIZE)  # one channel: a volume of two planes
+    # one channel: a volume of two planes
+    assert read_image(tmp_path / "first.tif").shape == (1, 2, *SIZE)
 
 
 def test_png_kinds(tmp_path):
@@ -338,7 +397,10 @@ def test_volumes_in_hdf5(raw3d):
 
 
 def test_one_file_with_image_and_label(raw3d):
-    """An option names the dataset; a TIFF beside it needs none; an option replaces the voxel size of the file."""
+    """An option names the dataset; a TIFF beside it needs none.
+
+    An option replaces the voxel size of the file.
+    """
     image, label = _volume_of(1)
     for part in ("images", "labels"):
         (raw3d / f"{part}/v1.h5").unlink()
@@ -347,7 +409,11 @@ def test_one_file_with_image_and_label(raw3d):
         for i in (0, 2):
             (raw3d / f"{part}/v{i}.h5").unlink()
             _write(raw3d / f"{part}/v{i}.tif", _volume_of(i)[part == "labels"])
-    options = {"image_dataset": "volumes/raw", "label_dataset": "/volumes/labels/ids", "voxel_size_nm": [40, 4, 4]}
+    options = {
+        "image_dataset": "volumes/raw",
+        "label_dataset": "/volumes/labels/ids",
+        "voxel_size_nm": [40, 4, 4],
+    }
     outputs, _ = _prepare(raw3d, min_size=(4, 16, 16), **options)
     samples = {s.id: s for path in outputs.values() for s in io.read_samples(path)}
     np.testing.assert_array_equal(samples["v1"].image[0], image)
@@ -374,7 +440,9 @@ def test_readers_take_the_notation_of_the_command_line(raw3d):
 def _damage(path):
     """Spoil the compressed numbers of an array; the file opens, but reading it fails."""
     with h5py.File(path, "w") as file:
-        item = file.create_dataset("main", data=_volume_of(1)[0], chunks=(DEPTH, *SIZE), compression="gzip")
+        item = file.create_dataset(
+            "main", data=_volume_of(1)[0], chunks=(DEPTH, *SIZE), compression="gzip"
+        )
         chunk = item.id.get_chunk_info(0)
     content = bytearray(path.read_bytes())
     content[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
@@ -388,7 +456,13 @@ def _huge():
 BAD_VOLUMES = {
     "order of axes": (
         lambda r: _replace(r, "labels", np.moveaxis(_volume_of(1)[1], 0, -1)),
-        ["v1.h5", "(7, 24, 32)", "(24, 32, 7)", "same axes in another order", "store both in the order z, y, x"],
+        [
+            "v1.h5",
+            "(7, 24, 32)",
+            "(24, 32, 7)",
+            "same axes in another order",
+            "store both in the order z, y, x",
+        ],
     ),
     "shapes": (
         lambda r: _replace(r, "labels", _volume_of(1)[1][:, 1:]),
@@ -396,7 +470,12 @@ BAD_VOLUMES = {
     ),
     "voxel sizes": (
         lambda r: _replace(r, "labels", _volume_of(1)[1], resolution=[40, 6, 6]),
-        ["labels/v1.h5:main", "[40.0, 6.0, 6.0]", "images/v1.h5:main [30.0, 6.0, 6.0]", "correct one"],
+        [
+            "labels/v1.h5:main",
+            "[40.0, 6.0, 6.0]",
+            "images/v1.h5:main [30.0, 6.0, 6.0]",
+            "correct one",
+        ],
     ),
     "order of voxel size": (
         lambda r: _replace(r, "images", _volume_of(1)[0], resolution=[6, 6, 30]),
@@ -422,23 +501,36 @@ BAD_VOLUMES = {
         lambda r: _truncate(r / "images/v1.h5"),
         ["images/v1.h5", "not a readable HDF5 file", "truncated", "save it again"],
     ),
-    "damaged": (lambda r: _damage(r / "images/v1.h5"), ["images/v1.h5", "cannot be read as HDF5", "save it again"]),
-    "not HDF5": (lambda r: (r / "labels/v1.h5").write_text("hello"), ["labels/v1.h5", "not a readable HDF5 file"]),
+    "damaged": (
+        lambda r: _damage(r / "images/v1.h5"),
+        ["images/v1.h5", "cannot be read as HDF5", "save it again"],
+    ),
+    "not HDF5": (
+        lambda r: (r / "labels/v1.h5").write_text("hello"),
+        ["labels/v1.h5", "not a readable HDF5 file"],
+    ),
     "constant": (
         lambda r: _replace(r, "images", np.full((DEPTH, *SIZE), 7, np.uint8)),
         ["v1.h5", "all voxels of the image are 7", "export"],
     ),
     "small": (
-        lambda r: [_replace(r, part, _volume_of(1)[k][:3]) for k, part in enumerate(("images", "labels"))],
+        lambda r: [
+            _replace(r, part, _volume_of(1)[k][:3]) for k, part in enumerate(("images", "labels"))
+        ],
         ["v1.h5", "(3, 24, 32)", "smaller than the patch (4, 16, 16)", "smaller patch"],
     ),
     "negative": (
         lambda r: _replace(r, "labels", _volume_of(1)[1].astype(np.int64) - 1),
         ["v1.h5", "negative", "use 0 for background"],
     ),
-    "float": (lambda r: _replace(r, "labels", _volume_of(1)[1] / 2), ["v1.h5", "float64", "store it as integers"]),
+    "float": (
+        lambda r: _replace(r, "labels", _volume_of(1)[1] / 2),
+        ["v1.h5", "float64", "store it as integers"],
+    ),
     "flat": (
-        lambda r: [_replace(r, part, _volume_of(1)[k][0]) for k, part in enumerate(("images", "labels"))],
+        lambda r: [
+            _replace(r, part, _volume_of(1)[k][0]) for k, part in enumerate(("images", "labels"))
+        ],
         ["v1.h5", "2 axes", "dataset 3", "convert"],
     ),
 }
@@ -459,10 +551,13 @@ def test_a_bad_volume_is_one_sentence_and_no_file(raw3d, name):
 
 def test_a_dataset_that_is_not_there(raw3d):
     with pytest.raises(
-        DataError, match=r'v0.h5: there is no dataset "raw", inside is main \(7, 24, 32\); correct the name'
+        DataError,
+        match=r'v0.h5: there is no dataset "raw", inside is main \(7, 24, 32\); correct '
+        r"the name",
     ):
         read_volume(raw3d / "images/v0.h5", "raw")
-    with pytest.raises(DataError, match='there is no dataset "deep", inside is deep/inside'):  # a group
+    # a group
+    with pytest.raises(DataError, match='there is no dataset "deep", inside is deep/inside'):
         read_volume(raw3d / "labels/v0.h5", "deep")
     with pytest.raises(DataError, match="the file is missing"):
         read_volume(raw3d / "images/none.h5:main")
@@ -499,7 +594,9 @@ def test_split_components_is_the_components_of_each_id(dtype):
 def test_constant_images_are_accepted_without_objects_only():
     flat = np.full((1, *SIZE), 7, np.uint8)
     assert check_sample(Sample("a", flat, np.zeros(SIZE, np.uint8)), 1, SIZE).image.max() == 7
-    with pytest.raises(DataError, match="a: all pixels of the image are 7, but its label has 3 objects; export"):
+    with pytest.raises(
+        DataError, match="a: all pixels of the image are 7, but its label has 3 objects; export"
+    ):
         check_sample(Sample("a", flat, _label()), 1, SIZE)
 
 
@@ -512,7 +609,9 @@ def test_what_to_ignore(tmp_path, capsys, monkeypatch):
     assert check(np.zeros(label.shape, bool)).ignore is None
     np.testing.assert_array_equal(check(label == 2).ignore, label == 2)
     with pytest.raises(
-        DataError, match=r"\(7, 24, 31\) of type bool; it must be boolean and of the label's shape \(7, 24, 32\)"
+        DataError,
+        match=r"\(7, 24, 31\) of type bool; it must be boolean and of the label's shape "
+        r"\(7, 24, 32\)",
     ):
         check((label == 2)[..., 1:])
     with pytest.raises(DataError, match="of type uint8; it must be boolean"):
@@ -531,7 +630,9 @@ def test_what_to_ignore(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     hashes = set()
     for ignored in (0, 7, 8):
-        outputs, summary = _prepare(tmp_path / "raw", min_size=(2, 2, 2), source="other:read", ignored=ignored)
+        outputs, summary = _prepare(
+            tmp_path / "raw", min_size=(2, 2, 2), source="other:read", ignored=ignored
+        )
         assert summary["val"]["ignored"] == io.read_attrs(outputs["val"])["ignored"] == ignored
         assert (", 7 ignored voxels" in capsys.readouterr().out) == (ignored == 7)
         stored = next(io.read_samples(outputs["val"])).ignore
@@ -541,11 +642,14 @@ def test_what_to_ignore(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(
-    not (RAW / "plantseg_ovules").is_dir(), reason="no raw data in plantseg_ovules; set GDLIB_RAW to their folder"
+    not (RAW / "plantseg_ovules").is_dir(),
+    reason="no raw data in plantseg_ovules; set GDLIB_RAW to their folder",
 )
 def test_real_hdf5_of_two_arrays():
     path = RAW / "plantseg_ovules/sample_ovule.h5"
-    with pytest.raises(DataError, match=r"inside is label \(32, 128, 128\), raw \(32, 128, 128\); name one"):
+    with pytest.raises(
+        DataError, match=r"inside is label \(32, 128, 128\), raw \(32, 128, 128\); " r"name one"
+    ):
         read_image(path)
     with open_volume(path, "raw") as image, open_volume(path, "label") as label:
         assert voxel_size(image, label) == [235.0, 150.0, 150.0]

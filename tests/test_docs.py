@@ -1,4 +1,5 @@
-"""Pages that are made are up to date, pages that are written say what the program does, and links lead somewhere."""
+"""Pages that are made are up to date, pages that are written say what the program does, and links
+lead somewhere."""
 
 import ast
 import json
@@ -90,7 +91,10 @@ def test_a_mistake_breaks_the_schema_and_the_check_alike(place, value, validator
     [
         (("only",), "nuclei_phantom,neurites_phantom"),
         (("only",), ["nuclei_phantom"]),
-        (("methods", "agd"), {"terms": [{"term": "agd", "weight": 1}], "recipe": {"bank": {"capacity": 3}}}),
+        (
+            ("methods", "agd"),
+            {"terms": [{"term": "agd", "weight": 1}], "recipe": {"bank": {"capacity": 3}}},
+        ),
         (("studies", "quick", "teacher"), ["resunet_w16", "resunet3d_w8"]),
     ],
 )
@@ -104,17 +108,29 @@ def test_short_forms_are_in_the_schema(place, value, validator, raw):
 
 
 def texts():
-    """Return all texts of the program, with `…` for what is filled in, and those of Snakemake's messages."""
+    """Return all texts of the program, with `…` for what is filled in, and those of Snakemake's
+    messages."""
     found = []
     for path in [*(ROOT / "gdlib").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                found.append(
+                    "".join(
+                        part.value if isinstance(part, ast.Constant) else "…"
+                        for part in node.values
+                    )
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     for path in [*(ROOT / "workflow").rglob("*.smk")]:
-        found += [re.sub(r"\{[^}]*\}", "…", text) for text in re.findall(r"""f?(?:"([^"\n]*)")""", path.read_text())]
-        found += [re.sub(r"\{[^}]*\}", "…", text) for text in re.findall(r"""f'([^'\n]*)'""", path.read_text())]
+        found += [
+            re.sub(r"\{[^}]*\}", "…", text)
+            for text in re.findall(r"""f?(?:"([^"\n]*)")""", path.read_text())
+        ]
+        found += [
+            re.sub(r"\{[^}]*\}", "…", text)
+            for text in re.findall(r"""f'([^'\n]*)'""", path.read_text())
+        ]
     return found, Path(find_spec("snakemake.exceptions").origin).read_text()
 
 
@@ -138,7 +154,9 @@ def test_every_symptom_is_a_message_of_the_program():
 def anchors(page):
     """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(
-        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), flags=re.MULTILINE
+        r"^#+ (.*)$",
+        re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL),
+        flags=re.MULTILINE,
     )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -156,12 +174,17 @@ def test_links_lead_somewhere(page):
 
 
 TIME = re.compile(r"\b\d[\d.,:]* (?:ms|s|seconds|min|minutes|hours|h)\b")
-SPEAKING_OF_TIME = [page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if TIME.search(page.read_text())]
+SPEAKING_OF_TIME = [
+    page
+    for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+    if TIME.search(page.read_text())
+]
 
 
 @pytest.mark.parametrize("page", SPEAKING_OF_TIME, ids=lambda page: page.name)
 def test_a_page_that_speaks_of_time_says_of_which_processor(page):
-    """With units for bfloat16 and without: most processors have none, and a time of the others is not theirs."""
+    """With units for bfloat16 and without: most processors have none, and a time of the others is
+    not theirs."""
     text = page.read_text()
     assert re.search("Xeon|EPYC", text)
     assert "bfloat16" in text
@@ -178,7 +201,9 @@ def test_the_catalogue_of_workflows_can_list_this_one():
 def test_the_workflow_is_where_the_catalogue_looks_for_it(tmp_path):
     plans = []
     for start in ("Snakefile", "workflow/Snakefile"):
-        result = snakemake(ROOT, tmp_path, "--dry-run", "--snakefile", ROOT / start, "--config", "study=smoke")
+        result = snakemake(
+            ROOT, tmp_path, "--dry-run", "--snakefile", ROOT / start, "--config", "study=smoke"
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         plans.append(planned(result.stdout + result.stderr))
     assert plans[0] == plans[1]
@@ -201,7 +226,9 @@ def project(tmp_path_factory, squares):
             tifffile.imwrite(folder / name / "labels" / f"{seed}.tif", label.astype(np.uint16))
     (entry,) = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, flags=re.MULTILINE | re.DOTALL)
     entry, count = re.subn(
-        r"steps: \d+, batch_size: \d+, validate_every: \d+", "steps: 2, batch_size: 2, validate_every: 2", entry
+        r"steps: \d+, batch_size: \d+, validate_every: \d+",
+        "steps: 2, batch_size: 2, validate_every: 2",
+        entry,
     )
     assert count == 2
     entry = entry.replace("teacher: resunet_w16", "teacher: resunet_w8")
@@ -222,7 +249,9 @@ def test_the_tutorial_works(project):
             "gdlib": [sys.executable, "-m", "gdlib"],
             "snakemake": [Path(sys.executable).with_name("snakemake")],
         }.get(program, [program])
-        done = subprocess.run([*start, *arguments], cwd=project, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*start, *arguments], cwd=project, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         if command == "cat logs/prepare/mycells.log":
             assert sum(map(int, re.findall(r"(\d+) images \(", done.stdout))) == 9
@@ -237,7 +266,11 @@ def test_the_tutorial_makes_images_of_a_public_dataset(tmp_path, monkeypatch):
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
-    names = (ROOT / "gdlib" / "data" / "splits" / "bbbc039" / "heldout" / "train.txt").read_text().split()
+    names = (
+        (ROOT / "gdlib" / "data" / "splits" / "bbbc039" / "heldout" / "train.txt")
+        .read_text()
+        .split()
+    )
     for folder in ("images", "masks"):
         Path("raw/bbbc039", folder).mkdir(parents=True)
     for name in names:

@@ -1,4 +1,7 @@
-"""Downloads from a server on this machine that can do all that goes wrong in a network; messages about missing data."""
+"""Downloads from a server on this machine that can do all that goes wrong in a network.
+
+Messages about missing data.
+"""
 
 import contextlib
 import email.utils
@@ -103,10 +106,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.ranges and "Range" in self.headers and self.headers["If-Range"] == tag:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
-                return self.reply(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
+                return self.reply(
+                    416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"}
+                )
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         body = content[start:]
-        headers |= {"Transfer-Encoding": "chunked"} if server.chunked else {"Content-Length": str(len(body))}
+        headers |= (
+            {"Transfer-Encoding": "chunked"}
+            if server.chunked
+            else {"Content-Length": str(len(body))}
+        )
         self.reply(206 if start else 200, headers)
         end = server.cut[path].pop(0) if server.cut.get(path) else None
         with contextlib.suppress(ConnectionError):
@@ -145,9 +154,12 @@ def folder(tmp_path):
 
 
 def left_over(folder):
-    """Return the names of the files that an unfinished download has left, all of them in its own hidden folder."""
+    """Return the names of the files that an unfinished download has left, all of them in its own
+    hidden folder."""
     assert not folder.exists()
-    return {path.name for path in folder.with_name(f".{folder.name}.download").rglob("*")} - {"plan.json"}
+    return {path.name for path in folder.with_name(f".{folder.name}.download").rglob("*")} - {
+        "plan.json"
+    }
 
 
 # --- transfers -------------------------------------------------------------------------------------------------------
@@ -161,12 +173,25 @@ def test_a_data_set_arrives_in_its_layout(server, folder, capsys):
         server.add("sample.hdf", NOISE, sha256=sha256(NOISE)),
     ]
     assert download(files, folder)
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     record = json.loads(found.pop(RECORD))
-    assert found == {"images/a.tif": b"A" * 1000, "images/b.tif": b"B", "masks/a.png": b"mask", "sample.hdf": NOISE}
-    assert [file["sha256"] for file in record["files"]] == [sha256(server.files[path]) for path in server.files]
+    assert found == {
+        "images/a.tif": b"A" * 1000,
+        "images/b.tif": b"B",
+        "masks/a.png": b"mask",
+        "sample.hdf": NOISE,
+    }
+    assert [file["sha256"] for file in record["files"]] == [
+        sha256(server.files[path]) for path in server.files
+    ]
     assert [file["url"] for file in record["files"]] == [file.url for file in files]
-    assert [file["bytes"] for file in record["files"]] == [len(content) for content in server.files.values()]
+    assert [file["bytes"] for file in record["files"]] == [
+        len(content) for content in server.files.values()
+    ]
     assert [path.name for path in folder.parent.iterdir()] == ["cells"]
     # One request for each file, one after the other, by a client that says who it is.
     assert [path for path, _ in server.requests] == ["v1/images.zip", "v1/masks.zip", "sample.hdf"]
@@ -208,7 +233,9 @@ def test_a_folder_from_other_addresses_is_not_taken_for_this_one(server, folder)
     assert [path.name for path in folder.glob("*.hdf")] == ["old.hdf"]
 
 
-@pytest.mark.parametrize(("chunked", "validator"), [(False, "ETag"), (False, "Last-Modified"), (True, "ETag")])
+@pytest.mark.parametrize(
+    ("chunked", "validator"), [(False, "ETag"), (False, "Last-Modified"), (True, "ETag")]
+)
 def test_a_broken_transfer_goes_on_where_it_was(server, folder, chunked, validator):
     server.chunked, server.validators = chunked, validator
     server.cut["sample.hdf"] = [HALF, None]
@@ -222,14 +249,21 @@ def test_a_broken_transfer_goes_on_where_it_was(server, folder, chunked, validat
 
 
 def test_the_next_call_goes_on_too(server, folder):
-    files = [server.add("first.hdf", b"first"), server.add("sample.hdf", NOISE, sha256=sha256(NOISE))]
+    files = [
+        server.add("first.hdf", b"first"),
+        server.add("sample.hdf", NOISE, sha256=sha256(NOISE)),
+    ]
     server.cut["sample.hdf"] = [HALF, HALF // 2]
     with pytest.raises(DataError, match="goes on from there"):
         download(files, folder, attempts=1)
     assert left_over(folder) == {"first.hdf", "sample.hdf.part", "sample.hdf.part.json"}
     download(files, folder, pause=0)
     assert (folder / "sample.hdf").read_bytes() == NOISE
-    assert [headers.get("Range") for headers in server.asked("sample.hdf")] == [None, "bytes=200000-", "bytes=300000-"]
+    assert [headers.get("Range") for headers in server.asked("sample.hdf")] == [
+        None,
+        "bytes=200000-",
+        "bytes=300000-",
+    ]
     assert len(server.asked("first.hdf")) == 1
 
 
@@ -271,7 +305,9 @@ def test_a_part_that_is_the_whole_is_not_fetched_again(server, tmp_path):
     assert fetch(url, tmp_path / "sample.hdf", attempts=1) == sha256(NOISE)
     assert [path.name for path in tmp_path.iterdir()] == ["sample.hdf"]
     (tmp_path / "sample.hdf.part").write_bytes(NOISE + b"more")
-    (tmp_path / "sample.hdf.part.json").write_text(json.dumps({"validator": f'"{sha256(NOISE)[:8]}"'}))
+    (tmp_path / "sample.hdf.part.json").write_text(
+        json.dumps({"validator": f'"{sha256(NOISE)[:8]}"'})
+    )
     fetch(url, tmp_path / "sample.hdf", pause=0)
     assert (tmp_path / "sample.hdf").read_bytes() == NOISE
     assert [headers.get("Range") for headers in server.asked("sample.hdf")[1:]] == [
@@ -301,7 +337,10 @@ def test_a_wrong_checksum_leaves_nothing(server, folder):
 
 
 def test_a_missing_file_is_asked_for_once(server, folder):
-    with pytest.raises(DataError, match=r"/gone\.zip: the server says 404 Not Found; find the file's new address"):
+    with pytest.raises(
+        DataError,
+        match=r"/gone\.zip: the server says 404 Not Found; find the " r"file's new address",
+    ):
         download([RemoteFile(url=server.url("gone.zip"))], folder)
     assert len(server.requests) == 1
     assert left_over(folder) == set()
@@ -358,7 +397,17 @@ def test_a_killed_download_goes_on(server, folder):
     files = [server.add("images.zip", zipped({"a.tif": NOISE}), into="images")]
     server.cut["images.zip"], server.stall = [HALF, None], threading.Event()
     text = json.dumps([file.model_dump() for file in files])
-    command = [sys.executable, "-m", "gdlib", "step", "download", "--files", text, "--folder", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "gdlib",
+        "step",
+        "download",
+        "--files",
+        text,
+        "--folder",
+        folder,
+    ]
     part = folder.with_name(".cells.download") / "images.zip.part"
     with subprocess.Popen(command, cwd=ROOT) as process:
         while not (part.exists() and part.stat().st_size):
@@ -377,10 +426,14 @@ def test_a_killed_download_goes_on(server, folder):
 def test_no_redirect_from_a_secure_address_to_another(to):
     """Not even on the way to a secure one; nothing is asked for there."""
     request = urllib.request.Request("https://x.org/a.zip")
-    with pytest.raises(DataError, match=r"https://x\.org/a\.zip: the server leads to .* which is not secure; correct"):
+    with pytest.raises(
+        DataError,
+        match=r"https://x\.org/a\.zip: the server leads to .* which is " r"not secure; correct",
+    ):
         _Redirects().redirect_request(request, None, 302, "Found", {}, to)
     assert (
-        _Redirects().redirect_request(request, None, 302, "Found", {}, "https://y.org/b").full_url == "https://y.org/b"
+        _Redirects().redirect_request(request, None, 302, "Found", {}, "https://y.org/b").full_url
+        == "https://y.org/b"
     )
 
 
@@ -402,7 +455,10 @@ def test_a_full_disk_is_one_sentence(server, folder):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, before[1]))
     try:
-        with pytest.raises(WriteError, match=r"sample\.hdf\.part: cannot be written \(file too large\); allow larger"):
+        with pytest.raises(
+            WriteError,
+            match=r"sample\.hdf\.part: cannot be written \(file too " r"large\); allow larger",
+        ):
             download(files, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -415,12 +471,17 @@ def test_a_full_disk_is_one_sentence(server, folder):
 
 
 def damaged(content):
-    """Return the archive with one bit of its first member flipped; if it is compressed, it makes no sense any more."""
+    """Return the archive with one bit of its first member flipped.
+
+    If it is compressed, it makes no sense any more.
+    """
     place = content.index(b"a.tif") + len(b"a.tif")
     return content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("spoil", [lambda c: c[:-1000], lambda c: b"<html>", damaged], ids=["short", "page", "bit"])
+@pytest.mark.parametrize(
+    "spoil", [lambda c: c[:-1000], lambda c: b"<html>", damaged], ids=["short", "page", "bit"]
+)
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_broken_archive_is_fetched_again(spoil, compression, server, folder):
     info = zipfile.ZipInfo("a.tif")
@@ -437,7 +498,10 @@ def test_a_broken_archive_is_fetched_again(spoil, compression, server, folder):
 
 def test_a_call_that_was_stopped_while_unpacking_starts_to_unpack_again(server, folder):
     whole = zipped({"b.tif": b"b"})
-    files = [server.add("one.zip", zipped({"a.tif": b"a"}), into="."), server.add("two.zip", whole[:-1], into=".")]
+    files = [
+        server.add("one.zip", zipped({"a.tif": b"a"}), into="."),
+        server.add("two.zip", whole[:-1], into="."),
+    ]
     with pytest.raises(DataError, match=r"two\.zip: this is not a whole zip"):
         download(files, folder)
     assert "a.tif" in left_over(folder)
@@ -455,11 +519,20 @@ def link(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.txt", "a/../../outside.txt", "/outside.txt", "C:outside.txt", "..\\outside.txt", link("a")],
+    [
+        "../outside.txt",
+        "a/../../outside.txt",
+        "/outside.txt",
+        "C:outside.txt",
+        "..\\outside.txt",
+        link("a"),
+    ],
     ids=str,
 )
 def test_no_member_may_leave_the_folder(name, server, folder):
-    files = [server.add("images.zip", zipped({"good.txt": b"good", name: b"../../.."}), into="deep/er")]
+    files = [
+        server.add("images.zip", zipped({"good.txt": b"good", name: b"../../.."}), into="deep/er")
+    ]
     with pytest.raises(DataError, match="would leave the folder; do not trust this archive"):
         download(files, folder)
     assert left_over(folder) <= {"images.zip", "content", "deep", "er"}
@@ -468,10 +541,18 @@ def test_no_member_may_leave_the_folder(name, server, folder):
 
 def test_only_what_is_wanted_is_unpacked(tmp_path):
     archive = tmp_path / "repository.zip"
-    junk = {"__MACOSX/top/data/._a.png": b"", "top/data/.DS_Store": b"", "top/data/x/Thumbs.db": b""}
-    archive.write_bytes(zipped({"top/README": b"", "top/data/x/a.png": b"a", "top/database/b.png": b"b", **junk}))
+    junk = {
+        "__MACOSX/top/data/._a.png": b"",
+        "top/data/.DS_Store": b"",
+        "top/data/x/Thumbs.db": b"",
+    }
+    archive.write_bytes(
+        zipped({"top/README": b"", "top/data/x/a.png": b"a", "top/database/b.png": b"b", **junk})
+    )
     unpack(archive, tmp_path / "out", inside="top/data")
-    assert [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")] == ["x/a.png"]
+    assert [
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")
+    ] == ["x/a.png"]
     assert not list(tmp_path.rglob("Thumbs.db"))
     with pytest.raises(DataError, match=r'there is no file below "nowhere" in it'):
         unpack(archive, tmp_path / "none", inside="nowhere")
@@ -496,7 +577,10 @@ def test_a_member_that_is_a_file_and_a_folder(tmp_path):
 
 
 def test_archives_do_not_overwrite_each_other(server, folder):
-    files = [server.add(f"{name}.zip", zipped({"a.png": name.encode()}), into=".") for name in ("one", "two")]
+    files = [
+        server.add(f"{name}.zip", zipped({"a.png": name.encode()}), into=".")
+        for name in ("one", "two")
+    ]
     with pytest.raises(DataError, match=r"two\.zip: a\.png is there twice"):
         download(files, folder)
     assert not folder.exists()
@@ -516,8 +600,12 @@ def test_the_catalogue_says_how_to_get_every_data_set(catalogue, tmp_path):
             assert config.how_to_get(name) in str(caught.value)
             assert all(file.url.startswith("https://") for file in data.download)
             # Nothing is taken for an archive that is none, and the other way round.
-            assert all(file.url.endswith(".zip") == (file.into is not None) for file in data.download)
-    assert all(file.sha256 for name in ("bbbc039", "cremi") for file in config.datasets[name].download)
+            assert all(
+                file.url.endswith(".zip") == (file.into is not None) for file in data.download
+            )
+    assert all(
+        file.sha256 for name in ("bbbc039", "cremi") for file in config.datasets[name].download
+    )
 
 
 @pytest.mark.parametrize(
@@ -525,9 +613,18 @@ def test_the_catalogue_says_how_to_get_every_data_set(catalogue, tmp_path):
     [
         ({"download": [{"url": "ftp://x.org/a.zip"}]}, "datasets.bbbc039.download.0.url: "),
         ({"download": [{"url": "https://x.org/"}]}, "datasets.bbbc039.download.0.url: "),
-        ({"download": [{"url": "https://x.org/a", "sha256": "abc"}]}, "datasets.bbbc039.download.0.sha256: "),
-        ({"download": [{"url": "https://x.org/a", "md5": "abc"}]}, '"datasets.bbbc039.download.0.md5": valid names: '),
-        ({"download": [{"url": f"https://x.org/{i}/a"} for i in (1, 2)]}, "datasets.bbbc039: two files of `download`"),
+        (
+            {"download": [{"url": "https://x.org/a", "sha256": "abc"}]},
+            "datasets.bbbc039.download.0.sha256: ",
+        ),
+        (
+            {"download": [{"url": "https://x.org/a", "md5": "abc"}]},
+            '"datasets.bbbc039.download.0.md5": valid names: ',
+        ),
+        (
+            {"download": [{"url": f"https://x.org/{i}/a"} for i in (1, 2)]},
+            "datasets.bbbc039: two files of `download`",
+        ),
         ({"by_hand": "ask the authors"}, "datasets.bbbc039: what is downloaded "),
         ({"folder": None}, "datasets.bbbc039: what is downloaded "),
     ],
@@ -549,7 +646,9 @@ def test_only_some_datasets_of_a_study(raw):
         assert config.selected.datasets == ("neurites_phantom",)
         assert config.left_out == ["nuclei_phantom"]
         assert config.runs() == [run for run in everything.runs() if run[0] == "neurites_phantom"]
-    assert Config.parse(raw | {"only": "neurites_phantom,nuclei_phantom"}).runs() == everything.runs()
+    assert (
+        Config.parse(raw | {"only": "neurites_phantom,nuclei_phantom"}).runs() == everything.runs()
+    )
     with pytest.raises(ConfigError, match='config: only: there is no "bbbc039"'):
         Config.parse(raw | {"only": "bbbc039"})
 
@@ -561,8 +660,16 @@ STUDY = {
 
 
 def start(folder, **changes):
-    """Start the study, which lacks data; nothing is found but what is in `raw` and `more` of the folder."""
-    changes = {"study": "test", "studies": {"test": STUDY}, "raw_folders": ["raw", "more"], **changes}
+    """Start the study, which lacks data.
+
+    Nothing is found but what is in `raw` and `more` of the folder.
+    """
+    changes = {
+        "study": "test",
+        "studies": {"test": STUDY},
+        "raw_folders": ["raw", "more"],
+        **changes,
+    }
     (folder / "overlay.yaml").write_text(yaml.safe_dump(changes))
     return snakemake(ROOT, folder, "--cores", "1", "--configfile", folder / "overlay.yaml")
 
@@ -573,7 +680,8 @@ def test_all_that_is_missing_is_told_before_anything_runs(tmp_path):
     assert result.returncode != 0
     assert result.stderr.splitlines()[-5:] == [
         'config: study "test" has no data of bbbc039, dsb2018 in raw or more:',
-        "  bbbc039: `gdlib download bbbc039` fetches it from data.broadinstitute.org into raw/bbbc039",
+        "  bbbc039: `gdlib download bbbc039` fetches it from data.broadinstitute.org into "
+        "raw/bbbc039",
         "  dsb2018: `gdlib download dsb2018` fetches it from github.com into raw/dsb2018",
         "To download bbbc039, dsb2018 first: --config study=test download=true",
         "To go on with the rest: --config study=test only=nuclei_phantom_small,ac34",
@@ -587,7 +695,9 @@ def test_the_whole_study_can_be_planned_without_data(tmp_path):
     assert 'config: study "test" has no data of bbbc039, dsb2018, ac34 in raw:' in result.stderr
     assert "Planned as if all were there." in result.stderr
     found = planned(result.stdout + result.stderr)
-    assert {job for job in found if job.startswith("Prepare ")} == {f"Prepare {name}" for name in STUDY["datasets"]}
+    assert {job for job in found if job.startswith("Prepare ")} == {
+        f"Prepare {name}" for name in STUDY["datasets"]
+    }
     assert not [job for job in found if job.startswith("Download ")]
 
 
@@ -599,32 +709,49 @@ def test_what_cannot_be_downloaded_is_told_even_where_downloads_are_allowed(tmp_
     assert second.startswith("  ac34: get AC3 and AC4 from https://")
     assert "raw/ac3ac4" in second
     assert (
-        third == "To go on with the rest: --config study=test download=true only=bbbc039,nuclei_phantom_small,dsb2018"
+        third == "To go on with the rest: --config study=test download=true "
+        "only=bbbc039,nuclei_phantom_small,dsb2018"
     )
 
 
 def test_the_advice_works(tmp_path):
     result = start(tmp_path)
-    download_them, go_on = (line.partition("--config ")[2].split() for line in result.stderr.splitlines()[-2:])
-    assert download_them == ["study=test", "download=true", "only=bbbc039,nuclei_phantom_small,dsb2018"]
+    download_them, go_on = (
+        line.partition("--config ")[2].split() for line in result.stderr.splitlines()[-2:]
+    )
+    assert download_them == [
+        "study=test",
+        "download=true",
+        "only=bbbc039,nuclei_phantom_small,dsb2018",
+    ]
     overlay = tmp_path / "overlay.yaml"
     for arguments, names in ((download_them, {"bbbc039", "dsb2018"}), (go_on, set())):
-        result = snakemake(ROOT, tmp_path, "--dry-run", "--configfile", overlay, "--config", *arguments)
+        result = snakemake(
+            ROOT, tmp_path, "--dry-run", "--configfile", overlay, "--config", *arguments
+        )
         assert result.returncode == 0, result.stderr
         found = planned(result.stdout + result.stderr)
-        assert {job for job in found if job.startswith("Download ")} == {f"Download raw/{name}" for name in names}
+        assert {job for job in found if job.startswith("Download ")} == {
+            f"Download raw/{name}" for name in names
+        }
         assert {job for job in found if job.startswith("Prepare ")} == {
             f"Prepare {name}" for name in {*names, "nuclei_phantom_small"}
         }
-        left_out = [line for line in result.stderr.splitlines() if line.startswith("Left out of study test: ")]
+        left_out = [
+            line
+            for line in result.stderr.splitlines()
+            if line.startswith("Left out of study test: ")
+        ]
         assert left_out == [
-            "Left out of study test: " + ", ".join(n for n in STUDY["datasets"] if n not in arguments[-1])
+            "Left out of study test: "
+            + ", ".join(n for n in STUDY["datasets"] if n not in arguments[-1])
         ]
     assert not (tmp_path / "raw").exists()
 
 
 def overlay_of(remote, folder):
-    """Write a configuration whose only data set is this file, in `folder/raw`, and return its path."""
+    """Write a configuration whose only data set is this file, in `folder/raw`, and return its
+    path."""
     mine = {
         "source": "folder",
         "folder": "cells",
@@ -652,8 +779,15 @@ def test_the_workflow_downloads_once_and_goes_on(server, squares, tmp_path):
 
     result = snakemake(ROOT, tmp_path, *more, "--config", "download=true", *target)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert {path.name for path in (tmp_path / "raw" / "cells").iterdir()} == {"images", "labels", RECORD}
-    assert sha256(server.files["cells.zip"]) in (tmp_path / "logs" / "download" / "cells.log").read_text()
+    assert {path.name for path in (tmp_path / "raw" / "cells").iterdir()} == {
+        "images",
+        "labels",
+        RECORD,
+    }
+    assert (
+        sha256(server.files["cells.zip"])
+        in (tmp_path / "logs" / "download" / "cells.log").read_text()
+    )
     # The switch is not needed any more, and changes nothing.
     for switch in (("--config", "download=true"), ()):
         result = snakemake(ROOT, tmp_path, *more, *switch, *target)
@@ -665,7 +799,9 @@ def test_the_workflow_downloads_once_and_goes_on(server, squares, tmp_path):
 
 def test_a_download_that_fails_leaves_the_data_missing(server, tmp_path):
     overlay = overlay_of({"url": server.url("gone.zip"), "into": "."}, tmp_path)
-    result = snakemake(ROOT, tmp_path, "--configfile", overlay, "--cores", "1", "--config", "download=true")
+    result = snakemake(
+        ROOT, tmp_path, "--configfile", overlay, "--cores", "1", "--config", "download=true"
+    )
     assert result.returncode != 0
     assert "404 Not Found" in result.stderr
     result = snakemake(ROOT, tmp_path, "--configfile", overlay, "--dry-run")
@@ -680,7 +816,9 @@ def own_catalogue(server, catalogue, tmp_path):
     """Return a catalogue file whose BBBC039 is on this server."""
     files = [server.add("images.zip", zipped({"images/a.tif": b"a"}), into=".").model_dump()]
     catalogue = catalogue | {"raw_folders": [str(tmp_path / "raw"), str(tmp_path / "more")]}
-    catalogue["datasets"] = catalogue["datasets"] | {"bbbc039": catalogue["datasets"]["bbbc039"] | {"download": files}}
+    catalogue["datasets"] = catalogue["datasets"] | {
+        "bbbc039": catalogue["datasets"]["bbbc039"] | {"download": files}
+    }
     path = tmp_path / "catalogue.yaml"
     path.write_text(yaml.safe_dump(catalogue))
     return path
@@ -695,7 +833,12 @@ def test_the_command_downloads_once(server, own_catalogue, tmp_path, capsys):
     assert main(["download", "bbbc039", "nuclei_phantom", "--config", str(own_catalogue)]) == 0
     assert len(server.requests) == 1
     assert "nuclei_phantom: is made here" in capsys.readouterr().out
-    assert main(["download", "bbbc039", "--to", str(tmp_path / "there"), "--config", str(own_catalogue)]) == 0
+    assert (
+        main(
+            ["download", "bbbc039", "--to", str(tmp_path / "there"), "--config", str(own_catalogue)]
+        )
+        == 0
+    )
     assert (tmp_path / "there" / "bbbc039" / "images" / "a.tif").exists()
 
 

@@ -1,7 +1,9 @@
-"""The conda environments offer what was tested with pip: same packages, same versions, nothing forgotten.
+"""The conda environments offer what was tested with pip: same packages, same versions, nothing
+forgotten.
 
-That conda-forge has these versions is not shown here; it takes `snakemake --use-conda --conda-create-envs-only`. What jobs find
-in the environments is shown by `make test-conda`, where there is a conda command.
+That conda-forge has these versions is not shown here; it takes `snakemake --use-conda
+--conda-create-envs-only`. What jobs find in the environments is shown by `make test-conda`, where
+there is a conda command.
 """
 
 import ast
@@ -17,10 +19,17 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 ENVS = sorted((ROOT / "envs").glob("*.yaml"))
-PYPI = {"pytorch": "torch", "matplotlib-base": "matplotlib"}  # conda name: PyPI name, where they differ
-DISTRIBUTION = {"skimage": "scikit-image", "PIL": "pillow", "yaml": "pyyaml", "bioimage_cpp": "bioimage-cpp"}
+# conda name: PyPI name, where they differ
+PYPI = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+DISTRIBUTION = {
+    "skimage": "scikit-image",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "bioimage_cpp": "bioimage-cpp",
+}
 DISTRIBUTION |= {"contourpy": "matplotlib"}  # a part of it that has its own package
-TORCH_FREE = ("report/*.py", "metrics.py", "io.py", "config.py", "registry.py")  # what tables and figures import
+# what tables and figures import
+TORCH_FREE = ("report/*.py", "metrics.py", "io.py", "config.py", "registry.py")
 
 
 def packages(path: Path) -> dict[str, str]:
@@ -29,7 +38,9 @@ def packages(path: Path) -> dict[str, str]:
     for item in yaml.safe_load(path.read_text())["dependencies"]:
         for spec in item["pip"] if isinstance(item, dict) else [item]:
             name, _, version = spec.partition(" ")
-            found[PYPI.get(name, name)] = version.removeprefix("==").removeprefix("=").removesuffix(".*")
+            found[PYPI.get(name, name)] = (
+                version.removeprefix("==").removeprefix("=").removesuffix(".*")
+            )
     return found
 
 
@@ -60,7 +71,10 @@ def declared() -> dict[str, Requirement]:
     """Dependencies of pyproject.toml, and of the extras that the steps of the default study use."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return {r.name: r for r in map(Requirement, [*project["dependencies"], *extras["em"], *extras["fast"]])}
+    return {
+        r.name: r
+        for r in map(Requirement, [*project["dependencies"], *extras["em"], *extras["fast"]])
+    }
 
 
 @pytest.mark.parametrize("path", ENVS, ids=lambda path: path.stem)
@@ -86,14 +100,17 @@ def test_only_from_conda_forge(path):
 
 @pytest.mark.parametrize("path", ENVS, ids=lambda path: path.stem)
 def test_every_pin_is_one_that_conda_and_pip_read_alike(path):
-    """`name =1.2` and, for pip, `name ==1.2.*`: any 1.2, and nothing that only one of their solvers understands."""
+    """`name =1.2` and, for pip, `name ==1.2.*`: any 1.2, and nothing that only one of their solvers
+    understands."""
     conda = yaml.safe_load(path.read_text())["dependencies"]
     pip = [spec for item in conda if isinstance(item, dict) for spec in item["pip"]]
     for spec in filter(lambda item: item != "pip" and isinstance(item, str), conda):
         assert re.fullmatch(r"[a-z0-9-]+ =\d+\.\d+", spec), spec
     for spec in pip:
         assert re.fullmatch(r"[a-z0-9-]+ ==\d+\.\d+\.\*", spec), spec
-        assert not any(isinstance(item, str) and item.startswith(f"{spec.split()[0]} ") for item in conda)
+        assert not any(
+            isinstance(item, str) and item.startswith(f"{spec.split()[0]} ") for item in conda
+        )
     assert ("pip" in conda) == bool(pip)  # else conda warns, and puts it in itself
 
 
@@ -112,7 +129,9 @@ def test_every_dependency_is_in_an_environment(declared):
 def test_steps_find_what_they_import():
     files = [p for p in (ROOT / "gdlib").rglob("*.py") if "report" not in p.parts]
     offered = set(packages(ROOT / "envs" / "gdlib.yaml"))
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     # An extra may be missing where a function asks for it, and then says so.
     optional = {Requirement(text).name for texts in extras.values() for text in texts}
     optional.add("hdf5plugin")  # of those who have files that need it
@@ -125,7 +144,8 @@ def test_report_finds_what_it_imports_and_needs_no_torch():
     files += (ROOT / "workflow" / "scripts").glob("*.py")
     offered = set(packages(ROOT / "envs" / "report.yaml"))
     assert imports(*files, everywhere=False) <= offered
-    # Of its own files, in functions too; it may read the images of a study, not find instances in them.
+    # Of its own files, in functions too; it may read the images of a study, not find instances in
+    # them.
     files = [p for p in files if "report" in p.parts or "scripts" in p.parts]
     assert imports(*files, everywhere=True) <= offered
     assert "torch" not in offered
@@ -134,7 +154,9 @@ def test_report_finds_what_it_imports_and_needs_no_torch():
 def test_every_rule_has_the_environment_of_its_kind():
     found = set()
     for path in (ROOT / "workflow").rglob("*.smk"):
-        for block in re.split(r"^ *(?=(?:rule|checkpoint)(?: \w+)?:)", path.read_text(), flags=re.MULTILINE)[1:]:
+        for block in re.split(
+            r"^ *(?=(?:rule|checkpoint)(?: \w+)?:)", path.read_text(), flags=re.MULTILINE
+        )[1:]:
             body = block.split("\nuse rule")[0]
             name = body.partition(":")[0]
             environments = re.findall(r'conda:\s+"[./]*envs/(\w+)\.yaml"', body)

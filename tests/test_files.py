@@ -1,4 +1,5 @@
-"""Image and label files as people have them: the right array, or one sentence that names file, cause and a mend."""
+"""Image and label files as people have them: the right array, or one sentence that names file,
+cause and a mend."""
 
 import h5py
 import numpy as np
@@ -34,7 +35,8 @@ def tiff(array, **options):
 
 
 def pillow(array, **options):
-    """Return a function that writes by Pillow, whose libtiff compresses in ways that tifffile alone does not."""
+    """Return a function that writes by Pillow, whose libtiff compresses in ways that tifffile alone
+    does not."""
     first, *others = [Image.fromarray(a) for a in (array if isinstance(array, list) else [array])]
     return lambda path: first.save(path, append_images=others, save_all=bool(others), **options)
 
@@ -69,7 +71,8 @@ def pyramid(path):
 
 
 def spread(path, planes, *, pages, own=0, images=1, name=None, uuid=True):
-    """Write one of several files of an OME-TIFF: `planes` in all, and in each file so many `pages` one after the other.
+    """Write one of several files of an OME-TIFF: `planes` in all, and in each file so many `pages`
+    one after the other.
 
     Args:
         path: of the file, which is the one of number `own`; beside it is another one of no use.
@@ -86,18 +89,25 @@ def spread(path, planes, *, pages, own=0, images=1, name=None, uuid=True):
         for z in range(planes):
             file = f"other{k // pages}.tif" if k // pages != own else name or path.name
             lines.append(
-                f'<TiffData FirstZ="{z}" IFD="{k % pages}" PlaneCount="1"><UUID FileName="{file}">urn:uuid:{k // pages}</UUID>'
+                f'<TiffData FirstZ="{z}" IFD="{k % pages}" PlaneCount="1"><UUID '
+                f'FileName="{file}">urn:uuid:{k // pages}</UUID>'
                 "</TiffData>"
             )
             k += 1
         blocks.append(
-            f'<Image ID="Image:{image}"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="{SIZE[1]}" SizeY="{SIZE[0]}" '
-            f'SizeZ="{planes}" SizeC="1" SizeT="1"><Channel SamplesPerPixel="1"/>{"".join(lines)}</Pixels></Image>'
+            f'<Image ID="Image:{image}"><Pixels DimensionOrder="XYZCT" Type="uint8" '
+            f'SizeX="{SIZE[1]}" SizeY="{SIZE[0]}" '
+            f'SizeZ="{planes}" SizeC="1" SizeT="1"><Channel '
+            f'SamplesPerPixel="1"/>{"".join(lines)}</Pixels></Image>'
         )
     own_uuid = f'UUID="urn:uuid:{own}" ' * uuid
     text = f'<OME {own_uuid}xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">{"".join(blocks)}</OME>'
     tifffile.imwrite(path, STACK[:pages], photometric="minisblack", description=text, metadata=None)
-    tifffile.imwrite(path.with_name(f"other{own + 1}.tif"), np.zeros_like(STACK[:pages]), photometric="minisblack")
+    tifffile.imwrite(
+        path.with_name(f"other{own + 1}.tif"),
+        np.zeros_like(STACK[:pages]),
+        photometric="minisblack",
+    )
 
 
 def binary_only(pages):
@@ -183,8 +193,8 @@ def test_image(tmp_path, name):
 
 
 REFUSED_IMAGES = {
-    "three images": ("a.tif", several(*STACK[:3], metadata={"axes": "YX"}), ["3 images in this file", "(24, 32)", "save each"]),
-    "three positions": ("a.ome.tif", several(*STACK[:3], metadata={"axes": "YX"}), ["3 images in this file", "save each"]),
+    "three images": ("a.tif", several(*STACK[:3], metadata={"axes": "YX"}), ["3 images in " "this file", "(24, 32)", "save each"]),
+    "three positions": ("a.ome.tif", several(*STACK[:3], metadata={"axes": "YX"}), ["3 images in " "this file", "save each"]),
     "thumbnail": ("a.tif", thumbnail, ["2 images in this file", "(6, 8), (24, 32)", "save each"]),
     "animation": ("a.png", pillow([GREY, GREY.T.reshape(SIZE)]), ["2 images in this file", "save each"]),
     "time": ("a.tif", tiff(STACK, imagej=True, metadata={"axes": "TYX"}), ["TYX (5, 24, 32)", "time", "no depth", "Image >"]),
@@ -198,14 +208,14 @@ REFUSED_IMAGES = {
     "cut ImageJ stack": ("a.tif", cut(tiff(STACK, imagej=True), 0.7), ["cannot be read", "get it again"]),
     "cut OME stack": ("a.tif", cut(tiff(STACK, ome=True), 0.7), ["cannot be read", "get it again"]),
     "cut PNG": ("a.png", cut(pillow(GREY), 0.7), ["cannot be read", "save it again"]),
-    "no page": ("a.tif", lambda path: path.write_bytes(b"II*\0" + bytes(4)), ["no image in this file", "get or save it again"]),
+    "no page": ("a.tif", lambda path: path.write_bytes(b"II*\0" + bytes(4)), ["no image in " "this file", "get or save " "it again"]),
     "no photometric": ("a.tif", lambda path: retagged(path, GREY, 262, 999), ["cannot be read", "999", "get it again"]),
     "empty": ("a.tif", lambda path: path.write_bytes(b""), ["cannot be read", "get it again"]),
     "1 bit LZW": ("a.tif", pillow(GREY > 99, compression="tiff_lzw"), ["LZW", "imagecodecs", "extra `tiff`", "or save"]),
     "LERC": ("a.tif", lambda path: retagged(path, GREY, 259, 34887), ["LERC", "imagecodecs", "extra `tiff`", "or save"]),
     "unknown compression": ("a.tif", lambda path: retagged(path, GREY, 259, 4711), ["4711", "imagecodecs", "or save"]),
     "CMYK": ("a.tif", lambda path: FLAT.convert("CMYK").save(path), ["SEPARATED", "grey or RGB"]),
-    "a strip of no bytes": ("a.tif", lambda path: empty_strip(path), ["a part of page 1 is missing", "get it again"]),
+    "a strip of no bytes": ("a.tif", lambda path: empty_strip(path), ["a part of page 1 " "is missing", "get it again"]),
     "16 bit grey and opacity": ("a.png", lambda path: wide_png(path, 4), ["16-bit PNG", "save it as TIFF"]),
 }  # fmt: skip
 
@@ -343,10 +353,19 @@ def test_files_that_systems_leave_in_folders(tmp_path):
 def test_predictor_of_floats(dtype, samples):
     """Encoded as the standard says: all first bytes, all second bytes, ..., then differences."""
     numbers = RNG.normal(size=(2, 5, 7, samples)).astype(dtype)
-    big = numbers.astype(numbers.dtype.newbyteorder(">")).view(np.uint8).reshape(2, 5, 7 * samples, -1)
+    big = (
+        numbers.astype(numbers.dtype.newbyteorder(">"))
+        .view(np.uint8)
+        .reshape(2, 5, 7 * samples, -1)
+    )
     planes = np.moveaxis(big, -1, -2).reshape(2, 5, -1, samples)
     differences = np.diff(planes, axis=2, prepend=np.zeros((2, 5, 1, samples), np.uint8))
-    stored = np.ascontiguousarray(differences).reshape(2, 5, -1).view(numbers.dtype).reshape(numbers.shape)
+    stored = (
+        np.ascontiguousarray(differences)
+        .reshape(2, 5, -1)
+        .view(numbers.dtype)
+        .reshape(numbers.shape)
+    )
     np.testing.assert_array_equal(decoders.floatpred_decode(stored), numbers)
 
 
@@ -355,7 +374,9 @@ def test_jpeg(tmp_path, colours):
     Image.fromarray(colours).save(tmp_path / "a.tif", compression="jpeg", quality=95)
     expected = np.asarray(Image.open(tmp_path / "a.tif"))
     image = read_image(tmp_path / "a.tif", colours.ndim)
-    np.testing.assert_array_equal(image, np.moveaxis(expected, -1, 0) if colours.ndim == 3 else expected[None])
+    np.testing.assert_array_equal(
+        image, np.moveaxis(expected, -1, 0) if colours.ndim == 3 else expected[None]
+    )
 
 
 # --- axes of one pixel ------------------------------------------------------------------------------------------------
@@ -394,14 +415,18 @@ def test_axes_of_one_pixel(tmp_path, shape, channels, ndim, expected):
             np.testing.assert_allclose(source.read([0] * ndim, expected), whole, rtol=1e-6)
             corner = [n // 2 for n in expected]
             np.testing.assert_allclose(
-                source.read(corner, expected), whole[:, *(slice(n, None) for n in corner)], rtol=1e-6
+                source.read(corner, expected),
+                whole[:, *(slice(n, None) for n in corner)],
+                rtol=1e-6,
             )
         if channels == 1:
             squeezed = without_single_axes(volume)
             assert squeezed.shape == squeezed[:].shape == tuple(n for n in shape if n > 1)
             np.testing.assert_array_equal(squeezed[2:4], fitted(array, 0)[2:4])
             assert squeezed.chunks[-2:] == (8, 8)
-    sample = check_sample(Sample("a", image, label.reshape(shape) if channels == 1 else label), channels, (1,) * ndim)
+    sample = check_sample(
+        Sample("a", image, label.reshape(shape) if channels == 1 else label), channels, (1,) * ndim
+    )
     assert sample.image.shape == (channels, *expected)
     assert sample.label.shape == expected
 
@@ -415,13 +440,16 @@ def test_sections_that_a_file_calls_channels(tmp_path, stored, said):
     image = read_image(tmp_path / "a.tif")
     with pytest.raises(DataError) as error:
         Source(image, 1, 3, {"lower": 0, "upper": 100})
-    assert all(part in str(error.value) for part in (said, "1 channel(s) and 3 axes", "axes ZYX")), str(error.value)
+    assert all(
+        part in str(error.value) for part in (said, "1 channel(s) and 3 axes", "axes ZYX")
+    ), str(error.value)
     with pytest.raises(DataError, match=r"says 1; convert .*axes ZYX"):
         check_sample(Sample("a", image, LABEL), 1, (1, 1, 1))
 
 
 def test_evaluate_labels_of_other_axes_and_types(tmp_path, capsys):
-    """One pixel more or less along an axis, floats that are whole, in TIFF and in HDF5: the scores are the same."""
+    """One pixel more or less along an axis, floats that are whole, in TIFF and in HDF5: the scores
+    are the same."""
     tiff(LABEL)(tmp_path / "a.tif")
     tiff(LABEL[None].astype(np.float32))(tmp_path / "b.tif")
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -453,7 +481,8 @@ OFFSETS = [
 
 @pytest.mark.parametrize(("dtype", "offset"), OFFSETS)
 def test_an_offset_leaves_the_contrast(tmp_path, dtype, offset):
-    """Networks see the same image, straight from a file and prepared for training, with a hot and a dead pixel in it too."""
+    """Networks see the same image, straight from a file and prepared for training, with a hot and a
+    dead pixel in it too."""
     normalisation = {"lower": 1, "upper": 99, "contrast": [30.0], "level": [0.2]}
     plain = np.minimum(GREY, 150).astype(np.uint16)
     plain[0, :2] = 0, 60000
@@ -481,7 +510,9 @@ def test_numbers_that_float32_resolves_are_prepared_as_they_are():
 
 def test_rescaling_takes_the_offset_off_first():
     image = np.array([[[2**31, 2**31 + 1, 2**31 + 2]]], np.uint32)
-    np.testing.assert_array_equal(rescale(image, np.array([2.0**31]), np.array([2.0**31 + 2])), [[[0, 0.5, 1]]])
+    np.testing.assert_array_equal(
+        rescale(image, np.array([2.0**31]), np.array([2.0**31 + 2])), [[[0, 0.5, 1]]]
+    )
 
 
 # --- HDF5 -------------------------------------------------------------------------------------------------------------
@@ -501,7 +532,9 @@ def missing_filter(path):
 def damaged(path):
     """Write a dataset of which one block cannot be unpacked."""
     with h5py.File(path, "w") as file:
-        volume = file.create_dataset("raw", data=np.stack([LABEL] * 4), chunks=(2, *SIZE), compression="gzip")
+        volume = file.create_dataset(
+            "raw", data=np.stack([LABEL] * 4), chunks=(2, *SIZE), compression="gzip"
+        )
         block = volume.id.get_chunk_info(1)
     content = bytearray(path.read_bytes())
     content[block.byte_offset : block.byte_offset + block.size] = bytes(block.size)
@@ -514,7 +547,8 @@ def test_a_filter_that_is_not_installed(tmp_path):
         pass
     message = str(error.value)
     assert all(
-        part in message for part in (f"{tmp_path / 'a.h5'}: the dataset raw", "32999", "hdf5plugin", "or store it")
+        part in message
+        for part in (f"{tmp_path / 'a.h5'}: the dataset raw", "32999", "hdf5plugin", "or store it")
     )
 
 
@@ -523,7 +557,9 @@ def test_a_block_that_cannot_be_read_names_its_file(tmp_path, capsys):
     tiff(np.stack([LABEL] * 4))(tmp_path / "b.tif")
     for one, other in [("a.h5", "b.tif"), ("b.tif", "a.h5")]:
         assert main(["evaluate", f"{tmp_path}/{one}", f"{tmp_path}/{other}"]) == 1
-        assert capsys.readouterr().err.startswith(f"gdlib: error: {tmp_path}/a.h5: cannot be read as HDF5")
+        assert capsys.readouterr().err.startswith(
+            f"gdlib: error: {tmp_path}/a.h5: cannot be read as HDF5"
+        )
     with open_volume(tmp_path / "a.h5") as volume:
         source = Source(volume, 1, 3, {"lower": 0, "upper": 100})
         with pytest.raises(DataError, match=r"a\.h5: cannot be read as HDF5"):
@@ -532,9 +568,16 @@ def test_a_block_that_cannot_be_read_names_its_file(tmp_path, capsys):
 
 # --- size of pixels ---------------------------------------------------------------------------------------------------
 
-MICRON = {"axes": "ZYX", "PhysicalSizeX": 0.2, "PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm", "PhysicalSizeZ": 0.4}
+MICRON = {
+    "axes": "ZYX",
+    "PhysicalSizeX": 0.2,
+    "PhysicalSizeY": 250,
+    "PhysicalSizeYUnit": "nm",
+    "PhysicalSizeZ": 0.4,
+}
 PER_CM = {"resolution": (50000, 40000), "resolutionunit": "CENTIMETER"}
-# How an image is written, then its unit (by number, by name), pixels per unit along x and y, and distance of sections.
+# How an image is written, then its unit (by number, by name), pixels per unit along x and y, and
+# distance of sections.
 SCALES = {
     "ImageJ": ({"imagej": True, "resolution": (5, 4), "metadata": {"axes": "ZYX", "unit": "um", "spacing": 0.4}}, 1, "um", 0.4),
     "ImageJ, escaped": (
@@ -572,19 +615,30 @@ def test_the_label_has_the_scale_of_its_image(tmp_path, name):
             assert text.get("spacing") == (spacing if label.ndim == 3 else None)
         per_unit = {"tags": (50000, 40000), "nothing": (1, 1)}.get(name, (5, 4))
         assert page.tags[296].value == unit
-        assert [page.tags[tag].value[0] / page.tags[tag].value[1] for tag in (282, 283)] == pytest.approx(per_unit)
+        assert [
+            page.tags[tag].value[0] / page.tags[tag].value[1] for tag in (282, 283)
+        ] == pytest.approx(per_unit)
 
 
 def test_the_scale_of_a_png_and_of_one_that_has_none(tmp_path):
     pillow(GREY, dpi=(254, 254))(tmp_path / "a.png")
-    assert calibration(tmp_path / "a.png") == {"resolution": pytest.approx((254, 254), rel=1e-4), "resolutionunit": 2}
+    assert calibration(tmp_path / "a.png") == {
+        "resolution": pytest.approx((254, 254), rel=1e-4),
+        "resolutionunit": 2,
+    }
     pillow(GREY)(tmp_path / "b.png")
     assert calibration(tmp_path / "b.png") == {}
 
 
 @pytest.mark.parametrize("size", ["0", "inf", "nan", "-1", "two"])
 def test_a_size_that_is_none_is_left_out(tmp_path, size):
-    text = '<OME xmlns="x"><Image ID="Image:0"><Pixels DimensionOrder="XYZCT" Type="uint8" SizeX="32" SizeY="24" SizeZ="1" '
-    text += f'SizeC="1" SizeT="1" PhysicalSizeX="{size}" PhysicalSizeY="1"><TiffData/></Pixels></Image></OME>'
+    text = (
+        '<OME xmlns="x"><Image ID="Image:0"><Pixels DimensionOrder="XYZCT" Type="uint8" '
+        'SizeX="32" SizeY="24" SizeZ="1" '
+    )
+    text += (
+        f'SizeC="1" SizeT="1" PhysicalSizeX="{size}" '
+        'PhysicalSizeY="1"><TiffData/></Pixels></Image></OME>'
+    )
     tiff(GREY, description=text, metadata=None)(tmp_path / "a.tif")
     assert "unit" not in calibration(tmp_path / "a.tif")

@@ -1,4 +1,7 @@
-"""Prediction in blocks equals the network's own output for the whole image; images of any size; what was killed goes on."""
+"""Prediction in blocks equals the network's own output for the whole image; images of any size.
+
+What was killed goes on.
+"""
 
 import copy
 import importlib.util
@@ -38,7 +41,8 @@ HEADER = {"channels": 1, "normalisation": {"lower": 0.0, "upper": 100.0}}
 
 
 class ConvNet(nn.Module):
-    """Four 3x3 convolutions with zero padding: the network sees 4 pixels far, and it sees where an image is cut."""
+    """Four 3x3 convolutions with zero padding: the network sees 4 pixels far, and it sees where an
+    image is cut."""
 
     ndim = 2
     divisor = halo = (4, 4)
@@ -72,7 +76,8 @@ class ConvNet3D(ConvNet):
 
 
 class Valid(nn.Module):
-    """A U-Net of one level without padding that pools by 3 within the section: what it makes is smaller than what it reads."""
+    """A U-Net of one level without padding that pools by 3 within the section: what it makes is
+    smaller than what it reads."""
 
     ndim = 2
     divisor, remainder = (3, 3), (1, 1)
@@ -109,7 +114,8 @@ class Valid3D(Valid):
 
 
 def trained(name, **options):
-    """A network of the package as if it had been trained: no statistics of a batch normalisation are 0 or 1."""
+    """A network of the package as if it had been trained: no statistics of a batch normalisation
+    are 0 or 1."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = build(name, options).eval()
@@ -123,17 +129,24 @@ def trained(name, **options):
 
 def predictor(network, block=10_000, **header):
     offsets = {"offsets": OFFSETS if network.ndim == 2 else OFFSETS_3D}
-    return Predictor(network, HEADER | offsets | header, device="cpu", precision="float32", block=block)
+    return Predictor(
+        network, HEADER | offsets | header, device="cpu", precision="float32", block=block
+    )
 
 
 def whole(network, image):
-    """One call of the network on the mirrored image, nothing else: embedding and foreground logit."""
+    """One call of the network on the mirrored image, nothing else: embedding and foreground
+    logit."""
     sides = [
         next(n for n in range(1, 10_000) if n >= side and n >= d * (r == 0) and n % d == r % d)
         for side, d, r in zip(image.shape[1:], network.divisor, network.remainder, strict=True)
     ]
-    pad = [(m, m + n - side) for n, side, m in zip(sides, image.shape[1:], network.margin, strict=True)]
-    x = torch.from_numpy(np.pad(normalise(image, **HEADER["normalisation"]), [(0, 0), *pad], mode="reflect"))
+    pad = [
+        (m, m + n - side) for n, side, m in zip(sides, image.shape[1:], network.margin, strict=True)
+    ]
+    x = torch.from_numpy(
+        np.pad(normalise(image, **HEADER["normalisation"]), [(0, 0), *pad], mode="reflect")
+    )
     with torch.inference_mode():
         embedding, foreground, _ = copy.deepcopy(network).eval()(x[None])
     assert list(embedding.shape[2:]) == sides
@@ -142,10 +155,13 @@ def whole(network, image):
 
 
 def check(prediction, network, image, tolerance=1e-5):
-    """Compare a prediction with the network's own output and with the formula of affinities, pixel pair by pixel pair."""
+    """Compare a prediction with the network's own output and with the formula of affinities, pixel
+    pair by pixel pair."""
     embedding, foreground = whole(network, image)
     scale = np.abs(embedding).max()
-    np.testing.assert_allclose(prediction.embedding, embedding, rtol=tolerance, atol=tolerance * scale)
+    np.testing.assert_allclose(
+        prediction.embedding, embedding, rtol=tolerance, atol=tolerance * scale
+    )
     probability = 255 / (1 + np.exp(-foreground.astype(float)))
     assert prediction.foreground.dtype == prediction.affinity.dtype == np.uint8
     assert np.abs(prediction.foreground - probability).max() <= 0.5 + 0.01
@@ -157,7 +173,9 @@ def check(prediction, network, image, tolerance=1e-5):
         # The neighbour of each pixel by plain indices; outside the image there is none.
         index = np.stack(np.meshgrid(*map(np.arange, image.shape[1:]), indexing="ij"))
         there = index + np.reshape(offset, (-1,) + (1,) * (image.ndim - 1))
-        inside = ((there >= 0) & (there < np.reshape(image.shape[1:], (-1,) + (1,) * (image.ndim - 1)))).all(0)
+        inside = (
+            (there >= 0) & (there < np.reshape(image.shape[1:], (-1,) + (1,) * (image.ndim - 1)))
+        ).all(0)
         neighbour = unit[(slice(None), *np.where(inside, there, 0))]
         cosine = np.where(inside, (unit * neighbour).sum(0), 0)
         clipped += np.count_nonzero(cosine < 0)
@@ -259,7 +277,9 @@ def test_mala_mirrors_a_volume_of_few_sections_again_and_again():
     check(predictor(network)(image, keep_embedding=True), network, image)
 
 
-@pytest.mark.parametrize("network", [ConvNet(), Valid(), ConvNet3D(), Valid3D()], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize(
+    "network", [ConvNet(), Valid(), ConvNet3D(), Valid3D()], ids=lambda n: type(n).__name__
+)
 @pytest.mark.parametrize("block", [1, 10, 30, 1000])
 def test_blocks_cover_the_image_once_and_none_is_larger_than_asked(network, block):
     shape = (37, 50, 23)[-network.ndim :]
@@ -278,11 +298,19 @@ def test_what_the_network_reads_depends_on_the_block_alone(network, monkeypatch)
     seen = []
     tool = predictor(network, block=12)
     forward = tool.forward
-    monkeypatch.setattr(tool, "forward", lambda image: seen.append(image.shape[1:]) or forward(image))
+    monkeypatch.setattr(
+        tool, "forward", lambda image: seen.append(image.shape[1:]) or forward(image)
+    )
     tool(noise(*(100,) * network.ndim if network.ndim == 2 else (20, 40, 50)))
     offsets = np.array(OFFSETS if network.ndim == 2 else OFFSETS_3D)
     reach = np.maximum(offsets.max(0), 0) - np.minimum(offsets.min(0), 0)
-    limit = 12 + reach + 2 * np.array(network.halo) + 2 * np.array(network.divisor) + np.array(network.remainder)
+    limit = (
+        12
+        + reach
+        + 2 * np.array(network.halo)
+        + 2 * np.array(network.divisor)
+        + np.array(network.remainder)
+    )
     assert len(seen) > 10
     assert (np.array(seen) <= limit).all()
 
@@ -300,7 +328,9 @@ def test_a_block_that_does_not_fit(block):
         predictor(ConvNet(), block=block)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (1, 4, 32, 32), (0, 32, 32), (1, 0, 32), (32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 32), (2, 1, 32, 32), (1, 4, 32, 32), (0, 32, 32), (1, 0, 32), (32, 32)]
+)
 def test_an_image_that_does_not_fit_is_one_sentence(shape):
     with pytest.raises(io.DataError, match="1 channel") as caught:
         predictor(ConvNet())(np.zeros(shape, np.uint8))
@@ -356,7 +386,8 @@ def test_only_relative_brightness_matters(dtype):
     image = np.random.default_rng(0).integers(0, 200, (1, 30, 30))
     expected = predictor(ConvNet())(image.astype(np.uint8))
     result = predictor(ConvNet())((image + (0 if dtype == np.uint8 else 1000)).astype(dtype))
-    # Rounding of the range of intensities may move what lies between two steps of 1 / 255 to the other one.
+    # Rounding of the range of intensities may move what lies between two steps of 1 / 255 to the
+    # other one.
     assert np.abs(result.affinity.astype(int) - expected.affinity).max() <= 1
 
 
@@ -400,7 +431,9 @@ def test_lower_precision_is_close(precision):
     image = noise(40, 40)
     exact = predictor(ConvNet())(image)
     header = HEADER | {"offsets": OFFSETS}
-    rough = Predictor(ConvNet(), header, device="cpu", precision=precision)(image, keep_embedding=True)
+    rough = Predictor(ConvNet(), header, device="cpu", precision=precision)(
+        image, keep_embedding=True
+    )
     assert rough.embedding.dtype == np.float32
     difference = np.abs(rough.affinity.astype(int) - exact.affinity)
     assert difference.max() > 0
@@ -437,7 +470,9 @@ def test_weights_of_a_network_of_ones_own(tmp_path, monkeypatch):
     header = HEADER | {"offsets": OFFSETS, "model": f"{__name__}:ConvNet", "options": {"seed": 3}}
     header["segmentation"] = {"mutex_watershed": {}}
     io.save_weights(tmp_path / "w.safetensors", ConvNet(seed=5).state_dict(), header)
-    loaded = Predictor.load(tmp_path / "w.safetensors", engine="torch", device="cpu", precision="float32")
+    loaded = Predictor.load(
+        tmp_path / "w.safetensors", engine="torch", device="cpu", precision="float32"
+    )
     image = noise(16, 16)
     assert np.array_equal(loaded(image).affinity, predictor(ConvNet(seed=5))(image).affinity)
     assert not np.array_equal(loaded(image).affinity, predictor(ConvNet(seed=3))(image).affinity)
@@ -456,14 +491,19 @@ def test_weights_of_a_network_of_ones_own(tmp_path, monkeypatch):
     ],
 )
 def test_affinities_in_one_pass(shape, offsets, threads, monkeypatch):
-    """The formula in double precision, for strips that are shorter than the offsets reach, and the way of other devices."""
+    """The formula in double precision, for strips that are shorter than the offsets reach, and the
+    way of other devices."""
     monkeypatch.setattr(quantised, "STRIP", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     vectors = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
-    vectors *= np.random.default_rng(1).choice([0, 1e-3, 1, 1e4], shape).astype(np.float32)  # some are zero
+    # some are zero
+    vectors *= np.random.default_rng(1).choice([0, 1e-3, 1, 1e4], shape).astype(np.float32)
     embedding = torch.from_numpy(vectors)
     unit = vectors.astype(float) / np.maximum(np.linalg.norm(vectors.astype(float), axis=0), 1e-12)
-    boxes = [tuple(slice(0, n) for n in shape), tuple(slice(n // 3, max(n // 3 + 1, n - 1)) for n in shape)]
+    boxes = [
+        tuple(slice(0, n) for n in shape),
+        tuple(slice(n // 3, max(n // 3 + 1, n - 1)) for n in shape),
+    ]
     for box in boxes:
         found = quantised_affinities(embedding, offsets, box)
         assert found.dtype == np.uint8
@@ -483,14 +523,19 @@ def test_a_channels_last_embedding_gives_the_same_affinities():
     embedding = torch.randn(4, 30, 50)
     rows = embedding.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     box = (slice(3, 30), slice(0, 44))
-    assert np.array_equal(quantised_affinities(embedding, OFFSETS, box), quantised_affinities(rows, OFFSETS, box))
+    assert np.array_equal(
+        quantised_affinities(embedding, OFFSETS, box), quantised_affinities(rows, OFFSETS, box)
+    )
 
 
 def test_engine_names(monkeypatch):
     cpu = torch.device("cpu")
     assert choose_engine("torch", cpu) == "torch"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert [choose_engine("auto", torch.device(name)) for name in ("cpu", "meta")] == ["openvino", "torch"]
+    assert [choose_engine("auto", torch.device(name)) for name in ("cpu", "meta")] == [
+        "openvino",
+        "torch",
+    ]
     with pytest.raises(ValueError, match="runs on the CPU"):
         choose_engine("openvino", torch.device("meta"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -501,17 +546,25 @@ def test_engine_names(monkeypatch):
         Predictor(ConvNet(), HEADER | {"offsets": OFFSETS}, device="cpu", engine="onnx")
 
 
-openvino = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason='pip install "gdlib[fast]"')
+openvino = pytest.mark.skipif(
+    not importlib.util.find_spec("openvino"), reason='pip install "gdlib[fast]"'
+)
 
 
 @openvino
-@pytest.mark.parametrize("kind", sorted({*REAL, *PLAIN} - {"enet"}))  # its unpooling is unknown to OpenVINO
+# its unpooling is unknown to OpenVINO
+@pytest.mark.parametrize("kind", sorted({*REAL, *PLAIN} - {"enet"}))
 def test_openvino_computes_the_same(kind):
     network, shape, blocks = (REAL | PLAIN)[kind]
     header = HEADER | {"offsets": OFFSETS if network.ndim == 2 else OFFSETS_3D}
-    tool = Predictor(network, header, device="cpu", precision="float32", engine="openvino", block=blocks[0])
+    tool = Predictor(
+        network, header, device="cpu", precision="float32", engine="openvino", block=blocks[0]
+    )
     image = noise(*shape)
-    found, expected = tool(image, keep_embedding=True), predictor(network)(image, keep_embedding=True)
+    found, expected = (
+        tool(image, keep_embedding=True),
+        predictor(network)(image, keep_embedding=True),
+    )
     assert tool.engine == "openvino"
     scale = np.abs(expected.embedding).max()
     np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-4, atol=1e-4 * scale)
@@ -554,9 +607,13 @@ def test_a_network_that_cannot_be_traced_stays_with_torch():
 
 @openvino
 def test_a_signal_is_still_handled_after_engines_came_and_went():
-    """In a process of its own, because it would be this one that dies; only processors with AMX can show it."""
+    """In a process of its own, because it would be this one that dies.
+
+    Only processors with AMX can show it.
+    """
     program = (
-        "import signal\nimport torch\nfrom gdlib.predict.engine import make_engine\nfrom gdlib.models import build\n"
+        "import signal\nimport torch\nfrom gdlib.predict.engine import make_engine\nfrom "
+        "gdlib.models import build\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('handled'))\n"
         "network = build('resunet', {'widths': [2, 2, 2, 2, 2]}).eval()\n"
         "new = lambda: make_engine('openvino', network, 1, torch.device('cpu'), torch.float32)\n"
@@ -569,7 +626,11 @@ def test_a_signal_is_still_handled_after_engines_came_and_went():
 @openvino
 def test_nothing_is_reported_to_anybody():
     engine.make_engine("openvino", ConvNet().eval(), 1, torch.device("cpu"), torch.float32)
-    parts = [part for name, part in sys.modules.items() if name.startswith("openvino.") and hasattr(part, "tm")]
+    parts = [
+        part
+        for name, part in sys.modules.items()
+        if name.startswith("openvino.") and hasattr(part, "tm")
+    ]
     assert {part.tm.__name__ for part in parts} == {"openvino.tools.ovc.telemetry_stub"}
 
 
@@ -579,7 +640,10 @@ def test_nothing_is_reported_to_anybody():
 @pytest.fixture
 def volumes(tmp_path):
     """Return a samples file with two volumes, of 8 and of 4 blocks."""
-    samples = [io.Sample(n, noise(*shape, seed=i), np.zeros(shape, np.uint32)) for i, (n, shape) in enumerate(SHAPES)]
+    samples = [
+        io.Sample(n, noise(*shape, seed=i), np.zeros(shape, np.uint32))
+        for i, (n, shape) in enumerate(SHAPES)
+    ]
     io.write_samples(tmp_path / "samples.h5", samples)
     return tmp_path / "samples.h5"
 
@@ -597,7 +661,10 @@ class Killed(BaseException):
 
 
 def count_blocks(monkeypatch, tool, limit=100):
-    """Return a list that grows with every predicted block; the process "ends" before the one after `limit`."""
+    """Return a list that grows with every predicted block.
+
+    The process "ends" before the one after `limit`.
+    """
     done, predict = [], tool.predict
 
     def counting(*args):
@@ -625,8 +692,11 @@ def test_volumes_are_predicted_block_by_block(volumes, tmp_path, monkeypatch):
             with h5py.File(out) as file:
                 kept = file["a/embedding"]
                 assert kept.attrs["origin"].tolist() == [2, 0, 0]
-                assert kept.shape == (4, 3, 22, 30)  # three sections in the middle, across two layers of blocks
-                np.testing.assert_allclose(kept[()], expected.embedding[:, 2:5], rtol=2e-3, atol=1e-3)
+                # three sections in the middle, across two layers of blocks
+                assert kept.shape == (4, 3, 22, 30)
+                np.testing.assert_allclose(
+                    kept[()], expected.embedding[:, 2:5], rtol=2e-3, atol=1e-3
+                )
                 assert "embedding" not in file["b"]
 
 
@@ -638,14 +708,17 @@ def test_chunks_fit_into_blocks(volumes, tmp_path, monkeypatch):
         assert chunks[0] == 1
         assert np.prod(chunks) <= 100
         assert all(
-            side % chunk == 0 for side, chunk in zip(volume_tool().block_sides((8, 22, 30)), chunks[1:], strict=True)
+            side % chunk == 0
+            for side, chunk in zip(volume_tool().block_sides((8, 22, 30)), chunks[1:], strict=True)
         )
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 11])
 @pytest.mark.parametrize("torn", [0, 1, 1000])
 def test_what_was_killed_goes_on(volumes, tmp_path, monkeypatch, limit, torn):
-    predict_split(volume_tool(), volumes, tmp_path / "once.h5", weights_sha256="w", keep_embeddings=2)
+    predict_split(
+        volume_tool(), volumes, tmp_path / "once.h5", weights_sha256="w", keep_embeddings=2
+    )
     out, partial = tmp_path / "p.h5", tmp_path / ".p.h5.partial"
     with monkeypatch.context() as patch:
         tool = volume_tool()
@@ -677,13 +750,21 @@ def test_blocks_of_something_else_are_not_used(volumes, tmp_path, monkeypatch, c
         os.utime(volumes, ns=(1, 1))
     if change == "garbage":
         partial.write_bytes(b"nothing of ours" * 1000)
-    options = {"offsets": {"offsets": OFFSETS_3D[:3]}, "block": {"block": (8, 12, 16)}}.get(change, {})
+    options = {"offsets": {"offsets": OFFSETS_3D[:3]}, "block": {"block": (8, 12, 16)}}.get(
+        change, {}
+    )
     tool = volume_tool(**options)
     blocks = count_blocks(monkeypatch, tool)
     weights, kept = "v" if change == "weights" else "w", 1 if change == "kept" else 0
     predict_split(tool, volumes, out, weights_sha256=weights, keep_embeddings=kept)
     assert len(blocks) == (8 if change == "block" else 12)
-    predict_split(volume_tool(**options), volumes, tmp_path / "q.h5", weights_sha256=weights, keep_embeddings=kept)
+    predict_split(
+        volume_tool(**options),
+        volumes,
+        tmp_path / "q.h5",
+        weights_sha256=weights,
+        keep_embeddings=kept,
+    )
     assert io.sha256(out) == io.sha256(tmp_path / "q.h5")
 
 
@@ -702,7 +783,9 @@ predict_split(tool, sys.argv[1], sys.argv[2], weights_sha256="w")
 def python(code, *arguments, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], env=environment, stdout=subprocess.PIPE
+    )
 
 
 def test_a_process_that_is_really_killed(volumes, tmp_path, monkeypatch):
@@ -799,16 +882,23 @@ class Memory(ConvNet3D):
         self.layers = self.layers[:1]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc"
+)
 def test_memory_does_not_grow_with_the_volume(tmp_path):
     shapes = [(16, 128, 128), (64, 192, 192), (256, 192, 192)]
     # What is freed goes back at once, so that the peak is what was in use.
     process = python(
-        MEMORY, tmp_path, json.dumps(shapes), MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"
+        MEMORY,
+        tmp_path,
+        json.dumps(shapes),
+        MALLOC_MMAP_THRESHOLD_="65536",
+        MALLOC_TRIM_THRESHOLD_="65536",
     )
     out, _ = process.communicate()
     assert process.returncode == 0
     small, medium, large = json.loads(out)
-    # The medium volume is 2 MiB, the large one 9 MiB, and its predictions 36 MiB: in memory, they would be seen.
+    # The medium volume is 2 MiB, the large one 9 MiB, and its predictions 36 MiB: in memory, they
+    # would be seen.
     assert large - medium < 8
     assert medium - small < 20

@@ -1,4 +1,5 @@
-"""Normalisation: percentiles, the noise of an image, the least range, and that no object is found where there is none."""
+"""Normalisation: percentiles, the noise of an image, the least range, and that no object is found
+where there is none."""
 
 import itertools
 import math
@@ -55,10 +56,15 @@ def test_percentiles_become_0_and_1(shape, dtype):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
 @pytest.mark.parametrize("shape", [(2, 21, 10), (2, 9, 6, 5)])
 def test_range_is_that_of_numpy_however_it_is_read(shape, dtype, slab, tmp_path, monkeypatch):
-    """Slab by slab, from memory or from a file; of types without a histogram, every n-th section or row counts."""
+    """Slab by slab, from memory or from a file.
+
+    Of types without a histogram, every n-th section or row counts.
+    """
     monkeypatch.setattr(intensity, "SLAB", slab)
     rng = np.random.default_rng(4)
-    image = (rng.gamma(2.0, 30.0, shape).clip(0, 250) * (257 if dtype == np.uint16 else 1)).astype(dtype)
+    image = (rng.gamma(2.0, 30.0, shape).clip(0, 250) * (257 if dtype == np.uint16 else 1)).astype(
+        dtype
+    )
     image[1] = image[1] // 3 + 5
     with h5py.File(tmp_path / "image.h5", "w") as file:
         stored = file.create_dataset("image", data=image)
@@ -100,7 +106,9 @@ def slow_noise(plane, step):
     values = []
     for y, x in itertools.product(range(step, height - step), range(step, width - step)):
         value = 0.0
-        for (dy, a), (dx, b) in itertools.product(zip((-step, 0, step), (1, -2, 1), strict=True), repeat=2):
+        for (dy, a), (dx, b) in itertools.product(
+            zip((-step, 0, step), (1, -2, 1), strict=True), repeat=2
+        ):
             value += a * b * float(plane[y + dy, x + dx])
         values.append(abs(value))
     values.sort()
@@ -181,7 +189,11 @@ def test_the_least_range_is_learned_from_images_with_objects():
     # One image in fifty that says it has objects, and has not.
     wrong = scenes * 17 + [sample(empty, scenes[0]["label"])]
     assert learn(wrong, **PERCENTILES, noise=0.1)["contrast"] == [least]
-    assert learn(scenes, **PERCENTILES, noise=1.0) == learn(more, **PERCENTILES, noise=0.1) == PERCENTILES
+    assert (
+        learn(scenes, **PERCENTILES, noise=1.0)
+        == learn(more, **PERCENTILES, noise=0.1)
+        == PERCENTILES
+    )
 
 
 @pytest.mark.parametrize("bright", [300.0, 20.0])
@@ -192,7 +204,9 @@ def test_the_level_is_where_the_background_is(bright):
     image[0][ignore] = 5000.0  # what is ignored counts neither as background
     learned = learn([sample(image, np.where(ignore, 0, label), ignore=ignore)], 1.0, 95.0, 0.1)
     low, high = intensity_range(image, 1.0, 95.0)
-    assert learned["level"] == pytest.approx((np.median(image[0][label == 0]) - low) / (high - low), abs=1e-3)
+    assert learned["level"] == pytest.approx(
+        (np.median(image[0][label == 0]) - low) / (high - low), abs=1e-3
+    )
     if bright < 100:
         assert learned["level"][0] > 0.5
 
@@ -204,21 +218,31 @@ def test_channels_have_their_own():
     learned = learn([sample(np.concatenate([image, dim]), label)], **PERCENTILES, noise=0.1)
     for channel, one in enumerate((image, dim)):
         alone = learn([sample(one, label)], **PERCENTILES, noise=0.1)
-        assert [learned[key][channel] for key in ("contrast", "level")] == [alone["contrast"][0], alone["level"][0]]
+        assert [learned[key][channel] for key in ("contrast", "level")] == [
+            alone["contrast"][0],
+            alone["level"][0],
+        ]
 
 
 def test_nothing_is_learned_of_images_without_noise():
     image, label = scene(np.random.default_rng(0), 0.0)
     learned = learn([sample(image, label)], **PERCENTILES, noise=0.1)
     assert learned["contrast"] == [0.0]
-    np.testing.assert_array_equal(intensity_range(image, **learned), intensity_range(image, **PERCENTILES))
+    np.testing.assert_array_equal(
+        intensity_range(image, **learned), intensity_range(image, **PERCENTILES)
+    )
 
 
 def test_samples_may_stay_in_their_file(tmp_path):
     image, label = scene(np.random.default_rng(0))
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        stored = {key: file.create_dataset(key, data=array) for key, array in (("image", image), ("label", label))}
-        assert learn([stored], **PERCENTILES, noise=0.1) == learn([sample(image, label)], **PERCENTILES, noise=0.1)
+        stored = {
+            key: file.create_dataset(key, data=array)
+            for key, array in (("image", image), ("label", label))
+        }
+        assert learn([stored], **PERCENTILES, noise=0.1) == learn(
+            [sample(image, label)], **PERCENTILES, noise=0.1
+        )
 
 
 @pytest.mark.parametrize("level", [0.0, 0.25, 1.0])
@@ -226,10 +250,14 @@ def test_a_range_is_widened_to_the_least(level):
     rng = np.random.default_rng(0)
     image = np.concatenate([rng.normal(100, 4, (1, 200, 200)), scene(rng, shape=(200, 200))[0]])
     low, high = intensity_range(image, **PERCENTILES)
-    wide_low, wide_high = intensity_range(image, **PERCENTILES, contrast=[30.0, 30.0], level=[level, level])
+    wide_low, wide_high = intensity_range(
+        image, **PERCENTILES, contrast=[30.0, 30.0], level=[level, level]
+    )
     assert (wide_low[1], wide_high[1]) == (low[1], high[1])  # with objects, as before
     assert wide_high[0] - wide_low[0] == pytest.approx(30 * pixel_noise(image)[0], rel=1e-5)
-    assert (low[0] - wide_low[0]) / (wide_high[0] - wide_low[0] - high[0] + low[0]) == pytest.approx(level, abs=1e-4)
+    assert (low[0] - wide_low[0]) / (
+        wide_high[0] - wide_low[0] - high[0] + low[0]
+    ) == pytest.approx(level, abs=1e-4)
 
 
 @pytest.mark.parametrize("value", [0, 7, 255])
@@ -246,7 +274,9 @@ def test_a_flat_image_becomes_the_level(dtype, value):
 @pytest.mark.parametrize("shape", [(3, 2, 40, 48), (3, 1, 5, 24, 24)])
 def test_empty_patches_have_a_part_of_the_range(shape):
     generator = torch.Generator().manual_seed(0)
-    patches = torch.cat([empty_patches(shape, generator, **PERCENTILES, level=[0.25] * shape[1]) for _ in range(30)])
+    patches = torch.cat(
+        [empty_patches(shape, generator, **PERCENTILES, level=[0.25] * shape[1]) for _ in range(30)]
+    )
     flat = patches.flatten(2).double().numpy()
     low, high = np.percentile(flat, [1.0, 99.8], axis=-1)
     share = high - low
@@ -258,7 +288,12 @@ def made(splits, step=3, **augment):
     options = {"geometry": {}, "intensity": {"noise": 0.1, "brightness": 0.2}, "sections": {}}
     normalisation = PERCENTILES | {"noise": 0.1}
     sampler = PatchSampler(
-        splits["train"], patch=(32, 32), batch_size=12, normalisation=normalisation, augment=options | augment, seed=5
+        splits["train"],
+        patch=(32, 32),
+        batch_size=12,
+        normalisation=normalisation,
+        augment=options | augment,
+        seed=5,
     )
     return sampler.batch(step)
 
@@ -286,7 +321,10 @@ def test_empty_patches_leave_all_others_as_they_are(splits):
 def test_volumes_without_background_have_no_limit_and_no_empty_patches(make_spec):
     for connected in (True, False):
         drawing = make_spec(targets={"background_connected": connected}).drawing
-        assert (drawing["normalisation"]["noise"] < 1, drawing["augment"]["empty"] > 0) == (connected, connected)
+        assert (drawing["normalisation"]["noise"] < 1, drawing["augment"]["empty"] > 0) == (
+            connected,
+            connected,
+        )
 
 
 # --- No object where there is none ----------------------------------------------------------------------------------
@@ -299,7 +337,9 @@ DEPTHS = {  # of an image whose values are 0 to 1
 }
 EMPTY = {
     "noise": lambda rng: (0.1 + rng.normal(0, 0.01, (1, 80, 96))).clip(0, 1),
-    "noise on a slope": lambda rng: (0.1 + np.linspace(0, 0.03, 96) + rng.normal(0, 0.01, (1, 80, 96))).clip(0, 1),
+    "noise on a slope": lambda rng: (
+        0.1 + np.linspace(0, 0.03, 96) + rng.normal(0, 0.01, (1, 80, 96))
+    ).clip(0, 1),
     "shot noise": lambda rng: rng.poisson(30, (1, 80, 96)) / 255,
     "noise in the light": lambda rng: (0.8 + rng.normal(0, 0.02, (1, 80, 96))).clip(0, 1),
     "dark": lambda rng: np.zeros((1, 80, 96)),
@@ -310,7 +350,8 @@ EMPTY = {
 
 @pytest.fixture(scope="module")
 def weights(make_spec, train, tmp_path_factory):
-    """Return the weights file of a network that was trained for seconds, with an empty patch in five: it sees few."""
+    """Return the weights file of a network that was trained for seconds, with an empty patch in
+    five: it sees few."""
     folder = tmp_path_factory.mktemp("weights")
     spec = make_spec(
         widths=(4, 4, 8, 8, 8),
@@ -326,7 +367,8 @@ def weights(make_spec, train, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def find(weights):
-    """Return `find(image, **header)` -> label, by that network, with its header or a changed one."""
+    """Return `find(image, **header)` -> label, by that network, with its header or a changed
+    one."""
 
     def objects(image, **header):
         predictor = Predictor.load(weights, engine="torch", device="cpu", precision="float32")
@@ -334,7 +376,13 @@ def find(weights):
         prediction = predictor(image)
         (name,) = predictor.header["segmentation"]
         parameters = predictor.header["segmentation"][name]
-        return segment(prediction.affinity, prediction.foreground, predictor.header["offsets"], name, **parameters)
+        return segment(
+            prediction.affinity,
+            prediction.foreground,
+            predictor.header["offsets"],
+            name,
+            **parameters,
+        )
 
     return objects
 
@@ -359,10 +407,17 @@ def test_weights_without_a_limit_see_images_as_before(find, weights, tmp_path, c
     image = DEPTHS["12 bits in 16"](EMPTY["noise"](np.random.default_rng(3)))
     assert find(image).max() == 0
     main(["info", str(weights)])
-    assert f"{header['normalisation']['contrast'][0]:g} times the noise or more" in capsys.readouterr().out
+    assert (
+        f"{header['normalisation']['contrast'][0]:g} times the noise or more"
+        in capsys.readouterr().out
+    )
     io.save_weights(tmp_path / "old.safetensors", state, header | {"normalisation": PERCENTILES})
-    source = Predictor.load(tmp_path / "old.safetensors", engine="torch", device="cpu").source(image)
-    np.testing.assert_array_equal(source.read((0, 0), source.shape), normalise(image, **PERCENTILES))
+    source = Predictor.load(tmp_path / "old.safetensors", engine="torch", device="cpu").source(
+        image
+    )
+    np.testing.assert_array_equal(
+        source.read((0, 0), source.shape), normalise(image, **PERCENTILES)
+    )
     main(["info", str(tmp_path / "old.safetensors")])
     assert "noise is stretched" in capsys.readouterr().out
 
@@ -374,18 +429,31 @@ def bbbc039():
         pytest.skip(f"{folder} is not there; set GDLIB_RAW to the folder above it")
     names = sorted(path.stem for path in (folder / "images").glob("*.tif"))
     for name in [*names[:8], next(name for name in names if name.startswith("IXMtest_L10_s6"))]:
-        yield read_image(folder / f"images/{name}.tif", 1), read_image(folder / f"masks/{name}.png", 4)[0]
+        yield (
+            read_image(folder / f"images/{name}.tif", 1),
+            read_image(folder / f"masks/{name}.png", 4)[0],
+        )
 
 
 def test_an_empty_field_of_real_nuclei_is_told_from_all_others():
     *full, (empty, label) = bbbc039()
     assert label.max() == 0
     learned = learn([sample(image, label) for image, label in full], **PERCENTILES, noise=0.1)
-    assert learned["contrast"][0] > 5 * np.ptp(intensity_range(empty, **PERCENTILES)) / pixel_noise(empty)[0]
+    assert (
+        learned["contrast"][0]
+        > 5 * np.ptp(intensity_range(empty, **PERCENTILES)) / pixel_noise(empty)[0]
+    )
     assert learned["level"][0] < 0.05
-    for copy in (empty, (empty >> 4).astype(np.uint8), (empty * 16), (empty / 4095).astype(np.float32)):
+    for copy in (
+        empty,
+        (empty >> 4).astype(np.uint8),
+        (empty * 16),
+        (empty / 4095).astype(np.float32),
+    ):
         out = rescale(copy, *intensity_range(copy, **learned))
         assert np.ptp(np.percentile(out, [1.0, 99.8])) < 0.2
     for image, _ in full:
         for copy in (image, (image >> 4).astype(np.uint8), image[:, :256, :256], 4095 - image):
-            np.testing.assert_array_equal(intensity_range(copy, **learned), intensity_range(copy, **PERCENTILES))
+            np.testing.assert_array_equal(
+                intensity_range(copy, **learned), intensity_range(copy, **PERCENTILES)
+            )

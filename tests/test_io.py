@@ -1,4 +1,5 @@
-"""File contracts: complete or absent, equal content is equal bytes, a broken file is one sentence, nothing is executed."""
+"""File contracts: complete or absent, equal content is equal bytes, a broken file is one sentence,
+nothing is executed."""
 
 import errno
 import json
@@ -42,7 +43,10 @@ def samples(count=2, dtype=np.uint8):
         rng = np.random.default_rng(i)
         image = rng.integers(0, 200, (1, 9, 7)).astype(dtype)
         yield io.Sample(
-            f"s{i}", image, rng.integers(0, 4, (9, 7)).astype(np.uint16), attrs={"source": f"{i}.png", "n": i}
+            f"s{i}",
+            image,
+            rng.integers(0, 4, (9, 7)).astype(np.uint16),
+            attrs={"source": f"{i}.png", "n": i},
         )
 
 
@@ -71,7 +75,9 @@ def one_sentence(caught, *parts):
 
 
 WRITERS = {
-    "h5": lambda path: io.write_samples(path, samples(), split="train", options={"b": [1, 2], "a": None}, text=""),
+    "h5": lambda path: io.write_samples(
+        path, samples(), split="train", options={"b": [1, 2], "a": None}, text=""
+    ),
     "volumes": lambda path: io.write_samples(path, volumes()),
     "csv": lambda path: io.write_rows(path, ("a", "b"), [(1, 0.1), ("x", np.float64(1) / 3)]),
     "text": lambda path: io.write_text(path, "text\n"),
@@ -122,7 +128,10 @@ def test_key_order_makes_no_difference(tmp_path):
     io.save_weights(tmp_path / "one", weights(), {"b": 1, "a": {"d": 1, "c": 2}})
     io.save_weights(tmp_path / "two", weights(), {"a": {"c": 2, "d": 1}, "b": 1})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    for name, options in (("one", {"b": 1, "a": {"d": 1, "c": 2}}), ("two", {"a": {"c": 2, "d": 1}, "b": 1})):
+    for name, options in (
+        ("one", {"b": 1, "a": {"d": 1, "c": 2}}),
+        ("two", {"a": {"c": 2, "d": 1}, "b": 1}),
+    ):
         io.write_samples(tmp_path / name, samples(1), options=options)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
@@ -195,8 +204,14 @@ def test_what_to_ignore_and_the_voxel_size_come_back(tmp_path):
 def test_volumes_are_stored_in_blocks_and_images_are_not(tmp_path):
     io.write_samples(tmp_path / "a.h5", volumes())
     with h5py.File(tmp_path / "a.h5") as file:
-        chunks = {name: {key: item.chunks for key, item in group.items()} for name, group in file.items()}
-    assert chunks["some"] == {"image": (1, 16, 64, 64), "label": (16, 64, 64), "ignore": (16, 64, 64)}
+        chunks = {
+            name: {key: item.chunks for key, item in group.items()} for name, group in file.items()
+        }
+    assert chunks["some"] == {
+        "image": (1, 16, 64, 64),
+        "label": (16, 64, 64),
+        "ignore": (16, 64, 64),
+    }
     assert chunks["none"] == {"image": (1, 5, 8, 9), "label": (5, 8, 9)}
     io.write_samples(tmp_path / "b.h5", samples(1))
     with h5py.File(tmp_path / "b.h5") as file:
@@ -223,7 +238,9 @@ def test_weights_come_back(tmp_path):
 
 def test_rows_are_plain_csv(tmp_path):
     io.write_rows(tmp_path / "a.csv", ("name", "value"), [("a,b", 1 / 3), ("c", 2), ("d", 1.0)])
-    assert (tmp_path / "a.csv").read_bytes() == b'name,value\r\n"a,b",0.3333333333\r\nc,2\r\nd,1\r\n'
+    assert (
+        tmp_path / "a.csv"
+    ).read_bytes() == b'name,value\r\n"a,b",0.3333333333\r\nc,2\r\nd,1\r\n'
 
 
 BROKEN = {
@@ -298,7 +315,9 @@ def test_the_package_has_no_other_way_to_unpickle():
         r"\bpickle\b|\bjoblib\b|allow_pickle\s*=\s*True|torch\.load\((?![^)]*weights_only=True)|yaml\.(unsafe_|full_)?load\("
         r"|\b(eval|exec)\("
     )
-    files = [path for part in ("gdlib", "workflow", "benchmarks") for path in (ROOT / part).rglob("*.py")]
+    files = [
+        path for part in ("gdlib", "workflow", "benchmarks") for path in (ROOT / part).rglob("*.py")
+    ]
     assert len(files) > 50
     for path in files:
         text = re.sub(r"\.eval\(|re\.compile\(", "", path.read_text())  # of networks
@@ -307,7 +326,10 @@ def test_the_package_has_no_other_way_to_unpickle():
 
 def test_reading_a_header_imports_no_torch(tmp_path):
     io.save_weights(tmp_path / "w.safetensors", weights(), {"a": 1})
-    code = "import sys; from gdlib import io; print(io.read_header(sys.argv[1]), 'torch' in sys.modules)"
+    code = (
+        "import sys; from gdlib import io; print(io.read_header(sys.argv[1]), 'torch' in "
+        "sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "w.safetensors")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'a': 1} False"
@@ -329,9 +351,15 @@ def test_header_is_one_json_text(tmp_path):
 
 READERS = {
     # Of the attributes, HDF5 checks that they can be read, but keeps no checksum of texts.
-    "h5": lambda path: [(s.id, s.image.tobytes(), s.label.tobytes(), list(s.attrs)) for s in io.read_samples(path)],
-    "weights": lambda path: {name: tensor.tolist() for name, tensor in io.load_weights(path)[0].items()},
-    "state": lambda path: {k: getattr(v, "tolist", lambda v=v: v)() for k, v in io.load_state(path).items()},
+    "h5": lambda path: [
+        (s.id, s.image.tobytes(), s.label.tobytes(), list(s.attrs)) for s in io.read_samples(path)
+    ],
+    "weights": lambda path: {
+        name: tensor.tolist() for name, tensor in io.load_weights(path)[0].items()
+    },
+    "state": lambda path: {
+        k: getattr(v, "tolist", lambda v=v: v)() for k, v in io.load_state(path).items()
+    },
     "maps": lambda path: io.read_array(path, "s", "x").tobytes(),
 }
 
@@ -343,7 +371,10 @@ def asked(path):
         _make(file.create_group("s"), "x", (10, 12, 5))[:] = np.arange(600).reshape(10, 12, 5)
 
 
-STORES = WRITERS | {"state": lambda path: io.save_state(path, weights() | {"step": 3}), "maps": asked}
+STORES = WRITERS | {
+    "state": lambda path: io.save_state(path, weights() | {"step": 3}),
+    "maps": asked,
+}
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -402,13 +433,18 @@ FULL = {
     "csv": lambda path: io.write_rows(path, ("a",), [(i,) for i in range(5000)]),
     "text": lambda path: io.write_text(path, "text\n" * 5000),
     "weights": lambda path: io.save_weights(path, {"a": __import__("torch").zeros(7000)}, {}),
-    "state": lambda path: io.save_state(path, {f"a{i}": __import__("torch").zeros(500) for i in range(14)}),
+    "state": lambda path: io.save_state(
+        path, {f"a{i}": __import__("torch").zeros(500) for i in range(14)}
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", FULL)
 def test_no_space_left_is_one_sentence_and_leaves_nothing(kind, tmp_path):
-    """A limit of the file size stands for a full disk; the process must survive it, up to its end."""
+    """A limit of the file size stands for a full disk.
+
+    The process must survive it, up to its end.
+    """
     FULL[kind](tmp_path / "whole")
     size = (tmp_path / "whole").stat().st_size
     for part in (10, size // 7, size // 3, size // 2, 9 * size // 10, size - 1):
@@ -434,25 +470,35 @@ def test_no_space_left_is_one_sentence_and_leaves_nothing(kind, tmp_path):
 def test_the_command_survives_a_full_disk(tmp_path):
     """With its one sentence as the last line, whatever HDF5 says while Python ends."""
     code = (
-        "import resource, sys; from gdlib import io; from gdlib.cli import main; import numpy as np\n"
+        "import resource, sys; from gdlib import io; from gdlib.cli import main; import numpy as "
+        "np\n"
         "def work(arguments):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))\n"
         "    noise = np.random.default_rng(0).integers(0, 255, (200, 200), np.uint8)\n"
         "    io.write_samples(sys.argv[1], [io.Sample('a', noise[None], noise)])\n"
         "main._info = work; sys.exit(main.main(['info', sys.argv[1]]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.h5"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.h5"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 1, done.stderr
-    assert f"gdlib: error: {tmp_path / 'a.h5'}: cannot be written (file too large); allow" in done.stderr
+    assert (
+        f"gdlib: error: {tmp_path / 'a.h5'}: cannot be written (file too large); allow"
+        in done.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_cause_has_a_mend(tmp_path):
     for number in io.SPACE | io.ACCESS:
-        with pytest.raises(io.WriteError) as caught, io.writing(tmp_path / "a", io.SPACE | io.ACCESS):
+        with (
+            pytest.raises(io.WriteError) as caught,
+            io.writing(tmp_path / "a", io.SPACE | io.ACCESS),
+        ):
             raise OSError(number, os.strerror(number))
         one_sentence(caught, tmp_path / "a", "cannot be written", "; ")
-    with pytest.raises(FileNotFoundError), io.atomic(tmp_path / "a"):  # other errors are not ours to explain
+    # other errors are not ours to explain
+    with pytest.raises(FileNotFoundError), io.atomic(tmp_path / "a"):
         (tmp_path / "nowhere").read_text()
 
 
@@ -466,7 +512,9 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "a.csv"
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    names = {number: f".a.csv.{platform.node()}.{number}.tmp" for number in (gone.pid, os.getppid())}
+    names = {
+        number: f".a.csv.{platform.node()}.{number}.tmp" for number in (gone.pid, os.getppid())
+    }
     names["other"] = f".a.csv.elsewhere.{gone.pid}.tmp"  # of a machine of which we know nothing
     for name in names.values():
         (tmp_path / name).touch()
@@ -510,10 +558,16 @@ def test_hdf5_does_not_lead_to_another_file(escape, relative, tmp_path):
     with h5py.File(path, "r+") as file:
         del file["s0/image"]
         escape(file, "../secret.h5" if relative else str(secret))
-    if not (relative and escape is external_storage):  # the bait works; those are looked for where the process is
+    # the bait works; those are looked for where the process is
+    if not (relative and escape is external_storage):
         with h5py.File(path) as file:
             assert file["s0/image"].shape == (3, 4)
-    ours = [io.sample_ids, io.read_attrs, lambda p: list(io.read_samples(p)), lambda p: io.read_array(p, "s0", "image")]
+    ours = [
+        io.sample_ids,
+        io.read_attrs,
+        lambda p: list(io.read_samples(p)),
+        lambda p: io.read_array(p, "s0", "image"),
+    ]
     for read in (*ours, lambda p: read_volume(p, "s0/image")):
         with pytest.raises(io.DataError) as caught:
             read(path)

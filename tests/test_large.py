@@ -1,4 +1,5 @@
-"""Images that memory does not hold: what they need is known before, and blocks of one process give what one piece gives."""
+"""Images that memory does not hold: what they need is known before, and blocks of one process give
+what one piece gives."""
 
 import json
 import shutil
@@ -53,7 +54,8 @@ V2 = "sys__fs__cgroup"
     ("files", "expected"),
     [
         (FREE, 8000),
-        # Version 2: the limit of a group around that of the process counts too; what was read from files can be given back.
+        # Version 2: the limit of a group around that of the process counts too; what was read from
+        # files can be given back.
         (
             {
                 **FREE,
@@ -83,7 +85,8 @@ V2 = "sys__fs__cgroup"
                 "proc__self__cgroup": "4:cpuset:/job\n3:memory:/job\n0::/\n",
                 "sys__fs__cgroup__memory__job__memory_dot_limit_in_bytes": f"{7000 * 1024}\n",
                 "sys__fs__cgroup__memory__job__memory_dot_usage_in_bytes": f"{6500 * 1024}\n",
-                "sys__fs__cgroup__memory__job__memory_dot_stat": f"cache 1\ntotal_inactive_file {100 * 1024}\n",
+                "sys__fs__cgroup__memory__job__memory_dot_stat": "cache 1\ntotal_inactive_file "
+                f"{100 * 1024}\n",
                 "sys__fs__cgroup__memory__memory_dot_limit_in_bytes": "9223372036854771712\n",
                 "sys__fs__cgroup__memory__memory_dot_usage_in_bytes": "5\n",
             },
@@ -112,10 +115,13 @@ def test_what_is_free_here():
     assert 90 * MIB < memory.resident() - held < 110 * MIB
     assert memory.resident() < memory.budget() < memory.resident() + memory.available()
     limited = (
-        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({GIB}, {GIB})); from gdlib.volumes import memory; "
+        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({GIB}, {GIB})); from "
+        "gdlib.volumes import memory; "
         "print(memory.available())"
     )
-    done = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert 0.5 * GIB < int(done.stdout) < GIB
     del block
 
@@ -125,7 +131,10 @@ def test_what_is_free_here():
     [
         (MemoryError("std::bad_alloc"), True),
         (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 4 bytes"
+            ),
             True,
         ),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
@@ -156,14 +165,21 @@ def test_bytes_that_are_alive_are_counted():
     # 8 maps beside the image, which the caller holds, then 3 beside the 8 and the image.
     network = Chain()
     assert live_bytes(network, 1, (100, 200), "cpu") == (4 * 100 * 200 * (1 + 8 + 3), 2)
-    assert live_bytes(network, 1, (10**5, 10**5), "meta") == (4 * 10**10 * 12, 2)  # nobody has so much
+    # nobody has so much
+    assert live_bytes(network, 1, (10**5, 10**5), "meta") == (4 * 10**10 * 12, 2)
     assert {p.device.type for p in network.parameters()} == {"cpu"}
 
 
 def predictor_of(model="resunet", **options):
     torch.manual_seed(0)
-    network = build(model, {"widths": [4, 8, 16, 32, 64], **options} if model == "resunet" else options)
-    header = {"channels": 1, "offsets": OFFSETS[network.ndim], "normalisation": {"lower": 1.0, "upper": 99.8}}
+    network = build(
+        model, {"widths": [4, 8, 16, 32, 64], **options} if model == "resunet" else options
+    )
+    header = {
+        "channels": 1,
+        "offsets": OFFSETS[network.ndim],
+        "normalisation": {"lower": 1.0, "upper": 99.8},
+    }
     return Predictor(network, header, device="cpu", precision="float32")
 
 
@@ -214,7 +230,9 @@ def test_the_estimate_of_the_segmentation_is_near_what_it_takes(segmenter, shape
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parameters = defaults(segmenter, len(shape))
-    each = footprint.segmentation.SEGMENTERS[segmenter].memory(len(shape), len(OFFSETS[len(shape)]), **parameters)
+    each = footprint.segmentation.SEGMENTERS[segmenter].memory(
+        len(shape), len(OFFSETS[len(shape)]), **parameters
+    )
     assert 0.6 < int(done.stdout) / (each * np.prod(shape)) < 1.15
 
 
@@ -243,7 +261,15 @@ def test_images_in_one_piece_in_blocks_or_not_at_all():
     parameters = defaults("mutex_watershed", 2)
 
     def need(size, budget, **more):
-        return choose(predictor, (size, size), "mutex_watershed", parameters, held=300 * MIB, budget=budget, **more)
+        return choose(
+            predictor,
+            (size, size),
+            "mutex_watershed",
+            parameters,
+            held=300 * MIB,
+            budget=budget,
+            **more,
+        )
 
     one = need(8000, 100 * GIB)
     assert one.grid is None
@@ -258,8 +284,8 @@ def test_images_in_one_piece_in_blocks_or_not_at_all():
         seen.append((np.prod(choice.grid.block), np.prod(choice.predictor.block)))
         sentence = choice.sentence(budget)
         assert (
-            f"segmented in {len(choice.grid.names)} blocks of {'x'.join(map(str, choice.grid.sides))} pixels"
-            in sentence
+            f"segmented in {len(choice.grid.names)} blocks of "
+            f"{'x'.join(map(str, choice.grid.sides))} pixels" in sentence
         )
         assert "\n" not in sentence
     assert seen == sorted(seen, reverse=True)
@@ -268,7 +294,9 @@ def test_images_in_one_piece_in_blocks_or_not_at_all():
     # Memory does not grow with the image.
     assert abs(need(20000, 3 * GIB).need - need(40000, 3 * GIB).need) < 0.3 * GIB
     with pytest.raises(
-        ValueError, match=r"in one piece it needs .* GiB .*, and 0\.29 may be used; in blocks it is .* at least"
+        ValueError,
+        match=r"in one piece it needs .* GiB .*, and 0\.29 may be used; in blocks it "
+        r"is .* at least",
     ):
         need(8000, 302 * MIB)
     # What was stopped goes on with the blocks that it had, if they fit; else it begins anew.
@@ -286,11 +314,20 @@ def test_passes_that_somebody_chose_stay():
 
 def test_a_network_without_blocks_says_so():
     predictor = predictor_of(
-        "segformer", dims=[8, 8, 8, 8], depths=[1, 1, 1, 1], heads=[1, 1, 1, 1], decoder_dim=8, in_channels=1
+        "segformer",
+        dims=[8, 8, 8, 8],
+        depths=[1, 1, 1, 1],
+        heads=[1, 1, 1, 1],
+        decoder_dim=8,
+        in_channels=1,
     )
     assert footprint.is_large(predictor, (1200, 1200))
-    with pytest.raises(ValueError, match=r"every pixel sees the whole image.*choose another network") as error:
-        choose(predictor, (3000, 3000), "multicut", defaults("multicut", 2), held=0, budget=GIB // 4)
+    with pytest.raises(
+        ValueError, match=r"every pixel sees the whole image.*choose another " r"network"
+    ) as error:
+        choose(
+            predictor, (3000, 3000), "multicut", defaults("multicut", 2), held=0, budget=GIB // 4
+        )
     assert "\n" not in str(error.value)
 
 
@@ -300,7 +337,8 @@ def test_what_goes_through_the_network_at_most():
         source = SimpleNamespace(shape=shape, read=None)
         sides = []
         source.read = lambda starts, stops, sides=sides: (
-            sides.append([b - a for a, b in zip(starts, stops, strict=True)]) or (_ for _ in ()).throw(KeyError)
+            sides.append([b - a for a, b in zip(starts, stops, strict=True)])
+            or (_ for _ in ()).throw(KeyError)
         )
         for box in predictor.blocks(shape):
             with pytest.raises(KeyError):
@@ -324,16 +362,30 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture
 def limited(teacher, small_blocks, tmp_path):
-    """Return `limited(image, out, *flags)`: `gdlib segment` with just less memory than one piece would need."""
+    """Return `limited(image, out, *flags)`: `gdlib segment` with just less memory than one piece
+    would need."""
 
     def run(image, *flags, code=0, out=tmp_path / "blocks", share=0.999):
         predictor = Predictor.load(teacher, device="cpu", precision="float32", engine="torch")
         with segment._open_image(image, 1, tmp_path) as array:
             shape = predictor.source(array).shape
-            segmenter, parameters = "mutex_watershed", predictor.header["segmentation"]["mutex_watershed"]
+            segmenter, parameters = (
+                "mutex_watershed",
+                predictor.header["segmentation"]["mutex_watershed"],
+            )
             held = segment._in_memory(array)
             whole = choose(predictor, shape, segmenter, parameters, held=held, budget=2**60).whole
-        command = ["segment", image, "--model", teacher, "--out", out, *AS, "--memory", f"{share * whole / GIB:.12f}"]
+        command = [
+            "segment",
+            image,
+            "--model",
+            teacher,
+            "--out",
+            out,
+            *AS,
+            "--memory",
+            f"{share * whole / GIB:.12f}",
+        ]
         command += flags
         assert main([str(part) for part in command]) == code
         return Path(out)
@@ -360,7 +412,8 @@ def one_piece(field, teacher, tmp_path_factory):
 
 
 def matched(one, other):
-    """Return, for every object of one label, whether an object of the other has an IoU above 0.9 with it."""
+    """Return, for every object of one label, whether an object of the other has an IoU above 0.9
+    with it."""
     pairs, common = np.unique(np.stack([one.ravel(), other.ravel()]), axis=1, return_counts=True)
     sizes = np.bincount(one.ravel()), np.bincount(other.ravel())
     union = sizes[0][pairs[0]] + sizes[1][pairs[1]] - common
@@ -408,10 +461,18 @@ def test_a_dataset_in_blocks(field, one_piece, limited, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"compression": "zlib"}, {"compression": "zlib", "tile": (64, 64)}, {"byteorder": ">"}, {"rowsperstrip": 7}],
+    [
+        {},
+        {"compression": "zlib"},
+        {"compression": "zlib", "tile": (64, 64)},
+        {"byteorder": ">"},
+        {"rowsperstrip": 7},
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [(90, 100), (90, 100, 3), (6, 40, 50)], ids=["grey", "colour", "stack"])
+@pytest.mark.parametrize(
+    "shape", [(90, 100), (90, 100, 3), (6, 40, 50)], ids=["grey", "colour", "stack"]
+)
 def test_large_tiff_files_are_mapped(options, shape, monkeypatch, tmp_path):
     from gdlib.data import tiff
     from gdlib.data.files import read_image
@@ -441,7 +502,8 @@ def test_no_disk_for_a_copy_of_the_image(monkeypatch, tmp_path):
     monkeypatch.setattr(tiff, "MAPPED", 1000)
     monkeypatch.setattr(tiff.os, "posix_fallocate", full, raising=False)
     with pytest.raises(
-        io.WriteError, match=r"decoded copy of the image: cannot be written .no space left.*free some space"
+        io.WriteError,
+        match=r"decoded copy of the image: cannot be written .no space left.*free " r"some space",
     ):
         read_image(tmp_path / "a.tif", scratch=tmp_path)
 
@@ -465,7 +527,8 @@ def stopped(monkeypatch, module, name, after):
 
 
 @pytest.mark.parametrize(
-    ("step", "after"), [("predict_with", 5), ("segment", 3), ("match", 4), ("relabel", 2), ("tiles", 0)]
+    ("step", "after"),
+    [("predict_with", 5), ("segment", 3), ("match", 4), ("relabel", 2), ("tiles", 0)],
 )
 def test_what_was_stopped_goes_on(step, after, field, one_piece, limited, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
@@ -481,7 +544,9 @@ def test_what_was_stopped_goes_on(step, after, field, one_piece, limited, monkey
         assert len(predicted) == 9 - after
     else:
         assert len(predicted) < 9
-    assert len(segmented) <= 9 - (after if step == "segment" else 9 if step in ("match", "relabel", "tiles") else 0)
+    assert len(segmented) <= 9 - (
+        after if step == "segment" else 9 if step in ("match", "relabel", "tiles") else 0
+    )
     assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["field.tif"]
     assert matched(one_piece, tifffile.imread(tmp_path / "blocks" / "field.tif")).mean() > 0.99
 
@@ -540,7 +605,9 @@ def test_pixels_that_are_no_numbers(limited, tmp_path, capsys):
     image[299, 599] = np.nan
     tifffile.imwrite(tmp_path / "holes.tif", image)
     limited(tmp_path / "holes.tif", code=1)
-    assert f"error: {tmp_path / 'holes.tif'}: " in (line := capsys.readouterr().err.splitlines()[-1])
+    assert f"error: {tmp_path / 'holes.tif'}: " in (
+        line := capsys.readouterr().err.splitlines()[-1]
+    )
     assert "NaN or infinite pixels" in line
     assert not list((tmp_path / "blocks").iterdir())
 
@@ -567,11 +634,16 @@ def test_memory_is_a_number_of_gib(text, teacher, capsys):
             "too little memory (std::bad_alloc); close other programs, or say with --memory",
         ),
         (MemoryError(), "too little memory (no more is known); close"),
-        (RuntimeError("CUDA out of memory.\nTried"), "(CUDA out of memory.); choose a smaller --block"),
+        (
+            RuntimeError("CUDA out of memory.\nTried"),
+            "(CUDA out of memory.); choose a smaller --block",
+        ),
     ],
 )
 @pytest.mark.parametrize("where", ["predict", "segment"])
-def test_too_little_memory_after_all_is_one_sentence(error, told, where, field, teacher, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_after_all_is_one_sentence(
+    error, told, where, field, teacher, tmp_path, monkeypatch, capsys
+):
     def fail(*_, **__):
         raise error
 
@@ -579,7 +651,21 @@ def test_too_little_memory_after_all_is_one_sentence(error, told, where, field, 
         monkeypatch.setattr(Predictor, "predict", fail)
     else:
         monkeypatch.setattr(footprint.segmentation, "segment", fail)
-    assert main(["segment", str(field), "--model", str(teacher), "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert (
+        main(
+            [
+                "segment",
+                str(field),
+                "--model",
+                str(teacher),
+                "--out",
+                str(tmp_path),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 1
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"gdlib: error: {field}: there was ")
     assert told in line

@@ -1,4 +1,5 @@
-"""Values outside of their range: one sentence that names range and value, wherever they were written, before anything runs."""
+"""Values outside of their range: one sentence that names range and value, wherever they were
+written, before anything runs."""
 
 import argparse
 import json
@@ -19,7 +20,12 @@ from gdlib.volumes import grid
 
 OFFSETS = [[-1, 0], [0, -1], [-9, 0], [0, -9]]
 AFFINITY, FOREGROUND = np.full((4, 12, 13), 200, np.uint8), np.full((12, 13), 255, np.uint8)
-NUMBERS = "a number from 0 to 1", "a number above 0", "a whole number of at least 0", "a whole number from 1 to 1024"
+NUMBERS = (
+    "a number from 0 to 1",
+    "a number above 0",
+    "a whole number of at least 0",
+    ("a whole number from 1 to 1024"),
+)
 SHARE, POSITIVE, WHOLE, STRIDE = NUMBERS
 
 # Segmenter, parameter, its range in words, values outside of it.
@@ -34,7 +40,11 @@ PARAMETERS = [
     ("multicut", "beta", "a number above 0 and below 1", [0, 1, -1, 1.5, math.nan]),
     ("mutex_watershed_masked", "stride", STRIDE, [0]),
 ]
-VALUES = [(segmenter, name, words, value) for segmenter, name, words, values in PARAMETERS for value in values]
+VALUES = [
+    (segmenter, name, words, value)
+    for segmenter, name, words, values in PARAMETERS
+    for value in values
+]
 
 
 def sentence(error, *words):
@@ -47,20 +57,31 @@ def sentence(error, *words):
 
 def header(**segmentation):
     """Header of weights, tuned like this."""
-    return {"offsets": OFFSETS, "channels": 1, "model": "nowhere", "options": {}, "segmentation": segmentation}
+    return {
+        "offsets": OFFSETS,
+        "channels": 1,
+        "model": "nowhere",
+        "options": {},
+        "segmentation": segmentation,
+    }
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with weights that cannot be loaded, of which the header alone is good, and nothing else."""
+    """Return a folder with weights that cannot be loaded, of which the header alone is good, and
+    nothing else."""
     folder = tmp_path_factory.mktemp("weights")
-    io.save_weights(folder / "w.safetensors", {}, header(mutex_watershed={}, waterz={}, multicut={}))
+    io.save_weights(
+        folder / "w.safetensors", {}, header(mutex_watershed={}, waterz={}, multicut={})
+    )
     return folder
 
 
 def test_every_parameter_of_every_segmenter_is_tried():
     tried = {name for _, name, *_ in PARAMETERS}
-    assert tried == {name for segmenter in segmenters.SEGMENTERS for name in parameters.PARAMETERS[segmenter]}
+    assert tried == {
+        name for segmenter in segmenters.SEGMENTERS for name in parameters.PARAMETERS[segmenter]
+    }
     assert parameters.PARAMETERS.keys() == segmenters.SEGMENTERS.keys()
     for segmenter, table in parameters.PARAMETERS.items():
         for name, (_, values) in table.items():
@@ -93,7 +114,15 @@ def test_a_parameter_of_a_segmenter(segmenter, name, words, value, files, capsys
     ways = [["--set", f"{name}={value}"]]
     ways += [[f"--{name.replace('_', '-')}={value}"]] if name == "foreground_threshold" else []
     for way in ways:
-        command = ["segment", "nowhere.png", "--out", files / "out", "--model", files / "w.safetensors", *way]
+        command = [
+            "segment",
+            "nowhere.png",
+            "--out",
+            files / "out",
+            "--model",
+            files / "w.safetensors",
+            *way,
+        ]
         assert main([*map(str, command), "--segmenter", segmenter]) == 1
         error = sentence(capsys.readouterr().err, f"{name} of {segmenter} must be {words}")
         assert error.startswith("gdlib: error: ")
@@ -103,7 +132,12 @@ def test_a_parameter_of_a_segmenter(segmenter, name, words, value, files, capsys
 def test_weights_with_a_bad_parameter_can_be_used_with_another():
     tuned = header(mutex_watershed={"stride": 0, "min_size": 7})
     segmenter, found = parameters.chosen("w", tuned, None, {"stride": 2.0})
-    assert (segmenter, found["stride"], found["min_size"], type(found["stride"])) == ("mutex_watershed", 2, 7, int)
+    assert (segmenter, found["stride"], found["min_size"], type(found["stride"])) == (
+        "mutex_watershed",
+        2,
+        7,
+        int,
+    )
 
 
 def test_the_step_of_a_study(tmp_path, capsys):
@@ -120,7 +154,11 @@ def test_the_step_of_a_study(tmp_path, capsys):
 
 @pytest.mark.parametrize("value", [1e-320, 5e-324, 1 - 1e-16])
 def test_the_ends_of_a_range_are_no_traceback(value):
-    for segmenter, name in (("multicut", "beta"), ("mutex_watershed", "exponent"), ("waterz", "threshold")):
+    for segmenter, name in (
+        ("multicut", "beta"),
+        ("mutex_watershed", "exponent"),
+        ("waterz", "threshold"),
+    ):
         if segmenter != "waterz" or pytest.importorskip("waterz"):
             found = segmenters.segment(AFFINITY, FOREGROUND, OFFSETS, segmenter, **{name: value})
             assert found.shape == FOREGROUND.shape
@@ -135,7 +173,15 @@ ARGUMENTS = [
 ]
 ARGUMENTS += [
     (command, "--threads", text, "a whole number from 1 to 1024")
-    for command in ("segment", "bench", "step train", "step predict", "step segment", "step teach", "step profile")
+    for command in (
+        "segment",
+        "bench",
+        "step train",
+        "step predict",
+        "step segment",
+        "step teach",
+        "step profile",
+    )
     for text in ("0", "-1", "2.5", "many")
 ]
 ARGUMENTS += [
@@ -161,7 +207,11 @@ def test_a_number_on_the_command_line(command, option, text, words, capsys):
     with pytest.raises(SystemExit) as error:
         main([*command.split(), f"{option}={text}"])
     assert error.value.code == 2
-    sentence(capsys.readouterr().err.splitlines()[-1], f"gdlib {command}: error: argument {option}: ", words)
+    sentence(
+        capsys.readouterr().err.splitlines()[-1],
+        f"gdlib {command}: error: argument {option}: ",
+        words,
+    )
 
 
 def test_every_number_on_the_command_line_has_a_range():
@@ -169,11 +219,19 @@ def test_every_number_on_the_command_line_has_a_range():
 
     def options(parser):
         for action in parser._actions:
-            for inner in (action.choices or {}).values() if isinstance(action, argparse._SubParsersAction) else ():
+            for inner in (
+                (action.choices or {}).values()
+                if isinstance(action, argparse._SubParsersAction)
+                else ()
+            ):
                 yield from options(inner)
             yield parser.prog, action
 
-    bare = [f"{prog} {action.dest}" for prog, action in options(_parser()) if action.type in (int, float, json.loads)]
+    bare = [
+        f"{prog} {action.dest}"
+        for prog, action in options(_parser())
+        if action.type in (int, float, json.loads)
+    ]
     assert bare == []
 
 
@@ -229,7 +287,10 @@ KERNEL = {
     "stride -1": ({"stride": -1}, "stride must be"),
     "a stride that 64 bits do not hold": ({"stride": 2**64}, "stride must be"),
     "exponent nan": ({"exponent": math.nan}, "exponent must be a number above 0"),
-    "offsets of another dimension": ({"offsets": [[0, *offset] for offset in OFFSETS]}, "do not fit"),
+    "offsets of another dimension": (
+        {"offsets": [[0, *offset] for offset in OFFSETS]},
+        "do not fit",
+    ),
     "offsets of several dimensions": ({"offsets": [*OFFSETS[:3], [0, 0, -9]]}, "do not fit"),
     "too few affinities": ({"affinity": AFFINITY[:3]}, "do not fit"),
     "a larger mask": ({"mask": np.ones((12, 14), bool)}, "do not fit"),
@@ -254,22 +315,62 @@ PLUG_INS = [
     (SOURCES, "nuclei_phantom", {"size": [0, 256]}, f"size.0 must be {ONE} (got 0)"),
     (SOURCES, "nuclei_phantom", {"size": [64]}, "size"),
     (SOURCES, "nuclei_phantom", {"size": [8, 64, 64]}, "size"),
-    (SOURCES, "nuclei_phantom", {"images": {"train": 0, "val": 1, "test": 1}}, f"images.train must be {ONE} (got 0)"),
+    (
+        SOURCES,
+        "nuclei_phantom",
+        {"images": {"train": 0, "val": 1, "test": 1}},
+        f"images.train must be {ONE} (got 0)",
+    ),
     (SOURCES, "nuclei_phantom", {"images": {"train": 4, "val": 1}}, "images must have test"),
     (SOURCES, "nuclei_phantom", {"images": {"train": 4, "val": 1, "tset": 1}}, "tset"),
-    (SOURCES, "nuclei_phantom", {"radius": [17, 9]}, "radius must be the smaller number, then the larger one"),
+    (
+        SOURCES,
+        "nuclei_phantom",
+        {"radius": [17, 9]},
+        "radius must be the smaller number, then the larger one",
+    ),
     (SOURCES, "nuclei_phantom", {"radius": [0, 9]}, "radius.0 must be a number above 0"),
-    (SOURCES, "nuclei_phantom", {"seed": -1}, "seed must be a whole number from 0 to 4294967295 (got -1)"),
-    (SOURCES, "nuclei_phantom", {"touching": 1.5}, "touching must be a number from 0 to 1 (got 1.5)"),
-    (SOURCES, "nuclei_phantom", {"haze": "1e-3"}, "haze must be a number of at least 0 (got '1e-3')"),
+    (
+        SOURCES,
+        "nuclei_phantom",
+        {"seed": -1},
+        "seed must be a whole number from 0 to 4294967295 (got -1)",
+    ),
+    (
+        SOURCES,
+        "nuclei_phantom",
+        {"touching": 1.5},
+        "touching must be a number from 0 to 1 (got 1.5)",
+    ),
+    (
+        SOURCES,
+        "nuclei_phantom",
+        {"haze": "1e-3"},
+        "haze must be a number of at least 0 (got '1e-3')",
+    ),
     (SOURCES, "neurites_phantom", {"size": [256, 256]}, "size"),
     (SOURCES, "neurites_phantom", {"anisotropy": 0}, "anisotropy must be a number above 0"),
-    (SOURCES, "worms_phantom", {"overlap": "frist"}, "overlap must be 'ignore', 'first' or 'last' (got 'frist')"),
+    (
+        SOURCES,
+        "worms_phantom",
+        {"overlap": "frist"},
+        "overlap must be 'ignore', 'first' or 'last' (got 'frist')",
+    ),
     (SOURCES, "leaves_phantom", {"stalk": 1}, "stalk must be a number of at least 0 and below 1"),
-    (SOURCES, "bbbc039", {"split": "held_out"}, "split must be 'heldout' or 'official' (got 'held_out')"),
+    (
+        SOURCES,
+        "bbbc039",
+        {"split": "held_out"},
+        "split must be 'heldout' or 'official' (got 'held_out')",
+    ),
     (SOURCES, "bbbc039", {"min_area": -1}, "min_area"),
     (SOURCES, "cremi", {"every_section": 0}, f"every_section must be {ONE}"),
-    (SOURCES, "cremi", {"sections": {"train": [0, 9], "val": [9, 12], "test": [12]}}, "sections.test"),
+    (
+        SOURCES,
+        "cremi",
+        {"sections": {"train": [0, 9], "val": [9, 12], "test": [12]}},
+        "sections.test",
+    ),
     (SOURCES, "cremi", {"samples": "ABC"}, "samples"),
     (SOURCES, "ac34", {"components": "no"}, "components must be a valid boolean (got 'no')"),
     (SOURCES, "folder", {"val_fraction": 1}, "val_fraction must be a number above 0 and below 1"),
@@ -288,7 +389,12 @@ PLUG_INS = [
     (TERMS, "igd", {"power": 3}, "power must be 1 or 2 (got 3)"),
     (TERMS, "igd", {"part": "node"}, "part must be 'nodes' or 'edges'"),
     (TERMS, "cwd", {"temperature": 0}, "temperature must be a number above 0"),
-    (TERMS, "response", {"temperature": math.nan}, "temperature must be a number above 0 (got nan)"),
+    (
+        TERMS,
+        "response",
+        {"temperature": math.nan},
+        "temperature must be a number above 0 (got nan)",
+    ),
     (TERMS, "rkd", {"angle": -1}, "angle"),
     (TERMS, "rekd", {"middle": 0}, "middle"),
 ]
@@ -317,7 +423,10 @@ def test_an_option_of_a_plug_in(kind, name, options, words):
 def test_every_default_of_a_plug_in_is_in_its_range():
     for kind in (SOURCES, NETWORKS, TERMS):
         for name in kind.names():
-            kind.check(name, {key: value for key, value in kind.parameters(name).items() if value is not None})
+            kind.check(
+                name,
+                {key: value for key, value in kind.parameters(name).items() if value is not None},
+            )
             unchecked = [option for option, one in kind.kinds(name).items() if one is Any]
             assert not unchecked
 

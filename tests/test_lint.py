@@ -12,7 +12,12 @@ BIN = Path(sys.executable).parent  # the tools of this environment, whether or n
 
 @pytest.mark.parametrize(
     "command",
-    ["ruff check", "ruff format --check", "snakefmt --check Snakefile workflow", "snakemake --lint"],
+    [
+        "ruff check",
+        "ruff format --check",
+        "snakefmt --check Snakefile workflow",
+        "snakemake --lint",
+    ],
 )
 def test_clean(command):
     program, *arguments = command.split()

@@ -1,4 +1,5 @@
-"""Teacher maps: what is cut from them is where the label was cut, and what they say is what the teacher says."""
+"""Teacher maps: what is cut from them is where the label was cut, and what they say is what the
+teacher says."""
 
 import itertools
 
@@ -32,7 +33,10 @@ WILD = {
 }  # fmt: skip
 SHAPES = {2: (46, 60), 3: (9, 40, 33)}
 PATCHES = {2: (24, 24), 3: (4, 24, 16)}
-LEVELS = {2: {"stride2": (2, 2), "stride3": (3, 3), "stride8": (8, 8)}, 3: {"stride4": (1, 4, 4), "stride3": (2, 3, 3)}}
+LEVELS = {
+    2: {"stride2": (2, 2), "stride3": (3, 3), "stride8": (8, 8)},
+    3: {"stride4": (1, 4, 4), "stride3": (2, 3, 3)},
+}
 CORNERS = {
     2: {"stride2": (0, 0), "stride3": (-2, -1), "stride8": (-5, 0)},
     3: {"stride4": (0, 0, -1), "stride3": (-1, 0, -2)},
@@ -60,11 +64,14 @@ def coordinates(shape):
 
 
 def samples_and_maps(folder, ndim):
-    """Write two images in which every pixel has its own label, and maps in which every vector is its own place."""
+    """Write two images in which every pixel has its own label, and maps in which every vector is
+    its own place."""
     shape = SHAPES[ndim]
     label = np.arange(1, 1 + np.prod(shape), dtype=np.uint32).reshape(shape)
     image = np.random.default_rng(0).integers(0, 255, (1, *shape), np.uint8)
-    io.write_samples(folder / "train.h5", [io.Sample("a", image, label), io.Sample("b", image[:, ::-1], label)])
+    io.write_samples(
+        folder / "train.h5", [io.Sample("a", image, label), io.Sample("b", image[:, ::-1], label)]
+    )
     known = {name: [ndim, list(stride)] for name, stride in LEVELS[ndim].items()}
     about = {"teacher": "t", "samples": io.sha256(folder / "train.h5"), "levels": known}
     with io.create_h5(folder / "embedding.h5", **about, parts=["embedding", "foreground"]) as file:
@@ -76,14 +83,19 @@ def samples_and_maps(folder, ndim):
             corner = CORNERS[ndim][level]
             sides = [-(-(n - c) // s) for n, c, s in zip(shape, corner, stride, strict=True)]
             for name in "ab":
-                file.create_dataset(f"{name}/{level}", data=coordinates(sides)).attrs["corner"] = corner
+                file.create_dataset(f"{name}/{level}", data=coordinates(sides)).attrs["corner"] = (
+                    corner
+                )
     paths = [folder / f"{part}.h5" for part in ("embedding", *LEVELS[ndim])]
     return folder / "train.h5", TeacherMaps(paths, folder / "train.h5")
 
 
 @pytest.mark.parametrize(("ndim", "more"), [*itertools.product((2, 3), (0, 1, 2))])
 def test_maps_are_cut_where_the_label_is_cut(ndim, more, make_spec, tmp_path):
-    """Under every augmentation, to the pixel; `more` is how many voxels a student's map is larger than its patch."""
+    """Under every augmentation, to the pixel.
+
+    `more` is how many voxels a student's map is larger than its patch.
+    """
     train, maps = samples_and_maps(tmp_path, ndim)
     spec = make_spec("none", patch=PATCHES[ndim], augment=WILD, batch_size=4)
     levels = {
@@ -100,15 +112,22 @@ def test_maps_are_cut_where_the_label_is_cut(ndim, more, make_spec, tmp_path):
             label, inner = label_at(batch.label, levels[level], stride)
             pixels = torch.stack(torch.unravel_index(label - 1, SHAPES[ndim]), 1)
             column = (1, ndim) + (1,) * ndim
-            corner, stride = (torch.tensor(x).reshape(column) for x in (CORNERS[ndim][level], stride))
+            corner, stride = (
+                torch.tensor(x).reshape(column) for x in (CORNERS[ndim][level], stride)
+            )
             assert batch.teacher.features[level].shape[2:] == levels[level]
-            assert torch.equal(batch.teacher.features[level][(..., *inner)], ((pixels - corner) // stride).half())
+            assert torch.equal(
+                batch.teacher.features[level][(..., *inner)], ((pixels - corner) // stride).half()
+            )
 
 
 def test_the_patches_are_those_without_maps(make_spec, tmp_path):
     train, maps = samples_and_maps(tmp_path, 2)
     spec = make_spec("none", patch=PATCHES[2], augment=WILD | {"empty": 0.5})
-    with_maps, without = PatchSampler(train, **spec.drawing, maps=maps), PatchSampler(train, **spec.drawing)
+    with_maps, without = (
+        PatchSampler(train, **spec.drawing, maps=maps),
+        PatchSampler(train, **spec.drawing),
+    )
     for step in range(4):
         one, other = with_maps.batch(step), without.batch(step)
         assert other.teacher is None
@@ -123,11 +142,16 @@ def test_of_noise_the_teacher_says_what_it_says_of_background(make_spec, splits,
     both = []
     for empty in (0.0, 1.0):
         spec = make_spec("none", augment=STILL | {"empty": empty})
-        both.append(PatchSampler(splits["train"], **spec.drawing, maps=known, levels=levels).batch(5))
+        both.append(
+            PatchSampler(splits["train"], **spec.drawing, maps=known, levels=levels).batch(5)
+        )
     before, after = both
     assert not after.label.any()
     for part, stride in (("embedding", 1), ("foreground", 1), ("stride2", 2)):
-        old, new = (dict(zip(("embedding", "foreground"), b.teacher, strict=False)) | b.teacher.features for b in both)
+        old, new = (
+            dict(zip(("embedding", "foreground"), b.teacher, strict=False)) | b.teacher.features
+            for b in both
+        )
         background = before.label[:, ::stride, ::stride] == 0
         for image in range(2):
             mean = old[part][image].float()[:, background[image]].mean(1)
@@ -139,22 +163,35 @@ def _asked(spec, train, source):
     """Return the distiller of a run, and its batches."""
     trainer = loop._Trainer(spec, source, torch.device("cpu"))
     known = source if isinstance(source, TeacherMaps) else None
-    sampler = PatchSampler(train, **spec.drawing, margin=trainer.margin, maps=known, levels=trainer.levels)
+    sampler = PatchSampler(
+        train, **spec.drawing, margin=trainer.margin, maps=known, levels=trainer.levels
+    )
     return trainer.distiller, sampler
 
 
 @pytest.mark.parametrize("method", ["grd", "levels"])
-def test_maps_and_online_are_the_same_where_the_patch_is_the_image(method, make_spec, squares, teacher, tmp_path):
+def test_maps_and_online_are_the_same_where_the_patch_is_the_image(
+    method, make_spec, squares, teacher, tmp_path
+):
     """Of whole images nothing is cut off, and half precision is all that differs.
 
-    A number in it is wrong by a part `HALF`, and so is a vector in length and direction; a cosine of two by twice that.
-    A loss that is the mean of squares, d^2, of K such numbers moves by 2 d c + c^2 at most if each moves by c.
+    A number in it is wrong by a part `HALF`, and so is a vector in length and direction; a cosine
+    of two by twice that. A loss that is the mean of squares, d^2, of K such numbers moves by 2 d c
+    + c^2 at most if each moves by c.
     """
     shape = (48, 64)
     train = tmp_path / "train.h5"
     io.write_samples(train, [io.Sample(f"{i}", *squares(i, shape)) for i in range(3)])
     for level in (None, "stride2"):
-        ask(teacher, train, tmp_path / f"{level}.h5", level=level, precision="float32", engine="torch", device="cpu")
+        ask(
+            teacher,
+            train,
+            tmp_path / f"{level}.h5",
+            level=level,
+            precision="float32",
+            engine="torch",
+            device="cpu",
+        )
     paths = [tmp_path / "None.h5", tmp_path / "stride2.h5"]
     online, cut = (
         _asked(make_spec(method, patch=shape, augment=STILL, teacher=kind), train, source)
@@ -162,12 +199,18 @@ def test_maps_and_online_are_the_same_where_the_patch_is_the_image(method, make_
     )
     for step in range(3):
         with torch.no_grad():
-            losses = [distiller(sampler.batch(step), step)[1] for distiller, sampler in (online, cut)]
+            losses = [
+                distiller(sampler.batch(step), step)[1] for distiller, sampler in (online, cut)
+            ]
         assert losses[0].keys() == losses[1].keys()
         longest = max(1.0, float(cut[1].batch(step).teacher.embedding.float().norm(dim=1).max()))
         moved = 4 * HALF * longest * len(make_spec(method).offsets) ** 0.5
         for name, loss in losses[0].items():
-            bound = 0 if name in ("supervised", "foreground") else 2 * float(loss) ** 0.5 * moved + moved**2
+            bound = (
+                0
+                if name in ("supervised", "foreground")
+                else 2 * float(loss) ** 0.5 * moved + moved**2
+            )
             assert abs(float(losses[1][name] - loss)) <= bound, name
     assert all(float(loss) > 0 for loss in losses[1].values())
 
@@ -180,10 +223,15 @@ def test_maps_and_online_are_the_same_where_the_patch_is_the_image(method, make_
         ("mala", (2, 2, 3, 3), (6, 40, 61), (4, 27, 30)),
     ],
 )
-def test_every_part_is_what_the_network_says_of_the_whole_image(model, widths, shape, block, make_spec, tmp_path):
-    """Block by block and at once, maps of every resolution, networks that pad and one that does not."""
+def test_every_part_is_what_the_network_says_of_the_whole_image(
+    model, widths, shape, block, make_spec, tmp_path
+):
+    """Block by block and at once, maps of every resolution, networks that pad and one that does
+    not."""
     patch = {"resunet": (32, 32), "resunet3d": (4, 32, 32), "mala": (3, 56, 56)}[model]
-    options = {"widths": list(widths), "embedding_dim": 4} | ({"decoder": [3, 3, 4]} if model == "mala" else {})
+    options = {"widths": list(widths), "embedding_dim": 4} | (
+        {"decoder": [3, 3, 4]} if model == "mala" else {}
+    )
     spec = make_spec("none", model=model, widths=widths, patch=patch)
     torch.manual_seed(1)
     network = build(model, options)
@@ -200,7 +248,9 @@ def test_every_part_is_what_the_network_says_of_the_whole_image(model, widths, s
         -(-max(n - r, 0 if r else 1) // d) * d + r
         for n, r, d in zip(shape, network.remainder, network.divisor, strict=True)
     ]
-    seen = source.read([-m for m in network.margin], [n + m for n, m in zip(whole, network.margin, strict=True)])
+    seen = source.read(
+        [-m for m in network.margin], [n + m for n, m in zip(whole, network.margin, strict=True)]
+    )
     with torch.no_grad():
         said = folded(network)(torch.from_numpy(seen)[None])
 
@@ -211,25 +261,42 @@ def test_every_part_is_what_the_network_says_of_the_whole_image(model, widths, s
         with h5py.File(out) as file:
             if level is None:
                 inner = tuple(slice(0, n) for n in shape)
-                for part, expected in (("embedding", said.embedding), ("foreground", said.foreground)):
+                for part, expected in (
+                    ("embedding", said.embedding),
+                    ("foreground", said.foreground),
+                ):
                     expected = expected[0][(slice(None), *inner)].movedim(0, -1).numpy()
-                    np.testing.assert_allclose(file["a"][part][()], expected, rtol=2 * HALF, atol=1e-4)
+                    np.testing.assert_allclose(
+                        file["a"][part][()], expected, rtol=2 * HALF, atol=1e-4
+                    )
             elif level not in network.levels:
                 assert not list(file)
             else:
                 array, feature = file["a"][level], said.features[level][0].movedim(0, -1).numpy()
-                assert all(-s < c <= 0 for c, s in zip(array.attrs["corner"], network.levels[level][1], strict=True))
+                assert all(
+                    -s < c <= 0
+                    for c, s in zip(array.attrs["corner"], network.levels[level][1], strict=True)
+                )
                 there, mine = [], []
                 for n, w, c, m, s in zip(
-                    shape, whole, array.attrs["corner"], feature.shape[:-1], network.levels[level][1], strict=True
+                    shape,
+                    whole,
+                    array.attrs["corner"],
+                    feature.shape[:-1],
+                    network.levels[level][1],
+                    strict=True,
                 ):  # the voxels that hold each pixel: here, and in a map that has one centre with what was put out
                     pixel = np.arange(n)
                     mine.append((pixel - c) // s)
                     there.append(np.floor((pixel + 0.5 - w / 2) / s + m / 2).astype(int))
-                np.testing.assert_allclose(array[()][np.ix_(*mine)], feature[np.ix_(*there)], rtol=2 * HALF, atol=1e-4)
+                np.testing.assert_allclose(
+                    array[()][np.ix_(*mine)], feature[np.ix_(*there)], rtol=2 * HALF, atol=1e-4
+                )
 
 
-def test_what_is_killed_leaves_nothing_under_its_name_and_goes_on(splits, teacher, tmp_path, monkeypatch):
+def test_what_is_killed_leaves_nothing_under_its_name_and_goes_on(
+    splits, teacher, tmp_path, monkeypatch
+):
     embed, asked = Predictor.embed, []
 
     def counted(self, source, box):
@@ -255,7 +322,12 @@ def test_what_was_begun_with_another_teacher_begins_anew(splits, teacher, tmp_pa
     state, header = io.load_weights(teacher)
     other = tmp_path / "other.safetensors"
     io.save_weights(
-        other, {name: value * 0.5 if value.is_floating_point() else value for name, value in state.items()}, header
+        other,
+        {
+            name: value * 0.5 if value.is_floating_point() else value
+            for name, value in state.items()
+        },
+        header,
     )
     embed, asked = Predictor.embed, []
 
@@ -276,7 +348,8 @@ def test_what_was_begun_with_another_teacher_begins_anew(splits, teacher, tmp_pa
 
 def test_files_that_do_not_belong_together_are_refused(splits, maps, tmp_path):
     with pytest.raises(
-        io.DataError, match=r"embedding.h5: the teacher was asked about other images than .*val.h5; ask"
+        io.DataError,
+        match=r"embedding.h5: the teacher was asked about other images than " r".*val.h5; ask",
     ):
         TeacherMaps(maps, splits["val"])
     with h5py.File(maps[1]) as old, h5py.File(tmp_path / "other.h5", "w") as new:
@@ -293,7 +366,13 @@ def test_values_too_large_for_half_precision_are_refused(splits, teacher, tmp_pa
     state["embedding.weight"] *= 1e7
     io.save_weights(tmp_path / "loud.safetensors", state, header)
     with pytest.raises(io.DataError, match=r"train0: .* too large for half precision"):
-        ask(tmp_path / "loud.safetensors", splits["train"], tmp_path / "out.h5", device="cpu", precision="float32")
+        ask(
+            tmp_path / "loud.safetensors",
+            splits["train"],
+            tmp_path / "out.h5",
+            device="cpu",
+            precision="float32",
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["loud.safetensors"]
 
 
@@ -305,15 +384,30 @@ def test_the_disk_is_asked_first(splits, teacher, tmp_path, monkeypatch, capsys)
         assert sum(array.size * 2 for group in file.values() for array in group.values()) == size
     left = type("", (), {"free": 2 * size - 1})
     monkeypatch.setattr("shutil.disk_usage", lambda path: left)
-    with pytest.raises(io.DataError, match=r"other.h5: there is no room for embedding and foreground of 4 images"):
+    with pytest.raises(
+        io.DataError,
+        match=r"other.h5: there is no room for embedding and " r"foreground of 4 images",
+    ):
         ask(teacher, splits["train"], tmp_path / "other.h5", device="cpu")
 
 
 def test_a_run_says_from_where_it_learns(make_spec, train, splits, maps, teacher, tmp_path):
     for spec, use, message in (
-        (make_spec("grd", teacher="maps"), {"teacher": teacher}, "learns from the maps of a teacher: give them"),
-        (make_spec("grd", teacher="online"), {"maps": maps}, "a teacher that is asked online: give its weights"),
-        (make_spec("grd", teacher="online"), {}, "a teacher that is asked online: give its weights"),
+        (
+            make_spec("grd", teacher="maps"),
+            {"teacher": teacher},
+            "learns from the maps of a teacher: give them",
+        ),
+        (
+            make_spec("grd", teacher="online"),
+            {"maps": maps},
+            "a teacher that is asked online: give its weights",
+        ),
+        (
+            make_spec("grd", teacher="online"),
+            {},
+            "a teacher that is asked online: give its weights",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(spec, tmp_path, **use)
@@ -331,7 +425,8 @@ def test_resumed_as_if_never_stopped(method, make_spec, train, maps, tmp_path):
 
 
 def test_a_teacher_whose_patches_would_not_fit_can_be_asked(make_spec, train, splits, tmp_path):
-    """A student of 20 pixels a side cannot share its patches with a network that takes multiples of 16; its maps it can."""
+    """A student of 20 pixels a side cannot share its patches with a network that takes multiples of
+    16; its maps it can."""
     spec = make_spec("teacher", steps=2)
     train(spec, tmp_path)
     ask(tmp_path / "weights.safetensors", splits["train"], tmp_path / "maps.h5", device="cpu")

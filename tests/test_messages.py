@@ -1,4 +1,5 @@
-"""What goes wrong ends in one sentence: file, cause and a mend that fits, never a traceback, and the rest is done."""
+"""What goes wrong ends in one sentence: file, cause and a mend that fits, never a traceback, and
+the rest is done."""
 # ruff: noqa: F811 (fixtures of another file)
 
 import csv
@@ -38,7 +39,9 @@ def failed(capsys, *arguments):
     """Run a command that must fail for some of its inputs, and return its lines on stderr."""
     capsys.readouterr()
     run(*arguments, code=1)
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("gdlib: error: ")]
+    return [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("gdlib: error: ")
+    ]
 
 
 # --- One bad input of many ---------------------------------------------------------------------------------------------
@@ -50,7 +53,13 @@ def test_one_bad_image_does_not_end_a_folder(six, teacher, volume, tmp_path, cap
     inputs = [six, tmp_path / "8.tif", f"{volume[0]}:volumes/nothing"]
     blocks = {} if block is None else {"block": block}
     *lines, last = failed(capsys, *segment_command(teacher, tmp_path / "out", *inputs, **blocks))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.tif", "2.tif", "4.tif", "5.tif", "6.tif"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "1.tif",
+        "2.tif",
+        "4.tif",
+        "5.tif",
+        "6.tif",
+    ]
     assert last.endswith("4 of 9 images could not be segmented; all others are done")
     for name, cause in (
         ("3.tif", "cannot be read"),
@@ -83,7 +92,12 @@ def test_one_bad_label_does_not_end_an_evaluation(six, tmp_path, capsys):
     tifffile.imwrite(labels / "7.tif", np.ones((40, 44), np.uint8))
     *lines, last = failed(capsys, "evaluate", labels, six, "--out", tmp_path / "scores.csv")
     assert "4 of 7 images could not be compared: their scores are left empty" in last
-    causes = {"3": "cannot be read", "5": "(4, 4)", "6": "negative ids; set them to 0", "7": "no segmentation called"}
+    causes = {
+        "3": "cannot be read",
+        "5": "(4, 4)",
+        "6": "negative ids; set them to 0",
+        "7": "no segmentation called",
+    }
     for name, cause in ((f"{name}.tif", cause) for name, cause in causes.items()):
         assert sum(name in line and cause in line for line in lines) == 1
     with (tmp_path / "scores.csv").open(newline="") as file:
@@ -109,8 +123,14 @@ def test_one_bad_data_set_does_not_end_a_download(catalogue, tmp_path, capsys):
 
 def test_one_bad_history_does_not_end_tensorboard(tmp_path, capsys):
     for name in "abc":
-        io.write_rows(tmp_path / "runs" / name / "history.csv", io.HISTORY_COLUMNS, [(1, "train", "loss", 0.5)])
-    (tmp_path / "runs" / "b" / "history.csv").write_text("step,split,name,value\none,train,loss,0.5\n")
+        io.write_rows(
+            tmp_path / "runs" / name / "history.csv",
+            io.HISTORY_COLUMNS,
+            [(1, "train", "loss", 0.5)],
+        )
+    (tmp_path / "runs" / "b" / "history.csv").write_text(
+        "step,split,name,value\none,train,loss,0.5\n"
+    )
     lines = failed(capsys, "tensorboard", tmp_path)
     assert "runs/b/history.csv: not a readable training history" in lines[0]
     assert "1 of 3 runs could not be shown" in lines[1]
@@ -143,7 +163,7 @@ SPOILT = {
     "other network": ({"header": lambda h: h | {"model": "enet", "options": {}}}, "Missing key"),
     "unknown network": ({"header": lambda h: h | {"model": "resnet"}}, "resunet"),
     "unknown option": ({"header": lambda h: h | {"options": {"wide": 3}}}, "wide"),
-    "other channels": ({"header": lambda h: h | {"channels": 3}}, "takes 1 channel(s), and its header says 3"),
+    "other channels": ({"header": lambda h: h | {"channels": 3}}, "takes 1 channel(s), and its " "header says 3"),
     "a tensor less": ({"state": lambda s: without("foreground.weight")(s)}, "Missing key"),
     "a tensor more": ({"state": lambda s: s | {"more": torch.zeros(1)}}, "Unexpected key"),
     "no tensor": ({"state": lambda s: {}}, "Missing key"),
@@ -176,7 +196,9 @@ def test_weights_that_say_little_of_their_training(teacher, refusal, capsys, tmp
 @pytest.mark.parametrize("device", ["meta", "cpu:x", "gpu", "-1", "", "cuda:77"])
 def test_devices_that_compute_nothing(device, teacher, squares, refusal, tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", squares(1)[0][0])
-    line = refusal(*segment_command(teacher, tmp_path / "out", tmp_path / "a.tif"), f"--device={device}")
+    line = refusal(
+        *segment_command(teacher, tmp_path / "out", tmp_path / "a.tif"), f"--device={device}"
+    )
     assert f'device "{device}" cannot be used' in line
     assert "choose auto, cpu" in line
 
@@ -184,11 +206,17 @@ def test_devices_that_compute_nothing(device, teacher, squares, refusal, tmp_pat
 def test_what_no_part_explains():
     """Raw errors of the system and of libraries, as the last resort puts them."""
     cases = {
-        "there.yaml: no such file or directory; check": FileNotFoundError(errno.ENOENT, "No such file", "there.yaml"),
-        "a: is a directory; name a file in it": IsADirectoryError(errno.EISDIR, "Is a directory", "a"),
+        "there.yaml: no such file or directory; check": FileNotFoundError(
+            errno.ENOENT, "No such file", "there.yaml"
+        ),
+        "a: is a directory; name a file in it": IsADirectoryError(
+            errno.EISDIR, "Is a directory", "a"
+        ),
         "a: permission denied; change who": PermissionError(errno.EACCES, "Permission denied", "a"),
         "too little memory (no more is known); give": MemoryError(),
-        "too little memory (Unable to allocate 5 GiB); give": MemoryError("Unable to\nallocate 5 GiB"),
+        "too little memory (Unable to allocate 5 GiB); give": MemoryError(
+            "Unable to\nallocate 5 GiB"
+        ),
         "too little memory (can't allocate memory); give": RuntimeError("can't allocate memory"),
         "one sentence": OSError("one\nsentence"),
     }
@@ -197,7 +225,9 @@ def test_what_no_part_explains():
         assert part.replace("no such file or directory", "no such file") in line
 
 
-@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 GiB"), RuntimeError("std::bad_alloc")])
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 9 GiB"), RuntimeError("std::bad_alloc")]
+)
 def test_too_little_memory(error, refusal, monkeypatch, tmp_path):
     def fail(path):
         raise error
@@ -218,7 +248,9 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_is_one_sentence(tmp_path):
-    io.write_rows(tmp_path / "runs" / "a" / "history.csv", io.HISTORY_COLUMNS, [(1, "train", "loss", 0.5)])
+    io.write_rows(
+        tmp_path / "runs" / "a" / "history.csv", io.HISTORY_COLUMNS, [(1, "train", "loss", 0.5)]
+    )
     command = [sys.executable, "-m", "gdlib", "tensorboard", tmp_path, "--every", "60"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
@@ -243,14 +275,19 @@ def test_a_folder_that_becomes_read_only(teacher, squares, tmp_path):
 
     predictor = Predictor.load(teacher, device="cpu", block=16)
     with pytest.raises(io.WriteError, match="make its folder writable"):
-        predict_blocks(predictor, {"a": predictor.source(squares(1)[0])}, Path("/sys/kernel/a.partial"), "")
+        predict_blocks(
+            predictor, {"a": predictor.source(squares(1)[0])}, Path("/sys/kernel/a.partial"), ""
+        )
 
 
 def test_models_outside_of_the_repository(tmp_path, monkeypatch, refusal):
     monkeypatch.chdir(tmp_path)
     for command in (["models"], ["download", "bbbc039"], ["check"]):
         line = refusal(*command)
-        assert "config.yaml: there is no such file here; run the command in the folder of the source repository" in line
+        assert (
+            "config.yaml: there is no such file here; run the command in the folder of the "
+            "source repository"
+        ) in line
         assert "--config" in line
 
 
@@ -265,7 +302,16 @@ def test_steps_told_of_a_file_of_another_kind(step, teacher, splits, refusal, tm
     name = json.dumps({"dataset": "d", "network": "n", "method": "m", "seed": 0})
     spec = json.dumps({"model": "resunet", "options": {"widths": [1, 1, 1, 1, 1]}})
     commands = {
-        "evaluate": ["--data", other, "--segmentation", splits["test"], "--run", name, "--segmenter", "multicut"],
+        "evaluate": [
+            "--data",
+            other,
+            "--segmentation",
+            splits["test"],
+            "--run",
+            name,
+            "--segmenter",
+            "multicut",
+        ],
         "baselines": ["--dataset", "d", "--val", other, "--test", other],
         "profile": ["--spec", spec, "--data", other, "--device", "cpu"],
         "ask": ["--teacher", teacher, "--samples", other, "--device", "cpu"],
@@ -281,7 +327,16 @@ def test_steps_told_of_a_file_of_another_kind(step, teacher, splits, refusal, tm
 def test_a_plan_that_is_none(content, refusal, tmp_path):
     if content is not None:
         (tmp_path / "plan.json").write_text(content)
-    command = ["--plan", tmp_path / "plan.json", "--name", "0-0", "--predictions", tmp_path, "--settings", "{}"]
+    command = [
+        "--plan",
+        tmp_path / "plan.json",
+        "--name",
+        "0-0",
+        "--predictions",
+        tmp_path,
+        "--settings",
+        "{}",
+    ]
     assert "plan.json" in refusal("step", "segment-block", *command, "--out", tmp_path / "a.h5")
 
 
@@ -293,14 +348,39 @@ def test_a_missing_file_is_not_taken_for_a_broken_one(teacher, squares, refusal,
     there = tmp_path / "a.tif"
     tifffile.imwrite(there, squares(1)[0][0])
     lost = {name: tmp_path / f"lost.{name}" for name in ("tif", "png", "h5", "safetensors", "json")}
-    commands = [segment_command(teacher, tmp_path / "out", lost[kind]) for kind in ("tif", "png", "h5")]
+    commands = [
+        segment_command(teacher, tmp_path / "out", lost[kind]) for kind in ("tif", "png", "h5")
+    ]
     commands += [["evaluate", there, lost[kind]] for kind in ("tif", "png", "h5")]
-    commands += [segment_command(lost["safetensors"], tmp_path / "out", there), ["info", lost["safetensors"]]]
+    commands += [
+        segment_command(lost["safetensors"], tmp_path / "out", there),
+        ["info", lost["safetensors"]],
+    ]
     commands += [["bench", "page", "--json", lost["json"], "--markdown", tmp_path / "page.md"]]
     commands += [
-        ["step", "predict", "--weights", lost["safetensors"], "--data", lost["h5"], "--out", tmp_path / "out.h5"]
+        [
+            "step",
+            "predict",
+            "--weights",
+            lost["safetensors"],
+            "--data",
+            lost["h5"],
+            "--out",
+            tmp_path / "out.h5",
+        ]
     ]
-    commands += [["step", "predict", "--weights", teacher, "--data", lost["h5"], "--out", tmp_path / "out.h5"]]
+    commands += [
+        [
+            "step",
+            "predict",
+            "--weights",
+            teacher,
+            "--data",
+            lost["h5"],
+            "--out",
+            tmp_path / "out.h5",
+        ]
+    ]
     for command in commands:
         line = refusal(*command)
         assert "the file is missing; check its name and folder" in line, command
@@ -308,18 +388,33 @@ def test_a_missing_file_is_not_taken_for_a_broken_one(teacher, squares, refusal,
     for path in lost.values():
         path.mkdir()
     for command in commands:
-        if lost["png"] not in command and lost["h5"] not in command and lost["tif"] not in command:  # of folders
+        # of folders
+        if lost["png"] not in command and lost["h5"] not in command and lost["tif"] not in command:
             assert "is a directory; name a file in it" in refusal(*command)
 
 
-def test_a_locked_hdf5_file_is_not_taken_for_a_broken_one(volume, volume_model, splits, teacher, refusal, tmp_path):
-    code = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
+def test_a_locked_hdf5_file_is_not_taken_for_a_broken_one(
+    volume, volume_model, splits, teacher, refusal, tmp_path
+):
+    code = (
+        "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); "
+        "sys.stdin.read()"
+    )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     samples = tmp_path / "samples.h5"
     samples.write_bytes(splits["test"].read_bytes())
     commands = {
         volume[0]: segment_command(volume_model, tmp_path / "out", f"{volume[0]}:volumes/raw"),
-        samples: ["step", "predict", "--weights", teacher, "--data", samples, "--out", tmp_path / "p.h5"],
+        samples: [
+            "step",
+            "predict",
+            "--weights",
+            teacher,
+            "--data",
+            samples,
+            "--out",
+            tmp_path / "p.h5",
+        ],
     }
     for path, command in commands.items():
         with subprocess.Popen([sys.executable, "-c", code, path], **pipes) as other:
@@ -338,7 +433,11 @@ def test_labels_are_named_where_they_are_wrong(squares, refusal, tmp_path):
         tifffile.imwrite(tmp_path / "raw" / "images" / f"{number}.tif", image[0])
         tifffile.imwrite(tmp_path / "raw" / "labels" / f"{number}.tif", label.astype(np.int16))
     dataset = json.dumps({"source": "folder", "options": {}, "patch": [8, 8], "channels": 1})
-    outs = [part for split in ("train", "val", "test") for part in (f"--{split}", tmp_path / f"{split}.h5")]
+    outs = [
+        part
+        for split in ("train", "val", "test")
+        for part in (f"--{split}", tmp_path / f"{split}.h5")
+    ]
     wrong = tmp_path / "raw" / "labels" / "1.tif"
     label = squares(1)[1]
     for spoil in (label.astype(np.int16) - 1, label + 0.5, label > 0):
@@ -354,8 +453,15 @@ def test_split_lists_that_are_missing(squares, refusal, tmp_path):
         tifffile.imwrite(tmp_path / name / "a.tif", squares(1)[name == "labels"])
     (tmp_path / "train.txt").write_text("a\n")
     dataset = json.dumps({"source": "folder", "options": {}, "patch": [8, 8], "channels": 1})
-    outs = [part for split in ("train", "val", "test") for part in (f"--{split}", tmp_path / f"{split}.h5")]
+    outs = [
+        part
+        for split in ("train", "val", "test")
+        for part in (f"--{split}", tmp_path / f"{split}.h5")
+    ]
     line = refusal("step", "prepare", "--dataset", dataset, "--root", tmp_path, *outs)
-    assert f"{tmp_path / 'val.txt'}: the split list is missing; add it, one name per line, or remove the others" in line
+    assert (
+        f"{tmp_path / 'val.txt'}: the split list is missing; add it, one name per line, or "
+        "remove the others"
+    ) in line
     line = refusal("step", "prepare", "--dataset", dataset, *outs)
     assert "`folder` of the dataset, or --root" in line

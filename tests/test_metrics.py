@@ -1,4 +1,5 @@
-"""Metrics against slow pixel-set oracles, scikit-image, closed forms and the rules that the module states."""
+"""Metrics against slow pixel-set oracles, scikit-image, closed forms and the rules that the module
+states."""
 
 import itertools
 import math
@@ -22,10 +23,13 @@ SEEDS = range(12)
 
 
 def random_pair(seed, shape=(12, 14), objects=5):
-    """Blocky labels and a disturbed copy of them, so that matches, splits, merges and ties all occur."""
+    """Blocky labels and a disturbed copy of them, so that matches, splits, merges and ties all
+    occur."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, objects + 1, [math.ceil(n / 3) for n in shape])
-    label = np.kron(coarse, np.ones([3] * len(shape), int))[tuple(slice(n) for n in shape)].astype(np.uint16)
+    label = np.kron(coarse, np.ones([3] * len(shape), int))[tuple(slice(n) for n in shape)].astype(
+        np.uint16
+    )
     segmentation = np.where(
         rng.random(shape) < rng.choice([0.05, 0.2, 0.4]), rng.integers(0, objects + 1, shape), label
     )
@@ -39,7 +43,9 @@ def random_pair(seed, shape=(12, 14), objects=5):
 def renamed(array, seed, top=2**40):
     """The same objects under other ids, in another order."""
     ids = np.unique(array)
-    new = np.random.default_rng(seed).choice(top, ids.size, replace=False).astype(np.uint64) + np.uint64(1)
+    new = np.random.default_rng(seed).choice(top, ids.size, replace=False).astype(
+        np.uint64
+    ) + np.uint64(1)
     new[ids == 0] = 0
     return new[np.searchsorted(ids, array)]
 
@@ -62,12 +68,17 @@ def jaccard(a, b):
 
 
 def oracle_aji(label, segmentation):
-    """Kumar's loop for every way to break ties; the mean of the numerators over the mean of the denominators."""
+    """Kumar's loop for every way to break ties.
+
+    The mean of the numerators over the mean of the denominators.
+    """
     truth, found = pixel_sets(label), pixel_sets(segmentation)
     choices = []
     for g in truth:
         best = max((jaccard(g, s) for s in found), default=0)
-        choices.append([k for k, s in enumerate(found) if jaccard(g, s) == best] if best > 0 else [None])
+        choices.append(
+            [k for k, s in enumerate(found) if jaccard(g, s) == best] if best > 0 else [None]
+        )
     intersections = unions = 0
     for choice in itertools.product(*choices):
         for g, k in zip(truth, choice, strict=True):
@@ -114,7 +125,12 @@ def test_agrees_with_loops_over_pixel_sets(seed, shape):
         objects = oracle_objects(label, segmentation, threshold)
         expected |= {f"f1_{threshold}": objects["f1"], f"ap_{threshold}": objects["ap"]}
         if threshold == 50:
-            expected |= {"f1": objects["f1"], "dq": objects["f1"], "pq": objects["pq"], "sq": objects["sq"]}
+            expected |= {
+                "f1": objects["f1"],
+                "dq": objects["f1"],
+                "pq": objects["pq"],
+                "sq": objects["sq"],
+            }
     expected["ap"] = np.mean([expected[f"ap_{threshold}"] for threshold in THRESHOLDS])
     assert {key: scores[key] for key in expected} == pytest.approx(expected, abs=1e-12)
     assert set(scores) - set(expected) == set(FOREGROUND_ONLY)
@@ -126,7 +142,12 @@ def test_arand_and_voi_agree_with_scikit_image(seed):
     label, segmentation = random_pair(seed, (30, 31), objects=9)
     scores = evaluate(label, segmentation)
     split, merge = variation_of_information(label, segmentation, ignore_labels=(0,))
-    expected = [adapted_rand_error(label, segmentation, ignore_labels=(0,))[0], split, merge, split + merge]
+    expected = [
+        adapted_rand_error(label, segmentation, ignore_labels=(0,))[0],
+        split,
+        merge,
+        split + merge,
+    ]
     assert [scores[key] for key in FOREGROUND_ONLY] == pytest.approx(expected, abs=1e-12)
 
 
@@ -138,7 +159,12 @@ def test_arand_and_voi_in_3d_with_ignored_pixels_agree_with_scikit_image(seed):
     scores = evaluate(label, segmentation, ignore)
     without = np.where(ignore, 0, label)
     split, merge = variation_of_information(without, segmentation, ignore_labels=(0,))
-    expected = [adapted_rand_error(without, segmentation, ignore_labels=(0,))[0], split, merge, split + merge]
+    expected = [
+        adapted_rand_error(without, segmentation, ignore_labels=(0,))[0],
+        split,
+        merge,
+        split + merge,
+    ]
     assert [scores[key] for key in FOREGROUND_ONLY] == pytest.approx(expected, abs=1e-12)
 
 
@@ -149,7 +175,9 @@ def test_matching_agrees_with_stardist(seed):
     scores = evaluate(label, segmentation)
     for threshold in THRESHOLDS:
         # stardist matches at IoU >= threshold, gdlib above it
-        theirs = stardist.matching(label, segmentation.astype(np.uint16), thresh=threshold / 100 + 1e-9)
+        theirs = stardist.matching(
+            label, segmentation.astype(np.uint16), thresh=threshold / 100 + 1e-9
+        )
         assert scores[f"f1_{threshold}"] == pytest.approx(theirs.f1)
         assert scores[f"ap_{threshold}"] == pytest.approx(theirs.accuracy)
 
@@ -175,13 +203,16 @@ def test_shifted_disc_comes_near_to_the_lens_area():
     y, x = np.mgrid[:240, :300]
     radius, shift = 100, 40
     label, segmentation = ((y - 120) ** 2 + (x - a) ** 2 <= radius**2 for a in (120, 120 + shift))
-    lens = 2 * radius**2 * math.acos(shift / 2 / radius) - shift / 2 * math.sqrt(4 * radius**2 - shift**2)
+    lens = 2 * radius**2 * math.acos(shift / 2 / radius) - shift / 2 * math.sqrt(
+        4 * radius**2 - shift**2
+    )
     iou = lens / (2 * math.pi * radius**2 - lens)
     assert evaluate(label, segmentation)["aji"] == pytest.approx(iou, rel=2e-3)
 
 
 def test_aji_of_a_missed_object_does_not_depend_on_which_one_it_is():
-    """The original code gives 0.5 or 0.0 for these, because a missed object took the first prediction."""
+    """The original code gives 0.5 or 0.0 for these, because a missed object took the first
+    prediction."""
     label = np.array([[1, 1, 0, 2, 2]])
     for missed in (1, 2):
         assert evaluate(label, np.where(label == missed, 0, label))["aji"] == 0.5
@@ -214,9 +245,13 @@ def test_voi_is_in_bits_and_knows_split_from_merge():
 def test_names_and_order_of_ids_do_not_matter(seed, other):
     label, segmentation = random_pair(seed, (6, 9), objects=3)
     scores = evaluate(label, segmentation)
-    assert evaluate(renamed(label, other), renamed(segmentation, other + 1)) == pytest.approx(scores, abs=1e-12)
+    assert evaluate(renamed(label, other), renamed(segmentation, other + 1)) == pytest.approx(
+        scores, abs=1e-12
+    )
     for axis in range(2):
-        assert evaluate(np.flip(label, axis), np.flip(segmentation, axis)) == pytest.approx(scores, abs=1e-12)
+        assert evaluate(np.flip(label, axis), np.flip(segmentation, axis)) == pytest.approx(
+            scores, abs=1e-12
+        )
 
 
 def perfect(scores):
@@ -235,10 +270,14 @@ def test_one_slice_is_a_plane():
     assert evaluate(label.ravel(), segmentation.ravel()) == evaluate(label, segmentation)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
+)
 def test_any_integer_type(dtype):
     label, segmentation = random_pair(4)
-    assert evaluate(label.astype(dtype), np.asfortranarray(segmentation)) == evaluate(label, segmentation)
+    assert evaluate(label.astype(dtype), np.asfortranarray(segmentation)) == evaluate(
+        label, segmentation
+    )
 
 
 def test_ids_up_to_64_bit_stay_apart():
@@ -258,8 +297,13 @@ def test_table_counts_every_pixel():
     label, segmentation = random_pair(5)
     table = overlaps(label, segmentation)
     for i, j, count in zip(table.i, table.j, table.count, strict=True):
-        assert count == ((label == table.label_ids[i]) & (segmentation == table.segmentation_ids[j])).sum()
-    assert table.label_sizes.sum() == table.segmentation_sizes.sum() == table.count.sum() == label.size
+        assert (
+            count
+            == ((label == table.label_ids[i]) & (segmentation == table.segmentation_ids[j])).sum()
+        )
+    assert (
+        table.label_sizes.sum() == table.segmentation_sizes.sum() == table.count.sum() == label.size
+    )
 
 
 # --- Slabs -----------------------------------------------------------------------------------------------------------
@@ -289,7 +333,11 @@ def test_datasets_are_read_in_slabs(tmp_path, monkeypatch, chunks):
     with h5py.File(tmp_path / "maps.h5", "w") as file:
         stored = [
             file.create_dataset(name, data=array, chunks=chunks)
-            for name, array in {"label": label, "segmentation": segmentation, "ignore": ignore}.items()
+            for name, array in {
+                "label": label,
+                "segmentation": segmentation,
+                "ignore": ignore,
+            }.items()
         ]
         assert evaluate(*stored) == evaluate(label, segmentation, ignore)
         assert evaluate(*stored[:2]) == evaluate(label, segmentation)
@@ -299,7 +347,10 @@ def test_datasets_are_read_in_slabs(tmp_path, monkeypatch, chunks):
 
 def test_memory_does_not_grow_with_the_volume():
     def peak(sections):
-        label = np.kron(np.arange(1, 65, dtype=np.uint16).reshape(1, 8, 8), np.ones((sections, 64, 64), np.uint16))
+        label = np.kron(
+            np.arange(1, 65, dtype=np.uint16).reshape(1, 8, 8),
+            np.ones((sections, 64, 64), np.uint16),
+        )
         tracemalloc.start()
         evaluate(label, label, ignore=np.broadcast_to(False, label.shape))
         size = tracemalloc.get_traced_memory()[1]
@@ -376,7 +427,10 @@ def test_match_lists_every_object_once():
     label, segmentation = random_pair(7)
     found = match(label, segmentation)
     assert sorted([*found.pairs[:, 0], *found.missed]) == np.unique(label[label > 0]).tolist()
-    assert sorted([*found.pairs[:, 1], *found.spurious]) == np.unique(segmentation[segmentation > 0]).tolist()
+    assert (
+        sorted([*found.pairs[:, 1], *found.spurious])
+        == np.unique(segmentation[segmentation > 0]).tolist()
+    )
     for i, j in found.pairs.tolist():
         g, s = label == i, segmentation == j
         assert (g & s).sum() > 0.5 * (g | s).sum()
@@ -397,7 +451,12 @@ def test_errors_names_each_kind():
 def test_a_small_object_swallowed_by_a_large_one_is_merged_not_missed():
     label = np.ones((10, 10), int)
     label[:2, :2] = 2
-    assert errors(label, np.ones((10, 10), int)) == {"merged": [1], "split": [], "missed": [], "spurious": []}
+    assert errors(label, np.ones((10, 10), int)) == {
+        "merged": [1],
+        "split": [],
+        "missed": [],
+        "spurious": [],
+    }
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -16,12 +16,16 @@ from gdlib.predict.cost import count_macs, count_parameters
 from gdlib.registry import NETWORKS, SOURCES, TERMS, UnknownName
 from gdlib.types import Embedding
 
-RESUNETS = {  # widths, parameters without the foreground head, 10^9 multiply-accumulates at 544 x 544 with the original's head
+# widths, parameters without the foreground head, 10^9 multiply-accumulates at 544 x 544 with the
+# original's head
+RESUNETS = {
     "teacher": ((32, 64, 179, 349, 680), 33_609_092, 581.8, 0.05),
     "student": ((4, 8, 16, 32, 64), 295_884, 5.62, 0.005),
     "middle": ((16, 32, 64, 128, 256), 4_703_424, 88.7, 0.05),
 }
-MALAS = {  # options, parameters without the foreground head, 10^9 multiply-accumulates for 25 x 56 x 56 and for 56^3 voxels
+# options, parameters without the foreground head, 10^9 multiply-accumulates for 25 x 56 x 56 and
+# for 56^3 voxels
+MALAS = {
     "teacher": ({"widths": (12, 60, 300, 1500)}, 84_020_644, 206.7, 366.4),
     "student": ({"widths": (8, 16, 32, 64), "decoder": (32, 32, 8)}, 367_648, 12.8, 21.8),
 }
@@ -35,7 +39,12 @@ NARROW = {
     "erfnet": {},
     "espnet": {},
     "nestedunet": {"widths": (2, 3, 4, 5, 6)},
-    "segformer": {"dims": (4, 4, 6, 8), "heads": (1, 2, 3, 2), "depths": (1, 2, 1, 1), "decoder_dim": 6},
+    "segformer": {
+        "dims": (4, 4, 6, 8),
+        "heads": (1, 2, 3, 2),
+        "depths": (1, 2, 1, 1),
+        "decoder_dim": 6,
+    },
 }
 
 
@@ -78,9 +87,11 @@ def small_image(network, batch=1, channels=1, cells=None, dtype=torch.float32):
 
 
 def assert_same(one, other, network):
-    """Equal but for rounding, as in sums of the same numbers in another order, or over parts of an image of another size.
+    """Equal but for rounding, as in sums of the same numbers in another order, or over parts of an
+    image of another size.
 
-    A sum of n products is off by at most n roundings of the largest number in it; on the way through the network these add up.
+    A sum of n products is off by at most n roundings of the largest number in it; on the way
+    through the network these add up.
     """
     products = sum(max(p[0].numel(), p[:, 0].numel()) for p in network.parameters() if p.ndim > 1)
     limit = products * torch.finfo(other.dtype).eps * float(other.abs().max())
@@ -106,7 +117,9 @@ class TestEveryNetwork:
         for value in (network.divisor, network.remainder, network.margin, halo):
             assert len(value) == network.ndim
             assert all(isinstance(n, int) for n in value)
-        for d, r, m, h in zip(network.divisor, network.remainder, network.margin, halo, strict=True):
+        for d, r, m, h in zip(
+            network.divisor, network.remainder, network.margin, halo, strict=True
+        ):
             assert 0 <= r < d
             assert 0 <= m <= h
 
@@ -131,15 +144,22 @@ class TestEveryNetwork:
         network = narrow(name, in_channels=in_channels, embedding_dim=embedding_dim).eval()
         with torch.device("meta"):
             output = network.to("meta")(small_image(network, 1, in_channels).to("meta"))
-        shape = tuple(n - 2 * m for n, m in zip(small_image(network).shape[2:], network.margin, strict=True))
+        shape = tuple(
+            n - 2 * m for n, m in zip(small_image(network).shape[2:], network.margin, strict=True)
+        )
         assert output.embedding.shape == (1, embedding_dim, *shape)
         assert output.foreground.shape == (1, 1, *shape)
 
     def test_saved_weights_are_the_network(self, name, tmp_path):
         options = NARROW.get(name, {}) | {"embedding_dim": 4}
         network = randomise(build(name, options), 1).eval()
-        network = network.to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}[network.ndim])
-        header = {"model": name, "options": {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()}}
+        network = network.to(
+            memory_format={2: torch.channels_last, 3: torch.channels_last_3d}[network.ndim]
+        )
+        header = {
+            "model": name,
+            "options": {key: list(v) if isinstance(v, tuple) else v for key, v in options.items()},
+        }
         io.save_weights(tmp_path / "weights.safetensors", network.state_dict(), header)
         state, read = io.load_weights(tmp_path / "weights.safetensors")
         assert read == header
@@ -149,7 +169,11 @@ class TestEveryNetwork:
             assert state[key].dtype == tensor.dtype
         again.load_state_dict(state)
         # In float64: the memory order differs, and with it the order of sums.
-        network, again, image = network.double(), again.double(), small_image(network, dtype=torch.float64)
+        network, again, image = (
+            network.double(),
+            again.double(),
+            small_image(network, dtype=torch.float64),
+        )
         with torch.no_grad():
             assert_same(again(image).embedding, network(image).embedding, network)
             assert_same(again(image).foreground, network(image).foreground, network)
@@ -162,7 +186,9 @@ class TestEveryNetwork:
             alone = network(images[1:2])
         assert_same(together.embedding[1:2], alone.embedding, network)
         assert_same(together.foreground[1:2], alone.foreground, network)
-        assert (together.embedding[0] - together.embedding[1]).abs().max() > 1e-3 * alone.embedding.abs().max()
+        assert (
+            together.embedding[0] - together.embedding[1]
+        ).abs().max() > 1e-3 * alone.embedding.abs().max()
 
     def test_every_parameter_is_trained(self, name):
         """A parameter whose gradient is lost, or nothing but rounding, would be dead."""
@@ -171,7 +197,10 @@ class TestEveryNetwork:
         weight = torch.rand_like(output.embedding)
         ((weight * output.embedding).square().sum() + output.foreground.square().sum()).backward()
         parameters = dict(network.named_parameters())
-        size = {key: 0.0 if p.grad is None else float(p.grad.abs().max()) for key, p in parameters.items()}
+        size = {
+            key: 0.0 if p.grad is None else float(p.grad.abs().max())
+            for key, p in parameters.items()
+        }
         dead = {key for key in parameters if size[key] < 1e-11 * max(size.values())}
         # As published, these have shifts that the next normalisation takes away.
         kept = {"mobilenetv2": ("convolve_norm.bias",), "segformer": ("stages.3.settle.bias",)}
@@ -182,8 +211,13 @@ class TestEveryNetwork:
         network = randomise(narrow(name)).double().train()
         before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
         fast = folded(network)
-        # What remains has no convolution before it: a convolution is concatenated with something else, or added to it.
-        left = [key for key, module in fast.named_modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)]
+        # What remains has no convolution before it: a convolution is concatenated with something
+        # else, or added to it.
+        left = [
+            key
+            for key, module in fast.named_modules()
+            if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d)
+        ]
         assert len(left) == {"enet": 1, "erfnet": 3, "espnet": 12}.get(name, 0)
         assert not any(key.endswith("_norm") for key in left)
         assert network.training
@@ -212,18 +246,29 @@ class TestEveryNetwork:
 
 # --- Where an output looks: every axis of every network -------------------------------------------------------------
 
-AXES = [(name, axis) for name in NETWORKS.names() for axis in range(registry.axes(name)) if NETWORKS.get(name).halo]
+AXES = [
+    (name, axis)
+    for name in NETWORKS.names()
+    for axis in range(registry.axes(name))
+    if NETWORKS.get(name).halo
+]
 
 
 def attentive(name):
-    """A network in which whatever can reach an output does: a larger pixel makes everything that sees it larger."""
+    """A network in which whatever can reach an output does: a larger pixel makes everything that
+    sees it larger."""
     network = narrow(name, embedding_dim=1).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if parameter.ndim > 1:  # positive, of sum 1, so that nothing is clipped and nothing explodes
-                positive = 0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_(positive / positive.flatten(1).sum(1).reshape(-1, *[1] * (parameter.ndim - 1)))
+            # positive, of sum 1, so that nothing is clipped and nothing explodes
+            if parameter.ndim > 1:
+                positive = 0.5 + torch.rand(
+                    parameter.shape, generator=generator, dtype=torch.float64
+                )
+                parameter.copy_(
+                    positive / positive.flatten(1).sum(1).reshape(-1, *[1] * (parameter.ndim - 1))
+                )
             elif name.endswith("bias"):  # so that nothing is too small to be seen beside it
                 parameter.zero_()
     return network
@@ -236,7 +281,8 @@ def along(array, axis, start, stop):
 
 @pytest.mark.parametrize(("name", "axis"), AXES)
 def test_the_output_moves_with_the_image(name, axis):
-    """By one divisor; for networks that pad, away from the borders that only one of the two images has."""
+    """By one divisor; for networks that pad, away from the borders that only one of the two images
+    has."""
     network = randomise(narrow(name, embedding_dim=2)).double().eval()
     d, m, h = network.divisor[axis], network.margin[axis], network.halo[axis]
     context = -(-(h - m) // d)  # divisors
@@ -248,7 +294,10 @@ def test_the_output_moves_with_the_image(name, axis):
         part = network(along(image, axis, d, image.shape[axis + 2])).embedding
     assert part.shape[axis + 2] == whole.shape[axis + 2] - d
     start = context * d
-    moved, part = along(whole, axis, start + d, whole.shape[axis + 2]), along(part, axis, start, part.shape[axis + 2])
+    moved, part = (
+        along(whole, axis, start + d, whole.shape[axis + 2]),
+        along(part, axis, start, part.shape[axis + 2]),
+    )
     assert_same(part, moved, network)
     if d > 1:  # or the divisor could be smaller
         other = along(whole, axis, start + d - 1, whole.shape[axis + 2] - 1)
@@ -257,10 +306,13 @@ def test_the_output_moves_with_the_image(name, axis):
 
 @pytest.mark.parametrize(("name", "axis"), AXES)
 def test_halo_is_true_and_tight(name, axis):
-    """Nothing farther than the halo of a block changes it, down to the last bit; at the halo, something does.
+    """Nothing farther than the halo of a block changes it, down to the last bit.
 
-    A block of a network that pads may be a single pixel, at any place; else it starts at a multiple of the divisor and is the
-    smallest legal one. A network that is new may have a halo that is less than one divisor too large.
+    At the halo, something does.
+
+    A block of a network that pads may be a single pixel, at any place; else it starts at a multiple
+    of the divisor and is the smallest legal one. A network that is new may have a halo that is less
+    than one divisor too large.
     """
     network = attentive(name)
     d, r, m, h = (getattr(network, key)[axis] for key in ("divisor", "remainder", "margin", "halo"))
@@ -269,8 +321,9 @@ def test_halo_is_true_and_tight(name, axis):
     cells = [0 if any(network.margin) else 1] * network.ndim
     cells[axis] = (blocks[-1][1] - r + h - m) // d + 2
     slack = 1 if name in NARROW else d
-    # Flat, so that pools pass on whatever is raised within them; raised by little, so that nothing saturates, but a lot more
-    # than there was, so that it is seen through the thin ends of many layers.
+    # Flat, so that pools pass on whatever is raised within them; raised by little, so that nothing
+    # saturates, but a lot more than there was, so that it is seen through the thin ends of many
+    # layers.
     image = torch.full_like(small_image(network, cells=cells, dtype=torch.float64), 1e-30)
     end = image.shape[axis + 2]
     with torch.no_grad():
@@ -285,12 +338,15 @@ def test_halo_is_true_and_tight(name, axis):
                 other = image.clone()
                 for part in parts:
                     along(other, axis, *part).add_(1e-3)
-                return not torch.equal(*(along(x, axis, a, b) for x in (before, network(other).embedding)))
+                return not torch.equal(
+                    *(along(x, axis, a, b) for x in (before, network(other).embedding))
+                )
 
             assert not change((0, low), (high, end)), (a, b)
             seen["left"].append(change((0, low + slack)))
             seen["right"].append(change((high - slack, end)))
-    # A convolution of 3 that halves the sides sees, for the second of two pixels, two to the left and none to the right.
+    # A convolution of 3 that halves the sides sees, for the second of two pixels, two to the left
+    # and none to the right.
     tight = [any(side) for side in seen.values()]
     assert any(tight) if name in ("mobilenetv2", "enet", "erfnet", "espnet") else all(tight)
 
@@ -298,13 +354,21 @@ def test_halo_is_true_and_tight(name, axis):
 # --- ResUNet --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("widths", "parameters"), [(w, n) for w, n, _, _ in RESUNETS.values()], ids=RESUNETS)
+@pytest.mark.parametrize(
+    ("widths", "parameters"), [(w, n) for w, n, _, _ in RESUNETS.values()], ids=RESUNETS
+)
 def test_parameters_of_the_paper(widths, parameters):
     counts = count_parameters("resunet", {"widths": widths, "in_channels": 3})
-    assert counts == {"embedding": parameters, "foreground": widths[1] + 1, "total": parameters + widths[1] + 1}
+    assert counts == {
+        "embedding": parameters,
+        "foreground": widths[1] + 1,
+        "total": parameters + widths[1] + 1,
+    }
 
 
-@pytest.mark.parametrize(("widths", "giga", "rounding"), [(w, g, r) for w, _, g, r in RESUNETS.values()], ids=RESUNETS)
+@pytest.mark.parametrize(
+    ("widths", "giga", "rounding"), [(w, g, r) for w, _, g, r in RESUNETS.values()], ids=RESUNETS
+)
 def test_multiply_accumulates_of_the_paper(widths, giga, rounding):
     size = 544 * 544
     macs = count_macs("resunet", {"widths": widths, "in_channels": 3}, (544, 544))
@@ -315,7 +379,9 @@ def test_multiply_accumulates_of_the_paper(widths, giga, rounding):
     f0, f1, f2, f3, f4 = widths  # and exactly: (in, out, side divided by) of every residual block
     blocks = [(3, f0, 1), (f0, f1, 1), (f1, f2, 2), (f2, f3, 4), (f3, f4, 8)]
     blocks += [(f4, f4, 8), (f4 + f3, f3, 4), (f3 + f2, f2, 2), (f2 + f1, f1, 1)]
-    assert macs == sum(9 * (2 * i * o + o * o) * size // s**2 for i, o, s in blocks) + 17 * f1 * size
+    assert (
+        macs == sum(9 * (2 * i * o + o * o) * size // s**2 for i, o, s in blocks) + 17 * f1 * size
+    )
 
 
 def test_multiply_accumulates_are_those_of_the_padded_image():
@@ -326,7 +392,10 @@ def test_multiply_accumulates_are_those_of_the_padded_image():
 # Kernels and pools from full resolution to 1/8, as the documentation of the networks says.
 PLANS = {
     "resunet": ([(3, 3)] * 4, [(2, 2)] * 4),
-    "resunet3d": ([(1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)], [(1, 2, 2), (1, 2, 2), (2, 2, 2), (1, 2, 2)]),
+    "resunet3d": (
+        [(1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)],
+        [(1, 2, 2), (1, 2, 2), (2, 2, 2), (1, 2, 2)],
+    ),
 }
 
 
@@ -356,7 +425,9 @@ class Unfused(nn.Module):
 
     def __init__(self, i, o, kernel=(3, 3)):
         super().__init__()
-        convolution, norm = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[len(kernel)]
+        convolution, norm = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[
+            len(kernel)
+        ]
         options = {"kernel_size": kernel, "padding": "same"}
         self.first, self.first_norm = convolution(i, o, **options), norm(o)
         self.second, self.second_norm = convolution(o, o, **options), norm(o)
@@ -364,7 +435,9 @@ class Unfused(nn.Module):
 
     def forward(self, x):
         main = torch.relu(self.first_norm(self.first(x)))
-        return torch.relu(self.second_norm(self.second(main)) + self.shortcut_norm(self.shortcut(x)))
+        return torch.relu(
+            self.second_norm(self.second(main)) + self.shortcut_norm(self.shortcut(x))
+        )
 
     def take(self, block):
         """Copy the weights of a fused block: the first half of what enters is the main path."""
@@ -372,8 +445,13 @@ class Unfused(nn.Module):
         for key, value in block.state_dict().items():
             part, _, kind = key.partition(".")
             half = value.chunk(2) if part.startswith("enter") and value.ndim else (value, value)
-            names = {"enter": ("first", "shortcut"), "enter_norm": ("first_norm", "shortcut_norm")}.get(part)
-            for name, tensor in zip(names or (part.replace("leave", "second"),), half, strict=False):
+            names = {
+                "enter": ("first", "shortcut"),
+                "enter_norm": ("first_norm", "shortcut_norm"),
+            }.get(part)
+            for name, tensor in zip(
+                names or (part.replace("leave", "second"),), half, strict=False
+            ):
                 mine[f"{name}.{kind}"] = tensor.clone()
         self.load_state_dict(mine)
 
@@ -411,10 +489,15 @@ def shrink(x, factors):
 
 
 def enlarge(x, factors):
-    """Linear between the centres of pixels, one matrix per axis; beyond the first and last centre nothing changes."""
+    """Linear between the centres of pixels, one matrix per axis.
+
+    Beyond the first and last centre nothing changes.
+    """
     for axis, factor in enumerate(factors, start=2):
         n = x.shape[axis]
-        centre = ((torch.arange(factor * n, dtype=torch.float64) + 0.5) / factor - 0.5).clamp(0, n - 1)
+        centre = ((torch.arange(factor * n, dtype=torch.float64) + 0.5) / factor - 0.5).clamp(
+            0, n - 1
+        )
         matrix = (1 - (centre[:, None] - torch.arange(n)).abs()).clamp(min=0)
         x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T, -1, axis)
     return x
@@ -425,13 +508,21 @@ def enlarge(x, factors):
 def test_resunet_equals_the_unfused_network(name, pooled_skips):
     """Every block replaced by its drawing, and wired anew from the description."""
     kernels, pools = PLANS[name]
-    network = randomise(build(name, {"widths": (2, 3, 4, 5, 6), "in_channels": 2, "pooled_skips": pooled_skips}))
+    network = randomise(
+        build(name, {"widths": (2, 3, 4, 5, 6), "in_channels": 2, "pooled_skips": pooled_skips})
+    )
     network = network.double().eval()
     plain = {}
     of_level = [0, *range(4), *reversed(range(4))]  # stem, down, up
-    blocks = {key: module for key, module in network.named_modules() if isinstance(module, ResidualBlock)}
+    blocks = {
+        key: module for key, module in network.named_modules() if isinstance(module, ResidualBlock)
+    }
     for (key, module), level in zip(blocks.items(), of_level, strict=True):
-        plain[key] = Unfused(module.enter.in_channels, module.leave.out_channels, kernels[level]).double().eval()
+        plain[key] = (
+            Unfused(module.enter.in_channels, module.leave.out_channels, kernels[level])
+            .double()
+            .eval()
+        )
         plain[key].take(module)
     shape = (4, 32, 48)[-len(kernels[0]) :]
     image = torch.randn(2, 2, *shape, dtype=torch.float64)
@@ -457,7 +548,10 @@ def test_resunet_equals_the_unfused_network(name, pooled_skips):
     assert list(output.features) == list(features)
     for key, feature in features.items():
         torch.testing.assert_close(output.features[key], feature)
-    assert features["stride8"].shape[1:] == (6, *(n // d for n, d in zip(shape, (2, 8, 8)[-len(shape) :], strict=True)))
+    assert features["stride8"].shape[1:] == (
+        6,
+        *(n // d for n, d in zip(shape, (2, 8, 8)[-len(shape) :], strict=True)),
+    )
     assert network.divisor == tuple(math.prod(sides) for sides in zip(*pools, strict=True))
 
 
@@ -477,7 +571,12 @@ def test_mala_of_the_paper(options, parameters, crop, cube):
         assert output.foreground.shape == (2, 1, *shape)
         if depth == 25:
             sides = {key: tuple(feature.shape[2:]) for key, feature in output.features.items()}
-            assert sides == {"stride27": (37, 4, 4), "stride9": (33, 8, 8), "stride3": (29, 20, 20), "stride1": shape}
+            assert sides == {
+                "stride27": (37, 4, 4),
+                "stride9": (33, 8, 8),
+                "stride3": (29, 20, 20),
+                "stride1": shape,
+            }
         macs = count_macs("mala", options, shape) - (head - 1) * math.prod(shape)
         assert macs / 1e9 == pytest.approx(giga, abs=0.05)
 
@@ -498,8 +597,11 @@ def test_mala_makes_its_legal_sides_and_no_other(side):
 
 
 def test_mala_equals_its_description():
-    """Functional, from the weights alone: convolutions as sums over shifted images, no module of torch."""
-    network = build("mala", {"widths": (2, 3, 2, 4), "decoder": (3, 2, 3), "in_channels": 2, "embedding_dim": 3})
+    """Functional, from the weights alone: convolutions as sums over shifted images, no module of
+    torch."""
+    network = build(
+        "mala", {"widths": (2, 3, 2, 4), "decoder": (3, 2, 3), "in_channels": 2, "embedding_dim": 3}
+    )
     network = randomise(network).double()
     state = {key: value for key, value in network.state_dict().items()}
 
@@ -574,14 +676,19 @@ def test_every_plugin_file_exports_exactly_one_object(registry):
         assigned = [
             ast.literal_eval(node.value)
             for node in tree.body
-            if isinstance(node, ast.Assign) and any(getattr(t, "id", None) == "__all__" for t in node.targets)
+            if isinstance(node, ast.Assign)
+            and any(getattr(t, "id", None) == "__all__" for t in node.targets)
         ]
         assert len(assigned) == 1
         assert len(assigned[0]) == 1
         plugin = registry.get(name)
         assert plugin.__name__ == assigned[0][0]
         assert plugin.__module__ == f"{registry.package}.{name}"
-        options = [p.name for p in inspect.signature(plugin).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        options = [
+            p.name
+            for p in inspect.signature(plugin).parameters.values()
+            if p.kind == p.KEYWORD_ONLY
+        ]
         assert list(registry.parameters(name)) == options
 
 
@@ -591,7 +698,9 @@ def test_every_plugin_file_exports_exactly_one_object(registry):
 )
 def test_a_wrong_name_gives_the_nearest(registry, wrong, right):
     for act in (registry.get, registry.check):
-        with pytest.raises(UnknownName, match=f'no {registry.kind} "{wrong}": did you mean "{right}"'):
+        with pytest.raises(
+            UnknownName, match=f'no {registry.kind} "{wrong}": did you mean "{right}"'
+        ):
             act(wrong)
     with pytest.raises(UnknownName, match=f"valid names: .*{right}"):
         registry.get("zzzzzzzz")
@@ -604,7 +713,9 @@ def test_a_wrong_option_gives_the_nearest():
 
 
 def test_networks_of_ones_own():
-    assert isinstance(build("torch.nn:Conv2d", {"in_channels": 1, "out_channels": 2, "kernel_size": 1}), nn.Conv2d)
+    assert isinstance(
+        build("torch.nn:Conv2d", {"in_channels": 1, "out_channels": 2, "kernel_size": 1}), nn.Conv2d
+    )
     for name in ("torch.nn:Nothing", "no_such_package:Thing"):
         with pytest.raises(UnknownName, match="cannot load network"):
             build(name, {})

@@ -1,4 +1,7 @@
-"""The faults of `tests/mutations` still fit the code; that the tests notice them is a command: `python -m tests.mutations`."""
+"""The faults of `tests/mutations` still fit the code.
+
+That the tests notice them is a command: `python -m tests.mutations`.
+"""
 
 import ast
 from pathlib import Path
@@ -12,7 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_there_are_many_and_no_two_are_alike():
     assert len(FAULTS) >= 60
-    assert len({fault.name for fault in FAULTS}) == len({(fault.file, fault.old) for fault in FAULTS}) == len(FAULTS)
+    assert (
+        len({fault.name for fault in FAULTS})
+        == len({(fault.file, fault.old) for fault in FAULTS})
+        == len(FAULTS)
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

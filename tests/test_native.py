@@ -54,7 +54,10 @@ def relations(student, teacher, label, what):
     parts = [part for part in found if part is not None]
     generator = torch.Generator().manual_seed(1)
     # Where a vector has no direction, its gradient is 10^12 times the others'.
-    total = sum((part * torch.randn(part.shape, dtype=part.dtype, generator=generator)).sum() for part in parts)
+    total = sum(
+        (part * torch.randn(part.shape, dtype=part.dtype, generator=generator)).sum()
+        for part in parts
+    )
     (gradient,) = torch.autograd.grad(total, student)
     return parts, gradient
 
@@ -79,8 +82,11 @@ def test_relations_are_those_of_the_plain_functions(ndim, dim, what, plain):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(mine[1], theirs[1], rtol=1e-11, atol=1e-11)
     single = relations(*(x.float() if x.is_floating_point() else x for x in inputs), what)
-    for a, b in zip(single[0], theirs[0], strict=True):  # sums of some hundred numbers around 1, and means of them
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=100 * torch.finfo(torch.float32).eps)
+    # sums of some hundred numbers around 1, and means of them
+    for a, b in zip(single[0], theirs[0], strict=True):
+        torch.testing.assert_close(
+            a.double(), b, rtol=1e-5, atol=100 * torch.finfo(torch.float32).eps
+        )
 
 
 @compiled
@@ -113,12 +119,18 @@ KINDS = [kinds for n in (1, 2, 3) for kinds in itertools.combinations(kernels.PA
 @compiled
 @pytest.mark.parametrize("ids", [1, 2**61 + 1])
 @pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.parametrize(("connected", "per_offset"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize(
+    ("connected", "per_offset"), list(itertools.product([False, True], repeat=2))
+)
 @pytest.mark.parametrize("ndim", [2, 3])
-def test_pair_losses_are_those_of_the_plain_functions(ndim, connected, per_offset, ignored, ids, plain):
+def test_pair_losses_are_those_of_the_plain_functions(
+    ndim, connected, per_offset, ignored, ids, plain
+):
     student, teacher, label = scene(ndim, 4)
     label = label * ids
-    affinity, goal = (kernels.affinities(kernels.unit(x.detach()), OFFSETS[ndim]) for x in (student, teacher))
+    affinity, goal = (
+        kernels.affinities(kernels.unit(x.detach()), OFFSETS[ndim]) for x in (student, teacher)
+    )
     affinity.requires_grad_()
     options = {"background_connected": connected, "per_offset": per_offset}
     options["ignore"] = scene(ndim, 1, seed=9)[2] == 2 if ignored else None
@@ -175,14 +187,20 @@ def test_maps_that_are_not_contiguous():
 MISFITS = {
     "other rows": lambda rows, label: fused.relate(rows, (), True, rows[:, 1:]),
     "other rows of another type": lambda rows, label: fused.relate(rows, (), True, rows.double()),
-    "offsets of another dimension": lambda rows, label: fused.relate(rows, [(0, 0, -1)], False, None),
+    "offsets of another dimension": lambda rows, label: fused.relate(
+        rows, [(0, 0, -1)], False, None
+    ),
     "a smaller goal": lambda rows, label: fused.pair_losses(rows, rows[:1]),
     "too few offsets": lambda rows, label: fused.pair_losses(rows, None, [(0, -1)]),
     "a label of 64 bits": lambda rows, label: fused.pair_losses(
         rows, None, weights=torch.zeros(2, 4, 2), label=torch.zeros(2, 5, 16, dtype=torch.int64)
     ),
-    "a label without weights": lambda rows, label: fused.pair_losses(rows, None, label=torch.zeros(2, 5, 16).int()),
-    "too few weights": lambda rows, label: fused.pair_losses(rows, None, weights=torch.zeros(2, 3, 2)),
+    "a label without weights": lambda rows, label: fused.pair_losses(
+        rows, None, label=torch.zeros(2, 5, 16).int()
+    ),
+    "too few weights": lambda rows, label: fused.pair_losses(
+        rows, None, weights=torch.zeros(2, 3, 2)
+    ),
     "ignored in too few": lambda rows, label: fused.count_pairs(label, [(0, -1)], label[:1] > 0),
     "a label of 64 bits to count": lambda rows, label: fused.count_pairs(label.long(), [(0, -1)]),
 }
@@ -199,7 +217,11 @@ def test_compiled_code_gets_nothing_that_does_not_fit(call):
 
 def test_images_without_lines_or_pixels():
     for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
-        assert kernels.relate(torch.rand(*shape, 3), [(0, -1)]).affinity.shape == (shape[0], 1, *shape[1:])
+        assert kernels.relate(torch.rand(*shape, 3), [(0, -1)]).affinity.shape == (
+            shape[0],
+            1,
+            *shape[1:],
+        )
 
 
 # --- How it is compiled and kept --------------------------------------------------------------------------------------
@@ -220,9 +242,15 @@ print(*np.unique(label.ravel(), return_inverse=True)[1][label.ravel() > 0])
 
 
 def run(**environment):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | {name: str(value) for name, value in environment.items()}
+    environment = (
+        os.environ
+        | {"PYTHONPATH": str(ROOT)}
+        | {name: str(value) for name, value in environment.items()}
+    )
     command = [sys.executable, "-c", CODE]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def told(process):
@@ -237,7 +265,9 @@ def expected():
     """What is said without compiled code; nothing is said of that."""
     value, label, err = told(run(NUMBA_DISABLE_JIT=1))
     rows = torch.arange(96.0).reshape(1, 2, 3, 16).sin()
-    assert value == pytest.approx(float(kernels.affinities(kernels.unit(rows), [(0, -1)]).sum()), rel=1e-6)
+    assert value == pytest.approx(
+        float(kernels.affinities(kernels.unit(rows), [(0, -1)]).sum()), rel=1e-6
+    )
     assert err == ""
     return value, label
 
@@ -248,7 +278,9 @@ def same(found, expected):
 
 
 @compiled
-def test_it_is_compiled_once_and_two_processes_at_once_do_not_disturb_each_other(tmp_path, expected):
+def test_it_is_compiled_once_and_two_processes_at_once_do_not_disturb_each_other(
+    tmp_path, expected
+):
     for process in [run(NUMBA_CACHE_DIR=tmp_path) for _ in range(2)]:
         *found, err = told(process)
         same(found, expected)
@@ -285,7 +317,15 @@ def test_another_kind_of_processor_has_its_own(tmp_path, monkeypatch):
             self.magic_tuple = lambda: about
 
     cache = jit._Cache(loops.dot.py_func)
-    kinds = [("x86_64", "znver4", "+avx512f"), ("x86_64", "znver3", "+avx512f"), ("x86_64", "znver4", "")]
+    kinds = [
+        ("x86_64", "znver4", "+avx512f"),
+        ("x86_64", "znver3", "+avx512f"),
+        ("x86_64", "znver4", ""),
+    ]
     assert len({cache._path("(float32)", Codegen(*kind)) for kind in kinds}) == 3
-    assert cache._path("(float32)", Codegen(*kinds[0])) != cache._path("(float64)", Codegen(*kinds[0]))
-    assert cache._path("(float32)", Codegen(*kinds[0])) == cache._path("(float32)", Codegen(*kinds[0]))
+    assert cache._path("(float32)", Codegen(*kinds[0])) != cache._path(
+        "(float64)", Codegen(*kinds[0])
+    )
+    assert cache._path("(float32)", Codegen(*kinds[0])) == cache._path(
+        "(float32)", Codegen(*kinds[0])
+    )

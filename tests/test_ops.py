@@ -1,4 +1,5 @@
-"""Tensor mathematics against plain loops over pixels, instances and pairs, in float64, in 2D and 3D."""
+"""Tensor mathematics against plain loops over pixels, instances and pairs, in float64, in 2D and
+3D."""
 
 import itertools
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from gdlib import kernels
 
-# The offsets of the paper's code, in its order, and a few that it does not use: positive, diagonal, none at all.
+# The offsets of the paper's code, in its order, and a few that it does not use: positive, diagonal,
+# none at all.
 PAPER_2D = [offset for s in (1, 3, 5, 9, 27) for offset in ((-s, 0), (0, -s))]
 PAPER_3D = [(-1, 0, 0), (0, -1, 0), (0, 0, -1), (-2, 0, 0), (0, -3, 0), (0, 0, -3)]
 PAPER_3D += [(-3, 0, 0), (0, -9, 0), (0, 0, -9), (-4, 0, 0), (0, -27, 0), (0, 0, -27)]
@@ -34,7 +36,9 @@ def pairs(offset, shape):
 
 
 def random_unit(shape, dim=3, seed=0):
-    vectors = torch.randn(*shape, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    vectors = torch.randn(
+        *shape, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return vectors / vectors.square().sum(-1, keepdim=True).sqrt()
 
 
@@ -57,12 +61,16 @@ def test_affinities_equal_the_loop(shape, offsets):
     expected = torch.zeros(shape[0], len(offsets), *shape[1:], dtype=torch.float64)
     for b, (k, offset) in itertools.product(range(shape[0]), enumerate(offsets)):
         for p, q in pairs(offset, shape[1:]):
-            expected[(b, k, *p)] = sum(x * y for x, y in zip(unit[(b, *p)], unit[(b, *q)], strict=True))
+            expected[(b, k, *p)] = sum(
+                x * y for x, y in zip(unit[(b, *p)], unit[(b, *q)], strict=True)
+            )
     result = kernels.affinities(unit, offsets)
     assert result.dtype == torch.float64
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-14)
     if (0,) * (len(shape) - 1) in offsets:
-        torch.testing.assert_close(result[:, -2 if len(shape) == 3 else -1], torch.ones(shape, dtype=torch.float64))
+        torch.testing.assert_close(
+            result[:, -2 if len(shape) == 3 else -1], torch.ones(shape, dtype=torch.float64)
+        )
 
 
 @pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
@@ -94,7 +102,9 @@ def test_targets_and_inside_equal_the_loop(shape, offsets):
 
 
 def test_two_background_pixels_are_connected():
-    assert kernels.affinity_targets(torch.zeros(1, 1, 2, dtype=torch.int64), [(0, -1)]).tolist() == [[[[False, True]]]]
+    assert kernels.affinity_targets(
+        torch.zeros(1, 1, 2, dtype=torch.int64), [(0, -1)]
+    ).tolist() == [[[[False, True]]]]
 
 
 @pytest.mark.parametrize(("shape", "offsets"), CASES, ids=IDS)
@@ -136,13 +146,20 @@ def test_borders_are_widened_where_a_window_shows_two_objects(shape, width):
     expected = label.clone()
     for place in itertools.product(*map(range, shape)):
         *front, y, x = place
-        window = label[(*front, slice(max(0, y - width), y + width + 1), slice(max(0, x - width), x + width + 1))]
+        window = label[
+            (
+                *front,
+                slice(max(0, y - width), y + width + 1),
+                slice(max(0, x - width), x + width + 1),
+            )
+        ]
         if any(int(i) not in (0, int(label[place])) for i in window.flatten()):
             expected[place] = 0
     result = kernels.widen_borders(label, width)
     assert torch.equal(result, expected)
     assert torch.equal(label, before)
-    assert torch.equal(result, label) == (width == 0 or 1 in shape[-2:])  # there, no two objects are
+    # there, no two objects are
+    assert torch.equal(result, label) == (width == 0 or 1 in shape[-2:])
 
 
 def test_sections_of_a_volume_widen_alone_and_background_widens_nothing():
@@ -159,9 +176,14 @@ def test_a_volume_of_one_section_is_an_image():
         flat = kernels.affinity_targets(label, PAPER_2D, connected)
         assert torch.equal(kernels.affinity_targets(volume, offsets, connected)[:, :, 0], flat)
     assert torch.equal(kernels.widen_borders(volume, 2)[:, 0], kernels.widen_borders(label, 2))
-    assert torch.equal(kernels.pairs_of(volume == 1, offsets)[:, :, 0], kernels.pairs_of(label == 1, PAPER_2D))
-    assert torch.equal(kernels.inside(offsets, (1, 11, 12))[:, 0], kernels.inside(PAPER_2D, (11, 12)))
-    assert not kernels.inside([(-1, 0, 0), (2, 0, 0)], (1, 11, 12)).any()  # there is nothing above or below
+    assert torch.equal(
+        kernels.pairs_of(volume == 1, offsets)[:, :, 0], kernels.pairs_of(label == 1, PAPER_2D)
+    )
+    assert torch.equal(
+        kernels.inside(offsets, (1, 11, 12))[:, 0], kernels.inside(PAPER_2D, (11, 12))
+    )
+    # there is nothing above or below
+    assert not kernels.inside([(-1, 0, 0), (2, 0, 0)], (1, 11, 12)).any()
 
 
 @given(data=st.data())
@@ -182,7 +204,9 @@ def test_gradient_of_affinities(shape):
     offsets = [*itertools.islice(itertools.product((-1, 0, 2), repeat=n), 12), (-27,) * n, (0,) * n]
     unit = random_unit(shape).requires_grad_()
     assert torch.autograd.gradcheck(lambda u: kernels.affinities(u, offsets), unit)
-    transposed = random_unit(shape).transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+    transposed = (
+        random_unit(shape).transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+    )
     assert not transposed.is_contiguous()
     assert torch.autograd.gradcheck(lambda u: kernels.affinities(u, offsets), transposed)
 
@@ -202,7 +226,11 @@ def test_rows_puts_vectors_last_and_copies_nothing_of_a_channels_last_map():
 def loop_balance(target, valid, per_offset):
     """Weights from the rule in words; one group of pairs is a sample, or an offset of a sample."""
     weight = np.zeros(target.shape)
-    groups = [(b, k) for b in range(len(target)) for k in range(target.shape[1])] if per_offset else range(len(target))
+    groups = (
+        [(b, k) for b in range(len(target)) for k in range(target.shape[1])]
+        if per_offset
+        else range(len(target))
+    )
     for group in groups:
         share = target[group][valid[group]]
         if share.size == 0:
@@ -233,15 +261,20 @@ def test_balance_equals_the_rule(share, per_offset):
 
 
 def test_balance_by_hand():
-    """One pair in four connected: it weighs 3. Three in four: the other weighs 3. One class or no pair at all: no change."""
+    """One pair in four connected: it weighs 3. Three in four: the other weighs 3.
+
+    One class or no pair at all: no change.
+    """
     target = torch.tensor([[[1, 0, 0, 0]], [[1, 1, 1, 0]], [[1, 1, 1, 1]], [[0, 0, 0, 0]]]).bool()
     weight = kernels.balance(target, torch.ones(4, dtype=torch.bool))
     assert weight[:, 0].tolist() == [[3, 1, 1, 1], [1, 1, 1, 3], [1, 1, 1, 1], [1, 1, 1, 1]]
     assert kernels.balance(target, torch.zeros(4, dtype=torch.bool)).abs().max() == 0
     rare = torch.zeros(1, 1, 1000, dtype=torch.bool)
     rare[..., 0] = True
-    assert float(kernels.balance(rare, torch.tensor(True)).max()) == pytest.approx(19)  # (1 - 0.05) / 0.05
-    assert float(kernels.balance(~rare, torch.tensor(True)).max()) == pytest.approx(99, rel=1e-4)  # 0.99 / (1 - 0.99)
+    # (1 - 0.05) / 0.05
+    assert float(kernels.balance(rare, torch.tensor(True)).max()) == pytest.approx(19)
+    # 0.99 / (1 - 0.99)
+    assert float(kernels.balance(~rare, torch.tensor(True)).max()) == pytest.approx(99, rel=1e-4)
 
 
 @given(connected=st.integers(60, 980))
@@ -253,7 +286,10 @@ def test_balanced_classes_weigh_the_same(connected):
 
 
 def test_padded_pairs_that_count_as_connected_give_the_weights_of_the_original_code():
-    """It counts pairs across the border as connected and lets them count for the share; both choices are the caller's."""
+    """It counts pairs across the border as connected and lets them count for the share.
+
+    Both choices are the caller's.
+    """
     label, offsets = random_label((2, 8, 9)), PAPER_2D
     inside = kernels.inside(offsets, (8, 9))
     padded = kernels.affinity_targets(label, offsets) | ~inside
@@ -262,7 +298,9 @@ def test_padded_pairs_that_count_as_connected_give_the_weights_of_the_original_c
     assert (f > 0.5).all()
     assert (f < 0.99).all()
     for b in range(2):
-        np.testing.assert_allclose(weight[b], np.where(padded[b].numpy(), 1, f[b] / (1 - f[b])), rtol=1e-5)
+        np.testing.assert_allclose(
+            weight[b], np.where(padded[b].numpy(), 1, f[b] / (1 - f[b])), rtol=1e-5
+        )
 
 
 # --- Instances ------------------------------------------------------------------------------------------------------
@@ -276,8 +314,12 @@ LABELS = {
     "huge sparse ids, one image without background": torch.cat(
         [HUGE[random_label((1, 6, 7), 4)], HUGE[random_label((1, 6, 7), 3) + 1]]
     ),
-    "one image empty": torch.cat([random_label((1, 6, 7), 4), torch.zeros(1, 6, 7, dtype=torch.int64)]),
-    "first image empty": torch.cat([torch.zeros(1, 6, 7, dtype=torch.int64), random_label((1, 6, 7), 4)]),
+    "one image empty": torch.cat(
+        [random_label((1, 6, 7), 4), torch.zeros(1, 6, 7, dtype=torch.int64)]
+    ),
+    "first image empty": torch.cat(
+        [torch.zeros(1, 6, 7, dtype=torch.int64), random_label((1, 6, 7), 4)]
+    ),
     "all empty": torch.zeros(2, 6, 7, dtype=torch.int64),
     "no background": random_label((2, 6, 7), 3) + 1,
     "id as large as the image": torch.tensor([[[0, 0], [3, 4]]]),
@@ -290,10 +332,15 @@ LABELS = {
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 def test_instances_and_their_means_equal_the_loop(label, background, spare):
-    """`spare`: how much larger the largest id is said to be than it is; None where it must be looked for."""
+    """`spare`: how much larger the largest id is said to be than it is.
+
+    None where it must be looked for.
+    """
     if spare is not None and int(label.max()) > 10**6:
         pytest.skip("there is no room for so many nodes")
-    rows = torch.randn(*label.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(
+        *label.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     means, size = [], []
     place = torch.full(label.shape, -1)
     for b, one in enumerate(label):
@@ -326,21 +373,37 @@ def test_instances_and_their_means_equal_the_loop(label, background, spare):
 def test_gradient_of_pooling(name):
     label = LABELS[name][..., :4]
     rows = torch.randn(*label.shape, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r: kernels.pool_instances(r, kernels.Instances(label)), rows, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda r: kernels.pool_instances(r, kernels.Instances(label)), rows, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize(
     ("shape", "window"),
-    [((6, 9), (3, 3)), ((7, 10), (3, 4)), ((2, 3), (5, 1)), ((5, 7, 8), (3, 2, 7)), ((1, 7, 8), (3, 7, 7))],
+    [
+        ((6, 9), (3, 3)),
+        ((7, 10), (3, 4)),
+        ((2, 3), (5, 1)),
+        ((5, 7, 8), (3, 2, 7)),
+        ((1, 7, 8), (3, 7, 7)),
+    ],
 )
 def test_windows_are_averaged_as_by_a_loop(shape, window):
     rows = torch.randn(2, *shape, 3, dtype=torch.float64, requires_grad=True)
     pooled, means = kernels.pool_windows(rows, window), kernels.relate(rows, window=window).means
-    assert pooled.shape == means.shape == (2, *(-(-n // w) for n, w in zip(shape, window, strict=True)), 3)
+    assert (
+        pooled.shape
+        == means.shape
+        == (2, *(-(-n // w) for n, w in zip(shape, window, strict=True)), 3)
+    )
     for place in itertools.product(*map(range, pooled.shape[1:-1])):
-        cut = rows[(slice(None), *(slice(i * w, (i + 1) * w) for i, w in zip(place, window, strict=True)))]
+        cut = rows[
+            (slice(None), *(slice(i * w, (i + 1) * w) for i, w in zip(place, window, strict=True)))
+        ]
         of_units = (cut / cut.norm(dim=-1, keepdim=True)).flatten(1, -2).mean(1)
-        torch.testing.assert_close(pooled[(slice(None), *place)], cut.flatten(1, -2).mean(1), rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            pooled[(slice(None), *place)], cut.flatten(1, -2).mean(1), rtol=0, atol=1e-14
+        )
         torch.testing.assert_close(means[(slice(None), *place)], of_units, rtol=0, atol=1e-14)
     assert torch.autograd.gradcheck(lambda r: kernels.pool_windows(r, window), rows, fast_mode=True)
 
@@ -353,7 +416,9 @@ def test_gram_product_is_the_mean_over_all_pairs():
     rng = np.random.default_rng(0)
     memory, student, teacher = rng.normal(size=(3, 2, 7, 4))
     memory = np.concatenate([memory, memory[:, :4] * 2], 1)  # 11 vectors against 7
-    product = kernels.gram(torch.from_numpy(memory)) * kernels.gram(torch.from_numpy(student - teacher))
+    product = kernels.gram(torch.from_numpy(memory)) * kernels.gram(
+        torch.from_numpy(student - teacher)
+    )
     for b in range(2):
         total = 0.0
         for m in memory[b]:
@@ -371,7 +436,9 @@ def test_node_grams_of_a_ragged_batch():
     assert result.shape == (5, 4, 4)
     for b, n in enumerate(count.tolist()):
         mine = nodes[b, :n]
-        expected = sum((torch.outer(v, v) for v in mine), torch.zeros(4, 4, dtype=torch.float64)) / max(1, n)
+        expected = sum(
+            (torch.outer(v, v) for v in mine), torch.zeros(4, 4, dtype=torch.float64)
+        ) / max(1, n)
         torch.testing.assert_close(result[b], expected, rtol=0, atol=1e-14)
     assert kernels.node_grams(nodes[:2, :0], count[:2] * 0).abs().max() == 0
 

@@ -1,4 +1,5 @@
-"""What commands write: no file of somebody else is lost, and what cannot be written is told before the work."""
+"""What commands write: no file of somebody else is lost, and what cannot be written is told before
+the work."""
 
 # ruff: noqa: F811 (fixtures of another file)
 
@@ -58,7 +59,11 @@ def test_an_image_that_is_given_twice_is_segmented_once(folder, teacher, capsys)
     image = folder / "images" / "a.tif"
     run(
         *segment_command(
-            teacher, folder / "found", folder / "images", image, folder / "labels" / ".." / "images" / "a.tif"
+            teacher,
+            folder / "found",
+            folder / "images",
+            image,
+            folder / "labels" / ".." / "images" / "a.tif",
         )
     )
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -69,12 +74,16 @@ def test_labels_of_another_image_of_the_same_name_are_not_replaced(folder, teach
     run(*segment_command(teacher, out, folder / "images"))
     before = (out / "a.tif").read_bytes()
     shutil.copytree(folder / "images", folder / "others")
-    assert "found/a.tif is there already" in refusal(*segment_command(teacher, out, folder / "others"))
+    assert "found/a.tif is there already" in refusal(
+        *segment_command(teacher, out, folder / "others")
+    )
     assert (out / "a.tif").read_bytes() == before
     assert [path.name for path in out.iterdir()] == ["a.tif"]
 
 
-def test_what_appears_while_the_network_works_is_not_replaced(folder, teacher, refusal, monkeypatch):
+def test_what_appears_while_the_network_works_is_not_replaced(
+    folder, teacher, refusal, monkeypatch
+):
     from gdlib.segment import segmenters
 
     def slow(*args, **kwargs):
@@ -82,7 +91,9 @@ def test_what_appears_while_the_network_works_is_not_replaced(folder, teacher, r
         return np.ones((40, 44), np.uint32)
 
     monkeypatch.setattr(segmenters, "segment", slow)
-    assert "found/a.tif is there already" in refusal(*segment_command(teacher, folder / "found", folder / "images"))
+    assert "found/a.tif is there already" in refusal(
+        *segment_command(teacher, folder / "found", folder / "images")
+    )
     assert tifffile.imread(folder / "found" / "a.tif").shape == (8, 8)
 
 
@@ -95,9 +106,16 @@ def stacks(volume, tmp_path):
 
 
 def test_datasets_of_one_file_become_datasets_of_one_file(stacks, volume_model, tmp_path, capsys):
-    for out, commands in (("one", [["a/raw", "b/raw"]]), ("two", [["a/raw"], ["b/raw"], ["a/raw"]])):
+    for out, commands in (
+        ("one", [["a/raw", "b/raw"]]),
+        ("two", [["a/raw"], ["b/raw"], ["a/raw"]]),
+    ):
         for names in commands:
-            run(*segment_command(volume_model, tmp_path / out, *(f"{stacks}:{name}" for name in names)))
+            run(
+                *segment_command(
+                    volume_model, tmp_path / out, *(f"{stacks}:{name}" for name in names)
+                )
+            )
         with h5py.File(tmp_path / out / "ab.h5") as file:
             assert np.array_equal(file["a/raw"][()] > 0, file["b/raw"][()][::-1] > 0)
             assert file["a/raw"][()].any()
@@ -118,7 +136,11 @@ def test_a_label_is_added_to_what_an_hdf5_file_holds(stacks, volume_model, refus
         assert file["b/raw"].shape == (10, 40, 44)
         assert file["a/raw"][()].tolist() == file["c/link"][()].tolist() == list(range(6))
         assert isinstance(file.get("c/link", getlink=True), h5py.SoftLink)
-        assert (file["a/raw"].attrs["by"], file.attrs["about"], file["d"][()]) == ("hand", PRECIOUS, 5)
+        assert (file["a/raw"].attrs["by"], file.attrs["about"], file["d"][()]) == (
+            "hand",
+            PRECIOUS,
+            5,
+        )
     before = target.read_bytes()
     assert f"{target}:a/raw is there already" in refusal(
         *segment_command(volume_model, target.parent, f"{stacks}:a/raw")
@@ -156,7 +178,9 @@ def test_evaluate_writes_over_its_own_tables_alone(own, refusal, tmp_path):
     out.write_text(PRECIOUS)
     assert f"{out} is there already" in refusal("evaluate", label, found, "--out", out)
     assert out.read_text() == PRECIOUS
-    assert f"{tmp_path}: there is a folder of this name" in refusal("evaluate", label, found, "--out", tmp_path)
+    assert f"{tmp_path}: there is a folder of this name" in refusal(
+        "evaluate", label, found, "--out", tmp_path
+    )
     run("evaluate", label, found, "--out", out, "--overwrite")
     assert out.read_text().startswith("sample,")
 
@@ -201,7 +225,9 @@ def required(parser, tmp_path):
     return {action.option_strings[0]: some(action) for action in parser._actions if action.required}
 
 
-@pytest.mark.parametrize(("step", "option"), [(step, option) for step, options in STEPS.items() for option in options])
+@pytest.mark.parametrize(
+    ("step", "option"), [(step, option) for step, options in STEPS.items() for option in options]
+)
 def test_no_step_replaces_a_file_that_it_did_not_write(step, option, refusal, tmp_path):
     arguments = required(parsers(parsers(_parser())["step"])[step], tmp_path)
     out = arguments[f"--{option}"]
@@ -210,14 +236,22 @@ def test_no_step_replaces_a_file_that_it_did_not_write(step, option, refusal, tm
         line = refusal("step", step, *(part for pair in arguments.items() for part in pair))
         assert f"{out} is there already" in line, name
         assert out.read_text() == content
-    inputs = [flag for flag, value in arguments.items() if str(value).endswith(".x") and flag[2:] not in STEPS[step]]
+    inputs = [
+        flag
+        for flag, value in arguments.items()
+        if str(value).endswith(".x") and flag[2:] not in STEPS[step]
+    ]
     for flag in inputs:
-        line = refusal("step", step, *(part for pair in (arguments | {flag: out}).items() for part in pair))
+        line = refusal(
+            "step", step, *(part for pair in (arguments | {flag: out}).items() for part in pair)
+        )
         assert f"{out}: it is an input" in line, flag
 
 
 def test_two_outputs_of_a_step_are_two_files(refusal, tmp_path):
-    arguments = required(parsers(parsers(_parser())["step"])["train"], tmp_path) | {"--last": tmp_path / "weights.x"}
+    arguments = required(parsers(parsers(_parser())["step"])["train"], tmp_path) | {
+        "--last": tmp_path / "weights.x"
+    }
     line = refusal("step", "train", *(part for pair in arguments.items() for part in pair))
     assert f"{tmp_path / 'weights.x'}: two outputs would be written there" in line
 
@@ -244,8 +278,26 @@ def test_every_command_that_writes_is_in_these_tests():
 
 def test_own_files_of_steps_are_replaced(splits, volume_model, tmp_path):
     spec = json.dumps({"model": "resunet", "options": {"widths": [1, 1, 1, 1, 1]}})
-    profile = ["step", "profile", "--data", splits["test"], "--spec", spec, "--out", tmp_path / "profile.json"]
-    baselines = ["step", "baselines", "--dataset", "d", "--val", splits["val"], "--test", splits["test"]]
+    profile = [
+        "step",
+        "profile",
+        "--data",
+        splits["test"],
+        "--spec",
+        spec,
+        "--out",
+        tmp_path / "profile.json",
+    ]
+    baselines = [
+        "step",
+        "baselines",
+        "--dataset",
+        "d",
+        "--val",
+        splits["val"],
+        "--test",
+        splits["test"],
+    ]
     for _ in range(2):
         run(*profile, "--device", "cpu", "--threads", 1)
         run(*baselines, "--out", tmp_path / "baselines.csv")
@@ -261,12 +313,18 @@ def test_own_files_of_steps_are_replaced(splits, volume_model, tmp_path):
 
 def test_a_study_of_a_volume_does_not_replace_files(volume, volume_model, tmp_path):
     path = volume[0]
-    config = {"input": f"{path}:volumes/raw", "model": str(volume_model), "out": str(tmp_path / "out")}
+    config = {
+        "input": f"{path}:volumes/raw",
+        "model": str(volume_model),
+        "out": str(tmp_path / "out"),
+    }
     options(config)
     (tmp_path / "out").mkdir()
     for name in ("labels.h5", "plan.json"):
         (tmp_path / "out" / name).write_text(PRECIOUS)
-        with pytest.raises(io.DataError, match=rf"{name} is there already.*choose another out, or move it away"):
+        with pytest.raises(
+            io.DataError, match=rf"{name} is there already.*choose another out, or " r"move it away"
+        ):
             options(config)
         (tmp_path / "out" / name).unlink()
     shutil.move(path, tmp_path / "labels.h5")
@@ -277,19 +335,28 @@ def test_a_study_of_a_volume_does_not_replace_files(volume, volume_model, tmp_pa
 def test_bench_and_tensorboard_do_not_replace_files(refusal, tmp_path):
     out = tmp_path / "out.json"
     out.write_text(PRECIOUS)
-    for arguments in (["losses", "--json", out], ["losses", "--json", tmp_path / "new.json", "--markdown", out]):
+    for arguments in (
+        ["losses", "--json", out],
+        ["losses", "--json", tmp_path / "new.json", "--markdown", out],
+    ):
         assert f"{out} is there already" in refusal("bench", *arguments)
-    assert f"{out}: it is an input" in refusal("bench", "page", "--json", out, "--markdown", out, "--overwrite")
+    assert f"{out}: it is an input" in refusal(
+        "bench", "page", "--json", out, "--markdown", out, "--overwrite"
+    )
     figure = tmp_path / "figures" / "page.png"
     figure.parent.mkdir()
     figure.write_text(PRECIOUS)
-    assert f"{figure} is there already" in refusal("bench", "page", "--json", out, "--markdown", tmp_path / "page.md")
+    assert f"{figure} is there already" in refusal(
+        "bench", "page", "--json", out, "--markdown", tmp_path / "page.md"
+    )
     history = tmp_path / "study" / "runs" / "a" / "history.csv"
     io.write_rows(history, io.HISTORY_COLUMNS, [(1, "train", "loss", 0.5)])
     events = tmp_path / "events" / "a" / EVENTS
     events.parent.mkdir(parents=True)
     events.write_text(PRECIOUS)
-    assert f"{events}: it is there already" in refusal("tensorboard", tmp_path / "study", "--out", tmp_path / "events")
+    assert f"{events}: it is there already" in refusal(
+        "tensorboard", tmp_path / "study", "--out", tmp_path / "events"
+    )
     assert {out.read_text(), figure.read_text(), events.read_text()} == {PRECIOUS}
 
 
@@ -311,7 +378,9 @@ def test_long_names(long, teacher, squares, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{long}.tif"]
 
 
-def test_where_nothing_can_be_written_is_told_before_the_work(teacher, folder, refusal, monkeypatch):
+def test_where_nothing_can_be_written_is_told_before_the_work(
+    teacher, folder, refusal, monkeypatch
+):
     from gdlib.predict.predictor import Predictor
 
     monkeypatch.setattr(Predictor, "load", None)  # any work would be an error
@@ -330,8 +399,13 @@ def test_where_nothing_can_be_written_is_told_before_the_work(teacher, folder, r
 
 
 def test_the_commands_of_the_readme_lose_nothing(teacher, squares, tmp_path, monkeypatch):
-    """Where somebody who has just read it would run them: beside the images and labels of a dataset."""
-    lines = re.findall(r"^gdlib (?:segment images/|evaluate) .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    """Where somebody who has just read it would run them: beside the images and labels of a
+    dataset."""
+    lines = re.findall(
+        r"^gdlib (?:segment images/|evaluate) .*$",
+        (ROOT / "README.md").read_text(),
+        flags=re.MULTILINE,
+    )
     assert [line.split()[1] for line in lines] == ["segment", "evaluate"]
     image, label = squares(1)
     for name, array in (("images", image[0]), ("labels", label), ("ground_truth", label)):
@@ -343,4 +417,6 @@ def test_the_commands_of_the_readme_lose_nothing(teacher, squares, tmp_path, mon
     for line in lines:
         run(*shlex.split(line, comments=True)[1:])
     assert before == {path: path.read_bytes() for path in before}
-    assert {path.name for path in tmp_path.rglob("*.*")} - {path.name for path in before} == {"scores.csv"}
+    assert {path.name for path in tmp_path.rglob("*.*")} - {path.name for path in before} == {
+        "scores.csv"
+    }

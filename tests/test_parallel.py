@@ -14,7 +14,8 @@ from gdlib.train import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("weights.safetensors", "last.safetensors", "history.csv")
-# Adam divides by the size of gradients: with a tiny eps, where one is 0 but for rounding, rounding would decide.
+# Adam divides by the size of gradients: with a tiny eps, where one is 0 but for rounding, rounding
+# would decide.
 RECIPE = {
     "steps": 12, "accumulate": 2, "batch_size": 2, "clip": 1.0, "ema": 0.9, "validate_every": 6,
     "optimizer": {"name": "adam", "eps": 0.01},
@@ -23,9 +24,28 @@ RECIPE = {
 
 def torchrun(spec, folder, splits, teacher, *more):
     """Train on two processes; return exit status and output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gdlib"]
-    command += ["step", "train", "--spec", spec.model_dump_json(), "--device", "cpu", "--teacher", str(teacher)]
-    command += [f"--{split}={splits[split]}" for split in ("train", "val")] + [f"--state={folder / 'state'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "gdlib",
+    ]
+    command += [
+        "step",
+        "train",
+        "--spec",
+        spec.model_dump_json(),
+        "--device",
+        "cpu",
+        "--teacher",
+        str(teacher),
+    ]
+    command += [f"--{split}={splits[split]}" for split in ("train", "val")] + [
+        f"--state={folder / 'state'}"
+    ]
     command += [f"--{Path(file).stem}={folder / file}" for file in FILES] + [*more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -35,7 +55,9 @@ def torchrun(spec, folder, splits, teacher, *more):
 def history(folder, split):
     with open(folder / "history.csv") as file:
         return {
-            (row["step"], row["name"]): float(row["value"]) for row in csv.DictReader(file) if row["split"] == split
+            (row["step"], row["name"]): float(row["value"])
+            for row in csv.DictReader(file)
+            if row["split"] == split
         }
 
 
@@ -52,7 +74,8 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_were_stopped(
     assert [path.name for path in two.rglob("*") if path.is_file()] == ["resume.pt"]
     code, said = torchrun(spec, two, splits, teacher)
     assert code == 0, said[:3000]
-    assert sorted(path.name for path in two.rglob("*") if path.is_file()) == sorted(FILES)  # one process wrote
+    # one process wrote
+    assert sorted(path.name for path in two.rglob("*") if path.is_file()) == sorted(FILES)
 
     losses = history(one, "train")
     assert losses == pytest.approx(history(two, "train"), rel=1e-4)
@@ -62,7 +85,8 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_were_stopped(
     start = loop.build(spec.model, spec.options).state_dict()
     moved = 0.0
     for name, tensor in mine.items():
-        if "running" in name:  # the batches of a step weigh the same in two processes, the last most in one
+        # the batches of a step weigh the same in two processes, the last most in one
+        if "running" in name:
             assert (tensor - theirs[name]).norm() < 0.05 * tensor.norm()
         elif tensor.is_floating_point():
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5)
@@ -74,7 +98,9 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_were_stopped(
 def test_a_step_that_cannot_be_shared_is_one_sentence(make_spec, train, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "world", lambda: 2)
     monkeypatch.setattr(processes, "rank", lambda: 1)
-    with pytest.raises(ValueError, match=r"2 processes .* make accumulate, which is 3, a multiple") as caught:
+    with pytest.raises(
+        ValueError, match=r"2 processes .* make accumulate, which is 3, a multiple"
+    ) as caught:
         train(make_spec(accumulate=3), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

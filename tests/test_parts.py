@@ -1,4 +1,5 @@
-"""The files of the configuration: how they are joined, what words in them stand for, and where a mistake is."""
+"""The files of the configuration: how they are joined, what words in them stand for, and where a
+mistake is."""
 
 import copy
 from pathlib import Path
@@ -72,13 +73,16 @@ def project(tmp_path, monkeypatch):
 
 def test_later_files_count_more(project):
     assert [parts.shown(path) for path in parts.files(project)] == list(FILES)
-    (project / "own.yaml").write_text("study: second\nstudies: {first: {seeds: [1]}}\nplot: {dpi: 7}\n")
+    (project / "own.yaml").write_text(
+        "study: second\nstudies: {first: {seeds: [1]}}\nplot: {dpi: 7}\n"
+    )
     config = load(project, project / "own.yaml")
     assert config.study == "second"
     assert config.selected.seeds == (1,)  # of the one that it is like, too
     assert (config.plot.dpi, config.plot.panel_methods) == (7, ("none",))
     assert load(project, "own.yaml", changes={"study": "first"}).study == "first"
-    (project / "config" / "own.yaml").write_text("study: second\n")  # a file of one's own in the catalogue
+    # a file of one's own in the catalogue
+    (project / "config" / "own.yaml").write_text("study: second\n")
     assert load(project).study == "first"
     (project / "other.yaml").write_text("study: second\n")
     assert load(project / "other.yaml").study == "second"
@@ -93,36 +97,88 @@ def test_every_file_of_the_project_is_read():
         text = path.read_text()
         tokens = list(yaml.scan(text))
         assert not [t for t in tokens if isinstance(t, yaml.AnchorToken | yaml.AliasToken)], path
-        assert "$schema=" + "../" * (len(path.relative_to(root).parts) - 1) + "workflow/schemas/" in text.split("\n")[0]
+        assert (
+            "$schema=" + "../" * (len(path.relative_to(root).parts) - 1) + "workflow/schemas/"
+            in text.split("\n")[0]
+        )
 
 
 def test_an_entry_of_the_catalogue_is_written_once(project):
     (project / "config" / "own.yaml").write_text("teachers: {large: {model: enet}}\n")
-    with pytest.raises(ValueError, match=r'own\.yaml: "teachers\.large" is written in config/methods\.yaml, too'):
+    with pytest.raises(
+        ValueError,
+        match=r'own\.yaml: "teachers\.large" is written in ' r"config/methods\.yaml, too",
+    ):
         load(project)
     (project / "config" / "own.yaml").write_text("- teachers\n")
     with pytest.raises(ValueError, match=r"own\.yaml: this must be keys with values"):
         load(project)
 
 
-# File, what is written there, what of that is wrong, and the message. The line is that of what is marked with `!`.
+# File, what is written there, what of that is wrong, and the message. The line is that of what is
+# marked with `!`.
 WRONG = [
-    ("config/datasets.yaml", "patch: [32, 32]", "patch: [32, 30]", "datasets.nuclei.patch: [32, 30] does not fit"),
-    ("config/datasets.yaml", "offsets: near", "offsets: neat", 'datasets.nuclei.offsets: there is no "neat"'),
-    ("config/datasets.yaml", "like: nuclei", "like: nuclej", 'datasets.more.like: there is no "nuclej": did you mean'),
+    (
+        "config/datasets.yaml",
+        "patch: [32, 32]",
+        "patch: [32, 30]",
+        "datasets.nuclei.patch: [32, 30] does not fit",
+    ),
+    (
+        "config/datasets.yaml",
+        "offsets: near",
+        "offsets: neat",
+        'datasets.nuclei.offsets: there is no "neat"',
+    ),
+    (
+        "config/datasets.yaml",
+        "like: nuclei",
+        "like: nuclej",
+        'datasets.more.like: there is no "nuclej": did you mean',
+    ),
     (
         "config/datasets.yaml",
         "title: More",
         "titel: More",
         'there is no key "datasets.more.titel": did you mean "title"',
     ),
-    ("config/methods.yaml", "agd, igd,", "agd, idg,", 'methods.grd: there is no "idg": did you mean "igd"'),
+    (
+        "config/methods.yaml",
+        "agd, igd,",
+        "agd, idg,",
+        'methods.grd: there is no "idg": did you mean "igd"',
+    ),
     ("config/methods.yaml", "memory: true", "memory: 2", "methods.grd.terms.2.memory"),
-    ("config/methods.yaml", "small: {model: resunet,", "small: {model: resnet,", "students.small: there is no network"),
-    ("config/studies/all.yaml", "clip: 1.0", "clp: 1.0", 'there is no key "studies.first.recipe.clp"'),
-    ("config/studies/all.yaml", "datasets: [more]", "datasets: [moor]", 'studies.second.datasets: there is no "moor"'),
-    ("config/studies/all.yaml", "methods: [none, grd]", "metods: []", 'there is no key "studies.first.metods"'),
-    ("config.yaml", "study: first", "study: frist", 'study: there is no "frist": did you mean "first"'),
+    (
+        "config/methods.yaml",
+        "small: {model: resunet,",
+        "small: {model: resnet,",
+        "students.small: there is no network",
+    ),
+    (
+        "config/studies/all.yaml",
+        "clip: 1.0",
+        "clp: 1.0",
+        'there is no key "studies.first.recipe.clp"',
+    ),
+    (
+        "config/studies/all.yaml",
+        "datasets: [more]",
+        "datasets: [moor]",
+        'studies.second.datasets: there is no "moor"',
+    ),
+    (
+        "config/studies/all.yaml",
+        "methods: [none, grd]",
+        "metods: []",
+        'there is no key "studies.first.metods"',
+    ),
+    (
+        "config.yaml",
+        "study: first",
+        "study: frist",
+        'study: there is no "frist": did you mean "first"',
+    ),
     ("config.yaml", "[none]", "[nun]", 'plot.panel_methods: there is no "nun"'),
 ]
 
@@ -145,13 +201,20 @@ def test_a_mistake_in_what_counts_more_is_told_of_that(project):
         load(project, project / "own.yaml")
     with pytest.raises(ConfigError, match=r'^--config: study: there is no "frist"'):
         load(project, changes={"study": "frist"})
-    with pytest.raises(ConfigError, match=r'^--config: there is no key "stdy": did you mean "study"'):
+    with pytest.raises(
+        ConfigError, match=r'^--config: there is no key "stdy": did you mean ' r'"study"'
+    ):
         load(project, changes={"stdy": "first"})
     (project / "config.yaml").write_text("plot: {}\n")  # what is missing is nowhere
     with pytest.raises(ConfigError, match=r'^config: the key "study" is missing'):
         load(project)
-    (project / "config" / "studies" / "all.yaml").write_text(STUDIES.replace("    teacher: large\n", ""))
-    with pytest.raises(ConfigError, match=r'^config/studies/all\.yaml, line 3: the key "studies\.first\.teacher"'):
+    (project / "config" / "studies" / "all.yaml").write_text(
+        STUDIES.replace("    teacher: large\n", "")
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"^config/studies/all\.yaml, line 3: the key " r'"studies\.first\.teacher"',
+    ):
         load(project, changes={"study": "first"})
 
 
@@ -177,14 +240,25 @@ def test_words_are_replaced_by_what_they_stand_for():
     assert spelt_out(found) == found
     config = Config.parse(raw | {"study": "second"})
     chosen = config.run("more", "small", "grd", 0).recipe
-    assert (chosen.steps, chosen.clip, chosen.optimizer.lr, chosen.optimizer.eps) == (7, 1.0, 0.1, 0.5)
+    assert (chosen.steps, chosen.clip, chosen.optimizer.lr, chosen.optimizer.eps) == (
+        7,
+        1.0,
+        0.1,
+        0.5,
+    )
     teacher = config.run("more", "large", "teacher", 0).recipe
     assert (teacher.steps, teacher.clip, teacher.optimizer.lr) == (10, 1.0, 0.1)
     assert "like" not in config.model_dump(mode="json")["studies"]["second"]
 
 
 def test_what_belongs_to_another_source_or_folder_is_not_taken_over():
-    base = {"source": "cremi", "options": {"samples": ["A"]}, "folder": "cremi", "download": [1], "title": "CREMI"}
+    base = {
+        "source": "cremi",
+        "options": {"samples": ["A"]},
+        "folder": "cremi",
+        "download": [1],
+        "title": "CREMI",
+    }
     for own, lost in (
         ({"title": "B"}, set()),
         ({"source": "cremi", "folder": "cremi"}, set()),
@@ -192,7 +266,9 @@ def test_what_belongs_to_another_source_or_folder_is_not_taken_over():
         ({"folder": "mine"}, {"download"}),
         ({"source": "folder", "folder": "mine"}, {"options", "download"}),
     ):
-        found = spelt_out({"datasets": {"base": base, "own": {"like": "base", **own}}})["datasets"]["own"]
+        found = spelt_out({"datasets": {"base": base, "own": {"like": "base", **own}}})["datasets"][
+            "own"
+        ]
         assert found == {key: value for key, value in base.items() if key not in lost} | own
     networks = {
         "a": {"model": "resunet", "options": {"widths": [1]}, "weights": "w"},
@@ -205,7 +281,12 @@ def test_an_ablation_of_several_methods_is_one_for_each():
     raw = small()
     raw["ablations"] = {
         "bank": {"method": "grd", "keys": ["recipe.bank.capacity"], "values": [4]},
-        "tune": {"title": "{method} times", "method": ["agd", "igd"], "keys": ["weight"], "values": [0.5, 2]},
+        "tune": {
+            "title": "{method} times",
+            "method": ["agd", "igd"],
+            "keys": ["weight"],
+            "values": [0.5, 2],
+        },
     }
     raw["studies"]["first"]["ablations"] = ["bank", "tune"]
     config = Config.parse(raw)
@@ -213,7 +294,9 @@ def test_an_ablation_of_several_methods_is_one_for_each():
     assert config.ablations["tune_igd"].title == "igd times"
     assert config.method("tune_igd=2").terms[0].weight == 0.2
     raw["ablations"]["tune_agd"] = raw["ablations"]["bank"]
-    with pytest.raises(ConfigError, match=r'ablations\.tune: there is an ablation "tune_agd" already'):
+    with pytest.raises(
+        ConfigError, match=r'ablations\.tune: there is an ablation "tune_agd" ' r"already"
+    ):
         Config.parse(raw)
 
 
@@ -221,7 +304,11 @@ def test_an_ablation_of_several_methods_is_one_for_each():
     ("section", "entries", "message"),
     [
         ("studies", {"a": {"like": "a"}}, 'studies.a.like: "a" names itself'),
-        ("datasets", {"a": {"like": "b"}, "b": {"like": "a"}}, 'datasets.b.like: "a" names "b" names "a"; one of them'),
+        (
+            "datasets",
+            {"a": {"like": "b"}, "b": {"like": "a"}},
+            'datasets.b.like: "a" names "b" names "a"; one of them',
+        ),
         ("ablations", {"a": {"like": "c"}}, 'ablations.a.like: there is no "c"'),
         (
             "recipes",
@@ -234,7 +321,11 @@ def test_an_ablation_of_several_methods_is_one_for_each():
             {"a": ["b"], "b": {"terms": ["c"]}, "c": ["a"]},
             'methods.c: "a" names "b" names "c" names "a"; one',
         ),
-        ("methods", {"a": {"terms": [], "recipe": {"clip": 1}}, "b": ["a"]}, 'methods.b: "a" changes the recipe too'),
+        (
+            "methods",
+            {"a": {"terms": [], "recipe": {"clip": 1}}, "b": ["a"]},
+            'methods.b: "a" changes the recipe too',
+        ),
         ("methods", {"a": ["b"]}, 'methods.a: there is no "b"'),
     ],
 )
@@ -249,11 +340,15 @@ def test_words_that_lead_nowhere_are_one_sentence(section, entries, message):
 def test_like_where_nothing_has_a_name_is_told(place):
     raw = small()
     raw["studies"]["first"][place] = {"like": "first"}
-    with pytest.raises(ConfigError, match=rf"studies\.first\.{place}.*`like` belongs into an entry"):
+    with pytest.raises(
+        ConfigError, match=rf"studies\.first\.{place}.*`like` belongs into an " r"entry"
+    ):
         Config.parse(raw)
 
 
-@pytest.mark.parametrize("raw", [None, [], {"studies": 3}, {"methods": {"a": 3}}, {"ablations": {"a": []}}])
+@pytest.mark.parametrize(
+    "raw", [None, [], {"studies": 3}, {"methods": {"a": 3}}, {"ablations": {"a": []}}]
+)
 def test_what_is_no_configuration_at_all_is_told_later(raw):
     assert spelt_out(raw) == raw
     with pytest.raises(ConfigError):
@@ -272,7 +367,7 @@ def test_volumes_of_ones_own_are_like_a_phantom(tmp_path):
     config = load(ROOT, tmp_path / "own.yaml")
     mine, phantom = config.datasets["mine"], config.datasets["neurites_phantom"]
     assert mine.options == {}
-    assert mine.model_copy(update={"title": "", "source": "", "folder": None, "options": {}}) == phantom.model_copy(
-        update={"title": "", "source": "", "options": {}}
-    )
+    assert mine.model_copy(
+        update={"title": "", "source": "", "folder": None, "options": {}}
+    ) == phantom.model_copy(update={"title": "", "source": "", "options": {}})
     assert config.run("mine", "resunet3d_tiny", "grd", 0).recipe.selection == "voi"

@@ -1,4 +1,7 @@
-"""A program that uses gdlib is left as it was, whatever it asks for and in whichever thread; only the command line does more."""
+"""A program that uses gdlib is left as it was, whatever it asks for and in whichever thread.
+
+Only the command line does more.
+"""
 
 import ctypes
 import importlib.util
@@ -24,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def is_mapped():
-    """Whether the C library gets a large array from the system alone, as glibc does unless it was told to keep memory."""
+    """Whether the C library gets a large array from the system alone, as glibc does unless it was
+    told to keep memory."""
 
     class Info(ctypes.Structure):
         names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -33,7 +37,11 @@ def is_mapped():
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo"):
         return None
-    libc.mallinfo.restype, libc.malloc.restype, libc.free.argtypes = Info, ctypes.c_void_p, [ctypes.c_void_p]
+    libc.mallinfo.restype, libc.malloc.restype, libc.free.argtypes = (
+        Info,
+        ctypes.c_void_p,
+        [ctypes.c_void_p],
+    )
     before = libc.mallinfo().hblks
     array = libc.malloc(2**27)
     after = libc.mallinfo().hblks
@@ -171,7 +179,8 @@ def main(given):
     """Do everything in a thread, but for what only the first one can; print what it changed."""
     import torch
 
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one imports what adds a filter of warnings
+    # the first one imports what adds a filter of warnings
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     changes = {}
     for name, action in actions(**given).items():
         before = state()
@@ -194,12 +203,22 @@ def main(given):
 def changes(tmp_path_factory, splits, teacher, make_spec):
     """Return what each action changed, in a process of its own."""
     files = {"train": splits["train"], "val": splits["val"], "teacher": teacher}
-    given = {name: str(path) for name, path in (files | {"folder": tmp_path_factory.mktemp("host")}).items()}
-    specs = {"spec": make_spec("none", steps=2, validate_every=2), "student": make_spec("grd", steps=2)}
+    given = {
+        name: str(path)
+        for name, path in (files | {"folder": tmp_path_factory.mktemp("host")}).items()
+    }
+    specs = {
+        "spec": make_spec("none", steps=2, validate_every=2),
+        "student": make_spec("grd", steps=2),
+    }
     given |= {name: spec.model_dump(mode="json") for name, spec in specs.items()}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(given)], capture_output=True, text=True, cwd=ROOT, env=environment
+        [sys.executable, __file__, json.dumps(given)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -15,7 +15,8 @@ from gdlib import devices
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 DEFAULT, SLURM = (
-    yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text()) for name in ("default", "slurm")
+    yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
+    for name in ("default", "slurm")
 )
 RULES = "\n".join(path.read_text() for path in sorted((ROOT / "workflow").rglob("*.smk")))
 HOLD = """
@@ -30,14 +31,21 @@ time.sleep(60)
 
 @pytest.fixture
 def holder(tmp_path):
-    """Return `start(*names, **environment)`: a process that takes one of these devices and keeps it."""
+    """Return `start(*names, **environment)`: a process that takes one of these devices and keeps
+    it."""
     processes = []
 
     def start(*names, **environment):
         command = [sys.executable, "-c", HOLD, str(tmp_path), *names]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True, bufsize=1
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            bufsize=1,
         )
         processes.append(process)
         return process
@@ -83,7 +91,9 @@ def test_a_command_sees_the_gpu_it_took(given, count, left, monkeypatch, tmp_pat
 
 def resources(rule):
     """Return what a rule says of itself from its name to its command."""
-    return re.search(rf"^ *(?:use rule \w+ as|rule) {rule}\b(.*?)(?=^(?:use )?rule |\Z)", RULES, re.M | re.S)[1]
+    return re.search(
+        rf"^ *(?:use rule \w+ as|rule) {rule}\b(.*?)(?=^(?:use )?rule |\Z)", RULES, re.M | re.S
+    )[1]
 
 
 def test_the_slurm_profile_gives_a_gpu_to_every_job_that_can_use_one():
@@ -101,13 +111,18 @@ def test_the_slurm_profile_repeats_what_is_true_everywhere():
 
 
 def test_jobs_are_tried_again_by_the_profile_alone():
-    """`retries` of a rule would repeat a job inside its allocation, with the old limits; arrays delete results."""
+    """`retries` of a rule would repeat a job inside its allocation, with the old limits.
+
+    Arrays delete results.
+    """
     assert SLURM["retries"] > 0
     assert not re.search(r"^\s+retries:", RULES, re.M)
     assert not any("array" in key for key in SLURM)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("snakemake_executor_plugin_slurm") is None, reason='no extra "slurm"')
+@pytest.mark.skipif(
+    importlib.util.find_spec("snakemake_executor_plugin_slurm") is None, reason='no extra "slurm"'
+)
 def test_a_study_can_be_planned_for_slurm(tmp_path):
     command = [
         SNAKEMAKE,
@@ -129,8 +144,20 @@ def test_a_gpu_waits_for_one_core_only(tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [SNAKEMAKE, "--directory", tmp_path, "--cores", "8", "--dry-run", "-p", "--config", "study=smoke"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    command = [
+        SNAKEMAKE,
+        "--directory",
+        tmp_path,
+        "--cores",
+        "8",
+        "--dry-run",
+        "-p",
+        "--config",
+        "study=smoke",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     threads = re.findall(r"gdlib step (\w+) .*?--threads (\d+)", done.stdout + done.stderr)
     asked = {(step, number) for step, number in threads if step in ("train", "teach", "predict")}
     assert asked == {("train", "1"), ("teach", "1"), ("predict", "1")}

@@ -25,8 +25,12 @@ def test_a_log_gets_whole_lines_from_time_to_time(clock, capsys):
             bar.set_postfix(loss="0.5")  # which shows it, too
         bar.say("step 100: validation aji 0.7")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "tiny/grd/seed0: 50 of 100 steps after 00:30, 00:30 left,  1.67step/s, loss=0.5"
-    assert [line.split(" after")[0] for line in lines[:2]] == [f"tiny/grd/seed0: {n} of 100 steps" for n in (50, 100)]
+    assert lines[0] == (
+        "tiny/grd/seed0: 50 of 100 steps after 00:30, 00:30 left,  1.67step/s, loss=0.5"
+    )
+    assert [line.split(" after")[0] for line in lines[:2]] == [
+        f"tiny/grd/seed0: {n} of 100 steps" for n in (50, 100)
+    ]
     assert lines[2:] == ["step 100: validation aji 0.7"]
 
 

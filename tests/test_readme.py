@@ -1,4 +1,5 @@
-"""What the README says about images, a dataset, a student and a loss of one's own, done as it says."""
+"""What the README says about images, a dataset, a student and a loss of one's own, done as it
+says."""
 
 import re
 import shutil
@@ -10,14 +11,19 @@ import yaml
 from test_workflow import PARTS, ROOT, snakemake
 
 README = (ROOT / "README.md").read_text()
-FILES = dict(re.findall(r"^`(gdlib/\S+\.py)`[^\n]*\n\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
+FILES = dict(
+    re.findall(
+        r"^`(gdlib/\S+\.py)`[^\n]*\n\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL
+    )
+)
 ENTRIES = re.findall(r"^```yaml\n(datasets:.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 FEW = {"batch_size": 2, "patch": [32, 32], "validate_every": 2}
 
 
 @pytest.fixture
 def project(tmp_path):
-    """Return `add(entry)` -> folder with the project, what the README adds in files, and one of its configuration entries."""
+    """Return `add(entry)` -> folder with the project, what the README adds in files, and one of its
+    configuration entries."""
     folder = tmp_path / "project"
     folder.mkdir()
     for part in PARTS:
@@ -38,7 +44,11 @@ def project(tmp_path):
 
 
 def test_the_recipes_are_there():
-    assert set(FILES) == {"gdlib/data/sources/pairs.py", "gdlib/models/plain.py", "gdlib/distill/terms/cosine.py"}
+    assert set(FILES) == {
+        "gdlib/data/sources/pairs.py",
+        "gdlib/models/plain.py",
+        "gdlib/distill/terms/cosine.py",
+    }
     assert len(ENTRIES) == 2
 
 
@@ -50,7 +60,14 @@ def test_a_dataset_a_student_and_a_loss_are_a_file_each_and_an_entry(project, sq
         tifffile.imwrite(folder / "raw" / "pairs" / f"{name}.tif", image[0])
         tifffile.imwrite(folder / "raw" / "pairs" / f"{name}.cells.tif", label.astype(np.uint16))
     result = snakemake(
-        folder, folder, "--cores", "1", "--configfile", folder / "mycells.yaml", "--config", "study=mine"
+        folder,
+        folder,
+        "--cores",
+        "1",
+        "--configfile",
+        folder / "mycells.yaml",
+        "--config",
+        "study=mine",
     )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = (folder / "results" / "mine" / "summary.csv").read_text().splitlines()[1:]
@@ -65,7 +82,9 @@ def test_images_of_ones_own_in_two_folders(project, squares):
     for seed in range(10):
         image, label = squares(seed, shape=(128, 128))
         tifffile.imwrite(folder / "raw" / "mycells" / "images" / f"{seed}.tif", image[0])
-        tifffile.imwrite(folder / "raw" / "mycells" / "labels" / f"{seed}.tif", label.astype(np.uint16))
+        tifffile.imwrite(
+            folder / "raw" / "mycells" / "labels" / f"{seed}.tif", label.astype(np.uint16)
+        )
     weights = "results/mycells/runs/mycells/resunet_tiny/grd/seed0/weights.safetensors"
     assert weights in README
     command = "snakemake --cores all --configfile mycells.yaml --config study=mycells"

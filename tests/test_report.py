@@ -28,7 +28,16 @@ LAYOUT = {"keys": ["aji", "voi"], "main": "aji", "titles": TITLES, "budget": "10
 def frame(values, metric="aji", segmenter="mutex_watershed"):
     """Make metrics from {(method, seed): values per image}."""
     rows = [
-        (DATASET, LARGE if method == TEACHER else SMALL, method, seed, segmenter, f"i{k}", metric, float(value))
+        (
+            DATASET,
+            LARGE if method == TEACHER else SMALL,
+            method,
+            seed,
+            segmenter,
+            f"i{k}",
+            metric,
+            float(value),
+        )
         for (method, seed), images in values.items()
         for k, value in enumerate(images)
     ]
@@ -36,22 +45,41 @@ def frame(values, metric="aji", segmenter="mutex_watershed"):
 
 
 def with_counts(metrics, empty=(), false=lambda method, seed: 0):
-    """Add how many objects the images have: none in those called empty, where `false` objects of ten pixels are found."""
-    runs = metrics.drop_duplicates([name for name in io.METRIC_COLUMNS if name not in ("metric", "value")])
+    """Add how many objects the images have: none in those called empty, where `false` objects of
+    ten pixels are found."""
+    runs = metrics.drop_duplicates(
+        [name for name in io.METRIC_COLUMNS if name not in ("metric", "value")]
+    )
     none = runs["sample"].isin(empty)
     found = np.array([false(*run) for run in zip(runs["method"], runs["seed"], strict=True)]) * none
     counts = {"objects": np.where(none, 0, 9), "object_pixels": np.where(none, 0, 90)}
-    counts |= {"false_objects": found, "false_pixels": 10 * found, "pixels": np.full(len(runs), 400)}
-    return pd.concat([metrics, *(runs.assign(metric=key, value=one) for key, one in counts.items())], ignore_index=True)
+    counts |= {
+        "false_objects": found,
+        "false_pixels": 10 * found,
+        "pixels": np.full(len(runs), 400),
+    }
+    return pd.concat(
+        [metrics, *(runs.assign(metric=key, value=one) for key, one in counts.items())],
+        ignore_index=True,
+    )
 
 
 def study(methods=("none", "igd", "grd"), seeds=(0, 1, 2), teacher=0.9, images=7):
-    """Make metrics of a whole study in which every method is a bit better than the one before; VOI = 1 - AJI."""
+    """Make metrics of a whole study in which every method is a bit better than the one before.
+
+    VOI = 1 - AJI.
+    """
     rng = np.random.default_rng(0)
     values = {} if teacher is None else {(TEACHER, 0): np.full(images, teacher)}
-    values |= {(m, s): 0.5 + 0.1 * k + rng.normal(0, 0.03, images) for k, m in enumerate(methods) for s in seeds}
+    values |= {
+        (m, s): 0.5 + 0.1 * k + rng.normal(0, 0.03, images)
+        for k, m in enumerate(methods)
+        for s in seeds
+    }
     return with_counts(
-        pd.concat([frame(values), frame({k: 1 - v for k, v in values.items()}, "voi")], ignore_index=True)
+        pd.concat(
+            [frame(values), frame({k: 1 - v for k, v in values.items()}, "voi")], ignore_index=True
+        )
     )
 
 
@@ -64,7 +92,8 @@ def profile(network, scale):
 
 
 def em_study(segmenters=("waterz", "multicut"), images=3):
-    """Make metrics of volumes, where lower is better and the order of methods depends on the segmenter."""
+    """Make metrics of volumes, where lower is better and the order of methods depends on the
+    segmenter."""
     rng = np.random.default_rng(1)
     frames = []
     for k, segmenter in enumerate(segmenters):
@@ -87,11 +116,16 @@ def blobs(seed=0, shape=(48, 64)):
     rng = np.random.default_rng(seed)
     y, x = np.indices(shape)
     label = np.zeros(shape, np.uint32)
-    for k, (cy, cx) in enumerate([(10, 10), (10, 21), (30, 14), (34, 40), (12, 50), (40, 58)], start=1):
+    for k, (cy, cx) in enumerate(
+        [(10, 10), (10, 21), (30, 14), (34, 40), (12, 50), (40, 58)], start=1
+    ):
         label[((y - cy) ** 2 + (x - cx) ** 2 < 36) & (label == 0)] = k
     image = np.where(label > 0, 200, 30) + rng.normal(0, 10, shape)
     return io.Sample(
-        "s0", np.clip(image, 0, 255).astype(np.uint8)[None], label, attrs={"voxel_size_nm": np.array([500.0, 500.0])}
+        "s0",
+        np.clip(image, 0, 255).astype(np.uint8)[None],
+        label,
+        attrs={"voxel_size_nm": np.array([500.0, 500.0])},
     )
 
 
@@ -106,20 +140,28 @@ def faulty(label):
 
 
 def tubes(ignore=False):
-    """Make a volume of four tubes that run through its sections; the voxels are three times as deep as they are wide."""
+    """Make a volume of four tubes that run through its sections.
+
+    The voxels are three times as deep as they are wide.
+    """
     rng = np.random.default_rng(5)
     z, y, x = np.indices((14, 40, 48))
     label = np.zeros(z.shape, np.uint32)
-    for k, (cy, cx, slope) in enumerate([(9, 9, 0.4), (28, 12, -0.5), (12, 34, 0.3), (30, 36, 0.0)], start=1):
+    for k, (cy, cx, slope) in enumerate(
+        [(9, 9, 0.4), (28, 12, -0.5), (12, 34, 0.3), (30, 36, 0.0)], start=1
+    ):
         label[((y - cy - slope * z) ** 2 + (x - cx) ** 2 < 40) & (label == 0)] = k
     label[:5][label[:5] == 4] = 0
-    image = np.clip(np.where(label > 0, 190, 60) + rng.normal(0, 12, label.shape), 0, 255).astype(np.uint8)[None]
+    image = np.clip(np.where(label > 0, 190, 60) + rng.normal(0, 12, label.shape), 0, 255).astype(
+        np.uint8
+    )[None]
     attrs = {"voxel_size_nm": [30.0, 10.0, 10.0]}
     return io.Sample("v0", image, label, x >= 44 if ignore else None, attrs)
 
 
 def entangled(label):
-    """Merge 2 into 1, cut 3 between sections 7 and 8, take a tenth from 4, and miss it in the last section."""
+    """Merge 2 into 1, cut 3 between sections 7 and 8, take a tenth from 4, and miss it in the last
+    section."""
     out = label.copy()
     out[label == 2] = 1
     out[8:][label[8:] == 3] = 5
@@ -130,15 +172,22 @@ def entangled(label):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Write all inputs of all figures, as the pipeline would; return `{figure: (inputs, params)}`."""
+    """Write all inputs of all figures, as the pipeline would.
+
+    Return `{figure: (inputs, params)}`.
+    """
     root = tmp_path_factory.mktemp("study")
     metrics, profiles, histories, runs = [], [], [], []
-    for (network, method, seed), block in study().groupby(["network", "method", "seed"], sort=False):
+    for (network, method, seed), block in study().groupby(
+        ["network", "method", "seed"], sort=False
+    ):
         metrics.append(root / f"{method}{seed}.csv")
         io.write_rows(metrics[-1], io.METRIC_COLUMNS, block.itertuples(index=False))
         runs.append((network, method, int(seed)))
         history = [
-            (s, "train", n, 1.5 * v / s) for s in range(10, 101, 10) for n, v in (("loss", 2.0), ("loss/a", 1.0))
+            (s, "train", n, 1.5 * v / s)
+            for s in range(10, 101, 10)
+            for n, v in (("loss", 2.0), ("loss/a", 1.0))
         ]
         history += [(s, "train", f"loss/{method}", 1.0) for s in range(10, 101, 10)]
         history += [(s, "val", "aji", 0.4 + s / 300 + seed / 50) for s in (50, 100)]
@@ -155,7 +204,11 @@ def files(tmp_path_factory):
     for k, method in enumerate(methods):
         segmentations.append(root / f"{method}_segmentation.h5")
         with io.create_h5(segmentations[-1]) as file:
-            io.put(file.create_group("s0"), "label", faulty(sample.label) if method == "none" else sample.label)
+            io.put(
+                file.create_group("s0"),
+                "label",
+                faulty(sample.label) if method == "none" else sample.label,
+            )
         predictions.append(root / f"{method}_predictions.h5")
         embedding = np.random.default_rng(k).normal(size=(5, *sample.label.shape)) + sample.label
         with io.create_h5(predictions[-1], kept=["s0"]) as file:
@@ -165,30 +218,64 @@ def files(tmp_path_factory):
     for method in methods:
         cubes.append(root / f"{method}_cubes.h5")
         with io.create_h5(cubes[-1]) as file:
-            io.put(file.create_group("v0"), "label", entangled(volume.label) if method == "none" else volume.label)
-    common = {"titles": TITLES, "dpi": 80, "metric": "aji", "methods": methods, "sample": 0, "crop": 32, "runs": runs}
-    inputs = {"metrics": metrics, "profiles": profiles, "histories": histories, "data": root / "test.h5"}
+            io.put(
+                file.create_group("v0"),
+                "label",
+                entangled(volume.label) if method == "none" else volume.label,
+            )
+    common = {
+        "titles": TITLES,
+        "dpi": 80,
+        "metric": "aji",
+        "methods": methods,
+        "sample": 0,
+        "crop": 32,
+        "runs": runs,
+    }
+    inputs = {
+        "metrics": metrics,
+        "profiles": profiles,
+        "histories": histories,
+        "data": root / "test.h5",
+    }
     inputs |= {"segmentations": segmentations, "predictions": predictions}
     text = lambda one: [str(p) for p in one] if isinstance(one, list) else str(one)  # noqa: E731
     inputs = {key: text(value) for key, value in inputs.items()}
     of_volumes = inputs | {"data": text(root / "volumes.h5"), "segmentations": text(cubes)}
-    own_inputs = {"neurons": of_volumes, "ablation": inputs | {"metrics": [*inputs["metrics"], str(varied)]}}
+    own_inputs = {
+        "neurons": of_volumes,
+        "ablation": inputs | {"metrics": [*inputs["metrics"], str(varied)]},
+    }
     both = {"metrics": ["aji", "voi"]}
     own_params = {"methods": both, "ablation": both | {"ablation": "bank_size", "base": "grd"}}
-    return {name: (own_inputs.get(name, inputs), common | own_params.get(name, {})) for name in make.FIGURES}
+    return {
+        name: (own_inputs.get(name, inputs), common | own_params.get(name, {}))
+        for name in make.FIGURES
+    }
 
 
 # --- Numbers -------------------------------------------------------------------------------------------------------------
 
 
 def test_summary_is_mean_over_images_then_seeds():
-    out = summary.summarise(frame({(TEACHER, 0): [0.8, 1.0], ("none", 0): [0.2, 0.4], ("none", 1): [0.6, 0.8]}))
+    out = summary.summarise(
+        frame({(TEACHER, 0): [0.8, 1.0], ("none", 0): [0.2, 0.4], ("none", 1): [0.6, 0.8]})
+    )
     assert ",".join(out.columns) == "dataset,student,method,segmenter,metric,mean,std,n,images"
     teacher, none = out.itertuples(index=False)
     assert teacher[:6] == (DATASET, LARGE, TEACHER, "mutex_watershed", "aji", pytest.approx(0.9))
     assert np.isnan(teacher.std)
     assert teacher.n == 1
-    assert none[1:] == (SMALL, "none", "mutex_watershed", "aji", pytest.approx(0.5), pytest.approx(np.sqrt(0.08)), 2, 2)
+    assert none[1:] == (
+        SMALL,
+        "none",
+        "mutex_watershed",
+        "aji",
+        pytest.approx(0.5),
+        pytest.approx(np.sqrt(0.08)),
+        2,
+        2,
+    )
 
 
 def test_gap_closed_in_closed_form():
@@ -239,14 +326,22 @@ def test_comparison_agrees_with_scipy_and_with_the_means():
     metrics = study()
     out = summary.compare(metrics).set_index(["method", "metric"])
     mean = summary.summarise(metrics).set_index(["method", "metric"])["mean"]
-    table = metrics[metrics["metric"] == "aji"].pivot_table(index="sample", columns="method", values="value")
+    table = metrics[metrics["metric"] == "aji"].pivot_table(
+        index="sample", columns="method", values="value"
+    )
     for method in ("igd", "grd"):
         row = out.loc[(method, "aji")]
         assert row["p_images"] == pytest.approx(stats.wilcoxon(table[method], table["none"]).pvalue)
-        gap = (mean[method, "aji"] - mean["none", "aji"]) / (mean[TEACHER, "aji"] - mean["none", "aji"])
+        gap = (mean[method, "aji"] - mean["none", "aji"]) / (
+            mean[TEACHER, "aji"] - mean["none", "aji"]
+        )
         assert row["gap_closed"] == pytest.approx(gap)
         assert out.loc[(method, "voi"), "gap_closed"] == pytest.approx(gap)  # lower is better there
-        pairs = summary.per_seed(metrics).query("metric == 'aji'").pivot(index="seed", columns="method", values="value")
+        pairs = (
+            summary.per_seed(metrics)
+            .query("metric == 'aji'")
+            .pivot(index="seed", columns="method", values="value")
+        )
         pairs = (pairs[method] - pairs["none"]).dropna()
         assert row["difference"] == pytest.approx(pairs.mean())
         assert row["difference_std"] == pytest.approx(pairs.std(ddof=1))
@@ -255,7 +350,9 @@ def test_comparison_agrees_with_scipy_and_with_the_means():
 
 
 def test_only_common_seeds_are_paired():
-    out = summary.compare(frame({("none", 0): [0.5, 0.5], ("grd", 0): [0.6, 0.6], ("grd", 1): [0.9, 0.9]})).iloc[0]
+    out = summary.compare(
+        frame({("none", 0): [0.5, 0.5], ("grd", 0): [0.6, 0.6], ("grd", 1): [0.9, 0.9]})
+    ).iloc[0]
     assert out["difference"] == pytest.approx(0.1)
     assert out["seeds"] == 1
     assert np.isnan(out["difference_std"])
@@ -277,7 +374,11 @@ def test_every_segmenter_is_compared_with_its_own_student_and_teacher():
     rows = list(metrics.itertuples())
 
     def mean(method, segmenter, seed):
-        found = [r.value for r in rows if (r.method, r.segmenter, r.seed, r.metric) == (method, segmenter, seed, "voi")]
+        found = [
+            r.value
+            for r in rows
+            if (r.method, r.segmenter, r.seed, r.metric) == (method, segmenter, seed, "voi")
+        ]
         return sum(found) / len(found)
 
     out = summary.compare(metrics)
@@ -286,8 +387,13 @@ def test_every_segmenter_is_compared_with_its_own_student_and_teacher():
     table = out.query("metric == 'voi'").set_index(["method", "segmenter"])
     for method in ("igd", "grd"):
         for segmenter in ("waterz", "multicut"):
-            pairs = [mean(method, segmenter, seed) - mean("none", segmenter, seed) for seed in (0, 1)]
-            gap = mean(TEACHER, segmenter, 0) - (mean("none", segmenter, 0) + mean("none", segmenter, 1)) / 2
+            pairs = [
+                mean(method, segmenter, seed) - mean("none", segmenter, seed) for seed in (0, 1)
+            ]
+            gap = (
+                mean(TEACHER, segmenter, 0)
+                - (mean("none", segmenter, 0) + mean("none", segmenter, 1)) / 2
+            )
             row = table.loc[(method, segmenter)]
             assert row["difference"] == pytest.approx(sum(pairs) / 2)
             assert row["gap_closed"] == pytest.approx(sum(pairs) / 2 / gap)
@@ -320,8 +426,14 @@ def test_names_that_look_missing_are_names(tmp_path):
         (lambda m: m.drop(columns="seed"), "the columns are"),
         (lambda m: pd.concat([m, m]), "hold the same run"),
         (lambda m: m.drop(index=5), "lacks values"),
-        (lambda m: m[(m["method"] != "grd") | (m["metric"] != "voi")], "small/grd/seed0 lacks values"),
-        (lambda m: pd.concat([m, m[m["method"] == TEACHER].assign(segmenter="waterz")]), "seed0 lacks values.*waterz"),
+        (
+            lambda m: m[(m["method"] != "grd") | (m["metric"] != "voi")],
+            "small/grd/seed0 lacks values",
+        ),
+        (
+            lambda m: pd.concat([m, m[m["method"] == TEACHER].assign(segmenter="waterz")]),
+            "seed0 lacks values.*waterz",
+        ),
         (lambda m: pd.concat([m, m[m["method"] == "grd"]]), "small/grd/seed0/mutex_watershed"),
         (lambda m: m.assign(value=m["value"].where(m["value"] < 0.85)), "not a finite number"),
     ],
@@ -348,7 +460,16 @@ def cells(markdown):
 def test_markdown_says_everything():
     text = results.table_markdown(study(), PROFILES, **LAYOUT)
     header, _, teacher, none, _igd, grd = cells(text)
-    assert header == ["network", "method", "AJI ↑", "VOI ↓", "Δ AJI", "gap closed", "p (images)", "p (seeds)"]
+    assert header == [
+        "network",
+        "method",
+        "AJI ↑",
+        "VOI ↓",
+        "Δ AJI",
+        "gap closed",
+        "p (images)",
+        "p (seeds)",
+    ]
     assert teacher == ["Large", "teacher", "0.900", "0.100", "", "", "", ""]
     assert none[:2] == ["Small", "student"]
     assert none[4:] == ["", "", "", ""]
@@ -358,7 +479,15 @@ def test_markdown_says_everything():
     assert re.fullmatch(r"\+0\.\d{3} ± 0\.\d{3}", grd[4])
     assert re.fullmatch(r"\d+ ± \d+ %", grd[5])
     assert grd[6] == r"0.016\*"  # 2 / 2**7: all seven images agree; twice that is still below 0.05
-    for fact in ("Cells & co", "test split", "7 images", "seeds 0, 1, 2", "100 steps", "A_100% CPU", "2 threads"):
+    for fact in (
+        "Cells & co",
+        "test split",
+        "7 images",
+        "seeds 0, 1, 2",
+        "100 steps",
+        "A_100% CPU",
+        "2 threads",
+    ):
         assert fact in text
     assert "0.300 (2 %)" in text  # parameters in millions, share of the teacher's
     assert results.NO_GAP not in text
@@ -366,7 +495,9 @@ def test_markdown_says_everything():
 
 def test_what_reads_the_same_is_equally_good():
     text = results.table_markdown(
-        frame({("none", 0): [0.5000], ("grd", 0): [0.50001], ("igd", 0): [0.4]}), keys=["aji"], main="aji"
+        frame({("none", 0): [0.5000], ("grd", 0): [0.50001], ("igd", 0): [0.4]}),
+        keys=["aji"],
+        main="aji",
     )
     assert [row[2] for row in cells(text)[2:]] == ["**0.500**", "**0.500**", "0.400"]
 
@@ -378,7 +509,9 @@ def test_gap_share_is_left_out_with_a_note(teacher, seeds, tmp_path):
     noise = " and 2 standard deviations over seeds" * (len(seeds) > 1)
     for metric, least in (("aji", "0.01 AJI"), ("voi", "0.02 VOI")):
         layout = LAYOUT | {"main": metric}
-        why = f"Not defined: no teacher is better than the plain student by at least {least}{noise}."
+        why = (
+            f"Not defined: no teacher is better than the plain student by at least {least}{noise}."
+        )
         text = results.table_markdown(metrics, **layout)
         assert cells(text)[-1][5] == results.NO_GAP
         assert f"{results.NO_GAP} {why}" in text
@@ -400,9 +533,20 @@ def test_one_seed_has_no_deviation():
 
 def test_every_segmenter_has_its_block_of_rows():
     metrics = em_study()
-    text = results.table_markdown(metrics, keys={"tissue": ["voi_split", "voi"]}, main={"tissue": "voi"})
+    text = results.table_markdown(
+        metrics, keys={"tissue": ["voi_split", "voi"]}, main={"tissue": "voi"}
+    )
     header, _, *lines = cells(text)
-    assert header == ["network", "method", "VOI split ↓", "VOI ↓", "Δ VOI", "gap closed", "p (images)", "p (seeds)"]
+    assert header == [
+        "network",
+        "method",
+        "VOI split ↓",
+        "VOI ↓",
+        "Δ VOI",
+        "gap closed",
+        "p (images)",
+        "p (seeds)",
+    ]
     assert [line[1] for line in lines] == 2 * ["", "teacher", "student", "IGD", "IGD + AGD"]
     assert [lines[0], lines[5]] == [["*waterz*", *[""] * 7], ["*multicut*", *[""] * 7]]
     names = {"teacher": TEACHER, "student": "none", "IGD": "igd", "IGD + AGD": "grd"}
@@ -420,7 +564,9 @@ def test_every_segmenter_has_its_block_of_rows():
                 assert line[column].strip("*").startswith(f"{shown[line[1]]:.3f}")
                 assert ("±" in line[column]) == (len(means) == 2)
             best = min(("student", "IGD", "IGD + AGD"), key=shown.__getitem__)
-            assert [line[1] for line in block if line[column].startswith("**")] == [best], "lower is better"
+            assert [line[1] for line in block if line[column].startswith("**")] == [best], (
+                "lower is better"
+            )
     assert "Bold: best of each student in its block." in text
     assert "cannot be below 0.250" in text  # 2 / 2**3
     tex = results.table_tex(metrics, keys=["voi_split", "voi"], main="voi")
@@ -429,14 +575,17 @@ def test_every_segmenter_has_its_block_of_rows():
 
 def test_metrics_of_every_dataset_are_its_own():
     both = pd.concat([study(), em_study(("waterz",), images=1)], ignore_index=True)
-    keys, main = {DATASET: ["aji"], "tissue": ["voi_split", "voi"]}, {DATASET: "aji", "tissue": "voi"}
+    keys, main = (
+        {DATASET: ["aji"], "tissue": ["voi_split", "voi"]},
+        {DATASET: "aji", "tissue": "voi"},
+    )
     budget = {DATASET: "9 steps", "tissue": "8 steps"}
     text = results.table_markdown(both, keys=keys, main=main, budget=budget)
     planes, volume = text.split("## ")[1:]
     assert "| network | method | AJI ↑ | Δ AJI | gap closed | p (images) | p (seeds) |" in planes
-    assert "| network | method | VOI split ↓ | VOI ↓ | Δ VOI | gap closed | p (seeds) |\n" in volume, (
-        "one image has no p"
-    )
+    assert (
+        "| network | method | VOI split ↓ | VOI ↓ | Δ VOI | gap closed | p (seeds) |\n" in volume
+    ), "one image has no p"
     assert "9 steps" in planes
     assert "8 steps" in volume
     assert "waterz" not in text, "a dataset with one segmenter needs no name of it"
@@ -453,21 +602,32 @@ def test_teacher_stands_beside_trivial_baselines(tmp_path):
         for k in range(3) for metric in ("voi_split", "voi")
     ]  # fmt: skip
     io.write_rows(tmp_path / "b.csv", summary.BASELINE_COLUMNS, rows)
-    scores = {"waterz": {"voi": 0.25, "voi_split": 0.125}, "multicut": {"voi": 0.75, "voi_split": 0.5}}
+    scores = {
+        "waterz": {"voi": 0.25, "voi_split": 0.125},
+        "multicut": {"voi": 0.75, "voi_split": 0.5},
+    }
     weights = []
     for seed, factor in ((0, 1.0), (1, 3.0)):
         weights.append(tmp_path / f"teacher{seed}.safetensors")
-        validation = {s: {key: factor * value for key, value in one.items()} for s, one in scores.items()}
+        validation = {
+            s: {key: factor * value for key, value in one.items()} for s, one in scores.items()
+        }
         run = {"dataset": "tissue", "network": "given weights know another name"}
         io.save_weights(weights[-1], {}, {"run": run, "validation": validation})
     source = write_metrics(tmp_path / "m.csv", metrics)
     out = {name: tmp_path / name for name in ("summary", "comparison", "markdown", "tex")}
-    layout = {"keys": ["voi_split", "voi"], "main": "voi", "titles": {"components": "threshold and components"}}
+    layout = {
+        "keys": ["voi_split", "voi"],
+        "main": "voi",
+        "titles": {"components": "threshold and components"},
+    }
     results.write([source], [], **out, baselines=[tmp_path / "b.csv"], weights=weights, **layout)
     text = out["markdown"].read_text()
     body = text[text.index("Trivial baselines and the teacher") :]
     header, _, *lines = [
-        [c.strip() for c in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("|")
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in body.splitlines()
+        if line.startswith("|")
     ]
     columns = [("voi_split", "val"), ("voi_split", "test"), ("voi", "val"), ("voi", "test")]
     assert header[1:] == ["VOI split ↓ val", "VOI split ↓ test", "VOI ↓ val", "VOI ↓ test"]
@@ -485,7 +645,9 @@ def test_teacher_stands_beside_trivial_baselines(tmp_path):
         for segmenter in ("waterz", "multicut"):
             values = [2 * scores[segmenter][metric]]  # mean of one and three times
             if split == "test":
-                found = metrics.query("method == @TEACHER and segmenter == @segmenter and metric == @metric")
+                found = metrics.query(
+                    "method == @TEACHER and segmenter == @segmenter and metric == @metric"
+                )
                 values = list(found["value"])
             expected.append(sum(values) / len(values))
         digits = 1 if max(expected) >= 10 else 3
@@ -501,7 +663,10 @@ def test_teacher_stands_beside_trivial_baselines(tmp_path):
 def test_tex_is_escaped_and_well_formed():
     titles = TITLES | {SMALL: r"a_b & c% #1 {x} ~ ^ $ \ <|>"}
     text = results.table_tex(study(), PROFILES, **(LAYOUT | {"titles": titles}))
-    assert r"a\_b \& c\% \#1 \{x\} \textasciitilde{} \textasciicircum{} \$ \textbackslash{} $<$$|$$>$" in text
+    assert (
+        r"a\_b \& c\% \#1 \{x\} \textasciitilde{} \textasciicircum{} \$ \textbackslash{} "
+        r"$<$$|$$>$"
+    ) in text
     assert text.isascii()
     assert r"\textbf{" in text
     bare = re.sub(r"\\[\\&%$#_{}]", "", text)
@@ -509,7 +674,9 @@ def test_tex_is_escaped_and_well_formed():
     assert bare.count("$") % 2 == 0
     for name in ("table*", "tabular"):
         assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 2
-    for body in re.findall(r"\\begin{tabular}{([lr]+)}\n(.*?)\\end{tabular}", text, flags=re.DOTALL):
+    for body in re.findall(
+        r"\\begin{tabular}{([lr]+)}\n(.*?)\\end{tabular}", text, flags=re.DOTALL
+    ):
         rows = [line for line in body[1].splitlines() if line.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(body[0])}
     assert re.findall(r"^\\(toprule|midrule|bottomrule)", text, flags=re.MULTILINE)[:4] == [
@@ -540,7 +707,8 @@ WITHOUT = ALL[~ALL["sample"].isin(EMPTY)]
 
 
 def hidden(methods=("none", "igd", "grd"), images=7, seeds=(0, 1, 2)):
-    """Make a study in which two images have no objects: IGD finds 3 + seed there, the others nothing, which scores 1."""
+    """Make a study in which two images have no objects: IGD finds 3 + seed there, the others
+    nothing, which scores 1."""
     metrics = study(methods, images=images, seeds=seeds)
     metrics = metrics[metrics["metric"].isin(METRICS)]
     empty = metrics["sample"].isin(EMPTY)
@@ -557,14 +725,17 @@ def test_means_tests_and_figures_are_of_images_with_objects():
     assert summary.images_of(hidden()) == (5, 2)
     assert summary.images_of(ALL) == (7, 0)
     pd.testing.assert_frame_equal(summary.compare(hidden()), summary.compare(WITHOUT))
-    pd.testing.assert_frame_equal(of_metrics(summary.summarise(hidden())), summary.summarise(WITHOUT))
+    pd.testing.assert_frame_equal(
+        of_metrics(summary.summarise(hidden())), summary.summarise(WITHOUT)
+    )
     assert set(summary.compare(hidden())["images"]) == {5}
     for draw in (
         lambda m: charts.methods(m, ["aji"]),
         lambda m: charts.tradeoff(m, {n: PROFILES[DATASET, n] for n in (LARGE, SMALL)}, "aji"),
     ):
         drawn = [
-            [line.get_xydata().tolist() for axis in draw(m).axes for line in axis.lines] for m in (hidden(), WITHOUT)
+            [line.get_xydata().tolist() for axis in draw(m).axes for line in axis.lines]
+            for m in (hidden(), WITHOUT)
         ]
         assert drawn[0] == drawn[1]
 
@@ -572,10 +743,17 @@ def test_means_tests_and_figures_are_of_images_with_objects():
 def test_what_is_found_in_images_without_objects_is_a_mean_of_its_own():
     out = summary.summarise(hidden()).set_index(["method", "metric"])
     for metric, factor in (("false_objects", 1), ("false_pixels", 10)):
-        assert tuple(out.loc[("igd", metric), ["mean", "std", "n", "images"]]) == (4 * factor, factor, 3, 2)
+        assert tuple(out.loc[("igd", metric), ["mean", "std", "n", "images"]]) == (
+            4 * factor,
+            factor,
+            3,
+            2,
+        )
         assert tuple(out.loc[("none", metric), ["mean", "n", "images"]]) == (0, 3, 2)
     assert set(of_metrics(out.reset_index())["images"]) == {5}
-    assert not set(summary.summarise(ALL)["metric"]) - set(METRICS), "where every image has objects, nothing is added"
+    assert not set(summary.summarise(ALL)["metric"]) - set(METRICS), (
+        "where every image has objects, nothing is added"
+    )
 
 
 def test_tables_list_images_without_objects_apart(tmp_path):
@@ -593,7 +771,11 @@ def test_tables_list_images_without_objects_apart(tmp_path):
         assert words in text
         assert words in tex.replace("\\&", "&")
     own = text[text.index("What was found in the 2 test images of Cells & co without objects") :]
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in own.splitlines() if line.startswith("|")]
+    lines = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in own.splitlines()
+        if line.startswith("|")
+    ]
     assert lines == [
         ["network", "method", "objects ↓", "their pixels ↓"], ["---", "---", "---:", "---:"],
         ["Large", "teacher", "0.0", "0 (0.0 %)"],
@@ -613,16 +795,23 @@ def test_tables_list_images_without_objects_apart(tmp_path):
 
 
 def test_every_segmenter_found_its_own_in_images_without_objects():
-    metrics = with_counts(em_study()[lambda m: m["metric"].isin(METRICS)], ["i0"], lambda method, seed: 1 + seed)
+    metrics = with_counts(
+        em_study()[lambda m: m["metric"].isin(METRICS)], ["i0"], lambda method, seed: 1 + seed
+    )
     ((_, (_, table)),) = results.result_tables(metrics, keys=["voi"], main="voi")
     rows = [[cell.text for cell in row] for group in table.groups for row in group]
-    block = [["large", "teacher", "1.0", "10 (2.5 %)"], ["small", "student", "1.5 ± 0.7", "15 ± 7 (3.8 %)"]]
+    block = [
+        ["large", "teacher", "1.0", "10 (2.5 %)"],
+        ["small", "student", "1.5 ± 0.7", "15 ± 7 (3.8 %)"],
+    ]
     block += [["", method, "1.5 ± 0.7", "15 ± 7 (3.8 %)"] for method in ("IGD", "IGD + AGD")]
     assert rows == [["waterz"], *block, ["multicut"], *block]
 
 
 def test_one_image_with_objects_is_one_image():
-    text = results.table_markdown(hidden(images=2).replace({"sample": {"i0": "i1", "i1": "i0"}}), **LAYOUT)
+    text = results.table_markdown(
+        hidden(images=2).replace({"sample": {"i0": "i1", "i1": "i0"}}), **LAYOUT
+    )
     assert "1 image with objects and 1 without" in text
     assert "One image: there is no test over images" in text
     assert "p (images)" not in text
@@ -633,9 +822,13 @@ def test_baselines_are_means_over_images_with_objects():
         ("a", "voi", 2.0), ("a", "objects", 3.0), ("b", "voi", 0.0), ("b", "objects", 0.0), ("b", "false_objects", 1.0),
     )]  # fmt: skip
     # The same name in another split is another image.
-    rows += [("tissue", "val", "one_segment", "b", m, v) for m, v in (("voi", 4.0), ("objects", 2.0))]
+    rows += [
+        ("tissue", "val", "one_segment", "b", m, v) for m, v in (("voi", 4.0), ("objects", 2.0))
+    ]
     trivial = pd.DataFrame(rows, columns=list(summary.BASELINE_COLUMNS))
-    ((_, (_, table)),) = results.result_tables(em_study(("waterz",)), keys=["voi"], main="voi", baselines=trivial)
+    ((_, (_, table)),) = results.result_tables(
+        em_study(("waterz",)), keys=["voi"], main="voi", baselines=trivial
+    )
     assert [cell.text for cell in table.groups[0][0]] == ["one segment", "4.000", "2.000"]
 
 
@@ -668,13 +861,20 @@ def test_figures_have_the_same_bytes_in_another_process_without_torch(files, tmp
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(files), text=True, cwd=tmp_path, env=environment, check=True
+        [sys.executable, "-c", program],
+        input=json.dumps(files),
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=True,
     )
     for name, (inputs, params) in files.items():
         make.draw(name, inputs, params, [tmp_path / f"{name}.png", tmp_path / f"{name}.pdf"])
         for ending in ("png", "pdf"):
             content = (tmp_path / f"{name}.{ending}").read_bytes()
-            assert content == (tmp_path / "other" / f"{name}.{ending}").read_bytes(), f"{name}.{ending}"
+            assert content == (tmp_path / "other" / f"{name}.{ending}").read_bytes(), (
+                f"{name}.{ending}"
+            )
         assert b"/FontFile2" in content, "fonts are embedded as TrueType"
         assert b"/Type3" not in content
         assert b"CreationDate" not in content
@@ -689,7 +889,9 @@ def test_names_of_the_pipeline_have_their_titles():
     from gdlib.evaluate.trivial import BASELINES
     from gdlib.segment.segmenters import SEGMENTERS
 
-    assert {name: style.title(name) for name in BASELINES} == {name: one[0] for name, one in BASELINES.items()}
+    assert {name: style.title(name) for name in BASELINES} == {
+        name: one[0] for name, one in BASELINES.items()
+    }
     assert not any("_" in style.title(name) for name in (*BASELINES, *SEGMENTERS))
 
 
@@ -713,18 +915,26 @@ def test_figures_show_the_main_segmenter():
     only = metrics[metrics["segmenter"] == "waterz"]
     costs = {LARGE: profile(LARGE, 50), SMALL: profile(SMALL, 1)}
     for draw in (lambda m: charts.methods(m, ["voi"]), lambda m: charts.tradeoff(m, costs, "voi")):
-        drawn = [[line.get_xydata().tolist() for axis in draw(m).axes for line in axis.lines] for m in (metrics, only)]
+        drawn = [
+            [line.get_xydata().tolist() for axis in draw(m).axes for line in axis.lines]
+            for m in (metrics, only)
+        ]
         assert drawn[0] == drawn[1]
 
 
 def test_figures_of_numbers_without_teacher_and_with_one_seed(tmp_path):
     metrics = study(seeds=(0,), teacher=None)
-    for figure in (charts.methods(metrics, ["aji"]), charts.tradeoff(metrics, {SMALL: profile(SMALL, 1)}, "aji")):
+    for figure in (
+        charts.methods(metrics, ["aji"]),
+        charts.tradeoff(metrics, {SMALL: profile(SMALL, 1)}, "aji"),
+    ):
         assert style.save(figure, tmp_path / "f", ["svg"]) == [tmp_path / "f.svg"]
 
 
 def test_tradeoff_says_how_much_cheaper():
-    figure = charts.tradeoff(study(), {network: p for (_, network), p in PROFILES.items()}, "voi", TITLES)
+    figure = charts.tradeoff(
+        study(), {network: p for (_, network), p in PROFILES.items()}, "voi", TITLES
+    )
     assert {"Small\n50 × fewer", "Small\n50 × faster", "VOI ↓"} <= texts(figure)
     with pytest.raises(io.DataError, match="no profile of large"):
         charts.tradeoff(study(), {SMALL: profile(SMALL, 1)}, "aji")
@@ -758,7 +968,9 @@ def test_panel_prints_the_metric_of_the_whole_image():
     expected = evaluate(sample.label, found)["pq"]
     for crop in (None, 20, 1000):
         figure = pictures.panel(sample, {TEACHER: sample.label, "none": found}, "pq", crop=crop)
-        assert {"PQ 1.000", f"PQ {expected:.3f}", "teacher", "student", *pictures.STATUS} <= texts(figure)
+        assert {"PQ 1.000", f"PQ {expected:.3f}", "teacher", "student", *pictures.STATUS} <= texts(
+            figure
+        )
         side = crop or 1000
         assert figure.axes[0].images[0].get_array().shape == (min(48, side), min(64, side), 3)
 
@@ -772,10 +984,14 @@ def test_planes_heed_what_is_ignored():
 
 def test_embeddings_of_a_volume_show_its_fullest_section():
     sample = tubes()
-    shown = pictures.embeddings(sample, {TEACHER: np.random.default_rng(0).normal(size=(4, *sample.label.shape))})
+    shown = pictures.embeddings(
+        sample, {TEACHER: np.random.default_rng(0).normal(size=(4, *sample.label.shape))}
+    )
     section = max(range(14), key=lambda z: (sample.label[z] > 0).sum())
     assert shown.axes[2].images[0].get_array().shape == (40, 48, 3)
-    np.testing.assert_array_equal(shown.axes[0].images[0].get_array(), pictures.grey(sample.image[:, section]))
+    np.testing.assert_array_equal(
+        shown.axes[0].images[0].get_array(), pictures.grey(sample.image[:, section])
+    )
 
 
 def test_embeddings_may_be_a_part_of_a_volume(tmp_path):
@@ -786,9 +1002,16 @@ def test_embeddings_may_be_a_part_of_a_volume(tmp_path):
     for path in paths:
         with io.create_h5(path, kept=["v0"]) as file:
             group = file.create_group("v0")
-            io.put(group, "embedding", np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float16))
+            io.put(
+                group,
+                "embedding",
+                np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float16),
+            )
             group["embedding"].attrs["origin"] = origin
-    inputs, params = {"data": tmp_path / "test.h5", "predictions": paths}, {"methods": [TEACHER, "none"]}
+    inputs, params = (
+        {"data": tmp_path / "test.h5", "predictions": paths},
+        {"methods": [TEACHER, "none"]},
+    )
     drawn = make.FIGURES["embeddings"](inputs, params).axes[0].images[0].get_array()
     choices = [pictures.grey(sample.image[:, z])[part[1:]] for z in range(5, 8)]
     inside = [pictures.grey(sample.image[(slice(None), z, *part[1:])]) for z in range(5, 8)]
@@ -807,7 +1030,9 @@ def test_embeddings_may_be_a_part_of_a_volume(tmp_path):
 
 def overlap(label, segmentation, a, s):
     return sum(
-        1 for v, w in zip(label.ravel().tolist(), segmentation.ravel().tolist(), strict=True) if (v, w) == (a, s)
+        1
+        for v, w in zip(label.ravel().tolist(), segmentation.ravel().tolist(), strict=True)
+        if (v, w) == (a, s)
     )
 
 
@@ -825,9 +1050,15 @@ def test_every_voxel_has_its_mistake(seed):
         elif s == 0:
             assert kind[place] == 3
         else:
-            of_segment, of_object = [shared[b, s] for b in range(1, 5)], [shared[a, t] for t in range(1, 7)]
-            if of_segment.count(max(of_segment)) == of_object.count(max(of_object)) == 1:  # ties may go either way
-                assert kind[place] == (2 if shared[a, s] < max(of_segment) else shared[a, s] < max(of_object))
+            of_segment, of_object = (
+                [shared[b, s] for b in range(1, 5)],
+                [shared[a, t] for t in range(1, 7)],
+            )
+            # ties may go either way
+            if of_segment.count(max(of_segment)) == of_object.count(max(of_object)) == 1:
+                assert kind[place] == (
+                    2 if shared[a, s] < max(of_segment) else shared[a, s] < max(of_object)
+                )
 
 
 def test_a_perfect_segmentation_has_no_mistakes_under_other_names():
@@ -841,9 +1072,18 @@ def test_panel_of_a_volume_is_where_students_differ():
     grd[9][sample.label[9] == 1] = 0  # the only difference of the students, in section 9
     none = sample.label.copy()
     none[:, :, 44:] = 9  # does not count
-    figure = sections.panel(sample, {TEACHER: sample.label, "none": none, "grd": grd}, "voi", crop=20)
+    figure = sections.panel(
+        sample, {TEACHER: sample.label, "none": none, "grd": grd}, "voi", crop=20
+    )
     expected = evaluate(sample.label, grd, sample.ignore)["voi"]
-    assert {"xy\nsection 9", "VOI 0.000", f"VOI {expected:.3f}", "student", "teacher", "image"} <= texts(figure)
+    assert {
+        "xy\nsection 9",
+        "VOI 0.000",
+        f"VOI {expected:.3f}",
+        "student",
+        "teacher",
+        "image",
+    } <= texts(figure)
     legend = {text.partition(":")[0] for text in texts(figure) if ":" in text}
     assert legend == {"split", "merged", "missed"}
     axes = [axis for axis in figure.axes if axis.images]
@@ -899,8 +1139,13 @@ def test_worst_merge_and_best_object_are_found_by_counting():
     for k in (1, 2, 3, 4):
         fit[k] = 0
         for one in ("none", "grd"):
-            segment = max(range(1, 7), key=lambda s, one=one: ((label == k) & (found[one] == s)).sum())
-            both, either = (label == k) & (found[one] == segment), (label == k) | (found[one] == segment)
+            segment = max(
+                range(1, 7), key=lambda s, one=one: ((label == k) & (found[one] == s)).sum()
+            )
+            both, either = (
+                (label == k) & (found[one] == segment),
+                (label == k) | (found[one] == segment),
+            )
             fit[k] += both.sum() / either.sum()
     best = max((k for k in fit if k != first), key=fit.__getitem__)
     assert neurons._examples(tables_of) == {"worst merge": first, "best of ten": best}
@@ -909,7 +1154,13 @@ def test_worst_merge_and_best_object_are_found_by_counting():
     assert (segment, joined) == (4, {})
     assert share == pytest.approx(((label == 4) & (found["none"] == 4)).sum() / sizes[4])
     shown = texts(neurons.neurons(sample, found))
-    assert {f"object {first}", f"object {best}", "100 % of it, with 1 other", "100 % of it", "worst merge"} <= shown
+    assert {
+        f"object {first}",
+        f"object {best}",
+        "100 % of it, with 1 other",
+        "100 % of it",
+        "worst merge",
+    } <= shown
 
 
 def test_inaccurate_borders_join_nothing():
@@ -934,11 +1185,15 @@ def test_neurons_that_are_missed_or_absent():
 def ball(radius=300.0, voxel=(30.0, 10.0, 10.0), centre=(420.0, 400.0, 380.0), shape=(28, 80, 80)):
     """Make the mask of a ball; lengths in nm."""
     z, y, x = ((np.arange(n) + 0.5) * v for n, v in zip(shape, voxel, strict=True))
-    square = (z[:, None, None] - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2 + (x - centre[2]) ** 2
+    square = (
+        (z[:, None, None] - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2 + (x - centre[2]) ** 2
+    )
     return square < radius**2
 
 
-@pytest.mark.parametrize(("voxel", "shape"), [((30.0, 10.0, 10.0), (28, 80, 80)), ((10.0, 10.0, 10.0), (84, 80, 80))])
+@pytest.mark.parametrize(
+    ("voxel", "shape"), [((30.0, 10.0, 10.0), (28, 80, 80)), ((10.0, 10.0, 10.0), (84, 80, 80))]
+)
 @pytest.mark.parametrize("cell", [10.0, 24.0])
 def test_surface_of_a_ball(voxel, shape, cell):
     points, normals = surfaces.surface(ball(voxel=voxel, shape=shape), voxel, cell)
@@ -955,21 +1210,28 @@ def test_surface_closes_at_the_border_and_of_nothing_is_empty():
     points, _ = surfaces.surface(np.ones((4, 10, 10), bool), (10.0, 10.0, 10.0), 10.0)
     assert np.abs(points.min(axis=0)).max() < 6
     assert np.abs(points.max(axis=0) - [40, 100, 100]).max() < 6
-    assert surfaces.surface(np.zeros((4, 10, 10), bool), (10.0, 10.0, 10.0), 10.0).points.shape == (0, 3)
+    assert surfaces.surface(np.zeros((4, 10, 10), bool), (10.0, 10.0, 10.0), 10.0).points.shape == (
+        0,
+        3,
+    )
 
 
 @pytest.mark.parametrize(("azimuth", "elevation"), [(0, 90), (30, 25), (210, 0), (300, 60)])
 def test_views_are_rotations_that_mirror_nothing(azimuth, elevation):
     axes = surfaces.view(azimuth, elevation)
     np.testing.assert_allclose(axes @ axes.T, np.eye(3), atol=1e-12)
-    # x to the right, y down and z away are right-handed, and so are right, up and towards the reader.
+    # x to the right, y down and z away are right-handed, and so are right, up and towards the
+    # reader.
     right, up, away = axes[:, ::-1]  # as (x, y, z)
     np.testing.assert_allclose(np.cross(right, up), -away, atol=1e-12)
     assert up[2] <= 1e-12, "the first section is on top"
 
 
 def test_picture_of_balls():
-    """From above, the picture is that of the sections; the nearer ball hides the other, and the area is that of a disc."""
+    """From above, the picture is that of the sections.
+
+    The nearer ball hides the other, and the area is that of a disc.
+    """
     mask = ball(voxel=(10.0, 10.0, 10.0), shape=(84, 80, 80), radius=150.0)
     near = surfaces.surface(mask, (10.0, 10.0, 10.0), 10.0)
     deep = near._replace(points=near.points + np.array([400.0, 100.0, 0.0]))
@@ -982,7 +1244,10 @@ def test_picture_of_balls():
     assert covered == pytest.approx(np.pi * 150**2, rel=0.08)
     y, x = (np.arange(n) * 5 + 2.5 for n in (200, 160))
     weight = alone[..., 3] / alone[..., 3].sum()
-    assert (weight.sum(axis=1) @ y, weight.sum(axis=0) @ x) == (pytest.approx(400, abs=5), pytest.approx(380, abs=5))
+    assert (weight.sum(axis=1) @ y, weight.sum(axis=0) @ x) == (
+        pytest.approx(400, abs=5),
+        pytest.approx(380, abs=5),
+    )
     for order in ([(near, red), (deep, green)], [(deep, green), (near, red)]):
         both = surfaces.render(order, axes, frame, 5.0, 10.0)
         assert both[80, 76, 0] > both[80, 76, 1], "the near ball is seen at its centre"

@@ -1,4 +1,5 @@
-"""Where every number comes from, and the pages and captions that tell it, against a study whose files are made by hand."""
+"""Where every number comes from, and the pages and captions that tell it, against a study whose
+files are made by hand."""
 
 import io as streams
 import itertools
@@ -23,17 +24,29 @@ ROOT = Path(__file__).parents[1]
 CAPTIONS = sorted((ROOT / "workflow" / "report").glob("*.rst"))
 STUDIES = {name: study.model_dump(mode="json") for name, study in load(ROOT).studies.items()}
 DATASET, TITLES = "cells", {"cells": "Cells & co", "large": "Large", "tiny": "Tiny"}
-RUNS = [("large", "teacher", 0), *(("tiny", method, seed) for method in ("none", "grd") for seed in (0, 1))]
+RUNS = [
+    ("large", "teacher", 0),
+    *(("tiny", method, seed) for method in ("none", "grd") for seed in (0, 1)),
+]
 SUMMARY = ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n")
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Make the files of a study below the working directory; return the arguments of `provenance.record`."""
+    """Make the files of a study below the working directory.
+
+    Return the arguments of `provenance.record`.
+    """
     monkeypatch.chdir(tmp_path)
     data = {split: f"data/{DATASET}/{split}.h5" for split in ("train", "val", "test")}
     for split, path in data.items():
-        about = {"samples": 1, "instances": 1, "types": "uint8: 1", "source": "folder", "options": {"channels": 1}}
+        about = {
+            "samples": 1,
+            "instances": 1,
+            "types": "uint8: 1",
+            "source": "folder",
+            "options": {"channels": 1},
+        }
         with io.create_h5(path, sha256=f"{split:x<64}", provenance="Made <by hand>.", **about):
             pass
     measure(f"data/{DATASET}/benchmark.tsv", 2)
@@ -56,7 +69,9 @@ def study(tmp_path, monkeypatch):
         ):
             pass
         path = f"results/s/runs/{key}/mws/metrics.csv"
-        io.write_rows(path, io.METRIC_COLUMNS, [(DATASET, network, method, seed, "mws", "a", "aji", 0.5)])
+        io.write_rows(
+            path, io.METRIC_COLUMNS, [(DATASET, network, method, seed, "mws", "a", "aji", 0.5)]
+        )
         metrics.append(path)
         measure(f"benchmarks/train/{key}.tsv", 100)
         measure(f"benchmarks/segment/{key}/mws.tsv", 1, "NA")
@@ -64,7 +79,9 @@ def study(tmp_path, monkeypatch):
     measure(f"benchmarks/maps/{DATASET}/large/embedding.tsv", 30)
     measure(f"benchmarks/train/{DATASET}/tiny/igd/seed0.tsv", 1e6)  # of an earlier configuration
     io.write_rows("results/s/summary.csv", SUMMARY, dict.fromkeys(rows))
-    io.write_text("profile.json", json.dumps({"dataset": DATASET, "network": "tiny", "device": "A CPU"}))
+    io.write_text(
+        "profile.json", json.dumps({"dataset": DATASET, "network": "tiny", "device": "A CPU"})
+    )
     return {
         "summary": "results/s/summary.csv", "metrics": metrics, "profiles": ["profile.json"], "study": "s",
         "configuration": "steps: 7 # <few>\n", "benchmarks": "benchmarks", "data": {DATASET: data},
@@ -111,7 +128,9 @@ def test_every_cell_knows_its_runs_and_every_run_its_origin(study):
     assert run["segmenters"]["mws"]["parameters"] == {"stride": 2}
     assert found["data"][DATASET]["test"]["sha256"] == f"{'test':x<64}"
     assert found["code"]["commit"] == record.commit()
-    assert found["costs"] == {f"{DATASET}/tiny": {"dataset": DATASET, "network": "tiny", "device": "A CPU"}}
+    assert found["costs"] == {
+        f"{DATASET}/tiny": {"dataset": DATASET, "network": "tiny", "device": "A CPU"}
+    }
     assert found["problems"] == []
     assert found["software"]["numpy"] == np.__version__
 
@@ -130,7 +149,11 @@ def test_weights_that_did_not_make_the_numbers_are_a_problem(study):
 
 
 def test_files_that_are_no_longer_there_are_not_asked_for(study, tmp_path):
-    for path in [*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("*.h5"), *tmp_path.rglob("*.tsv")]:
+    for path in [
+        *tmp_path.rglob("*.safetensors"),
+        *tmp_path.rglob("*.h5"),
+        *tmp_path.rglob("*.tsv"),
+    ]:
         path.unlink()
     found = record.record(**study)
     run = found["runs"][f"{DATASET}/tiny/grd/seed1"]
@@ -146,8 +169,13 @@ def test_files_that_are_no_longer_there_are_not_asked_for(study, tmp_path):
 def test_given_weights_and_another_teacher(study, tmp_path):
     io.save_weights(tmp_path / "mine.safetensors", {}, {"run": {"seed": 3}})
     path = f"results/s/runs/{DATASET}/tiny/grd@other/seed0/mws/metrics.csv"
-    io.write_rows(path, io.METRIC_COLUMNS, [(DATASET, "tiny", "grd@other", 0, "mws", "a", "aji", 0.5)])
-    changes = {"metrics": [*study["metrics"], path], "given": {"large": str(tmp_path / "mine.safetensors")}}
+    io.write_rows(
+        path, io.METRIC_COLUMNS, [(DATASET, "tiny", "grd@other", 0, "mws", "a", "aji", 0.5)]
+    )
+    changes = {
+        "metrics": [*study["metrics"], path],
+        "given": {"large": str(tmp_path / "mine.safetensors")},
+    }
     runs = record.record(**(study | changes))["runs"]
     assert runs[f"{DATASET}/large/teacher/seed0"]["weights"]["given"]
     assert runs[f"{DATASET}/tiny/grd@other/seed0"]["teacher"] == f"{DATASET}/other/teacher/seed0"
@@ -161,7 +189,10 @@ def write(found, folder):
 
 def cells(page):
     rows = re.findall(r"<tr>(.*?)</tr>", page, flags=re.DOTALL)
-    return [[unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<td.*?>(.*?)</td>", row)] for row in rows]
+    return [
+        [unescape(re.sub("<.*?>", "", cell)) for cell in re.findall(r"<td.*?>(.*?)</td>", row)]
+        for row in rows
+    ]
 
 
 def test_pages(study, tmp_path):
@@ -173,7 +204,9 @@ def test_pages(study, tmp_path):
     assert ["test", "1", "1", "uint8: 1", f"{'test':x<64}"] in cells(pages["data"])
     times = {row[0]: row[2:] for row in cells(pages["time"]) if row}
     assert times["train teachers"] == ["1", "1 min 40 s", "1 min 40 s", "64"]
-    assert times["train students"] == ["4", "6 min 40 s", "1 min 40 s", "64"], "not those of an earlier configuration"
+    assert times["train students"] == ["4", "6 min 40 s", "1 min 40 s", "64"], (
+        "not those of an earlier configuration"
+    )
     assert times["ask teachers about the training images"] == ["1", "30.0 s", "30.0 s", "64"]
     assert times["find objects"] == ["5", "5.0 s", "1.0 s", "–"]
     assert times["prepare the data"][0] == "1"
@@ -214,16 +247,30 @@ def test_tables_as_a_page():
 
 
 def rendered(path, **snakemake):
-    """Render a caption as Snakemake does, links behind it included; return the page and what docutils has to say."""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    links = "\n\n.. _Workflow: javascript:show_panel('workflow')\n\n.. _2. Tables: javascript:app.showCategory('2.%20Tables')\n"
-    text = environment.from_string(path.read_text() + links).render(snakemake=SimpleNamespace(**snakemake))
+    """Render a caption as Snakemake does, links behind it included.
+
+    Return the page and what docutils has to say.
+    """
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    links = (
+        "\n\n.. _Workflow: javascript:show_panel('workflow')\n\n.. _2. Tables: "
+        "javascript:app.showCategory('2.%20Tables')\n"
+    )
+    text = environment.from_string(path.read_text() + links).render(
+        snakemake=SimpleNamespace(**snakemake)
+    )
     said = streams.StringIO()
-    page = publish_parts(text, writer_name="html", settings_overrides={"warning_stream": said})["html_body"]
+    page = publish_parts(text, writer_name="html", settings_overrides={"warning_stream": said})[
+        "html_body"
+    ]
     return page, said.getvalue()
 
 
-as_snakemake_calls_it = pytest.mark.filterwarnings("ignore:Argument .writer_name.:PendingDeprecationWarning")
+as_snakemake_calls_it = pytest.mark.filterwarnings(
+    "ignore:Argument .writer_name.:PendingDeprecationWarning"
+)
 
 
 def assert_clean(page, said):
@@ -236,10 +283,14 @@ def assert_clean(page, said):
 @as_snakemake_calls_it
 @pytest.mark.parametrize("path", CAPTIONS, ids=lambda path: path.stem)
 def test_captions_say_nothing_of_docutils(path):
-    for dataset, ndim, crop in itertools.product(("bbbc039", "my_cells_", "a*b"), (2, 3), (None, 256)):
+    for dataset, ndim, crop in itertools.product(
+        ("bbbc039", "my_cells_", "a*b"), (2, 3), (None, 256)
+    ):
         wildcards = SimpleNamespace(dataset=dataset, ablation="bank_size")
         params = SimpleNamespace(ndim=ndim, crop=crop, sample=3)
-        page, said = rendered(path, wildcards=wildcards, params=params, config={"study": "quick", "studies": STUDIES})
+        page, said = rendered(
+            path, wildcards=wildcards, params=params, config={"study": "quick", "studies": STUDIES}
+        )
         assert_clean(page, said)
         assert (dataset in page) == ("wildcards.dataset" in path.read_text())
 
@@ -248,7 +299,10 @@ def test_captions_say_nothing_of_docutils(path):
 @pytest.mark.parametrize("only", [None, "bbbc039,celegans", ["my_cells_"]])
 @pytest.mark.parametrize("name", [*STUDIES, "my_study_"])
 def test_the_front_page_fits_every_study(name, only):
-    awkward = "1. *Cells_ `in` |3D|* and a title that is far longer than the line that is usually put below titles\n"
+    awkward = (
+        "1. *Cells_ `in` |3D|* and a title that is far longer than the line that is usually "
+        "put below titles\n"
+    )
     own = {
         "title": awkward,
         "datasets": ["my_cells_"],
@@ -263,26 +317,36 @@ def test_the_front_page_fits_every_study(name, only):
     text = " ".join(unescape(re.sub("<.*?>", "", page)).split())
     assert " ".join(studies[name]["title"].split()) in text
     chosen = only.split(",") if isinstance(only, str) else only
-    command = f"snakemake --cores all --config study={name}" + f" only={','.join(chosen or [])}" * bool(only)
+    command = (
+        f"snakemake --cores all --config study={name}"
+        + f" only={','.join(chosen or [])}" * bool(only)
+    )
     assert f'<pre class="literal-block">\n{command}\n</pre>' in page
     assert ("more datasets" in text) == bool(only)
     assert f"On {', '.join(chosen or studies[name]['datasets'])}, a teacher (" in text
     seeds = len(studies[name]["seeds"])
     assert (
-        f"each with {seeds} seed{'s' * (seeds > 1)} and by each of these methods: {', '.join(studies[name]['methods'])}"
-        in text
+        f"each with {seeds} seed{'s' * (seeds > 1)} and by each of these methods: "
+        f"{', '.join(studies[name]['methods'])}" in text
     )
 
 
 def test_every_caption_is_used_and_there():
     rules = "".join(path.read_text() for path in (ROOT / "workflow" / "rules").glob("*.smk"))
-    used = set(re.findall(r"report/(\w+)\.rst", rules)) | set(re.findall(r'\b(?:page|figure)\(\s*f?"([a-z]+)', rules))
+    used = set(re.findall(r"report/(\w+)\.rst", rules)) | set(
+        re.findall(r'\b(?:page|figure)\(\s*f?"([a-z]+)', rules)
+    )
     assert {path.stem for path in CAPTIONS} == used
 
 
 def test_pages_have_only_characters_that_fonts_have():
-    """All but ASCII is in the set that fonts of every common system share (WGL4), so that no icon is an empty box."""
+    """All but ASCII is in the set that fonts of every common system share (WGL4), so that no icon
+    is an empty box."""
     common = set("±×÷²³¹½µ°·§«»éäöüßÖÄÜ–—‘’“”…−≈≠≤≥√∞∑∂∆Ωλμπσ ΔΣαβγδε←↑→↓↔█▌░■□●")
-    for path in [*CAPTIONS, *(ROOT / "gdlib" / "report").glob("*.py"), *(ROOT / "workflow").rglob("*.smk")]:
+    for path in [
+        *CAPTIONS,
+        *(ROOT / "gdlib" / "report").glob("*.py"),
+        *(ROOT / "workflow").rglob("*.smk"),
+    ]:
         found = {c for c in path.read_text() if not c.isascii()} - common
         assert not found, f"{path.name}: {found}"

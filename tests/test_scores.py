@@ -1,4 +1,5 @@
-"""Scores of several images together, against counts and shares by hand: images without objects neither hide nor outweigh."""
+"""Scores of several images together, against counts and shares by hand: images without objects
+neither hide nor outweigh."""
 
 import itertools
 
@@ -30,7 +31,8 @@ CLEAN = scores.of_image(EMPTY, EMPTY)
         (TRUE, image((5, 15), (60, 62), (70, 71)), None, (3, 30, 2, 8, 100)),
         (EMPTY, image((5, 15), (60, 62)), None, (0, 0, 2, 12, 100)),
         (EMPTY, EMPTY, None, (0, 0, 0, 0, 100)),
-        (TRUE, image((5, 15), (60, 62)), image((0, 50)) > 0, (0, 0, 1, 2, 50)),  # all objects are ignored
+        # all objects are ignored
+        (TRUE, image((5, 15), (60, 62)), image((0, 50)) > 0, (0, 0, 1, 2, 50)),
     ],
 )
 def test_counts_by_hand(label, found, ignore, counts):
@@ -48,8 +50,13 @@ def test_means_are_over_images_with_objects():
     filled = scores.of_image(EMPTY, image((0, 10), (20, 95)))
     together = scores.mean([CLEAN, RIGHT, filled, NEAR])
     assert {key: together[key] for key in alone} == alone, "whatever was found in the others"
-    assert (together["empty_images"], together["false_objects"], together["false_pixels"]) == (2, 1, 42.5)
-    # Of 3 objects and 30 pixels on average: 2 / 5 of the objects, 85 / 115 of the pixels, in one of four images.
+    assert (together["empty_images"], together["false_objects"], together["false_pixels"]) == (
+        2,
+        1,
+        42.5,
+    )
+    # Of 3 objects and 30 pixels on average: 2 / 5 of the objects, 85 / 115 of the pixels, in one of
+    # four images.
     assert together["false_share"] == pytest.approx(85 / 115 / 4)
     specks = scores.of_image(EMPTY, image(*((k, k + 1) for k in range(0, 12, 2))))
     assert scores.mean([RIGHT, specks])["false_share"] == pytest.approx(6 / 9 / 2), "many and small"
@@ -63,8 +70,12 @@ def test_only_images_without_objects_measure_nothing():
 @pytest.mark.parametrize("metric", metrics.METRICS)
 def test_what_is_found_where_nothing_is_counts_but_never_more_than_a_lost_image(metric):
     rows = [NEAR] * 9
-    found = [image((0, n)) for n in (0, 1, 5, 20, 60, 100)] + [image(*((k, k + 1) for k in range(0, 100, 2)))]
-    values = [scores.worth(scores.mean([*rows, scores.of_image(EMPTY, one)]), metric) for one in found]
+    found = [image((0, n)) for n in (0, 1, 5, 20, 60, 100)] + [
+        image(*((k, k + 1) for k in range(0, 100, 2)))
+    ]
+    values = [
+        scores.worth(scores.mean([*rows, scores.of_image(EMPTY, one)]), metric) for one in found
+    ]
     clean, *others = values
     assert clean == pytest.approx(NEAR[metric]), "nothing found costs nothing"
     lost = NEAR[metric] * (0.9 if metrics.METRICS[metric].better == "higher" else 1.1)

@@ -1,4 +1,5 @@
-"""Segmentation: perfect affinities give the truth back, small segments go where they belong, tuning finds the best."""
+"""Segmentation: perfect affinities give the truth back, small segments go where they belong, tuning
+finds the best."""
 
 import itertools
 import os
@@ -27,7 +28,8 @@ from gdlib.segment.tune import score, tune
 ROOT = Path(__file__).resolve().parents[1]
 RAW = Path(os.environ.get("GDLIB_RAW", ROOT.parent / "shared" / "data"))
 DEFAULTS, GRID = defaults("mutex_watershed", 2), grid("mutex_watershed", 2)
-PREDICTED = [name for name in SEGMENTERS if not is_masked(name)]  # those that are content with the predicted foreground
+# those that are content with the predicted foreground
+PREDICTED = [name for name in SEGMENTERS if not is_masked(name)]
 PLAIN = {
     "foreground_threshold": 0.5,
     "stride": 1,
@@ -36,13 +38,26 @@ PLAIN = {
 }  # of the mutex watershed, whatever the defaults
 OFFSETS = {
     2: [[-1, 0], [0, -1], [-3, 0], [0, -3], [-5, 0], [0, -5], [-9, 0], [0, -9], [-27, 0], [0, -27]],
-    3: [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [-2, 0, 0], [0, -3, 0], [0, 0, -3], [-3, 0, 0], [0, -9, 0], [0, 0, -9]],
+    3: [
+        [-1, 0, 0],
+        [0, -1, 0],
+        [0, 0, -1],
+        [-2, 0, 0],
+        [0, -3, 0],
+        [0, 0, -3],
+        [-3, 0, 0],
+        [0, -9, 0],
+        [0, 0, -9],
+    ],
 }
 SHAPES = {2: (48, 61), 3: (10, 25, 31)}
 
 
 def random_map(seed, ndim, objects=14, background=0.3):
-    """Cells around random points, most of them touching others, some of them background; no part below 30 pixels."""
+    """Cells around random points, most of them touching others, some of them background.
+
+    No part below 30 pixels.
+    """
     rng = np.random.default_rng(seed)
     shape = SHAPES[ndim]
     points = rng.uniform(0, shape, (objects, ndim))
@@ -51,7 +66,8 @@ def random_map(seed, ndim, objects=14, background=0.3):
     cell[np.isin(cell, np.flatnonzero(rng.random(objects + 1) < background))] = 0
     part = connected_regions(cell, background=0, connectivity=1)
     part[(np.bincount(part.ravel()) < 30)[part]] = 0
-    names = np.append(0, rng.permutation(np.arange(1, 10 * part.max() + 1))[: part.max()])  # any ids, in any order
+    # any ids, in any order
+    names = np.append(0, rng.permutation(np.arange(1, 10 * part.max() + 1))[: part.max()])
     return names[part]
 
 
@@ -64,7 +80,9 @@ def perfect(label, offsets=None):
 
 def same_partition(label, result):
     pairs = np.unique(np.stack([label.ravel(), result.ravel()]), axis=1)
-    return len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1] and np.array_equal(label > 0, result > 0)
+    return len(set(pairs[0])) == len(set(pairs[1])) == pairs.shape[1] and np.array_equal(
+        label > 0, result > 0
+    )
 
 
 def assert_contract(result, shape):
@@ -100,7 +118,9 @@ def test_a_little_noise_does_no_harm(seed, ndim):
     affinity, foreground = perfect(label)
     affinity = np.clip(0.15 + 0.7 * affinity + rng.normal(0, 0.05, affinity.shape), 0, 1)
     foreground = np.clip(0.1 + 0.8 * foreground + rng.normal(0, 0.05, foreground.shape), 0, 1)
-    result = segment(affinity, foreground, OFFSETS[ndim], **PLAIN | {"min_fragment": 20, "min_size": 20})
+    result = segment(
+        affinity, foreground, OFFSETS[ndim], **PLAIN | {"min_fragment": 20, "min_size": 20}
+    )
     assert_contract(result, label.shape)
     assert same_partition(label, result)
 
@@ -108,7 +128,9 @@ def test_a_little_noise_does_no_harm(seed, ndim):
 def test_wrong_affinities_give_another_result():
     label = random_map(0, 2)
     affinity, foreground = perfect(label)
-    assert not same_partition(label, segment(1 - affinity, foreground, OFFSETS[2], min_fragment=0, min_size=0))
+    assert not same_partition(
+        label, segment(1 - affinity, foreground, OFFSETS[2], min_fragment=0, min_size=0)
+    )
     assert not same_partition(
         label, segment(np.ones_like(affinity), foreground, OFFSETS[2], min_fragment=0, min_size=0)
     )
@@ -148,14 +170,22 @@ def test_uint8_equals_float(ndim, segmenter):
     label = random_map(4, ndim)
     affinity, foreground = perfect(label)
     affinity = (
-        (255 * np.clip(0.2 + 0.6 * affinity + rng.normal(0, 0.15, affinity.shape), 0, 1)).round().astype(np.uint8)
+        (255 * np.clip(0.2 + 0.6 * affinity + rng.normal(0, 0.15, affinity.shape), 0, 1))
+        .round()
+        .astype(np.uint8)
     )
     foreground = (
-        (255 * np.clip(0.2 + 0.6 * foreground + rng.normal(0, 0.1, label.shape), 0, 1)).round().astype(np.uint8)
+        (255 * np.clip(0.2 + 0.6 * foreground + rng.normal(0, 0.1, label.shape), 0, 1))
+        .round()
+        .astype(np.uint8)
     )
     parameters = {"foreground_threshold": 0.5}
     as_float = segment(
-        affinity.astype(np.float32) / 255, foreground.astype(np.float32) / 255, OFFSETS[ndim], segmenter, **parameters
+        affinity.astype(np.float32) / 255,
+        foreground.astype(np.float32) / 255,
+        OFFSETS[ndim],
+        segmenter,
+        **parameters,
     )
     as_double = segment(affinity / 255, foreground / 255, OFFSETS[ndim], segmenter, **parameters)
     result = segment(affinity, foreground, OFFSETS[ndim], segmenter, **parameters)
@@ -170,7 +200,9 @@ def test_uint8_equals_float(ndim, segmenter):
 @pytest.mark.parametrize("segmenter", PREDICTED)
 def test_no_foreground(shape, dtype, segmenter):
     affinity = np.ones((len(OFFSETS[len(shape)]), *shape), dtype)
-    result = segment(affinity, np.zeros(shape, dtype), OFFSETS[len(shape)], segmenter, foreground_threshold=0.5)
+    result = segment(
+        affinity, np.zeros(shape, dtype), OFFSETS[len(shape)], segmenter, foreground_threshold=0.5
+    )
     assert_contract(result, shape)
     assert not result.any()
 
@@ -192,11 +224,15 @@ def test_the_threshold_includes_its_value():
     assert found() == {1}
     assert found(foreground_threshold=0.2) == {1, 2}
     assert found(foreground_threshold=0.7) == set()
-    foreground = np.where(label == 1, 0.5, np.where(label == 2, np.nextafter(np.float32(0.5), np.float32(0)), 0))
+    foreground = np.where(
+        label == 1, 0.5, np.where(label == 2, np.nextafter(np.float32(0.5), np.float32(0)), 0)
+    )
     assert found() == {1}
     # 128 of 255 is the first value at or above one half, 200 the first above 0.783.
     for first, threshold in ((128, 0.5), (200, 0.783)):
-        foreground = np.where(label == 1, first, np.where(label == 2, first - 1, 0)).astype(np.uint8)
+        foreground = np.where(label == 1, first, np.where(label == 2, first - 1, 0)).astype(
+            np.uint8
+        )
         assert found(foreground_threshold=threshold) == {1}
 
 
@@ -221,7 +257,9 @@ def test_a_small_segment_alone_is_removed():
 
 def test_touching_is_by_sides_not_by_corners():
     label = boxes((2, 12, 2, 12), (12, 16, 12, 16))
-    assert np.array_equal(segment(*perfect(label), OFFSETS[2], min_fragment=20, min_size=20), label == 1)
+    assert np.array_equal(
+        segment(*perfect(label), OFFSETS[2], min_fragment=20, min_size=20), label == 1
+    )
 
 
 def test_a_chain_of_small_segments_is_absorbed_as_a_whole():
@@ -250,17 +288,21 @@ def test_a_small_segment_between_two_is_shared_out_and_their_border_stays():
 def test_min_size_zero_and_one_keep_everything():
     label = random_map(5, 2)
     for least in (0, 1):
-        assert same_partition(label, segment(*perfect(label), OFFSETS[2], min_fragment=least, min_size=least))
+        assert same_partition(
+            label, segment(*perfect(label), OFFSETS[2], min_fragment=least, min_size=least)
+        )
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_stride(stride, ndim):
     label = random_map(6, ndim)
-    result = segment(*perfect(label), OFFSETS[ndim], **PLAIN | {"stride": float(stride)})  # as a config has it
+    # as a config has it
+    result = segment(*perfect(label), OFFSETS[ndim], **PLAIN | {"stride": float(stride)})
     assert_contract(result, label.shape)
     assert np.array_equal(result > 0, label > 0)
-    # Perfect affinities never join two objects by a strong edge; leaving repulsive edges out never splits one.
+    # Perfect affinities never join two objects by a strong edge; leaving repulsive edges out never
+    # splits one.
     assert metrics.evaluate(label, result)["voi_split"] == 0
     if stride <= 2:
         assert same_partition(label, result)
@@ -271,12 +313,17 @@ def test_a_stride_leaves_repulsive_edges_out():
     affinity, foreground = perfect(label)
     # The border attracts a little: now nothing but the repulsive edges keeps the two apart.
     affinity[:2] = np.where(label > 0, np.maximum(affinity[:2], 0.4), 0)
-    assert segment(affinity, foreground, OFFSETS[2], min_fragment=0, min_size=0, stride=1).max() == 2
-    assert segment(affinity, foreground, OFFSETS[2], min_fragment=0, min_size=0, stride=100).max() == 1
+    assert (
+        segment(affinity, foreground, OFFSETS[2], min_fragment=0, min_size=0, stride=1).max() == 2
+    )
+    assert (
+        segment(affinity, foreground, OFFSETS[2], min_fragment=0, min_size=0, stride=100).max() == 1
+    )
 
 
 def test_a_stride_is_for_the_last_two_axes_only():
-    label = np.repeat([1, 2], 5)[:, None, None] * np.ones((1, 6, 6), np.int64)  # one on top of the other
+    # one on top of the other
+    label = np.repeat([1, 2], 5)[:, None, None] * np.ones((1, 6, 6), np.int64)
     affinity, foreground = perfect(label)
     affinity[:3] = np.maximum(affinity[:3], 0.4)
     assert segment(affinity, foreground, OFFSETS[3], **PLAIN | {"stride": 100}).max() == 2
@@ -288,7 +335,8 @@ def test_every_default_is_in_the_grid(segmenter, ndim):
     values = grid(segmenter, ndim)
     assert list(values) == list(defaults(segmenter, ndim))
     for name, default in defaults(segmenter, ndim).items():
-        assert default in values[name]  # otherwise it would be a choice that tuning cannot come back to
+        # otherwise it would be a choice that tuning cannot come back to
+        assert default in values[name]
         assert list(values[name]) == sorted(set(values[name]))
 
 
@@ -298,9 +346,14 @@ def test_the_configuration_names_the_same_segmenters():
 
 def test_unknown_names_are_one_clear_sentence():
     affinity, foreground = perfect(random_map(0, 2))
-    with pytest.raises(ValueError, match=r'no segmenter "mutex"; choose one of mutex_watershed, waterz, multicut'):
+    with pytest.raises(
+        ValueError,
+        match=r'no segmenter "mutex"; choose one of mutex_watershed, ' r"waterz, multicut",
+    ):
         segment(affinity, foreground, OFFSETS[2], "mutex")
-    with pytest.raises(ValueError, match=r'waterz has no parameter "beta": valid names: foreground_threshold'):
+    with pytest.raises(
+        ValueError, match=r'waterz has no parameter "beta": valid names: ' r"foreground_threshold"
+    ):
         segment(affinity, foreground, OFFSETS[2], "waterz", beta=0.5)
     with pytest.raises(ValueError, match=r'no parameter "strid"'):
         score([(affinity, foreground)], [random_map(0, 2)], OFFSETS[2], {"strid": 2})
@@ -310,13 +363,16 @@ def test_unknown_names_are_one_clear_sentence():
 
 
 def problem(threshold, count=2):
-    """Validation images for which exactly one foreground threshold of the grid is right: a brighter rim, a darker halo."""
+    """Validation images for which exactly one foreground threshold of the grid is right: a brighter
+    rim, a darker halo."""
     predictions, labels = [], []
     for seed in range(count):
         label = random_map(seed, 2, background=0.5)
         affinity, _ = perfect(label)
         rng = np.random.default_rng(seed)
-        foreground = np.where(label > 0, threshold + 0.04, threshold - 0.06) + rng.uniform(-0.03, 0.03, label.shape)
+        foreground = np.where(label > 0, threshold + 0.04, threshold - 0.06) + rng.uniform(
+            -0.03, 0.03, label.shape
+        )
         predictions.append((affinity, foreground.astype(np.float32)))
         labels.append(label)
     return predictions, labels
@@ -348,11 +404,14 @@ def test_no_choice_of_the_grid_for_one_parameter_is_better_than_the_tuned(metric
     rng = np.random.default_rng(7)
     predictions, labels = problem(0.5)
     predictions = [
-        (np.clip(0.25 + 0.5 * a + rng.normal(0, 0.2, a.shape), 0, 1).astype(np.float32), f) for a, f in predictions
+        (np.clip(0.25 + 0.5 * a + rng.normal(0, 0.2, a.shape), 0, 1).astype(np.float32), f)
+        for a, f in predictions
     ]
     chosen, scores = tune(predictions, labels, OFFSETS[2], metric)
     assert scores == score(predictions, labels, OFFSETS[2], chosen)
-    assert not metrics.is_better(metric, score(predictions, labels, OFFSETS[2], DEFAULTS)[metric], scores[metric])
+    assert not metrics.is_better(
+        metric, score(predictions, labels, OFFSETS[2], DEFAULTS)[metric], scores[metric]
+    )
     last = list(GRID)[-1]
     for value in GRID[last]:
         other = score(predictions, labels, OFFSETS[2], chosen | {last: value})
@@ -380,7 +439,10 @@ def test_score_is_the_mean_over_images():
     predictions, labels = problem(0.5, count=3)
     parameters = DEFAULTS | {"foreground_threshold": 0.4}
     whole = score(predictions, labels, OFFSETS[2], parameters)
-    single = [score([p], [label], OFFSETS[2], parameters) for p, label in zip(predictions, labels, strict=True)]
+    single = [
+        score([p], [label], OFFSETS[2], parameters)
+        for p, label in zip(predictions, labels, strict=True)
+    ]
     assert whole.keys() == metrics.METRICS.keys()
     for key, value in whole.items():
         assert value == pytest.approx(np.mean([one[key] for one in single]))
@@ -389,7 +451,8 @@ def test_score_is_the_mean_over_images():
 
 
 def with_an_empty_image(strong):
-    """Three images of four objects, one of them faint or not, and an empty one in which something as faint is seen."""
+    """Three images of four objects, one of them faint or not, and an empty one in which something
+    as faint is seen."""
     label = boxes((2, 12, 2, 12), (2, 12, 20, 30), (20, 30, 2, 12), (20, 30, 20, 30))
     nothing = np.zeros_like(label)
     affinity, foreground = perfect(label)
@@ -402,7 +465,10 @@ def with_an_empty_image(strong):
 @pytest.mark.parametrize(("strong", "threshold", "found"), [(True, 0.6, 0), (False, 0.5, 1)])
 @pytest.mark.parametrize("metric", ["aji", "pq", "f1_80"])
 def test_an_empty_image_counts_in_tuning_and_does_not_decide(strong, threshold, found, metric):
-    """What is found in it is avoided where that costs nothing; a quarter of the objects in the others is worth more."""
+    """What is found in it is avoided where that costs nothing.
+
+    A quarter of the objects in the others is worth more.
+    """
     predictions, labels = with_an_empty_image(strong)
     chosen, scores = tune(predictions, labels, OFFSETS[2], metric)
     assert chosen["foreground_threshold"] == threshold
@@ -448,8 +514,11 @@ def region_graph(near, fragments):
 
 
 def oracle_agglomeration(near, fragments, threshold):
-    """Join the pair of highest mean affinity, again and again, and look at all pairs anew each time."""
-    graph = {pair: (sum(values), len(values)) for pair, values in region_graph(near, fragments).items()}
+    """Join the pair of highest mean affinity, again and again, and look at all pairs anew each
+    time."""
+    graph = {
+        pair: (sum(values), len(values)) for pair, values in region_graph(near, fragments).items()
+    }
     root = np.arange(fragments.max() + 1)
     while graph:
         (u, v), (total, count) = max(graph.items(), key=lambda item: item[1][0] / item[1][1])
@@ -496,11 +565,20 @@ def test_every_threshold_is_what_waterz_gives_for_it(ndim):
     affinity = (255 * affinity).round() / np.float32(255)  # now many pairs are equally good
     near, fragments = fragments_of(affinity, foreground)
     volume = (1,) * (3 - ndim) + fragments.shape
-    near = np.concatenate([np.zeros((3 - ndim, *fragments.shape), np.float32), near]).reshape(3, *volume)
+    near = np.concatenate([np.zeros((3 - ndim, *fragments.shape), np.float32), near]).reshape(
+        3, *volume
+    )
     values = grid("waterz", ndim)["threshold"]
-    direct = waterz.agglomerate(near, list(values), fragments=fragments.astype(np.uint64).reshape(volume))
+    direct = waterz.agglomerate(
+        near, list(values), fragments=fragments.astype(np.uint64).reshape(volume)
+    )
     for threshold, expected in zip(values, direct, strict=True):
-        parameters = {"threshold": threshold, "foreground_threshold": 0.5, "min_fragment": 0, "min_size": 0}
+        parameters = {
+            "threshold": threshold,
+            "foreground_threshold": 0.5,
+            "min_fragment": 0,
+            "min_size": 0,
+        }
         result = segment(affinity, foreground, OFFSETS[ndim], "waterz", **parameters)
         assert same_partition(expected.reshape(result.shape), result)
 
@@ -522,7 +600,8 @@ def test_multicut_is_the_best_of_all_partitions(seed, beta):
     rng = np.random.default_rng(seed)
     label = np.kron(np.arange(6).reshape(2, 3) + 1, np.ones((7, 7), int))
     affinity, foreground = perfect(label)
-    # Some borders are open to a different extent, so that fragments want to be joined in several ways at once.
+    # Some borders are open to a different extent, so that fragments want to be joined in several
+    # ways at once.
     open_to = np.kron(rng.uniform(0.05, 0.7, (2, 3)), np.ones((7, 7)))
     affinity = np.maximum(affinity, open_to).astype(np.float32)
     near, fragments = fragments_of(affinity, foreground)
@@ -537,10 +616,15 @@ def test_multicut_is_the_best_of_all_partitions(seed, beta):
     def energy(group):
         return sum(c for (u, v), c in cost.items() if group[u] != group[v])
 
-    result = segment(affinity, foreground, OFFSETS[2], "multicut", beta=beta, min_fragment=0, min_size=0)
+    result = segment(
+        affinity, foreground, OFFSETS[2], "multicut", beta=beta, min_fragment=0, min_size=0
+    )
     found = {f: result[fragments == f].max() for f in range(1, fragments.max() + 1)}
     assert all((result[fragments == f] == group).all() for f, group in found.items())
-    best = min(energy({f: k for k, group in enumerate(groups) for f in group}) for groups in partitions(sorted(found)))
+    best = min(
+        energy({f: k for k, group in enumerate(groups) for f in group})
+        for groups in partitions(sorted(found))
+    )
     assert energy(found) == pytest.approx(best)
 
 
@@ -554,14 +638,20 @@ def touching(label):
     return out
 
 
-# Not waterz where objects touch in 3D: some meet in a corner alone, and the mean of those few edges can be anything.
+# Not waterz where objects touch in 3D: some meet in a corner alone, and the mean of those few edges
+# can be anything.
 @pytest.mark.parametrize(
     ("segmenter", "ndim", "membrane"),
-    [case for case in itertools.product(["waterz", "multicut"], [2, 3], [False, True]) if case != ("waterz", 3, False)],
+    [
+        case
+        for case in itertools.product(["waterz", "multicut"], [2, 3], [False, True])
+        if case != ("waterz", 3, False)
+    ],
 )
 @pytest.mark.parametrize("seed", range(6))
 def test_fragments_give_the_truth_back_but_for_borders(seed, membrane, ndim, segmenter):
-    """Fragments may end one pixel beside a border, and where an object is that thin it may be lost: 0.1 bits at most."""
+    """Fragments may end one pixel beside a border, and where an object is that thin it may be lost:
+    0.1 bits at most."""
     label = random_map(seed, 2, objects=6, background=0.0)
     if membrane:
         label[touching(label)] = 0
@@ -569,7 +659,9 @@ def test_fragments_give_the_truth_back_but_for_borders(seed, membrane, ndim, seg
         label = np.stack([label[z : z + 42, 2 * z : 2 * z + 50] for z in range(5)])
         label = connected_regions(label, background=0, connectivity=1)
     affinity, foreground = perfect(label)
-    result = segment(affinity * (label > 0), foreground, OFFSETS[ndim], segmenter, foreground_threshold=0.0)
+    result = segment(
+        affinity * (label > 0), foreground, OFFSETS[ndim], segmenter, foreground_threshold=0.0
+    )
     assert_contract(result, label.shape)
     assert (result > 0).all()
     kept = label if membrane else np.where(touching(label), 0, label)
@@ -601,7 +693,9 @@ def test_a_volume_of_one_section_is_an_image(seed, segmenter):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 1, 6), (3, 5, 5)])
 def test_one_object_that_fills_the_image_is_found(shape, segmenter):
     label = np.ones(shape, int)
-    assert np.array_equal(segment(*perfect(label), OFFSETS[len(shape)], segmenter, min_fragment=0, min_size=0), label)
+    assert np.array_equal(
+        segment(*perfect(label), OFFSETS[len(shape)], segmenter, min_fragment=0, min_size=0), label
+    )
 
 
 @pytest.mark.parametrize("segmenter", ["waterz", "multicut"])
@@ -629,7 +723,10 @@ def test_nothing_joins_across_the_background():
     for segmenter in SEGMENTERS:
         assert same_partition(label, segment(affinity, foreground, OFFSETS[2], segmenter))
     for segmenter in PREDICTED:
-        assert segment(affinity, foreground, OFFSETS[2], segmenter, foreground_threshold=0.0).max() == 1
+        assert (
+            segment(affinity, foreground, OFFSETS[2], segmenter, foreground_threshold=0.0).max()
+            == 1
+        )
 
 
 def test_parameters_split_more_or_less():
@@ -646,9 +743,12 @@ def test_parameters_split_more_or_less():
 def test_nothing_is_printed():
     code = (
         "import numpy as np; from gdlib.segment.segmenters import segment; print('before');"
-        "a = np.ones((2, 20, 20), np.float32); segment(a, a[0], [(-1, 0), (0, -1)], 'waterz'); print('after')"
+        "a = np.ones((2, 20, 20), np.float32); segment(a, a[0], [(-1, 0), (0, -1)], 'waterz'); "
+        "print('after')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert (done.stdout, done.stderr) == ("before\nafter\n", "")
 
 
@@ -662,13 +762,17 @@ def test_threads_do_not_disturb_each_other():
 
 def test_a_missing_package_is_one_clear_sentence():
     code = (
-        "import sys; sys.modules['waterz'] = None; import numpy as np; from gdlib.segment.segmenters import segment;"
+        "import sys; sys.modules['waterz'] = None; import numpy as np; from "
+        "gdlib.segment.segmenters import segment;"
         "a = np.ones((2, 20, 20), np.float32); segment(a, a[0], [(-1, 0), (0, -1)], 'multicut');"
         "segment(a, a[0], [(-1, 0), (0, -1)], 'waterz')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert 'ValueError: the segmenter "waterz" needs the package waterz: pip install "gdlib[em]"' in done.stderr
+    assert (
+        'ValueError: the segmenter "waterz" needs the package waterz: pip install "gdlib[em]"'
+        in done.stderr
+    )
 
 
 # --- The mutex watershed by counting, and by sorting ------------------------------------------------------------------
@@ -684,7 +788,9 @@ def in_one_piece(affinity, mask, offsets, stride, exponent):
         weight[:ndim] **= np.float32(exponent)
         weight[ndim:] = 1 - weight[ndim:]
         strides = (1,) * (ndim - 2) + (stride,) * 2
-        label[box] = bioimage_cpp.segmentation.mutex_watershed(weight, offsets, ndim, strides=strides, mask=mask[box])
+        label[box] = bioimage_cpp.segmentation.mutex_watershed(
+            weight, offsets, ndim, strides=strides, mask=mask[box]
+        )
     return relabel_sequential(label)[0]
 
 
@@ -722,7 +828,9 @@ def test_counting_all_levels_is_the_same(ndim, exponent, way):
     for seed in range(3):
         rng = np.random.default_rng(seed)
         shape = {2: (90, 110), 3: (8, 40, 50)}[ndim]
-        noise = gaussian_filter(rng.normal(size=(len(OFFSETS[ndim]), *shape)), (0, *(0, 1, 1)[-ndim:]))
+        noise = gaussian_filter(
+            rng.normal(size=(len(OFFSETS[ndim]), *shape)), (0, *(0, 1, 1)[-ndim:])
+        )
         affinity = np.clip(255 * (0.5 + noise + 0.2 * rng.random(shape)), 0, 255).astype(np.uint8)
         expected = in_one_piece(affinity, np.ones(shape, bool), OFFSETS[ndim], 1, exponent)
         found = mutex.mutex_watershed(affinity, np.ones(shape, bool), OFFSETS[ndim], 1, exponent)
@@ -735,7 +843,9 @@ def test_floats_are_not_counted():
     weight = np.concatenate([affinity[:2], 1 - affinity[2:]])
     found = mutex.mutex_watershed(affinity, np.ones((30, 40), bool), OFFSETS[2])
     expected = bioimage_cpp.segmentation.mutex_watershed(weight, OFFSETS[2], 2)
-    assert np.array_equal(relabel_sequential(found)[0], relabel_sequential(expected.astype(np.int64))[0])
+    assert np.array_equal(
+        relabel_sequential(found)[0], relabel_sequential(expected.astype(np.int64))[0]
+    )
 
 
 @pytest.mark.parametrize("way", ["_by_counting", "_by_sorting"])
@@ -777,11 +887,19 @@ def test_tuning_is_a_search_along_one_parameter_after_the_other(segmenter):
     best = quality(expected)
     for name, values in grid(segmenter, 3).items():
         for value in values:
-            if value != expected[name] and (other := quality(expected | {name: value}))["aji"] > best["aji"]:
+            if (
+                value != expected[name]
+                and (other := quality(expected | {name: value}))["aji"] > best["aji"]
+            ):
                 expected, best = expected | {name: value}, other
     assert expected != defaults(segmenter, 3)
-    assert tune(predictions, labels, OFFSETS[3], "aji", segmenter, ignores) == (expected, pytest.approx(best))
-    assert score(predictions, labels, OFFSETS[3], expected, segmenter, ignores) == pytest.approx(best)
+    assert tune(predictions, labels, OFFSETS[3], "aji", segmenter, ignores) == (
+        expected,
+        pytest.approx(best),
+    )
+    assert score(predictions, labels, OFFSETS[3], expected, segmenter, ignores) == pytest.approx(
+        best
+    )
 
 
 def test_tuning_repeats_only_what_a_parameter_changes(monkeypatch):
@@ -805,7 +923,8 @@ def test_tuning_repeats_only_what_a_parameter_changes(monkeypatch):
         # Once for every foreground threshold, and once more to come back to the best.
         assert calls["watershed"] in (5, 6)
     tune([(affinity, foreground)], [label], OFFSETS[2], "voi")
-    assert calls["mutex_watershed"] in range(11, 14)  # five thresholds, three more strides, three more exponents
+    # five thresholds, three more strides, three more exponents
+    assert calls["mutex_watershed"] in range(11, 14)
 
 
 def test_ignored_pixels_do_not_count_in_tuning():
@@ -830,7 +949,9 @@ def test_the_true_foreground_is_all_that_is_partitioned(ndim):
     assert_contract(result, label.shape)
     np.testing.assert_array_equal(result > 0, label > 0)
     parameters["foreground_threshold"] = 0.5
-    same = segment(affinity, (label > 0).astype(np.float32), OFFSETS[ndim], "mutex_watershed", **parameters)
+    same = segment(
+        affinity, (label > 0).astype(np.float32), OFFSETS[ndim], "mutex_watershed", **parameters
+    )
     np.testing.assert_array_equal(result, same)
 
 
@@ -866,14 +987,17 @@ EM += [[-3, 0, 0], [0, -9, 0], [0, 0, -9], [-4, 0, 0], [0, -27, 0], [0, 0, -27]]
 
 
 def uncertain(label, blur, noise, seed=0):
-    """Affinities and foreground, uint8, as of a network: blurred within sections, and wrong in patches."""
+    """Affinities and foreground, uint8, as of a network: blurred within sections, and wrong in
+    patches."""
     rng = np.random.default_rng(seed)
     affinity, foreground = perfect(label, EM)
     affinity *= label > 0  # the membranes are no object
     out = []
     for channel in (*affinity, foreground):
         patches = gaussian_filter(rng.normal(0, 1, label.shape), (0, 2, 2))
-        channel = 0.05 + 0.9 * gaussian_filter(channel, (0, blur, blur)) + noise * patches / patches.std()
+        channel = (
+            0.05 + 0.9 * gaussian_filter(channel, (0, blur, blur)) + noise * patches / patches.std()
+        )
         out.append((255 * np.clip(channel, 0, 1)).round().astype(np.uint8))
     return np.stack(out[:-1]), out[-1]
 
@@ -889,7 +1013,9 @@ def test_neurons_from_disturbed_affinities(neurons, disturbed, segmenter):
     parameters = {"foreground_threshold": 0.3}
     # The ids of a neuron may be of several pieces in the crop: even the truth is split a little.
     pieces = metrics.evaluate(neurons, connected_regions(neurons, connectivity=1))["voi"]
-    better, worse = (score([prediction], [neurons], EM, parameters, segmenter) for prediction in disturbed)
+    better, worse = (
+        score([prediction], [neurons], EM, parameters, segmenter) for prediction in disturbed
+    )
     assert better["voi"] < pieces + 0.2
     assert better["arand"] < 0.1
     assert worse["voi"] > 5 * better["voi"]

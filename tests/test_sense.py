@@ -1,4 +1,5 @@
-"""Data sets without sense: what is refused, what is warned of, what is done about it, and that good data pass in silence."""
+"""Data sets without sense: what is refused, what is warned of, what is done about it, and that good
+data pass in silence."""
 
 import os
 from itertools import islice
@@ -91,10 +92,14 @@ def swap(raw):
     (raw / "x").rename(raw / "labels")
 
 
-MASKS = ["images/a0.tif, images/a1.tif, images/a2.tif and 6 more", "look like masks", "`label_regions: true`"]
+MASKS = [
+    "images/a0.tif, images/a1.tif, images/a2.tif and 6 more",
+    "look like masks",
+    "`label_regions: true`",
+]
 REFUSED = {
     "all labels empty": (each(np.zeros_like), ['split "train" has no object', "a0.tif", "and 2 more", "correct"]),
-    "labels of a split empty": (each(np.zeros_like, NAMES[7:]), ['"test" has no object', "images/a7.tif, images/a8.tif"]),
+    "labels of a split empty": (each(np.zeros_like, NAMES[7:]), ['"test" has no object', "images/a7.tif, " "images/a8.tif"]),
     "masks of 0 and 255": (each(lambda label: np.uint8(255) * (label > 0)), [*MASKS, "144 separate regions"]),
     "masks of 0 and 1": (each(lambda label: (label > 0).astype(np.uint8)), MASKS),
     "masks of few objects": (each(lambda label: np.isin(label, (1, 8)).astype(np.uint8)), [*MASKS, "18 separate"]),
@@ -107,7 +112,7 @@ REFUSED = {
     ),
     "one image in two splits": (
         lambda r: copy_image(r, "a3", "a8"),
-        ["images/a3.tif in split train", "images/a8.tif in split test", "the same image", "take one of them out"],
+        ["images/a3.tif in split train", "images/a8.tif in split test", "the same image", "take one of " "them out"],
     ),
     "one image in three splits": (
         lambda r: [copy_image(r, "a3", name) for name in ("a4", "a6")],
@@ -142,7 +147,7 @@ ODD = {
         ["images/a4.tif: numbers of the label make up several separate regions", "`label_regions: true`"],
     ),
     "one object each": (each(lambda label: (label == 5).astype(np.uint8)), ["and 6 more: each", "one object only"]),
-    "inverted masks": (each(lambda label: (label == 0).astype(np.uint8)), ["one object only; if they are masks"]),
+    "inverted masks": (each(lambda label: (label == 0).astype(np.uint8)), ["one object only; " "if they " "are masks"]),
     "background is a number": (each(lambda label: label + 1), ["one object lies around all others", "set it to 0"]),
     "numbers that ran over": (
         each(lambda label: np.where(label, 1, np.arange(1, 2689, dtype=np.uint16).reshape(SIZE) // 10 % 255 + 1)),
@@ -151,10 +156,10 @@ ODD = {
     "specks": (each(specks), ["most objects have 3 pixels or fewer", "resampled"]),
     "outlines": (each(outlines), ["surround more pixels than they have", "fill them"]),
     "most labels of a split empty": (each(np.zeros_like, NAMES[:3]), ["more than half", "split train", "complete"]),
-    "an image twice in a split": (lambda r: copy_image(r, "a0", "a3"), ["images/a0.tif, images/a3.tif: this is one"]),
+    "an image twice in a split": (lambda r: copy_image(r, "a0", "a3"), ["images/a0.tif, " "images/a3.tif: " "this is one"]),
     "a label twice": (
         lambda r: write(r, "a3", label=read(r, "a8")),
-        ["images/a3.tif, images/a8.tif: the labels are equal", "images/a3.tif: the image does not differ"],
+        ["images/a3.tif, images/a8.tif: the labels are equal", "images/a3.tif: the image does " "not differ"],
     ),
     "labels as images": (
         lambda r: [write(r, name, image=read(r, name) * 3) for name in NAMES],
@@ -182,7 +187,10 @@ def test_what_is_probably_not_meant_is_told(raw, name, capsys):
     assert all(line.startswith("warning: ") for line in lines)
     assert all(any(part in line for line in lines) for part in said), lines
     told = [line.removeprefix("warning: ") for line in lines]
-    assert all(summary[split]["warnings"] == io.read_attrs(path)["warnings"] == told for split, path in outputs.items())
+    assert all(
+        summary[split]["warnings"] == io.read_attrs(path)["warnings"] == told
+        for split, path in outputs.items()
+    )
 
 
 def test_regions_of_masks_become_objects(raw, capsys):
@@ -193,7 +201,9 @@ def test_regions_of_masks_become_objects(raw, capsys):
         assert capsys.readouterr().err == ""
         for path in outputs.values():
             for sample in io.read_samples(path):
-                pairs = np.unique(np.stack([labels[sample.id].ravel(), sample.label.ravel()]), axis=1)
+                pairs = np.unique(
+                    np.stack([labels[sample.id].ravel(), sample.label.ravel()]), axis=1
+                )
                 assert pairs.shape[1] == 17  # 16 squares and the background, one to one
         assert sum(one["instances"] for one in summary.values()) == 144
         write(raw, "a0", label=labels["a0"])  # the second mask is made of labels
@@ -210,7 +220,9 @@ def test_who_says_that_labels_are_right_is_believed(raw, capsys):
 
 def test_a_mask_of_one_bit_names_the_option(raw):
     each(lambda label: label > 0)(raw)
-    with pytest.raises(DataError, match=r"type bool, a mask; store it as integers.*`label_regions: true`"):
+    with pytest.raises(
+        DataError, match=r"type bool, a mask; store it as integers.*`label_regions: " r"true`"
+    ):
         run(raw)
 
 
@@ -219,14 +231,20 @@ def test_other_sources_are_warned_of_masks(tmp_path, monkeypatch, capsys, square
         "import numpy as np\nfrom gdlib.io import Sample\n"
         "def read(root):\n"
         "    rng = np.random.default_rng(0)\n"
-        "    label = np.kron(np.eye(6, dtype=np.uint8), np.ones((4, 4), np.uint8)) * np.uint8(rng.random((24, 24)) > 0)\n"
+        "    label = np.kron(np.eye(6, dtype=np.uint8), np.ones((4, 4), np.uint8)) * "
+        "np.uint8(rng.random((24, 24)) > 0)\n"
         "    label[3::4] = 0\n"
         "    one = lambda name: iter([Sample(name, rng.random((1, 24, 24)), label)])\n"
         "    return {split: one(split) for split in ('train', 'val', 'test')}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    prepare("masks:read", {}, None, {split: tmp_path / f"{split}.h5" for split in SPLITS}, (16, 16), 1)
-    assert "make up several separate regions each; give each object a number of its own" in capsys.readouterr().err
+    prepare(
+        "masks:read", {}, None, {split: tmp_path / f"{split}.h5" for split in SPLITS}, (16, 16), 1
+    )
+    assert (
+        "make up several separate regions each; give each object a number of its own"
+        in capsys.readouterr().err
+    )
 
 
 REAL = {
@@ -254,7 +272,10 @@ def test_real_data_pass_in_silence_and_their_labels_fit_no_other_way(name, catal
     sense.check_splits(seen)
     sense.check_numbers(seen, "")
     assert sense.warnings(seen, "mend") == []
-    turned = [sense._fits(sample.image, np.ascontiguousarray(sample.label[..., ::-1, ::-1])) for sample in found]
+    turned = [
+        sense._fits(sample.image, np.ascontiguousarray(sample.label[..., ::-1, ::-1]))
+        for sample in found
+    ]
     assert sum(turned) <= len(turned) / 2
 
 
@@ -265,7 +286,10 @@ def test_the_catalogue_says_what_regions_are():
 
 
 def test_an_image_fits_its_label_only_where_it_lies(squares):
-    """Shifted by more than the objects are wide, mirrored and transposed labels do not fit; right ones do, darker or brighter."""
+    """Shifted by more than the objects are wide, mirrored and transposed labels do not fit.
+
+    Right ones do, darker or brighter.
+    """
     for seed in range(8):
         image, label = squares(seed, (48, 48))
         for one in (image, 255 - image, np.concatenate([image, image // 3])):

@@ -35,7 +35,9 @@ IMAGES = {"train": 3, "val": 1, "test": 1}
 
 
 def needs(name):
-    return pytest.mark.skipif(not (RAW / name).is_dir(), reason=f"no raw data in {name}; set GDLIB_RAW to their folder")
+    return pytest.mark.skipif(
+        not (RAW / name).is_dir(), reason=f"no raw data in {name}; set GDLIB_RAW to their folder"
+    )
 
 
 LICENCES = {
@@ -95,7 +97,15 @@ def test_phantom_labels_are_exact(size):
 
 def test_phantom_labels_agree_with_the_light():
     """Without haze, overlap, texture and noise, labelled pixels are the bright ones."""
-    plain = {"touching": 0.0, "overlap": 0.0, "haze": 0.0, "illumination": 0.0, "blur": 0.3, "dim": 0.0, "texture": 0.0}
+    plain = {
+        "touching": 0.0,
+        "overlap": 0.0,
+        "haze": 0.0,
+        "illumination": 0.0,
+        "blur": 0.3,
+        "dim": 0.0,
+        "texture": 0.0,
+    }
     for sample in nuclei_phantom(None, images=IMAGES, gain=0.01, read_noise=0.1, **plain)["train"]:
         bright = sample.image[0] > 110 + 40 + 30
         assert (bright & (sample.label > 0)).sum() / (bright | (sample.label > 0)).sum() > 0.95
@@ -142,7 +152,9 @@ def test_folder_split_of_few_images():
         assert moved <= len(set(SPLITS) - {settled[name] for name in few})
 
 
-@pytest.mark.parametrize("fractions", [{"val_fraction": 0.0}, {"test_fraction": 0.0}, {"val_fraction": 0.8}])
+@pytest.mark.parametrize(
+    "fractions", [{"val_fraction": 0.0}, {"test_fraction": 0.0}, {"val_fraction": 0.8}]
+)
 def test_folder_fractions(fractions):
     with pytest.raises(DataError, match="must be above 0"):
         _where(["a", "b", "c"], **fractions)
@@ -193,7 +205,9 @@ def test_folder_split_lists_of_any_editor(tmp_path, encode):
     assert ids == {"train": ["c", "d"], "val": ["b"], "test": ["a"]}
 
 
-@pytest.mark.parametrize(("listed", "image", "label"), list(itertools.product([NFC, NFD], repeat=3)))
+@pytest.mark.parametrize(
+    ("listed", "image", "label"), list(itertools.product([NFC, NFD], repeat=3))
+)
 def test_folder_names_that_look_the_same_are_the_same(tmp_path, listed, image, label):
     _folder(tmp_path)
     for part, name in (("images", image), ("labels", label)):
@@ -203,7 +217,9 @@ def test_folder_names_that_look_the_same_are_the_same(tmp_path, listed, image, l
     assert [sample.id for sample in folder(tmp_path)["train"]] == ["c", NFC]
     for split in LISTS:
         (tmp_path / f"{split}.txt").unlink()
-    settled = {split: [sample.id for sample in samples] for split, samples in folder(tmp_path).items()}
+    settled = {
+        split: [sample.id for sample in samples] for split, samples in folder(tmp_path).items()
+    }
     assert sorted(itertools.chain(*settled.values())) == ["a", "b", "c", NFC]
 
 
@@ -214,19 +230,36 @@ def _rename(part, old, new):
 def _lists(**changes):
     def write(root):
         for split, names in (LISTS | changes).items():
-            (root / f"{split}.txt").write_bytes(names if isinstance(names, bytes) else names.encode())
+            (root / f"{split}.txt").write_bytes(
+                names if isinstance(names, bytes) else names.encode()
+            )
 
     return write
 
 
 # What is done to a good folder, and what the sentence says of it.
 NAMES = {
-    "a list in Latin-1": (_lists(train="c\nzelle_\u00e9\n".encode("latin-1")), ["train.txt, line 2", "UTF-8"]),
-    "a list in UTF-16 without a mark": (_lists(val="b\n".encode("utf-16-le")), ["val.txt", "save the file as UTF-8"]),
-    "capitals on a list": (_lists(val="B"), ['val.txt: there is no image "B" (there is "b"; capitals count)']),
-    "capitals of a label": (_rename("labels", "b.tif", "B.tif"), ['b.tif: this image has no label (there is "B"']),
+    "a list in Latin-1": (
+        _lists(train="c\nzelle_\u00e9\n".encode("latin-1")),
+        ["train.txt, line 2", "UTF-8"],
+    ),
+    "a list in UTF-16 without a mark": (
+        _lists(val="b\n".encode("utf-16-le")),
+        ["val.txt", "save the file as UTF-8"],
+    ),
+    "capitals on a list": (
+        _lists(val="B"),
+        ['val.txt: there is no image "B" (there is "b"; capitals count)'],
+    ),
+    "capitals of a label": (
+        _rename("labels", "b.tif", "B.tif"),
+        ['b.tif: this image has no label (there is "B"'],
+    ),
     "capitals of an image": (
-        lambda root: (_rename("images", "b.tif", "a2.tif")(root), _rename("labels", "b.tif", "A2.tif")(root)),
+        lambda root: (
+            _rename("images", "b.tif", "a2.tif")(root),
+            _rename("labels", "b.tif", "A2.tif")(root),
+        ),
         ['a2.tif: this image has no label (there is "A2"'],
     ),
     "capitals of a list's name": (
@@ -235,7 +268,8 @@ NAMES = {
     ),
     "two names that look the same": (
         lambda root: [
-            tifffile.imwrite(root / "images" / f"{name}.tif", np.ones((8, 8), np.uint8)) for name in (NFC, NFD)
+            tifffile.imwrite(root / "images" / f"{name}.tif", np.ones((8, 8), np.uint8))
+            for name in (NFC, NFD)
         ],
         ["the name without its ending is also that of"],
     ),
@@ -244,9 +278,12 @@ NAMES = {
         ["is no UTF-8 text", "rename it"],
     ),
     "a folder of JPEGs": (
-        lambda root: [path.rename(path.with_suffix(".jpg")) for path in (root / "images").glob("?.tif")],
+        lambda root: [
+            path.rename(path.with_suffix(".jpg")) for path in (root / "images").glob("?.tif")
+        ],
         [
-            "images: there is no PNG, TIFF or HDF5 file in this folder, but a.jpg, b.jpg, c.jpg, d.jpg; save images as one"
+            "images: there is no PNG, TIFF or HDF5 file in this folder, but a.jpg, b.jpg, c.jpg, "
+            "d.jpg; save images as one"
         ],
     ),
 }
@@ -266,12 +303,22 @@ def test_folder_says_which_files_it_does_not_read(tmp_path, capsys):
     _folder(tmp_path)
     folder(tmp_path)
     assert capsys.readouterr().err == ""
-    for name in ("x.jpg", "y.CZI", "notes.txt", "Thumbs.db", ".z.jpg", *(f"{k}.bmp" for k in range(4))):
+    for name in (
+        "x.jpg",
+        "y.CZI",
+        "notes.txt",
+        "Thumbs.db",
+        ".z.jpg",
+        *(f"{k}.bmp" for k in range(4)),
+    ):
         (tmp_path / "images" / name).write_text("")
     (tmp_path / "images" / "more").mkdir()
     folder(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
-    expected = "images: not read: 0.bmp, 1.bmp, 2.bmp, 3.bmp, more and 2 more; save images as PNG, TIFF or HDF5"
+    expected = (
+        "images: not read: 0.bmp, 1.bmp, 2.bmp, 3.bmp, more and 2 more; save images as PNG, "
+        "TIFF or HDF5"
+    )
     assert line == f"warning: {tmp_path}/{expected}"
 
 
@@ -279,7 +326,8 @@ def test_folder_says_which_files_it_does_not_read(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("source", "split", "sizes"), [("bbbc039", "heldout", [80, 20, 50]), ("dsb2018", "subset60", [40, 8, 12])]
+    ("source", "split", "sizes"),
+    [("bbbc039", "heldout", [80, 20, 50]), ("dsb2018", "subset60", [40, 8, 12])],
 )
 def test_published_lists_are_disjoint_and_sorted(source, split, sizes):
     lists = published_split(source, split)
@@ -306,7 +354,10 @@ def test_decode_keeps_touching_nuclei_apart_and_drops_specks():
 @needs("bbbc039")
 def test_bbbc039_lists_follow_their_rule():
     official = {
-        name: sorted(line.removesuffix(".png") for line in (RAW / f"bbbc039/metadata/{name}.txt").read_text().split())
+        name: sorted(
+            line.removesuffix(".png")
+            for line in (RAW / f"bbbc039/metadata/{name}.txt").read_text().split()
+        )
         for name in ("training", "validation")
     }
     lists = published_split("bbbc039", "heldout")
@@ -417,8 +468,14 @@ def ac34_folder(tmp_path):
 
 @pytest.mark.parametrize("components", [True, False])
 def test_ac34_splits_and_components(ac34_folder, components):
-    splits = {split: list(samples) for split, samples in ac34(ac34_folder, components=components).items()}
-    for split, (depth, start, stop) in {"train": (100, 0, 80), "val": (100, 80, 100), "test": (103, 0, 100)}.items():
+    splits = {
+        split: list(samples) for split, samples in ac34(ac34_folder, components=components).items()
+    }
+    for split, (depth, start, stop) in {
+        "train": (100, 0, 80),
+        "val": (100, 80, 100),
+        "test": (103, 0, 100),
+    }.items():
         (sample,) = splits[split]
         image, label = _volume((depth, 12, 14), seed=depth)
         np.testing.assert_array_equal(sample.image, image[None, start:stop])
@@ -445,11 +502,17 @@ def test_ac34_refuses(ac34_folder):
     image, label = _volume((100, 12, 14), seed=100)
     path = ac34_folder / "AC4_labels.h5"
     for bad, message in (
-        ({"main": np.moveaxis(label, 0, 2)}, r"AC4_inputs.h5: .*\(12, 14, 100\), the same axes in another order"),
+        (
+            {"main": np.moveaxis(label, 0, 2)},
+            r"AC4_inputs.h5: .*\(12, 14, 100\), the same axes in " r"another order",
+        ),
         ({"main": label[1:]}, "AC4_inputs.h5: .* give both the same shape"),
         ({"main": label / 2}, "AC4_labels.h5: the label has type float64"),
         ({"main": label - 1}, "AC4_labels.h5: the label has negative numbers"),
-        ({"stack": label}, r'AC4_labels.h5: there is no dataset "main", inside is stack \(100, 12, 14\)'),
+        (
+            {"stack": label},
+            r'AC4_labels.h5: there is no dataset "main", inside is stack \(100, 12, ' r"14\)",
+        ),
     ):
         _write_h5(path, **bad)
         with pytest.raises(DataError, match=message):
@@ -459,7 +522,9 @@ def test_ac34_refuses(ac34_folder):
         list(ac34(ac34_folder)["val"])
     _write_h5(path, main=label[:90])
     _write_h5(ac34_folder / "AC4_inputs.h5", main=image[:90])
-    with pytest.raises(DataError, match=r"AC4_inputs.h5: there are 90 sections, so \[80, 100\] is no range"):
+    with pytest.raises(
+        DataError, match=r"AC4_inputs.h5: there are 90 sections, so \[80, 100\] is " r"no range"
+    ):
         list(ac34(ac34_folder)["val"])
 
 
@@ -468,7 +533,8 @@ SECTIONS = {"train": [0, 20], "val": [20, 26], "test": [26, 40]}
 
 @pytest.fixture
 def cremi_folder(tmp_path):
-    """A and B in the layout of the padded files: ids at (5, 7, 9) of the image, huge, and some not assigned."""
+    """A and B in the layout of the padded files: ids at (5, 7, 9) of the image, huge, and some not
+    assigned."""
     for seed, name in enumerate("AB"):
         raw = np.random.default_rng(seed).integers(0, 255, (50, 30, 33)).astype(np.uint8)
         ids = _volume((40, 12, 14), seed)[1].astype(np.uint64)
@@ -492,14 +558,18 @@ def test_cremi_crops_the_image_to_the_ids(cremi_folder, components):
     splits = cremi(cremi_folder, samples=["A", "B"], sections=SECTIONS, components=components)
     for split, (start, stop) in SECTIONS.items():
         both = list(splits[split])
-        assert [sample.id for sample in both] == [f"sample_{n}_20160501_z{start:03d}-{stop - 1:03d}" for n in "AB"]
+        assert [sample.id for sample in both] == [
+            f"sample_{n}_20160501_z{start:03d}-{stop - 1:03d}" for n in "AB"
+        ]
         for seed, (name, sample) in enumerate(zip("AB", both, strict=True)):
             raw = np.random.default_rng(seed).integers(0, 255, (50, 30, 33)).astype(np.uint8)
             np.testing.assert_array_equal(sample.image[0], raw[5 + start : 5 + stop, 7:19, 9:23])
             ids = _ids(cremi_folder, name)[start:stop]
             np.testing.assert_array_equal(sample.ignore, ids == UNASSIGNED)
             known = np.where(ids == UNASSIGNED, 0, ids)
-            assert _instances(sample.label) == (_components(known) if components else _instances(known))
+            assert _instances(sample.label) == (
+                _components(known) if components else _instances(known)
+            )
             assert sample.attrs["voxel_size_nm"] == [40.0, 4.0, 4.0]
             checked = check_sample(sample, 1, (4, 8, 8))
             assert checked.label.max() == len(_instances(sample.label))
@@ -520,7 +590,8 @@ def test_cremi_every_second_section_and_id_zero(cremi_folder):
     whole = next(cremi(cremi_folder, **options)["test"])
     half = next(cremi(cremi_folder, **options, every_section=2, ignore_zero=True)["test"])
     np.testing.assert_array_equal(half.image, whole.image[:, ::2])
-    np.testing.assert_array_equal(half.label, whole.label[::2])  # components are those of all sections
+    # components are those of all sections
+    np.testing.assert_array_equal(half.label, whole.label[::2])
     ids = _ids(cremi_folder)[26:40:2]
     np.testing.assert_array_equal(half.ignore, (ids == UNASSIGNED) | (ids == 0))
     assert (half.label[half.ignore] == 0).all()
@@ -528,7 +599,7 @@ def test_cremi_every_second_section_and_id_zero(cremi_folder):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"offset": [200.0, 28.0, 88.0]}, r"begin at \(5, 7, 22\) reach out of the image of \(50, 30, 33\); correct"),
+    ({"offset": [200.0, 28.0, 88.0]}, r"begin at \(5, 7, 22\) reach out of the image of \(50, 30, " r"33\); correct"),
     ({"offset": [-40.0, 28.0, 36.0]}, r"begin at \(-1, 7, 9\) reach out"),
     ({"offset": [200.0, 30.0, 36.0]}, "begin between voxels"),
     ({"resolution": [50.0, 4.0, 4.0]}, "neuron_ids: its voxels are"),
@@ -549,7 +620,10 @@ def test_cremi_refuses_arrays(tmp_path):
     raw, ids = _volume((40, 12, 14))
     size = {"resolution": [40, 4, 4]}
     for bad, message in (
-        ({"volumes__raw": raw, "volumes__labels__neuron_ids": ids}, "the attribute `resolution` is None"),
+        (
+            {"volumes__raw": raw, "volumes__labels__neuron_ids": ids},
+            "the attribute `resolution` is None",
+        ),
         (
             {"volumes__raw": (raw, size)},
             r'no dataset "volumes/labels/neuron_ids", inside is volumes/raw \(40, 12, 14\)',
@@ -559,7 +633,10 @@ def test_cremi_refuses_arrays(tmp_path):
             "the image has 3 axes, the ids have 2",
         ),
         (
-            {"volumes__raw": (raw, size), "volumes__labels__neuron_ids": (np.moveaxis(ids, 0, -1), size)},
+            {
+                "volumes__raw": (raw, size),
+                "volumes__labels__neuron_ids": (np.moveaxis(ids, 0, -1), size),
+            },
             "same axes in another order",
         ),
         ({"volumes__raw": (raw, size), "volumes__labels__neuron_ids": (ids - 1, size)}, "negative"),
@@ -570,7 +647,7 @@ def test_cremi_refuses_arrays(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"sections": {"train": [0, 20], "val": [19, 26], "test": [26, 40]}}, "overlap; give each section to one"),
+    ({"sections": {"train": [0, 20], "val": [19, 26], "test": [26, 40]}}, "overlap; give each " "section to one"),
     ({"sections": {"train": [0, 20], "val": [20, 26]}}, r"there must be \[first, after the last\]"),
     ({"sections": {**SECTIONS, "val": [20]}}, r"there must be \[first, after the last\]"),
     ({"sections": {**SECTIONS, "test": [26, 41]}}, r"there are 40 sections, so \[26, 41\]"),
@@ -594,7 +671,8 @@ def test_ac34_real_volumes_are_as_described():
     assert val.attrs["voxel_size_nm"] == [30.0, 6.0, 6.0]
     np.testing.assert_array_equal(val.label > 0, label[80:100] > 0)
     (whole,) = ac34(RAW / "ac3ac4", components=False)["val"]
-    pairs = np.unique(whole.label.astype(np.int64) * 1000 + val.label)  # a component is of one neuron
+    # a component is of one neuron
+    pairs = np.unique(whole.label.astype(np.int64) * 1000 + val.label)
     assert len(np.unique(pairs % 1000)) == len(pairs) > len(np.unique(pairs // 1000))
 
 
@@ -602,7 +680,9 @@ def test_ac34_real_volumes_are_as_described():
 def test_cremi_reads_fib25():
     name = "fib25_training_sample2_z000-179"
     sections = {"train": [0, 110], "val": [110, 140], "test": [140, 180]}
-    (val,) = cremi(RAW / "fib25", samples=[name], file="{}.hdf", sections=sections, ignore_zero=True)["val"]
+    (val,) = cremi(
+        RAW / "fib25", samples=[name], file="{}.hdf", sections=sections, ignore_zero=True
+    )["val"]
     ids = read_volume(RAW / f"fib25/{name}.hdf", "volumes/labels/neuron_ids")[110:140]
     np.testing.assert_array_equal(val.ignore, ids == 0)
     assert ids.max() > 65535
@@ -615,7 +695,14 @@ def test_cremi_reads_fib25():
 # --- neurites phantom ------------------------------------------------------------------------------------------------
 
 VOLUMES = {"train": 2, "val": 1, "test": 1}
-FLAWLESS = {"misalignment": 0.0, "contrast": 0.0, "brightness": 0.0, "missing": 0.0, "blurred": 0.0, "noise": 0.1}
+FLAWLESS = {
+    "misalignment": 0.0,
+    "contrast": 0.0,
+    "brightness": 0.0,
+    "missing": 0.0,
+    "blurred": 0.0,
+    "noise": 0.1,
+}
 
 
 def neurites_volumes(split="train", size=(8, 64, 70), volumes=VOLUMES, **options):
@@ -624,17 +711,25 @@ def neurites_volumes(split="train", size=(8, 64, 70), volumes=VOLUMES, **options
 
 def test_neurites_sample_depends_on_seed_split_and_number_only():
     few = neurites_volumes()
-    for one, other in zip(few, neurites_volumes(volumes={"train": 5, "val": 2, "test": 2}), strict=False):
+    for one, other in zip(
+        few, neurites_volumes(volumes={"train": 5, "val": 2, "test": 2}), strict=False
+    ):
         assert one.id == other.id
         np.testing.assert_array_equal(one.image, other.image)
         np.testing.assert_array_equal(one.label, other.label)
-    firsts = [*few, *neurites_volumes("val"), *neurites_volumes("test"), neurites_volumes(seed=1)[0]]
+    firsts = [
+        *few,
+        *neurites_volumes("val"),
+        *neurites_volumes("test"),
+        neurites_volumes(seed=1)[0],
+    ]
     assert len({sample.image.tobytes() for sample in firsts}) == len(firsts)
     assert len({sample.label.tobytes() for sample in firsts}) == len(firsts)
 
 
 @pytest.mark.parametrize(
-    ("size", "options"), [((8, 64, 70), {}), ((20, 40, 40), {"anisotropy": 1.0, "crowding": 20, "radius": (3, 15)})]
+    ("size", "options"),
+    [((8, 64, 70), {}), ((20, 40, 40), {"anisotropy": 1.0, "crowding": 20, "radius": (3, 15)})],
 )
 def test_neurites_labels_are_components(size, options):
     for sample in neurites_volumes(size=size, **options):
@@ -644,7 +739,9 @@ def test_neurites_labels_are_components(size, options):
         count = int(sample.label.max())
         assert count >= 4
         assert _instances(sample.label) == _components(sample.label)
-        assert np.bincount(sample.label.ravel(), minlength=count + 1)[1:].min() >= neurites.MIN_VOLUME
+        assert (
+            np.bincount(sample.label.ravel(), minlength=count + 1)[1:].min() >= neurites.MIN_VOLUME
+        )
         assert sample.attrs["voxel_size_nm"] == [options.get("anisotropy", 5.0) * 6, 6.0, 6.0]
         check_sample(sample, 1, size)
 
@@ -676,7 +773,8 @@ def test_a_larger_volume_costs_no_more_per_voxel(monkeypatch):
 
 
 def _line_distance(point, centre, slope):
-    """Distance in space of a point (y, x) of the plane z = 0 from the line through (0, *centre) along (1, *slope)."""
+    """Distance in space of a point (y, x) of the plane z = 0 from the line through (0, *centre)
+    along (1, *slope)."""
     way = np.array([0.0, *np.subtract(point, centre)])
     along = np.array([1.0, *slope])
     return np.linalg.norm(np.cross(way, along)) / np.linalg.norm(along)
@@ -684,7 +782,11 @@ def _line_distance(point, centre, slope):
 
 def test_forms_are_distances_from_oblique_lines():
     rng = np.random.default_rng(0)
-    centre, slope, radius = rng.normal(0, 20, (5, 2)), rng.normal(0, 2, (5, 2)), rng.uniform(1, 9, 5)
+    centre, slope, radius = (
+        rng.normal(0, 20, (5, 2)),
+        rng.normal(0, 2, (5, 2)),
+        rng.uniform(1, 9, 5),
+    )
     points = rng.normal(0, 20, (2, 7))
     values = neurites._forms(centre, slope, radius) @ neurites._powers(points)
     for k, p in np.ndindex(values.shape):
@@ -693,7 +795,8 @@ def test_forms_are_distances_from_oblique_lines():
 
 
 def test_neurites_tiles_leave_out_nothing_that_counts():
-    """The nearest tube of each pixel, and the distance to the territory of the next, as if every tube were tried."""
+    """The nearest tube of each pixel, and the distance to the territory of the next, as if every
+    tube were tried."""
     rng = np.random.default_rng(1)
     tubes = neurites._tubes(rng, (4, 90, 90), 5.0, 8.0, (3.0, 55.0), 0.8, 0.5, 0.5, 0.5)
     place = np.stack(np.mgrid[5:75, 7:80]).reshape(2, -1).astype(float)
@@ -708,7 +811,10 @@ def test_neurites_tiles_leave_out_nothing_that_counts():
             one, other = tubes.form[1, 2][list(two)] @ neurites._powers(point[:, None])
             return (one - other).item()
 
-        slope = [(gap(place[:, p] + step) - gap(place[:, p] - step)) / 0.2 for step in np.diag([0.1, 0.1])]
+        slope = [
+            (gap(place[:, p] + step) - gap(place[:, p] - step)) / 0.2
+            for step in np.diag([0.1, 0.1])
+        ]
         assert border[p] == pytest.approx(gap(place[:, p]) / np.hypot(*slope), rel=1e-4, abs=1e-4)
     assert np.isfinite(smear).all()
 
@@ -717,9 +823,16 @@ def test_neurites_border_moves_as_predicted():
     """What a border moves between the faces of a section, from where it is on the faces."""
     vertical = np.array([[0.0, 0.0], [0.0, 40.0]])
     slope = np.array([[0.0, 0.6], [0.0, 0.6]])
-    forms = np.stack([neurites._forms(vertical + t * slope, slope, np.array([9.0, 9.0])) for t in (-2.5, 0, 2.5)])
+    forms = np.stack(
+        [neurites._forms(vertical + t * slope, slope, np.array([9.0, 9.0])) for t in (-2.5, 0, 2.5)]
+    )
     tubes = neurites._Tubes(
-        np.array([1, 2]), forms[:, None], forms[1][None], np.zeros((1, 2)), np.zeros(2), np.zeros((2, 2))
+        np.array([1, 2]),
+        forms[:, None],
+        forms[1][None],
+        np.zeros((1, 2)),
+        np.zeros(2),
+        np.zeros((2, 2)),
     )
     x = np.arange(0, 41.0) + 0.25
     first, border, smear, _ = neurites._tile(tubes, 0, np.stack([0 * x, x]), np.zeros((2, len(x))))
@@ -727,28 +840,39 @@ def test_neurites_border_moves_as_predicted():
     np.testing.assert_allclose(border, abs(x - 20), atol=1e-5)
     np.testing.assert_allclose(abs(smear), 3.0, atol=1e-5)  # 5 pixels of depth, 0.6 sideways each
     follow = np.stack([0 * x, np.full(len(x), 1.8)])  # the tissue itself moves along
-    np.testing.assert_allclose(abs(neurites._tile(tubes, 0, np.stack([0 * x, x]), follow)[2]), 1.2, atol=1e-5)
+    np.testing.assert_allclose(
+        abs(neurites._tile(tubes, 0, np.stack([0 * x, x]), follow)[2]), 1.2, atol=1e-5
+    )
 
 
 def test_neurites_are_as_oblique_as_they_drift():
-    """The outline in a section is that of a tube that leans as its centre moves between the faces."""
-    tubes = neurites._tubes(np.random.default_rng(1), (6, 90, 90), 5.0, 8.0, (3.0, 55.0), 1.5, 0.5, 0.5, 0.5)
+    """The outline in a section is that of a tube that leans as its centre moves between the
+    faces."""
+    tubes = neurites._tubes(
+        np.random.default_rng(1), (6, 90, 90), 5.0, 8.0, (3.0, 55.0), 1.5, 0.5, 0.5, 0.5
+    )
     by, bx, yy, yx, xx = np.moveaxis(tubes.form, -1, 0)[1:]
     second = np.stack([np.stack([2 * yy, yx], -1), np.stack([yx, 2 * xx], -1)], -2)
     centre = np.linalg.solve(second, -np.stack([by, bx], -1)[..., None])[..., 0]
     vy, vx = np.moveaxis((centre[2] - centre[0]) / 5.0, -1, 0)
     assert np.hypot(vy, vx).max() > 2
-    for found, expected in ((yy, 1 - vy**2 / (1 + vy**2 + vx**2)), (xx, 1 - vx**2 / (1 + vy**2 + vx**2))):
+    for found, expected in (
+        (yy, 1 - vy**2 / (1 + vy**2 + vx**2)),
+        (xx, 1 - vx**2 / (1 + vy**2 + vx**2)),
+    ):
         np.testing.assert_allclose(found[1], expected, atol=0.02)
 
 
 def test_neurites_background_is_where_two_neurites_meet():
-    """Every pixel between neurites is within half a membrane of another neurite, and none that is labelled is."""
+    """Every pixel between neurites is within half a membrane of another neurite, and none that is
+    labelled is."""
     rng = np.random.default_rng(2)
     tubes = neurites._tubes(rng, (3, 120, 120), 5.0, 10.0, (3.0, 55.0), 0.8, 0.3, 0.5, 0.5)
     grid = np.stack(np.mgrid[:120, :120]).astype(float)
     _, label = neurites._section(rng, tubes, 1, (grid, 0 * grid), 6.0)
-    owner = tubes.owner[neurites._tile(tubes, 1, grid.reshape(2, -1), 0 * grid.reshape(2, -1))[0]].reshape(120, 120)
+    owner = tubes.owner[
+        neurites._tile(tubes, 1, grid.reshape(2, -1), 0 * grid.reshape(2, -1))[0]
+    ].reshape(120, 120)
     assert ((label == 0) | (label == owner)).all()
     distance = np.empty(owner.shape)
     for number in np.unique(owner):  # to the nearest pixel of any other
@@ -761,11 +885,19 @@ def test_neurites_background_is_where_two_neurites_meet():
 def _contrast(sample):
     """Mean grey value of labelled voxels less that of others, per section."""
     image, inside = sample.image[0].astype(float), sample.label > 0
-    return np.array([section[own].mean() - section[~own].mean() for section, own in zip(image, inside, strict=True)])
+    return np.array(
+        [
+            section[own].mean() - section[~own].mean()
+            for section, own in zip(image, inside, strict=True)
+        ]
+    )
 
 
 def test_neurites_image_and_label_move_together():
-    """However far sections are shifted, membranes stay where the labels have none; shifted apart they would not."""
+    """However far sections are shifted, membranes stay where the labels have none.
+
+    Shifted apart they would not.
+    """
     plain = {**FLAWLESS, "organelles": 0.0, "vesicles": 0.0, "drift": 0.1, "size": (10, 96, 96)}
     still, moved = (neurites_volumes("val", **plain | {"misalignment": s})[0] for s in (0.0, 8.0))
     assert (still.label != moved.label).mean() > 0.1
@@ -781,11 +913,14 @@ def test_neurites_defects_do_what_they_say():
     (black, *_) = neurites_volumes(**FLAWLESS | {"missing": 0.5})
     lost = black.image[0].max((1, 2)) == 0
     assert 0 < lost.sum() < len(lost)
-    np.testing.assert_array_equal(black.label, plain.label)  # truth goes on where the image is black
+    # truth goes on where the image is black
+    np.testing.assert_array_equal(black.label, plain.label)
     np.testing.assert_array_equal(black.image[0][~lost], plain.image[0][~lost])
     assert neurites_volumes(**FLAWLESS | {"brightness": 30.0})[0].image[0].mean((1, 2)).std() > 15
     sharp, soft = (
-        np.abs(np.diff(neurites_volumes(**FLAWLESS | {"blurred": b})[0].image[0].astype(int))).mean()
+        np.abs(
+            np.diff(neurites_volumes(**FLAWLESS | {"blurred": b})[0].image[0].astype(int))
+        ).mean()
         for b in (0.0, 1.0)
     )
     assert soft < 0.8 * sharp
@@ -794,23 +929,43 @@ def test_neurites_defects_do_what_they_say():
 
 
 def test_neurites_organelles_and_crowding():
-    plain = {**FLAWLESS, "vesicles": 0.0, "size": (12, 96, 96), "volumes": {"train": 3, "val": 1, "test": 1}}
+    plain = {
+        **FLAWLESS,
+        "vesicles": 0.0,
+        "size": (12, 96, 96),
+        "volumes": {"train": 3, "val": 1, "test": 1},
+    }
     with_, without = (
-        [s.image[0][s.label > 0] < 90 for s in neurites_volumes(**plain, organelles=o)] for o in (1.0, 0.0)
+        [s.image[0][s.label > 0] < 90 for s in neurites_volumes(**plain, organelles=o)]
+        for o in (1.0, 0.0)
     )
     assert np.concatenate(with_).mean() > 1.5 * np.concatenate(without).mean()
-    few, many = (sum(s.label.max() for s in neurites_volumes(**plain, crowding=c)) for c in (4.0, 16.0))
+    few, many = (
+        sum(s.label.max() for s in neurites_volumes(**plain, crowding=c)) for c in (4.0, 16.0)
+    )
     assert many > 1.8 * few
 
 
 def test_neurites_branch():
     """With branches, sections show more neurites in two pieces that are one elsewhere."""
-    options = {**FLAWLESS, "size": (24, 96, 96), "drift": 0.0, "wobble": 0.0, "radius": (12.0, 12.1), "crowding": 10.0}
+    options = {
+        **FLAWLESS,
+        "size": (24, 96, 96),
+        "drift": 0.0,
+        "wobble": 0.0,
+        "radius": (12.0, 12.1),
+        "crowding": 10.0,
+    }
 
     def pieces(branching):
-        sections = [section for sample in neurites_volumes(**options, branching=branching) for section in sample.label]
+        sections = [
+            section
+            for sample in neurites_volumes(**options, branching=branching)
+            for section in sample.label
+        ]
         return sum(
-            int(connected_regions(s, connectivity=1, background=0).max()) - len(np.unique(s)) + 1 for s in sections
+            int(connected_regions(s, connectivity=1, background=0).max()) - len(np.unique(s)) + 1
+            for s in sections
         )
 
     assert pieces(1.0) > pieces(0.0) + 15
@@ -833,12 +988,20 @@ def test_joined_datasets_are_all_their_images(tmp_path, squares):
             samples = []
             for i in range(count):
                 image, label = squares(next(seed))
-                samples.append(Sample(f"s{i}", image.astype(dtype), label, attrs={"source": f"{name}/{i}"}))
+                samples.append(
+                    Sample(f"s{i}", image.astype(dtype), label, attrs={"source": f"{name}/{i}"})
+                )
             (tmp_path / name).mkdir(exist_ok=True)
             io.write_samples(tmp_path / name / f"{split}.h5", samples)
-    found = {split: list(samples) for split, samples in joined(tmp_path, datasets=["b", "a"]).items()}
+    found = {
+        split: list(samples) for split, samples in joined(tmp_path, datasets=["b", "a"]).items()
+    }
     names = {split: [sample.id for sample in samples] for split, samples in found.items()}
-    assert names == {"train": ["b-s0", "a-s0", "a-s1"], "val": ["b-s0", "b-s1", "a-s0"], "test": ["b-s0", "a-s0"]}
+    assert names == {
+        "train": ["b-s0", "a-s0", "a-s1"],
+        "val": ["b-s0", "b-s1", "a-s0"],
+        "test": ["b-s0", "a-s0"],
+    }
     (original,) = io.read_samples(tmp_path / "b" / "train.h5")
     first = found["train"][0]
     assert first.image.dtype == np.uint16

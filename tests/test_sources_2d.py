@@ -1,4 +1,5 @@
-"""CVPPP and C. elegans, the phantoms of worms and leaves, and what becomes of pixels of two instances."""
+"""CVPPP and C. elegans, the phantoms of worms and leaves, and what becomes of pixels of two
+instances."""
 
 import os
 import sys
@@ -43,7 +44,8 @@ def test_first_line_names_the_licence(name):
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Return `make(source, root=None, options={}, patch=(16, 16), channels=1)` -> {split: list of samples} from the files."""
+    """Return `make(source, root=None, options={}, patch=(16, 16), channels=1)` -> {split: list of
+    samples} from the files."""
 
     def make(source, root=None, options=None, patch=(16, 16), channels=1):
         outputs = {split: tmp_path / "out" / f"{split}.h5" for split in SPLITS}
@@ -62,7 +64,8 @@ def one_sentence(error):
 
 @pytest.fixture
 def three():
-    """Masks of three instances in a row of eight pixels: pixel 2 is of the first two, pixel 3 of all, pixel 4 of the last two."""
+    """Masks of three instances in a row of eight pixels: pixel 2 is of the first two, pixel 3 of
+    all, pixel 4 of the last two."""
     masks = np.zeros((3, 1, 8), bool)
     masks[0, 0, :4] = masks[1, 0, 2:5] = masks[2, 0, 3:7] = True
     return masks
@@ -70,7 +73,11 @@ def three():
 
 @pytest.mark.parametrize(
     ("overlap", "expected"),
-    [("first", [1, 1, 1, 1, 2, 3, 3, 0]), ("last", [1, 1, 2, 3, 3, 3, 3, 0]), ("ignore", [1, 1, 0, 0, 0, 3, 3, 0])],
+    [
+        ("first", [1, 1, 1, 1, 2, 3, 3, 0]),
+        ("last", [1, 1, 2, 3, 3, 3, 3, 0]),
+        ("ignore", [1, 1, 0, 0, 0, 3, 3, 0]),
+    ],
 )
 def test_merged_masks(three, overlap, expected):
     label, ignore = merge_masks(three, (1, 8), overlap)
@@ -100,7 +107,9 @@ def test_masks_refuse(three, tmp_path):
 
 # --- C. elegans ------------------------------------------------------------------------------------------------------
 
-WELLS = [f"{row}{column:02d}" for row in "ABCD" for column in range(1, 25)] + [f"E{k:02d}" for k in range(1, 5)]
+WELLS = [f"{row}{column:02d}" for row in "ABCD" for column in range(1, 25)] + [
+    f"E{k:02d}" for k in range(1, 5)
+]
 COMMON = [well for well in WELLS if well not in ("C13", "C14", "D24")]
 
 
@@ -127,12 +136,15 @@ def test_celegans_lists_follow_their_rule():
     }
     for half in (True, False):
         own = sorted(well for wells in part.values() for well in wells if treated(well) == half)
-        assert [well for well in own if well in part["test"]] == [w for j, w in enumerate(own) if j % 7 in (2, 5)]
+        assert [well for well in own if well in part["test"]] == [
+            w for j, w in enumerate(own) if j % 7 in (2, 5)
+        ]
         assert [well for well in own if well in part["val"]] == own[3::7]
 
 
 def worms(seed):
-    """A small well: image (Y, X) uint16, and three masks, of which the second crosses the first and the third has two parts."""
+    """A small well: image (Y, X) uint16, and three masks, of which the second crosses the first and
+    the third has two parts."""
     image = np.random.default_rng(seed).integers(100, 3000, (24, 30)).astype(np.uint16)
     masks = np.zeros((3, 24, 30), np.uint8)
     masks[0, 4:7, 2:20] = masks[1, 2:12, 8:11] = masks[2, 15:17, 3:9] = masks[2, 15:17, 12:20] = 255
@@ -146,7 +158,9 @@ def celegans_folder(tmp_path):
     images, each = root / "BBBC010_v1_images", root / "BBBC010_v1_foreground_eachworm"
     images.mkdir(parents=True)
     each.mkdir()
-    for number, well in enumerate(sorted(w for own in published_split("celegans", "subset43").values() for w in own)):
+    for number, well in enumerate(
+        sorted(w for own in published_split("celegans", "subset43").values() for w in own)
+    ):
         for channel in (1, 2):
             name = f"1649_1109_0003_Amp5-1_B_20070424_{well}_w{channel}_0A1B{number:02d}.tif"
             tifffile.imwrite(images / name, worms(10 * number + channel)[0])
@@ -167,7 +181,8 @@ def test_celegans_to_files(celegans_folder, prepared, channel):
             expected = worms(10 * numbers[sample.id] + (2 if channel == "brightfield" else 1))[0]
             np.testing.assert_array_equal(sample.image, expected[None])
             np.testing.assert_array_equal(sample.ignore, masks.sum(0) > 1)
-            np.testing.assert_array_equal(sample.label == 1, masks[0] & ~masks[1])  # crossed, and still one
+            # crossed, and still one
+            np.testing.assert_array_equal(sample.label == 1, masks[0] & ~masks[1])
             np.testing.assert_array_equal(sample.label == 2, masks[1] & ~masks[0])
             np.testing.assert_array_equal(sample.label == 3, masks[2])  # two parts of one mask
             assert sample.attrs["source"].startswith("BBBC010_v1_images/")
@@ -176,7 +191,9 @@ def test_celegans_to_files(celegans_folder, prepared, channel):
 def test_celegans_overlaps_may_go_to_a_worm(celegans_folder, prepared):
     masks = worms(0)[1] > 0
     for overlap, number in (("first", 1), ("last", 2)):
-        sample = prepared("celegans", celegans_folder, {"split": "subset43", "overlap": overlap})["val"][0]
+        sample = prepared("celegans", celegans_folder, {"split": "subset43", "overlap": overlap})[
+            "val"
+        ][0]
         assert sample.ignore is None
         assert (sample.label[masks[0] & masks[1]] == number).all()
 
@@ -187,7 +204,9 @@ def test_celegans_refuses(celegans_folder, tmp_path):
             list(celegans(root, split=split, **options)["train"])
         return error
 
-    assert one_sentence(refused(r"_A07_w2_\*.tif: there is no such file; .* choose a split", split="all97"))
+    assert one_sentence(
+        refused(r"_A07_w2_\*.tif: there is no such file; .* choose a split", split="all97")
+    )
     refused('no channel "green"', channel="green")
     refused('no published split "subset44": did you mean "subset43"', split="subset44")
     refused('no rule "nearest"', overlap="nearest")
@@ -205,9 +224,14 @@ def test_celegans_refuses(celegans_folder, tmp_path):
     refused("BBBC010_v1_foreground_eachworm: there is no such folder")
 
 
-@pytest.mark.skipif(not (RAW / "bbbc010").is_dir(), reason="no raw data in bbbc010; set GDLIB_RAW to their folder")
+@pytest.mark.skipif(
+    not (RAW / "bbbc010").is_dir(), reason="no raw data in bbbc010; set GDLIB_RAW to their folder"
+)
 def test_celegans_real_wells_are_as_described():
-    """Labels lie on the worms, which are darker than what is around them; shifted by one row they would do so less."""
+    """Labels lie on the worms, which are darker than what is around them.
+
+    Shifted by one row they would do so less.
+    """
     splits = {
         split: list(samples)
         for split, samples in celegans(RAW / "bbbc010", split="subset43").items()
@@ -277,14 +301,18 @@ LISTED = [int(name[5:]) for own in published_split("cvppp", "local20").values() 
 
 
 @pytest.mark.parametrize(
-    ("place", "alpha"), [("A1", False), ("A1/train", True), ("training/A1", False), (".", True)], ids=str
+    ("place", "alpha"),
+    [("A1", False), ("A1/train", True), ("training/A1", False), (".", True)],
+    ids=str,
 )
 def test_cvppp_to_files(tmp_path, prepared, place, alpha):
     root = tmp_path / "raw"
     write_plants(root / place, [*LISTED, 1, 7, 161], alpha)
     write_plants(root / "A2", [1, 3])  # other plants of the challenge are not those of A1
     splits = prepared("cvppp", root, channels=3)
-    assert {split: [int(sample.id[5:]) for sample in samples] for split, samples in splits.items()} == {
+    assert {
+        split: [int(sample.id[5:]) for sample in samples] for split, samples in splits.items()
+    } == {
         "train": [1, 7, 161],
         "val": sorted(set(LISTED) - set(VALIDATED)),
         "test": VALIDATED,
@@ -293,13 +321,16 @@ def test_cvppp_to_files(tmp_path, prepared, place, alpha):
         for sample in samples:
             image, label = plant(int(sample.id[5:]))
             np.testing.assert_array_equal(sample.image, np.moveaxis(image, -1, 0))
-            np.testing.assert_array_equal(sample.label, np.where(label == 4, 3, label))  # by index, not by colour
+            # by index, not by colour
+            np.testing.assert_array_equal(sample.label, np.where(label == 4, 3, label))
 
 
 def test_cvppp_refuses(tmp_path, prepared):
     root = tmp_path / "raw"
     (root / "A1").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"raw: there is no A1/plantNNN_label.png .*register at https://") as error:
+    with pytest.raises(
+        DataError, match=r"raw: there is no A1/plantNNN_label.png .*register at " r"https://"
+    ) as error:
         cvppp(root)
     assert one_sentence(error)
     (root / "A1" / "plant001_label.png").touch()
@@ -332,7 +363,9 @@ PHANTOMS = {"worms_phantom": worms_phantom, "leaves_phantom": leaves_phantom}
 @pytest.mark.parametrize("name", PHANTOMS)
 def test_phantom_sample_depends_on_seed_split_and_number_only(name):
     make = PHANTOMS[name]
-    few = {split: list(samples) for split, samples in make(None, size=(96, 110), images=IMAGES).items()}
+    few = {
+        split: list(samples) for split, samples in make(None, size=(96, 110), images=IMAGES).items()
+    }
     more = make(None, size=(96, 110), images={"train": 6, "val": 2, "test": 2})
     for split, samples in few.items():
         for one, other in zip(samples, more[split], strict=False):
@@ -368,7 +401,8 @@ def test_worms_are_where_it_is_dark_in_the_well():
         light = sample.image[0] / 2690
         worm = (sample.label > 0) | sample.ignore
         outside = connected_regions(light < 0.1, background=0)
-        well = ~np.isin(outside, np.unique(outside[[0, 0, -1, -1], [0, -1, 0, -1]]))  # the corners are dark
+        # the corners are dark
+        well = ~np.isin(outside, np.unique(outside[[0, 0, -1, -1], [0, -1, 0, -1]]))
         dark = binary_dilation(well, iterations=1) & (light < 0.9) & (light > 0.05)
         assert 0.04 < worm.mean() < 0.3
         assert light[worm].mean() < 0.6
@@ -377,7 +411,8 @@ def test_worms_are_where_it_is_dark_in_the_well():
 
 
 def test_worms_look_like_those_of_bbbc010():
-    """As in the real wells: 9 pixels wide, about 100 long, in groups, with few pixels that belong to two."""
+    """As in the real wells: 9 pixels wide, about 100 long, in groups, with few pixels that belong
+    to two."""
     samples = list(worms_phantom(None, images={"train": 8, "val": 1, "test": 1})["train"])
     masks = [sample.label == k for sample in samples for k in range(1, sample.label.max() + 1)]
     area = np.array([mask.sum() for mask in masks])
@@ -391,7 +426,9 @@ def test_worms_look_like_those_of_bbbc010():
 
 
 def test_worms_overlap_by_one_rule():
-    found = {rule: list(worms_phantom(None, images=IMAGES, overlap=rule)["train"]) for rule in OVERLAPS}
+    found = {
+        rule: list(worms_phantom(None, images=IMAGES, overlap=rule)["train"]) for rule in OVERLAPS
+    }
     for ignore, first, last in zip(*(found[rule] for rule in OVERLAPS), strict=True):
         np.testing.assert_array_equal(ignore.image, first.image)
         np.testing.assert_array_equal(first.image, last.image)
@@ -404,19 +441,28 @@ def test_worms_overlap_by_one_rule():
 
 def test_worms_options():
     def total(part, **options):
-        samples = list(worms_phantom(None, size=(160, 160), images=IMAGES, length=(50, 60), **options)["train"])
+        samples = list(
+            worms_phantom(None, size=(160, 160), images=IMAGES, length=(50, 60), **options)["train"]
+        )
         return sum(float(part(sample)) for sample in samples)
 
     def bent(sample):
-        """Part of the worms' bounding boxes that they do not reach the ends of: a straight worm spans its length."""
+        """Part of the worms' bounding boxes that they do not reach the ends of: a straight worm
+        spans its length."""
         worms = [np.argwhere(sample.label == k) for k in range(1, sample.label.max() + 1)]
         return np.mean([60 - np.linalg.norm(np.ptp(worm, axis=0)) for worm in worms])
 
-    assert total(lambda s: s.label.max(), count=(20, 20)) > 1.5 * total(lambda s: s.label.max(), count=(6, 6))
-    assert total(lambda s: s.ignore.sum(), crossing=1.0) > 2 * total(lambda s: s.ignore.sum(), crossing=0.0, shared=0.0)
+    assert total(lambda s: s.label.max(), count=(20, 20)) > 1.5 * total(
+        lambda s: s.label.max(), count=(6, 6)
+    )
+    assert total(lambda s: s.ignore.sum(), crossing=1.0) > 2 * total(
+        lambda s: s.ignore.sum(), crossing=0.0, shared=0.0
+    )
     assert total(lambda s: s.ignore.sum(), shared=0.0) == 0
     assert total(bent, curled=1.0) > total(bent, curled=0.0) + 8
-    assert total(lambda s: (s.image < 200).mean(), well=0.6) > 2 * total(lambda s: (s.image < 200).mean(), well=0.95)
+    assert total(lambda s: (s.image < 200).mean(), well=0.6) > 2 * total(
+        lambda s: (s.image < 200).mean(), well=0.95
+    )
 
 
 def greenness(sample):
@@ -439,10 +485,12 @@ def test_leaves_differ_much_in_size_and_the_youngest_is_on_top():
         area = np.bincount(sample.label.ravel())[1:]
         assert 4 <= len(area) <= 18
         assert area.min() >= MIN_AREA  # of what is seen, also where it has two parts
-        assert area[: len(area) // 3].mean() > 3 * area[-len(area) // 3 :].mean()  # the last are the youngest
+        # the last are the youngest
+        assert area[: len(area) // 3].mean() > 3 * area[-len(area) // 3 :].mean()
         middle = np.argwhere(sample.label > 0).mean(0)
         place = [
-            np.hypot(*(np.argwhere(sample.label == k) - middle).T).mean() for k in (1, 2, len(area) - 1, len(area))
+            np.hypot(*(np.argwhere(sample.label == k) - middle).T).mean()
+            for k in (1, 2, len(area) - 1, len(area))
         ]
         assert max(place[2:]) < max(place[:2])
     touching = sum(connected_regions(sample.label > 0).max() for sample in samples)
@@ -451,10 +499,20 @@ def test_leaves_differ_much_in_size_and_the_youngest_is_on_top():
 
 def test_leaves_options():
     def mean(part, **options):
-        return np.mean([part(s) for s in leaves_phantom(None, size=(128, 128), images=IMAGES, **options)["train"]])
+        return np.mean(
+            [
+                part(s)
+                for s in leaves_phantom(None, size=(128, 128), images=IMAGES, **options)["train"]
+            ]
+        )
 
-    assert mean(lambda s: s.label.max(), count=(16, 16)) > mean(lambda s: s.label.max(), count=(6, 6)) + 5
-    assert mean(lambda s: (s.label > 0).mean(), crowding=2.0) > 1.2 * mean(lambda s: (s.label > 0).mean(), crowding=1.0)
+    assert (
+        mean(lambda s: s.label.max(), count=(16, 16))
+        > mean(lambda s: s.label.max(), count=(6, 6)) + 5
+    )
+    assert mean(lambda s: (s.label > 0).mean(), crowding=2.0) > 1.2 * mean(
+        lambda s: (s.label > 0).mean(), crowding=1.0
+    )
     assert mean(lambda s: (s.label > 0).mean(), radius=(0.45, 0.46)) > 2 * mean(
         lambda s: (s.label > 0).mean(), radius=(0.2, 0.21)
     )

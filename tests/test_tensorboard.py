@@ -1,4 +1,5 @@
-"""Training histories as event files: the bytes that TensorBoard's own writer makes, runs that still train, and going on."""
+"""Training histories as event files: the bytes that TensorBoard's own writer makes, runs that still
+train, and going on."""
 
 import csv
 
@@ -9,7 +10,8 @@ from gdlib import io, tensorboard
 from gdlib.cli.main import main
 from gdlib.train.loop import Interrupted
 
-# One event, `train/loss` 0.5 at step 300, as written by tensorboard 2.21 (RecordWriter, Event and Summary).
+# One event, `train/loss` 0.5 at step 300, as written by tensorboard 2.21 (RecordWriter, Event and
+# Summary).
 KNOWN = bytes.fromhex(
     "0f000000000000006d532b091a0d627261696e2e4576656e743a32fc985129"
     "2100000000000000017becf6090000000000c0724010ac022a130a110a0a747261696e2f6c6f7373150000003fbac241e3"
@@ -26,13 +28,16 @@ def test_tensorboard_reads_them(tmp_path):
     (tmp_path / tensorboard.EVENTS).write_bytes(tensorboard.events(rows))
     read = accumulator.EventAccumulator(str(tmp_path), {"scalars": 0})
     read.Reload()
-    assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(s, pytest.approx(v)) for s, _, v in rows[:-1]]
+    assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [
+        (s, pytest.approx(v)) for s, _, v in rows[:-1]
+    ]
     assert [e.step for e in read.Scalars("val/aji")] == [20000]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, make_spec, train):
-    """Return the folder of a study with one finished run and one that was stopped half-way, as trainings leave them."""
+    """Return the folder of a study with one finished run and one that was stopped half-way, as
+    trainings leave them."""
     folder = tmp_path_factory.mktemp("study")
     done = folder / "runs" / "squares" / "tiny" / "none" / "seed0"
     train(make_spec(steps=6), done)
@@ -45,10 +50,16 @@ def study(tmp_path_factory, make_spec, train):
 def test_finished_and_running_trainings(study, capsys):
     assert main(["tensorboard", str(study)]) == 0
     assert "2 runs" in capsys.readouterr().out
-    runs = {path.parent.relative_to(study / "tensorboard").as_posix(): path for path in study.rglob(tensorboard.EVENTS)}
+    runs = {
+        path.parent.relative_to(study / "tensorboard").as_posix(): path
+        for path in study.rglob(tensorboard.EVENTS)
+    }
     assert set(runs) == {"squares/tiny/none/seed0", "squares/tiny/none/seed1"}
     with open(study / "runs" / "squares/tiny/none/seed0" / "history.csv") as file:
-        rows = [(int(step), f"{split}/{name}", float(value)) for step, split, name, value in list(csv.reader(file))[1:]]
+        rows = [
+            (int(step), f"{split}/{name}", float(value))
+            for step, split, name, value in list(csv.reader(file))[1:]
+        ]
     assert any(tag == "val/aji" for _, tag, _ in rows)
     assert runs["squares/tiny/none/seed0"].read_bytes() == tensorboard.events(rows)
 
@@ -63,7 +74,9 @@ def test_what_is_new_is_added_and_a_new_training_replaces_the_old(tmp_path):
     node, first = path.stat().st_ino, path.read_bytes()
     path = history((10, "train", "loss", 2.0), (20, "train", "loss", 1.0))
     assert path.stat().st_ino == node, "an open file goes on"
-    assert path.read_bytes() == tensorboard.events([(10, "train/loss", 2.0), (20, "train/loss", 1.0)])
+    assert path.read_bytes() == tensorboard.events(
+        [(10, "train/loss", 2.0), (20, "train/loss", 1.0)]
+    )
     assert path.read_bytes().startswith(first)
     history((10, "train", "loss", 3.0))
     assert path.read_bytes() == tensorboard.events([(10, "train/loss", 3.0)])

@@ -1,4 +1,5 @@
-"""Loss terms against the paper's formulas, written as loops over pixels, instances, pairs and memory images in float64."""
+"""Loss terms against the paper's formulas, written as loops over pixels, instances, pairs and
+memory images in float64."""
 
 import itertools
 import math
@@ -88,12 +89,16 @@ def agd_intra(student, teacher, label, offsets, memory, balanced=False, wrap=Fal
         for o in offsets:
             for p, q in edges_inside(o, y.shape, wrap):
                 weight = connected if y[p] == y[q] else separated
-                total += weight * (cosine(vector(s, p), vector(s, q)) - cosine(vector(t, p), vector(t, q))) ** 2
+                total += (
+                    weight
+                    * (cosine(vector(s, p), vector(s, q)) - cosine(vector(t, p), vector(t, q))) ** 2
+                )
     return total / label.size
 
 
 def unit_vectors(image, pool=1):
-    """All unit vectors of an image, or their means over windows that begin every `pool` pixels (3 in z)."""
+    """All unit vectors of an image, or their means over windows that begin every `pool` pixels (3
+    in z)."""
     image = image / np.sqrt((image**2).sum(0))
     shape = image.shape[1:]
     window = (pool,) * 2 if len(shape) == 2 or pool == 1 else (3, pool, pool)
@@ -117,7 +122,9 @@ def agd_inter(student, teacher, label, offsets, memory, pool=1):
 
 def nodes_of(image, label, background=False):
     ids = sorted(set(label.flat) - (set() if background else {0}))
-    return [np.mean([vector(image, p) for p in pixels(label.shape) if label[p] == i], 0) for i in ids]
+    return [
+        np.mean([vector(image, p) for p in pixels(label.shape) if label[p] == i], 0) for i in ids
+    ]
 
 
 def igd_nodes(student, teacher, label, offsets, memory, power=2, background=False):
@@ -138,7 +145,10 @@ def igd_edges(student, teacher, label, offsets, memory, background=False):
 
 
 def igd_edges_inter(student, teacher, label, offsets, memory, background=False, accumulate=None):
-    """Mean over the memory images with instances; `accumulate`: the number by which the original code divides."""
+    """Mean over the memory images with instances.
+
+    `accumulate`: the number by which the original code divides.
+    """
     total = 0.0
     memory = [nodes for nodes in (nodes_of(*entry, background) for entry in memory) if nodes]
     for s, t, y in zip(student, teacher, label, strict=True):
@@ -149,7 +159,9 @@ def igd_edges_inter(student, teacher, label, offsets, memory, background=False, 
             if accumulate:
                 weight = 2 * len(v) / max(1, len(v) + before) / accumulate
                 before += len(other)
-            squares = [(cosine(a, m) - cosine(b, m)) ** 2 for a, b in zip(v, w, strict=True) for m in other]
+            squares = [
+                (cosine(a, m) - cosine(b, m)) ** 2 for a, b in zip(v, w, strict=True) for m in other
+            ]
             total += weight * sum(squares) / max(1, len(squares))
     return total / len(label)
 
@@ -158,7 +170,8 @@ def with_options(formula, **options):
     return lambda *arguments: formula(*arguments, **options)
 
 
-# name: (term, options, formula). Memory in these tests: five entries, one of them not valid; see `recall`.
+# name: (term, options, formula). Memory in these tests: five entries, one of them not valid; see
+# `recall`.
 KD = {
     "agd": ("agd", {}, agd_intra),
     "agd balanced": ("agd", {"balanced": True}, with_options(agd_intra, balanced=True)),
@@ -167,7 +180,11 @@ KD = {
     "agd inter pooled": ("agd", {"memory": True, "pool": 7}, with_options(agd_inter, pool=7)),
     "igd nodes": ("igd", {"part": "nodes"}, igd_nodes),
     "igd nodes unsquared": ("igd", {"part": "nodes", "power": 1}, with_options(igd_nodes, power=1)),
-    "igd nodes background": ("igd", {"part": "nodes", "background": True}, with_options(igd_nodes, background=True)),
+    "igd nodes background": (
+        "igd",
+        {"part": "nodes", "background": True},
+        with_options(igd_nodes, background=True),
+    ),
     "igd edges": ("igd", {"part": "edges"}, igd_edges),
     "igd edges background": ("igd", {"background": True}, with_options(igd_edges, background=True)),
     "igd edges detached": ("igd", {"detach_norm": True}, igd_edges),
@@ -178,23 +195,34 @@ KD = {
         with_options(igd_edges_inter, background=True),
     ),
     "igd inter detached": ("igd", {"memory": True, "detach_norm": True}, igd_edges_inter),
-    "igd inter accumulated": ("igd", {"memory": True, "accumulate": True}, with_options(igd_edges_inter, accumulate=5)),
+    "igd inter accumulated": (
+        "igd",
+        {"memory": True, "accumulate": True},
+        with_options(igd_edges_inter, accumulate=5),
+    ),
 }
-ALL = {"supervised": ("supervised", {}, supervised), "foreground": ("foreground", {}, foreground), **KD}
+ALL = {
+    "supervised": ("supervised", {}, supervised),
+    "foreground": ("foreground", {}, foreground),
+    **KD,
+}
 
 
 # --- Small batches --------------------------------------------------------------------------------------------------
 
 
 def random_images(count, shape, seed):
-    return torch.randn(count, DIM, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        count, DIM, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def blocks(shape, top, seed):
     """One label of blocks of three pixels: background and up to `top` instances."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, top + 1, [-(-n // 3) for n in shape])
-    label.flat[: top + 1] = rng.permutation(top + 1)[: label.size]  # each id at least once, where there is room
+    # each id at least once, where there is room
+    label.flat[: top + 1] = rng.permutation(top + 1)[: label.size]
     for axis in range(label.ndim):
         label = label.repeat(3, axis)
     return torch.from_numpy(label[tuple(map(slice, shape))].copy())
@@ -267,8 +295,11 @@ def test_value_is_that_of_the_formula(name, ndim, kind):
     images, memory_label = (x.numpy() for x in remembered(ndim))
     memory = [(images[i], memory_label[i]) for i in (0, 1, 2, 3)]
     expected = ALL[name][2](student.numpy(), teacher.numpy(), label.numpy(), OFFSETS[ndim], memory)
-    # Records, logits and class weights are float32, the detached norm is 1e-8 too long; everything else is float64 here.
-    exact = not any(word in name for word in ("inter", "foreground", "supervised", "balanced", "detached"))
+    # Records, logits and class weights are float32, the detached norm is 1e-8 too long; everything
+    # else is float64 here.
+    exact = not any(
+        word in name for word in ("inter", "foreground", "supervised", "balanced", "detached")
+    )
     result = loss(name, student, teacher, label)
     assert result.shape == ()
     assert float(result) == pytest.approx(expected, rel=1e-12 if exact else 3e-6, abs=1e-12)
@@ -296,7 +327,9 @@ def weighted_pairs(y, offsets, ignore, connected, per_offset):
         weights = {True: 1.0, False: 1.0}  # if there is one class only
         if 0 < f < 1:
             f = min(max(f, 0.05), 0.99)
-            weights = {True: 1.0, False: f / (1 - f)} if f > 0.5 else {True: (1 - f) / f, False: 1.0}
+            weights = (
+                {True: 1.0, False: f / (1 - f)} if f > 0.5 else {True: (1 - f) / f, False: 1.0}
+            )
         yield from ((p, q, same, weights[same]) for p, q, same in pairs)
 
 
@@ -323,7 +356,9 @@ TARGETS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hidden", [False, True], ids=["known", "partly ignored"])
-@pytest.mark.parametrize("targets", TARGETS, ids=lambda t: ", ".join(k for k, v in t.items() if v) or "neither")
+@pytest.mark.parametrize(
+    "targets", TARGETS, ids=lambda t: ", ".join(k for k, v in t.items() if v) or "neither"
+)
 @pytest.mark.parametrize("name", ["supervised", "agd balanced", "foreground"])
 def test_targets_and_ignore_are_those_of_the_formula(name, targets, hidden, kind):
     for ndim in (2, 3):
@@ -331,8 +366,12 @@ def test_targets_and_ignore_are_those_of_the_formula(name, targets, hidden, kind
         ignore = hole(label) if hidden else None
         result = loss(name, student, teacher, label, ignore=ignore, **targets)
         nothing = torch.zeros_like(label, dtype=torch.bool)
-        arrays = (x.numpy() for x in (student, teacher, label, nothing if ignore is None else ignore))
-        expected = known(name, *arrays, OFFSETS[ndim], targets["background_connected"], targets["per_offset"])
+        arrays = (
+            x.numpy() for x in (student, teacher, label, nothing if ignore is None else ignore)
+        )
+        expected = known(
+            name, *arrays, OFFSETS[ndim], targets["background_connected"], targets["per_offset"]
+        )
         assert float(result) == pytest.approx(expected, rel=3e-6, abs=1e-12)
         if kind == "usual" and name != "foreground":  # the options and the hole do something
             plain = float(loss(name, student, teacher, label))
@@ -376,7 +415,8 @@ def test_nothing_known_at_all(name):
 
 
 def test_the_formulas_see_something():
-    """A comparison of zeros would say nothing: on ordinary images every term is clearly positive and no two agree."""
+    """A comparison of zeros would say nothing: on ordinary images every term is clearly positive
+    and no two agree."""
     for ndim in (2, 3):
         student, teacher, label = case(ndim)
         values = {name: float(loss(name, student, teacher, label)) for name in ALL}
@@ -392,27 +432,41 @@ def test_inter_losses_in_double_precision():
     student, teacher, *memory = rng.normal(size=(5, 4, DIM))
     unit = [x / np.sqrt((x**2).sum(1, keepdims=True)) for x in (student, teacher, *memory)]
     s, t, *m = map(torch.from_numpy, unit)
-    squares = [(a @ c - b @ c) ** 2 for a, b in zip(unit[0], unit[1], strict=True) for x in unit[2:] for c in x]
+    squares = [
+        (a @ c - b @ c) ** 2
+        for a, b in zip(unit[0], unit[1], strict=True)
+        for x in unit[2:]
+        for c in x
+    ]
     gram = kernels.gram(torch.stack(m)).mean(0)
-    assert float(agd_inter_loss(kernels.gram((s - t)[None]), gram)) == pytest.approx(np.mean(squares), rel=1e-13)
+    assert float(agd_inter_loss(kernels.gram((s - t)[None]), gram)) == pytest.approx(
+        np.mean(squares), rel=1e-13
+    )
     assert float(edge_inter_loss(s[None], t[None], torch.tensor([4]), gram)) == pytest.approx(
         np.mean(squares), rel=1e-13
     )
 
 
 def test_accumulated_weights_by_hand():
-    """Two instances; memory images with 4, 2, 1 and 4: the l-th counts 2 N / (N + sum of those before), over 5 entries."""
+    """Two instances; memory images with 4, 2, 1 and 4: the l-th counts 2 N / (N + sum of those
+    before), over 5 entries."""
     shape, offsets = (4, 8), OFFSETS[2]
     label = torch.tensor([0, 1, 2, 2]).repeat_interleave(2).expand(1, *shape)
     student, teacher = random_images(1, shape, 1), random_images(1, shape, 2)
-    memory_label = torch.tensor([[1, 2, 3, 4], [0, 0, 1, 2], [0, 1, 0, 1], [4, 3, 2, 1]]).repeat_interleave(2, 1)
+    memory_label = torch.tensor(
+        [[1, 2, 3, 4], [0, 0, 1, 2], [0, 1, 0, 1], [4, 3, 2, 1]]
+    ).repeat_interleave(2, 1)
     memory_label = memory_label[:, None].expand(4, *shape)
     images = random_images(4, shape, 3)
     plain, accumulated = (build_term("igd", True, {"accumulate": a}) for a in (False, True))
-    records = {n: r.float() for n, r in plain.record(view(images, Truth(memory_label, offsets))).items()}
+    records = {
+        n: r.float() for n, r in plain.record(view(images, Truth(memory_label, offsets))).items()
+    }
 
     def alone(entry):
-        memory = {name: value[entry : entry + 1] for name, value in records.items()} | {"valid": torch.tensor([True])}
+        memory = {name: value[entry : entry + 1] for name, value in records.items()} | {
+            "valid": torch.tensor([True])
+        }
         truth = Truth(label, offsets)
         return float(plain(view(student, truth), view(teacher, truth), truth, memory))
 
@@ -437,7 +491,10 @@ def test_without_memory_the_loss_is_a_differentiable_zero(name):
 
 
 def test_mean_record_ignores_what_is_not_valid():
-    memory = {"x": torch.tensor([[1.0], [100.0], [3.0]]), "valid": torch.tensor([True, False, True])}
+    memory = {
+        "x": torch.tensor([[1.0], [100.0], [3.0]]),
+        "valid": torch.tensor([True, False, True]),
+    }
     assert mean_record(memory, "x").tolist() == [2.0]
     assert mean_record(memory, "y") is None
     assert mean_record({}, "x") is None
@@ -463,7 +520,10 @@ def test_an_equal_student_has_no_loss_and_no_gradient(name, kind):
 def test_a_longer_embedding_changes_nodes_only(name):
     """Affinities and edges are cosines; nodes are means of the raw vectors."""
     student, teacher, label = case(2)
-    twice, once = float(loss(name, 2 * student, teacher, label)), float(loss(name, student, teacher, label))
+    twice, once = (
+        float(loss(name, 2 * student, teacher, label)),
+        float(loss(name, student, teacher, label)),
+    )
     assert (twice == pytest.approx(once, rel=1e-6)) == ("nodes" not in name)
     parallel = float(loss(name, 2 * teacher, teacher, label))
     assert (parallel < 1e-14) == ("nodes" not in name)
@@ -478,7 +538,9 @@ def test_names_of_instances_do_not_matter(ndim, seed, top):
     ids = {0}
     while len(ids) < 5:
         ids.add(int(rng.integers(1, top)))
-    new = torch.stack([torch.tensor([0, *rng.permutation(sorted(ids - {0}))])[one] for one in label])
+    new = torch.stack(
+        [torch.tensor([0, *rng.permutation(sorted(ids - {0}))])[one] for one in label]
+    )
     for name in ALL:
         expected = float(loss(name, student, teacher, label))
         assert float(loss(name, student, teacher, new)) == pytest.approx(expected, rel=1e-9), name
@@ -489,12 +551,19 @@ def test_names_of_instances_do_not_matter(ndim, seed, top):
 def test_a_batch_is_the_mean_of_its_images(name, kind):
     for ndim in (2, 3):
         student, teacher, label = case(ndim, kind)
-        single = [float(loss(name, student[b : b + 1], teacher[b : b + 1], label[b : b + 1])) for b in range(2)]
+        single = [
+            float(loss(name, student[b : b + 1], teacher[b : b + 1], label[b : b + 1]))
+            for b in range(2)
+        ]
         # The class weights are float32.
-        assert float(loss(name, student, teacher, label)) == pytest.approx(sum(single) / 2, rel=1e-6, abs=1e-14)
+        assert float(loss(name, student, teacher, label)) == pytest.approx(
+            sum(single) / 2, rel=1e-6, abs=1e-14
+        )
 
 
-@pytest.mark.parametrize("targets", [{}, {"background_connected": False, "per_offset": True, "ignore": True}], ids=str)
+@pytest.mark.parametrize(
+    "targets", [{}, {"background_connected": False, "per_offset": True, "ignore": True}], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
 def test_a_volume_of_one_slice_is_an_image(name, kind, targets):
@@ -510,9 +579,13 @@ def test_a_volume_of_one_slice_is_an_image(name, kind, targets):
         flat = term.record(view(images, Truth(memory_label, OFFSETS[2])))
         for key, value in record.items():
             torch.testing.assert_close(value, flat[key])
-        memory = {key: value.float() for key, value in record.items()} | {"valid": torch.ones(4, dtype=torch.bool)}
+        memory = {key: value.float() for key, value in record.items()} | {
+            "valid": torch.ones(4, dtype=torch.bool)
+        }
     flat = loss(name, student, teacher, label, memory=memory, **flat_targets)
-    volume = loss(name, student[:, :, None], teacher[:, :, None], label[:, None], offsets, memory, **targets)
+    volume = loss(
+        name, student[:, :, None], teacher[:, :, None], label[:, None], offsets, memory, **targets
+    )
     assert float(volume) == pytest.approx(float(flat), rel=1e-9, abs=1e-14)
 
 
@@ -520,20 +593,31 @@ def test_a_volume_of_one_slice_is_an_image(name, kind, targets):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in ALL if "detached" not in name and name != "foreground"])
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if "detached" not in name and name != "foreground"]
+)
 def test_gradient_is_that_of_the_value(name, kind):
     for ndim, shape in ((2, (7, 6)), (3, (2, 5, 4))):
         student, teacher, label = case(ndim, kind, shape)
         student.requires_grad_()
-        assert torch.autograd.gradcheck(lambda s: loss(name, s, teacher, label), student, fast_mode=True)  # noqa: B023
+        assert torch.autograd.gradcheck(
+            lambda s: loss(name, s, teacher, label), student, fast_mode=True
+        )  # noqa: B023
 
 
-@pytest.mark.parametrize("name", ["supervised", "agd", "igd edges", "igd inter", "igd nodes unsquared"])
+@pytest.mark.parametrize(
+    "name", ["supervised", "agd", "igd edges", "igd inter", "igd nodes unsquared"]
+)
 def test_every_entry_of_the_gradient(name):
-    """The check above projects on random directions; here each entry of a tiny map, also with one image empty."""
+    """The check above projects on random directions.
+
+    Here each entry of a tiny map, also with one image empty.
+    """
     for kind in ("usual", "one empty"):
         student, teacher, label = case(2, kind, (4, 5))
-        assert torch.autograd.gradcheck(lambda s: loss(name, s, teacher, label), student.requires_grad_())  # noqa: B023
+        assert torch.autograd.gradcheck(
+            lambda s: loss(name, s, teacher, label), student.requires_grad_()
+        )  # noqa: B023
 
 
 def test_gradient_of_the_foreground():
@@ -576,7 +660,8 @@ def test_detached_norm_has_the_gradient_of_a_dot_product_with_constant_lengths(m
 
     ordinary = student.detach().clone().requires_grad_()
     loss(name.removesuffix(" detached"), ordinary, teacher, label).backward()
-    assert (ordinary.grad - student.grad).norm() > 0.1 * student.grad.norm()  # or the option would do nothing
+    # or the option would do nothing
+    assert (ordinary.grad - student.grad).norm() > 0.1 * student.grad.norm()
 
 
 # --- Names and options ----------------------------------------------------------------------------------------------
@@ -585,7 +670,9 @@ def test_detached_norm_has_the_gradient_of_a_dot_product_with_constant_lengths(m
 def test_a_view_computes_in_float32():
     truth = Truth(torch.ones(1, 4, 4, dtype=torch.int64), OFFSETS[2])
     half = View(Embedding(torch.randn(1, 2, 4, 4, dtype=torch.bfloat16), None, {}), truth)
-    assert {half.rows.dtype, half.unit.dtype, half.affinity.dtype, half.nodes.dtype} == {torch.float32}
+    assert {half.rows.dtype, half.unit.dtype, half.affinity.dtype, half.nodes.dtype} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -607,7 +694,11 @@ def test_what_a_view_computes_together_is_what_it_computes_alone(ndim):
 def test_wrong_names_and_options():
     with pytest.raises(UnknownName, match=r'"adg".*did you mean "agd"'):
         build_term("adg", False, {})
-    for options in ({"part": "edge"}, {"part": "nodes", "memory": True}, {"part": "nodes", "power": 3}):
+    for options in (
+        {"part": "edge"},
+        {"part": "nodes", "memory": True},
+        {"part": "nodes", "power": 3},
+    ):
         with pytest.raises(ValueError, match=r'loss term "igd".*(part|power)'):
             build_term("igd", False, options)
         with pytest.raises(ValueError, match="igd: part"):
@@ -627,10 +718,14 @@ def test_wrong_names_and_options():
         ("igd", True, {}, False),
     ],
 )
-def test_vectors_of_different_length_need_a_term_that_compares_similarities(name, memory, options, works):
+def test_vectors_of_different_length_need_a_term_that_compares_similarities(
+    name, memory, options, works
+):
     label = torch.randint(0, 3, (2, 8, 8))
     truth = Truth(label, [(-1, 0), (0, -1)])
-    views = [View(Embedding(torch.randn(2, d, 8, 8), torch.zeros(2, 1, 8, 8), {}), truth) for d in (4, 6)]
+    views = [
+        View(Embedding(torch.randn(2, d, 8, 8), torch.zeros(2, 1, 8, 8), {}), truth) for d in (4, 6)
+    ]
     term = build_term(name, memory, options)
     if works:
         assert term(*views, truth, {}).isfinite()

@@ -1,4 +1,5 @@
-"""Terms of other methods against their formulas, written as loops over pixels, channels, images and pairs in float64."""
+"""Terms of other methods against their formulas, written as loops over pixels, channels, images and
+pairs in float64."""
 
 import itertools
 import math
@@ -53,7 +54,9 @@ def response(student, teacher, label, ignore, temperature=1.0, balanced=False, f
             both = [(1 + 0.99 * cosine(vector(x, p), vector(x, q))) / 2 for x in (s, t)]
             odds = [math.log(x / (1 - x)) for x in both]
             total += weights[int(y[p] != y[q])] * divergence(*odds, temperature)
-        total += foreground * sum(divergence(s[(0, *p)], t[(0, *p)], temperature) for p in pixels(y.shape))
+        total += foreground * sum(
+            divergence(s[(0, *p)], t[(0, *p)], temperature) for p in pixels(y.shape)
+        )
     return total / label.size
 
 
@@ -86,7 +89,10 @@ def huber(a, b):
 def rkd(student, teacher, label, ignore, distance=1.0, angle=2.0):
     n = len(student)
     points = [[x.reshape(len(x), -1).mean(1) for x in batch] for batch in (student, teacher)]
-    pairs, triplets = list(itertools.permutations(range(n), 2)), list(itertools.permutations(range(n), 3))
+    pairs, triplets = (
+        list(itertools.permutations(range(n), 2)),
+        list(itertools.permutations(range(n), 3)),
+    )
     lengths = [[math.dist(x[i], x[j]) for i, j in pairs] for x in points]
     lengths = [[d / (sum(x) / len(x)) for d in x] for x in lengths]
     corners = [[cosine(x[i] - x[j], x[k] - x[j]) for i, j, k in triplets] for x in points]
@@ -96,7 +102,9 @@ def rkd(student, teacher, label, ignore, distance=1.0, angle=2.0):
 
 def cwd(student, teacher, label, ignore, temperature=4.0):
     total = 0.0
-    for s, t in itertools.chain.from_iterable(zip(a, b, strict=True) for a, b in zip(student, teacher, strict=True)):
+    for s, t in itertools.chain.from_iterable(
+        zip(a, b, strict=True) for a, b in zip(student, teacher, strict=True)
+    ):
         p, q = ([math.exp(v / temperature) for v in channel.flat] for channel in (t, s))
         p, q = ([v / sum(x) for v in x] for x in (p, q))
         total += temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
@@ -124,7 +132,9 @@ def skd(student, teacher, label, ignore, pool=2):
         boxes = [(slice(None), *(slice(c, c + pool) for c in corner)) for corner in corners]
         means = [[x[box].reshape(len(x), -1).mean(1) for box in boxes] for x in (s, t)]
         for i, j in itertools.product(range(len(boxes)), repeat=2):
-            total += (cosine(means[0][i], means[0][j]) - cosine(means[1][i], means[1][j])) ** 2 / len(boxes) ** 2
+            total += (
+                cosine(means[0][i], means[0][j]) - cosine(means[1][i], means[1][j])
+            ) ** 2 / len(boxes) ** 2
     return total / len(student)
 
 
@@ -147,7 +157,9 @@ CASES = {
     "skd pooled by 3": {"pool": 3},
 }
 # Logits of the foreground and class weights are float32.
-DOUBLE = [name for name in CASES if name not in ("response", "response balanced", "response softened")]
+DOUBLE = [
+    name for name in CASES if name not in ("response", "response balanced", "response softened")
+]
 OF_BATCHES = ("spkd", "rkd", "rkd distances", "rkd angles")  # they compare images with one another
 
 
@@ -171,7 +183,9 @@ def case(ndim, kind="usual", shape=None):
 @pytest.mark.parametrize("name", CASES)
 def test_value_is_that_of_the_formula(name, ndim, kind):
     student, teacher, label = case(ndim, kind)
-    arrays = (x.numpy() for x in (student, teacher, label, torch.zeros_like(label, dtype=torch.bool)))
+    arrays = (
+        x.numpy() for x in (student, teacher, label, torch.zeros_like(label, dtype=torch.bool))
+    )
     expected = FORMULAS[name.split()[0]](*arrays, **CASES[name])
     result = loss(name, student, teacher, label)
     assert result.shape == ()
@@ -236,7 +250,9 @@ def test_an_equal_student_has_no_loss_and_no_gradient(name):
 
 
 def turned(x):
-    rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=x.dtype, generator=torch.Generator().manual_seed(5)))
+    rotation, _ = torch.linalg.qr(
+        torch.randn(3, 3, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    )
     return torch.einsum("bc...,dc->bd...", x, rotation)
 
 
@@ -244,9 +260,12 @@ CHANGES = {
     "scale": lambda x: 2 * x,
     "turn": turned,
     "shift": lambda x: x + torch.tensor([0.5, -1.0, 2.0], dtype=x.dtype)[:, None, None],
-    "permute": lambda x: x.flatten(2)[:, :, torch.randperm(72, generator=torch.Generator().manual_seed(6))].view_as(x),
+    "permute": lambda x: x.flatten(2)[
+        :, :, torch.randperm(72, generator=torch.Generator().manual_seed(6))
+    ].view_as(x),
 }
-# What does not change the loss if it is done to the vectors, or to the places, of the student alone.
+# What does not change the loss if it is done to the vectors, or to the places, of the student
+# alone.
 INVARIANT = {
     "response of affinities": {"scale", "turn"},
     "fitnet": set(),
@@ -263,18 +282,25 @@ INVARIANT = {
 @pytest.mark.parametrize("name", INVARIANT)
 def test_invariances_are_those_of_the_method_and_no_others(name, change):
     student, teacher, label = case(2)
-    before, after = (float(loss(name, x, teacher, label)) for x in (student, CHANGES[change](student)))
+    before, after = (
+        float(loss(name, x, teacher, label)) for x in (student, CHANGES[change](student))
+    )
     assert (after == pytest.approx(before, rel=1e-9)) == (change in INVARIANT[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_batch_is_the_mean_of_its_images_unless_they_are_compared(name):
     student, teacher, label = case(2)
-    single = [float(loss(name, student[b : b + 1], teacher[b : b + 1], label[b : b + 1])) for b in range(COUNT)]
+    single = [
+        float(loss(name, student[b : b + 1], teacher[b : b + 1], label[b : b + 1]))
+        for b in range(COUNT)
+    ]
     if name in OF_BATCHES:
         assert single == pytest.approx([0.0] * COUNT, abs=1e-15)
     else:
-        assert float(loss(name, student, teacher, label)) == pytest.approx(sum(single) / COUNT, rel=1e-6)
+        assert float(loss(name, student, teacher, label)) == pytest.approx(
+            sum(single) / COUNT, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", OF_BATCHES)
@@ -296,7 +322,9 @@ def test_a_volume_of_one_slice_is_an_image(name):
     ignore = hole(label)
     flat = loss(name, student, teacher, label, ignore=ignore)
     offsets = [(0, *o) for o in OFFSETS[2]]
-    volume = loss(name, student[:, :, None], teacher[:, :, None], label[:, None], offsets, ignore[:, None])
+    volume = loss(
+        name, student[:, :, None], teacher[:, :, None], label[:, None], offsets, ignore[:, None]
+    )
     assert float(volume) == pytest.approx(float(flat), rel=1e-12)
 
 
@@ -340,11 +368,16 @@ def test_gradient_is_that_of_the_value(name, ndim):
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_gradient_of_the_divergence(temperature):
-    student, teacher = (torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    student, teacher = (
+        torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+        for k in (1, 2)
+    )
     student.requires_grad_()
     bernoulli_divergence(student, teacher, temperature).sum().backward()
     with torch.no_grad():
-        expected = temperature * ((student / temperature).sigmoid() - (teacher / temperature).sigmoid())
+        expected = temperature * (
+            (student / temperature).sigmoid() - (teacher / temperature).sigmoid()
+        )
     torch.testing.assert_close(student.grad, expected)
 
 
@@ -375,13 +408,21 @@ def fused_by_loops(fusion, x, coarser):
 
 def test_fusion_is_that_of_the_formula():
     torch.manual_seed(0)
-    coarse, fine = Fusion(2, 5, 4, 6, coarsest=True).double().eval(), Fusion(2, 3, 4, 2, coarsest=False).double().eval()
-    x, y = torch.randn(1, 5, 2, 3, dtype=torch.float64), torch.randn(1, 3, 4, 7, dtype=torch.float64)
+    coarse, fine = (
+        Fusion(2, 5, 4, 6, coarsest=True).double().eval(),
+        Fusion(2, 3, 4, 2, coarsest=False).double().eval(),
+    )
+    x, y = (
+        torch.randn(1, 5, 2, 3, dtype=torch.float64),
+        torch.randn(1, 3, 4, 7, dtype=torch.float64),
+    )
     first, review = coarse(x, None)
     second, _ = fine(y, review)
     expected, between = fused_by_loops(coarse, x[0].numpy(), None)
     np.testing.assert_allclose(first[0].detach(), expected, rtol=1e-10)
-    np.testing.assert_allclose(second[0].detach(), fused_by_loops(fine, y[0].numpy(), between)[0], rtol=1e-10)
+    np.testing.assert_allclose(
+        second[0].detach(), fused_by_loops(fine, y[0].numpy(), between)[0], rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (6, 5), (4, 4), (3, 1), (1, 1), (8, 4, 8), (1, 8, 4)])
@@ -391,11 +432,16 @@ def test_context_loss_is_that_of_the_formula(shape):
     for side in (4, 2, 1):
         if max(shape) > side:
             squares = []
-            for cell in itertools.product(*(range(min(side, n)) for n in shape)):  # cells may overlap by a voxel
+            # cells may overlap by a voxel
+            for cell in itertools.product(*(range(min(side, n)) for n in shape)):
                 box = [
-                    (c * n // min(side, n), -(-(c + 1) * n // min(side, n))) for c, n in zip(cell, shape, strict=True)
+                    (c * n // min(side, n), -(-(c + 1) * n // min(side, n)))
+                    for c, n in zip(cell, shape, strict=True)
                 ]
-                part = [x[(..., *(slice(*b) for b in box))].flatten(2).mean(2) for x in (student, teacher)]
+                part = [
+                    x[(..., *(slice(*b) for b in box))].flatten(2).mean(2)
+                    for x in (student, teacher)
+                ]
                 squares.append(float(((part[0] - part[1]) ** 2).mean()))
             terms.append((terms[-1][0] / 2, float(np.mean(squares))))
     expected = sum(w * v for w, v in terms) / sum(w for w, _ in terms)
@@ -404,7 +450,9 @@ def test_context_loss_is_that_of_the_formula(shape):
     if len(shape) == 2:
         volume = context_loss(student[:, :, None], teacher[:, :, None])
         assert float(volume) == pytest.approx(expected, rel=1e-12)
-    assert torch.autograd.gradcheck(lambda s: context_loss(s, teacher), student.requires_grad_(), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda s: context_loss(s, teacher), student.requires_grad_(), fast_mode=True
+    )
 
 
 def pair(model="resunet", widths=((2, 3, 4, 5, 6), (3, 4, 5, 6, 7))):
@@ -425,7 +473,9 @@ def test_review_is_the_sum_over_levels_from_coarse_to_fine():
         expected, review = 0.0, None
         for name, fusion in term.fusions.items():
             fused, review = fused_by_loops(fusion, mine.features[name][0].double().numpy(), review)
-            expected += float(context_loss(torch.from_numpy(fused)[None], goal.features[name].double()))
+            expected += float(
+                context_loss(torch.from_numpy(fused)[None], goal.features[name].double())
+            )
         value = term(View(mine, truth), View(goal, truth), truth, {})
     assert float(value) == pytest.approx(expected, rel=1e-4)
 
@@ -445,7 +495,9 @@ def test_review_of_a_volume_of_one_slice_is_that_of_an_image():
 
 def test_review_where_maps_cover_more_than_the_label():
     student, teacher = pair("mala", ((2, 3, 4, 5), (3, 4, 5, 6)))
-    distiller = Distiller(student, teacher, [("rekd", 1.0, build_term("rekd", False, {}))], OFFSETS[3])
+    distiller = Distiller(
+        student, teacher, [("rekd", 1.0, build_term("rekd", False, {}))], OFFSETS[3]
+    )
     label = torch.zeros(1, 3, 29, 29, dtype=torch.int64)
     seen = []
     for fusion in distiller.terms[0].fusions.values():
@@ -458,7 +510,9 @@ def test_review_where_maps_cover_more_than_the_label():
 
 def test_review_needs_a_level_in_common():
     with pytest.raises(ValueError, match="no level in common among stride27"):
-        build_term("rekd", False, {}).attach(build("resunet3d", {}), build("mala", {"widths": [2, 3, 4, 5]}))
+        build_term("rekd", False, {}).attach(
+            build("resunet3d", {}), build("mala", {"widths": [2, 3, 4, 5]})
+        )
 
 
 # --- In training ----------------------------------------------------------------------------------------------------
@@ -478,7 +532,11 @@ def test_all_together_teach_the_student_and_what_is_learned_along(dtype):
     distiller = Distiller(student, teacher, terms, OFFSETS[2], levels=levels).train()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     label = labels("usual", (32, 32)).repeat(2, 1, 1)
-    batch = Batch(torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)), label, torch.arange(4))
+    batch = Batch(
+        torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)),
+        label,
+        torch.arange(4),
+    )
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         total, losses = distiller(batch, 0)
     assert {value.dtype for value in losses.values()} == {torch.float32}
@@ -486,7 +544,11 @@ def test_all_together_teach_the_student_and_what_is_learned_along(dtype):
         grads = torch.autograd.grad(value, list(student.stem.parameters()), retain_graph=True)
         assert sum(g.abs().sum() for g in grads) > 0, name
     total.backward()
-    learned = [*student.parameters(), *distiller.projections.parameters(), *distiller.terms.parameters()]
+    learned = [
+        *student.parameters(),
+        *distiller.projections.parameters(),
+        *distiller.terms.parameters(),
+    ]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learned)
     assert all(p.grad.abs().max() > 0 for p in distiller.terms.parameters())
     assert all(p.grad is None for p in teacher.parameters())
@@ -499,7 +561,9 @@ def baseline_spec(make_spec):
     return make_spec().model_copy(update={"method": "baselines", "terms": terms})
 
 
-def test_what_is_learned_along_is_resumed_bit_for_bit_and_not_deployed(make_spec, train, teacher, tmp_path):
+def test_what_is_learned_along_is_resumed_bit_for_bit_and_not_deployed(
+    make_spec, train, teacher, tmp_path
+):
     spec = baseline_spec(make_spec)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(spec, whole, teacher=teacher)
@@ -512,7 +576,9 @@ def test_what_is_learned_along_is_resumed_bit_for_bit_and_not_deployed(make_spec
     train(spec, parts, teacher=teacher)
     plain = build(spec.model, spec.options).state_dict()
     for name in ("weights", "last"):
-        one, other = (io.load_weights(folder / f"{name}.safetensors")[0] for folder in (whole, parts))
+        one, other = (
+            io.load_weights(folder / f"{name}.safetensors")[0] for folder in (whole, parts)
+        )
         assert one.keys() == plain.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert (whole / "history.csv").read_bytes() == (parts / "history.csv").read_bytes()
@@ -521,7 +587,11 @@ def test_what_is_learned_along_is_resumed_bit_for_bit_and_not_deployed(make_spec
 def test_what_is_learned_along_is_in_the_optimizer(make_spec, teacher):
     trainer = loop._Trainer(baseline_spec(make_spec), teacher, torch.device("cpu"))
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    learned: list[nn.Module] = [trainer.distiller.student, trainer.distiller.projections, trainer.distiller.terms]
+    learned: list[nn.Module] = [
+        trainer.distiller.student,
+        trainer.distiller.projections,
+        trainer.distiller.terms,
+    ]
     assert optimized == {id(p) for module in learned for p in module.parameters()}
     assert len(list(trainer.distiller.terms.parameters())) > 10
     assert len(trainer.distiller.projections) == 1
@@ -529,7 +599,10 @@ def test_what_is_learned_along_is_in_the_optimizer(make_spec, teacher):
 
 def test_a_view_computes_in_float32():
     truth = Truth(torch.ones(2, 8, 8, dtype=torch.int64), OFFSETS[2])
-    half = [Embedding(*(torch.randn(2, c, 8, 8, dtype=torch.bfloat16) for c in (3, 1)), {}) for _ in range(2)]
+    half = [
+        Embedding(*(torch.randn(2, c, 8, 8, dtype=torch.bfloat16) for c in (3, 1)), {})
+        for _ in range(2)
+    ]
     views = [View(output, truth) for output in half]
     for name in FORMULAS:
         assert build_term(name, False, {})(*views, truth, {}).dtype == torch.float32

@@ -16,7 +16,9 @@ from gdlib.config import Config, ConfigError
 from gdlib.text import expanded, read_text, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-README = "datasets:\n  mycells: {source: folder, folder: mycells, offsets: nuclei, patch: [128, 128]}\n"
+README = (
+    "datasets:\n  mycells: {source: folder, folder: mycells, offsets: nuclei, patch: [128, 128]}\n"
+)
 
 
 @pytest.mark.parametrize("loader", [text.LOADER, yaml.SafeLoader])
@@ -25,10 +27,19 @@ README = "datasets:\n  mycells: {source: folder, folder: mycells, offsets: nucle
     [
         ("a: {b: 1, c: 2}\nd: 3\na: 4\n", ['the key "a" is written in line 1 and again in line 3']),
         ("a:\n  b: 1\n  c: {x: 1, y: 2, x: 3}\n", ['the key "a.c.x" is written twice in line 3']),
-        ("a:\n- {b: 1}\n- {b: 1,\n   b: 1}\n", ['the key "a.1.b" is written in line 3 and again in line 4']),
-        ("a: &x {b: 1}\nc:\n  <<: *x\n  <<: *x\n", ['the key "c.<<" is written in line 3 and again in line 4']),
+        (
+            "a:\n- {b: 1}\n- {b: 1,\n   b: 1}\n",
+            ['the key "a.1.b" is written in line 3 and again in line 4'],
+        ),
+        (
+            "a: &x {b: 1}\nc:\n  <<: *x\n  <<: *x\n",
+            ['the key "c.<<" is written in line 3 and again in line 4'],
+        ),
         ('{"a": 1,\n "a": 2}\n', ['the key "a" is written in line 1 and again in line 2']),
-        ("a: *nuclei_offsets\n", ["line 1", '"*nuclei_offsets"', '"&nuclei_offsets"', "other files", "offsets"]),
+        (
+            "a: *nuclei_offsets\n",
+            ["line 1", '"*nuclei_offsets"', '"&nuclei_offsets"', "other files", "offsets"],
+        ),
         ("a:\n\tb: 1\n", ["line 2", "a tab"]),
         ("a: b: c\n", ["line 1", "not YAML"]),
         ("a: 1\n---\nb: 2\n", ["line 2", "another document"]),
@@ -37,7 +48,9 @@ README = "datasets:\n  mycells: {source: folder, folder: mycells, offsets: nucle
         ("a: 2024-13-01\n", ["month must be in 1..12"]),
     ],
 )
-def test_yaml_that_nobody_means_is_one_sentence_with_its_line(content, words, loader, tmp_path, monkeypatch):
+def test_yaml_that_nobody_means_is_one_sentence_with_its_line(
+    content, words, loader, tmp_path, monkeypatch
+):
     monkeypatch.setattr(text, "LOADER", loader)
     (tmp_path / "own.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"own\.yaml") as error:
@@ -104,9 +117,9 @@ def test_text_of_other_encodings_is_one_sentence(content, words, tmp_path):
 def test_places_of_files(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     monkeypatch.setenv("CELLS", "cells")
-    assert [expanded(path) for path in ("~/a", "$HOME/a", "${CELLS}/b", "a~b", "price$", "/c d")] == [
-        *("/somewhere/a", "/somewhere/a", "cells/b", "a~b", "price$", "/c d")
-    ]
+    assert [
+        expanded(path) for path in ("~/a", "$HOME/a", "${CELLS}/b", "a~b", "price$", "/c d")
+    ] == [*("/somewhere/a", "/somewhere/a", "cells/b", "a~b", "price$", "/c d")]
     raw = yaml.safe_load(SMALL)
     raw["raw_folders"] = ["~/raw", "$HOME/more"]
     raw["datasets"]["bbbc039"]["folder"] = "$CELLS"
@@ -117,7 +130,8 @@ def test_places_of_files(monkeypatch):
     assert config.teachers["resunet_w16"].weights == "/somewhere/w.safetensors"
     raw["datasets"]["bbbc039"]["folder"] = "${MISSING}/x"
     with pytest.raises(
-        ConfigError, match=r"datasets\.bbbc039\.folder: .*there is no environment variable \$\{MISSING\}"
+        ConfigError,
+        match=r"datasets\.bbbc039\.folder: .*there is no environment variable " r"\$\{MISSING\}",
     ):
         Config.parse(raw)
 
@@ -128,7 +142,10 @@ def test_offsets_have_names(tmp_path):
     raw["datasets"]["bbbc039"]["offsets"] = "near"
     assert Config.parse(raw).datasets["bbbc039"].offsets == ((-1, 0), (0, -1))
     raw["datasets"]["bbbc039"]["offsets"] = "neat"
-    with pytest.raises(ConfigError, match=r'datasets\.bbbc039\.offsets: there is no "neat": did you mean "near"'):
+    with pytest.raises(
+        ConfigError,
+        match=r'datasets\.bbbc039\.offsets: there is no "neat": did ' r'you mean "near"',
+    ):
         Config.parse(raw)
     raw["datasets"]["bbbc039"]["offsets"] = "near"
     raw["offsets"]["near"] += [[0, 0]]
@@ -145,9 +162,18 @@ def test_a_configuration_is_looked_at(tmp_path, capsys, monkeypatch):
     assert main(["check", str(own)]) == 0
     assert "study mine: 1 trainings on mycells" in capsys.readouterr().out
     for content, words in (
-        (README.replace("nuclei", "*nuclei_offsets") + study, 'own.yaml, line 2: "*nuclei_offsets" stands for'),
-        (README + study + README, 'own.yaml: the key "datasets" is written in line 1 and again in line 6'),
-        (README.replace("nuclei", "nuclej") + study, 'there is no "nuclej": did you mean "nuclei"?'),
+        (
+            README.replace("nuclei", "*nuclei_offsets") + study,
+            'own.yaml, line 2: "*nuclei_offsets" stands for',
+        ),
+        (
+            README + study + README,
+            'own.yaml: the key "datasets" is written in line 1 and again in line 6',
+        ),
+        (
+            README.replace("nuclei", "nuclej") + study,
+            'there is no "nuclej": did you mean "nuclei"?',
+        ),
         ((README + study).replace("[0]", "[0, 0]"), "studies.mine.seeds: "),
     ):
         own.write_text(content)
@@ -159,7 +185,8 @@ def test_a_configuration_is_looked_at(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("where", ["catalogue", "own file"])
 def test_a_key_written_twice_stops_snakemake(where, tmp_path):
-    """What the README says to write, pasted at the end of a file of the catalogue, would take the place of all that is there."""
+    """What the README says to write, pasted at the end of a file of the catalogue, would take the
+    place of all that is there."""
     for part in ("Snakefile", "config.yaml", "gdlib", "workflow"):
         os.symlink(ROOT / part, tmp_path / part)
     shutil.copytree(ROOT / "config", tmp_path / "config")
@@ -167,11 +194,16 @@ def test_a_key_written_twice_stops_snakemake(where, tmp_path):
     (tmp_path / "config" / "datasets.yaml").write_text(catalogue + README * (where == "catalogue"))
     (tmp_path / "own.yaml").write_text(README + README)
     result = snakemake(
-        tmp_path, tmp_path / "work", "--dry-run", *["--configfile", tmp_path / "own.yaml"] * (where == "own file")
+        tmp_path,
+        tmp_path / "work",
+        "--dry-run",
+        *["--configfile", tmp_path / "own.yaml"] * (where == "own file"),
     )
     assert result.returncode == 1
     last = catalogue.count("\n") + 1 if where == "catalogue" else 3
     name = "datasets.yaml" if where == "catalogue" else "own.yaml"
-    line = next(line for line in (result.stdout + result.stderr).splitlines() if "is written" in line)
+    line = next(
+        line for line in (result.stdout + result.stderr).splitlines() if "is written" in line
+    )
     assert f'{name}: the key "datasets" is written in line ' in line
     assert f"again in line {last};" in line

@@ -23,13 +23,22 @@ def model(teacher):
 
 @pytest.fixture(scope="module")
 def expected(teacher, squares):
-    """Return `expected(image)`, the labels by the parts that `gdlib segment` is made of; image (1, Y, X)."""
+    """Return `expected(image)`, the labels by the parts that `gdlib segment` is made of.
+
+    Image (1, Y, X).
+    """
     predictor = Predictor.load(teacher, device="cpu", precision="float32", engine="torch")
 
     def find(image):
         found = predictor(image)
         parameters = predictor.header["segmentation"]["mutex_watershed"]
-        return segment(found.affinity, found.foreground, predictor.header["offsets"], "mutex_watershed", **parameters)
+        return segment(
+            found.affinity,
+            found.foreground,
+            predictor.header["offsets"],
+            "mutex_watershed",
+            **parameters,
+        )
 
     return find
 
@@ -39,7 +48,13 @@ def test_axes_in_any_order_give_the_same_labels(model, squares, expected):
     one, stack = images[0], np.stack(images)  # (C, Y, X), (T, C, Y, X)
     wanted = np.stack([expected(image) for image in images])
     assert wanted.max() > 3
-    for image, axes in ((one[0], None), (one[0], "YX"), (one, None), (one, "CYX"), (one[0, ..., None], "YXC")):
+    for image, axes in (
+        (one[0], None),
+        (one[0], "YX"),
+        (one, None),
+        (one, "CYX"),
+        (one[0, ..., None], "YXC"),
+    ):
         labels = model.segment(image, axes)
         assert labels.dtype == np.uint32
         np.testing.assert_array_equal(labels, wanted[0])
@@ -59,7 +74,9 @@ def test_axes_in_any_order_give_the_same_labels(model, squares, expected):
 def test_prediction_is_that_of_the_predictor(model, teacher, squares):
     image, _ = squares(4)
     mine = model.predict(image[0])
-    theirs = Predictor.load(teacher, device="cpu", precision="float32", engine="torch")(image, keep_embedding=True)
+    theirs = Predictor.load(teacher, device="cpu", precision="float32", engine="torch")(
+        image, keep_embedding=True
+    )
     for part in ("affinity", "foreground", "embedding"):
         np.testing.assert_array_equal(getattr(mine, part), getattr(theirs, part))
     assert mine.affinity.shape == (len(model.info["offsets"]), *image.shape[1:])
@@ -98,7 +115,10 @@ def test_several_frames_are_not_predicted_at_once(model):
 
 
 def test_wrong_parameters_are_told_before_anything_is_computed(model):
-    with pytest.raises(ValueError, match=r"stride of mutex_watershed must be a whole number from 1 to 1024 \(got 0\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"stride of mutex_watershed must be a whole number from 1 " r"to 1024 \(got 0\)",
+    ):
         model.segment(np.zeros(3), stride=0)
 
 
@@ -112,7 +132,10 @@ def test_names_and_files(tmp_path, monkeypatch, teacher):
     assert gdlib.load("cells", device="cpu").info["model"] == "resunet"
     (tmp_path / "cells").write_bytes(b"mine")  # a file goes before a name
     assert str(trained.find("cells")) == "cells"
-    with pytest.raises(DataError, match=r'no file and no built-in network "cell": .*cells.*or give a weights file'):
+    with pytest.raises(
+        DataError,
+        match=r'no file and no built-in network "cell": .*cells.*or give ' r"a weights file",
+    ):
         trained.find("cell")
     for missing in ("other.safetensors", tmp_path / "nothing"):
         with pytest.raises(DataError, match=r"(?s)(other|nothing)"):
@@ -137,7 +160,8 @@ def test_threads_share_a_model(model, squares, expected):
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import gdlib, sys; print(*(name for name in ('torch', 'numpy', 'h5py') if name in sys.modules)); gdlib.nothing"
+        "import gdlib, sys; print(*(name for name in ('torch', 'numpy', 'h5py') if name in "
+        "sys.modules)); gdlib.nothing"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == ""

@@ -1,4 +1,5 @@
-"""The training loop: an interrupted run ends as if it had never been interrupted, and what is wrong is said in one sentence."""
+"""The training loop: an interrupted run ends as if it had never been interrupted, and what is wrong
+is said in one sentence."""
 
 import copy
 import itertools
@@ -82,7 +83,9 @@ class ValidNet(PlainNet):
 
 
 def plain(spec, network="PlainNet", **options):
-    return spec.model_copy(update={"model": f"{__name__}:{network}", "options": {"in_channels": 1, **options}})
+    return spec.model_copy(
+        update={"model": f"{__name__}:{network}", "options": {"in_channels": 1, **options}}
+    )
 
 
 def outputs(folder):
@@ -90,7 +93,9 @@ def outputs(folder):
     out = {"history": (folder / "history.csv").read_bytes()}
     for name in OUTPUTS[:2]:
         state, header = io.load_weights(folder / name)
-        out[name] = {key: (tensor.dtype, tensor.numpy().tobytes()) for key, tensor in state.items()} | {"": header}
+        out[name] = {
+            key: (tensor.dtype, tensor.numpy().tobytes()) for key, tensor in state.items()
+        } | {"": header}
     return out
 
 
@@ -119,7 +124,8 @@ def assert_nothing_written(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, make_spec, train, teacher):
-    """Return `finished(name)` -> (spec, metrics, folder) of a run that nobody interrupted, made once."""
+    """Return `finished(name)` -> (spec, metrics, folder) of a run that nobody interrupted, made
+    once."""
     made = {}
 
     def get(name):
@@ -165,14 +171,21 @@ def test_teacher_student_and_validation_see_images_as_the_training_learned(
     assert len(expected["contrast"]) == len(expected["level"]) == 1
     assert len(seen) > 3
     assert all(one == expected for one in seen)
-    headers = [io.read_header(path)["normalisation"] for path in (tmp_path / "weights.safetensors", teacher)]
+    headers = [
+        io.read_header(path)["normalisation"]
+        for path in (tmp_path / "weights.safetensors", teacher)
+    ]
     assert headers == [expected, expected]
 
 
 def test_a_teacher_of_an_older_version_can_teach(make_spec, train, teacher, tmp_path):
     """Without a learned contrast in its file: it sees the images that the student sees."""
     state, header = io.load_weights(teacher)
-    io.save_weights(tmp_path / "old.safetensors", state, header | {"normalisation": {"lower": 1.0, "upper": 99.8}})
+    io.save_weights(
+        tmp_path / "old.safetensors",
+        state,
+        header | {"normalisation": {"lower": 1.0, "upper": 99.8}},
+    )
     runs = {name: tmp_path / name for name in ("new", "old")}
     for name, weights in (("new", teacher), ("old", tmp_path / "old.safetensors")):
         train(make_spec("grd"), runs[name], teacher=weights)
@@ -180,7 +193,8 @@ def test_a_teacher_of_an_older_version_can_teach(make_spec, train, teacher, tmp_
 
 
 def scores_of(weights, path):
-    """Use a weights file as a stranger would, with nothing but what is in it: mean metrics with every segmenter."""
+    """Use a weights file as a stranger would, with nothing but what is in it: mean metrics with
+    every segmenter."""
     # By torch, as while training: another engine rounds differently, and a segmentation may notice.
     predictor = Predictor.load(weights, engine="torch", device="cpu", precision="float32")
     samples = list(io.read_samples(path))
@@ -204,7 +218,9 @@ def test_the_header_is_enough_to_use_the_weights(teacher, splits):
     assert_same_scores(scores_of(teacher, splits["val"]), io.read_header(teacher)["validation"])
 
 
-def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, splits, tmp_path, monkeypatch):
+def test_the_kept_weights_are_those_of_the_best_validation(
+    train, make_spec, splits, tmp_path, monkeypatch
+):
     marks = iter([0.1, 0.9, 0.9, 0.5])
     seen, tuned, tune = [], [], loop.Judge.tune
 
@@ -216,7 +232,9 @@ def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, spl
         return {**dict.fromkeys(METRICS, 0.0), "pq": next(marks)}
 
     monkeypatch.setattr(loop.Judge, "__call__", judge)
-    monkeypatch.setattr(loop.Judge, "tune", lambda self, net: tuned.append(copy_of(net)) or tune(self, net))
+    monkeypatch.setattr(
+        loop.Judge, "tune", lambda self, net: tuned.append(copy_of(net)) or tune(self, net)
+    )
     train(make_spec(validate_every=2, steps=8, selection="pq", optimizer={"lr": 0.05}), tmp_path)
     state, header = io.load_weights(tmp_path / "weights.safetensors")
     assert header["step"] == 4  # the first of equals
@@ -224,7 +242,8 @@ def test_the_kept_weights_are_those_of_the_best_validation(train, make_spec, spl
     last, _ = io.load_weights(tmp_path / "last.safetensors")
     assert all(torch.equal(tensor, seen[3][name]) for name, tensor in last.items())
     assert [value for _, value in rows(tmp_path, "val", "pq")] == [0.1, 0.9, 0.9, 0.5]
-    # Tuned are the kept weights, not the last ones, and on the whole split, not on the images used while training.
+    # Tuned are the kept weights, not the last ones, and on the whole split, not on the images used
+    # while training.
     assert all(torch.equal(tensor, tuned[0][name]) for name, tensor in state.items())
     assert_same_scores(header["validation"], scores_of(tmp_path / OUTPUTS[0], splits["val"]))
 
@@ -259,23 +278,41 @@ def test_out_of_time_after_every_step_is_the_same_too(name, finished, train, tea
 
 
 @pytest.mark.parametrize(("name", "status", "resumed"), [("SIGKILL", -9, 4), ("SIGTERM", 75, 6)])
-def test_a_signal_then_resume_is_bit_for_bit_the_same(name, status, resumed, finished, splits, teacher, tmp_path):
+def test_a_signal_then_resume_is_bit_for_bit_the_same(
+    name, status, resumed, finished, splits, teacher, tmp_path
+):
     """On the command line. At SIGTERM it makes its step and saves; of SIGKILL it knows nothing."""
     spec, _, whole = finished("grd, ema, accumulation, clipping")
-    command = ["step", "train", "--spec", spec.model_dump_json(), "--device", "cpu", "--teacher", str(teacher)]
-    command += [f"--{split}={splits[split]}" for split in ("train", "val")] + [f"--state={tmp_path / 'state'}"]
+    command = [
+        "step",
+        "train",
+        "--spec",
+        spec.model_dump_json(),
+        "--device",
+        "cpu",
+        "--teacher",
+        str(teacher),
+    ]
+    command += [f"--{split}={splits[split]}" for split in ("train", "val")] + [
+        f"--state={tmp_path / 'state'}"
+    ]
     command += [f"--{Path(file).stem}={tmp_path / file}" for file in OUTPUTS]
     killer = (
-        "import os, signal, sys; from gdlib import cli, training; batch = training.PatchSampler.batch\n"
+        "import os, signal, sys; from gdlib import cli, training; batch = "
+        "training.PatchSampler.batch\n"
         "def deadly(self, step):\n"
         f"    if step == {5 * spec.recipe.accumulate}: os.kill(os.getpid(), signal.{name})\n"
         "    return batch(self, step)\n"
         "training.PatchSampler.batch = deadly; sys.exit(cli.main(sys.argv[1:]))"
     )
-    done = subprocess.run([sys.executable, "-c", killer, *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", killer, *command], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == status, done.stderr
     assert_nothing_written(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "gdlib", *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "gdlib", *command], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {resumed}" in done.stdout
     assert outputs(tmp_path) == outputs(whole)
@@ -309,7 +346,9 @@ def interrupt(run, spec, folder, **kwargs):
     return folder / "state" / "resume.pt"
 
 
-def test_the_state_of_another_configuration_is_not_taken(make_spec, train, finished, tmp_path, capsys):
+def test_the_state_of_another_configuration_is_not_taken(
+    make_spec, train, finished, tmp_path, capsys
+):
     spec, scores, whole = finished("none")
     interrupt(train, make_spec("none", optimizer={"lr": 0.5}), tmp_path)
     capsys.readouterr()
@@ -321,12 +360,18 @@ def test_the_state_of_another_configuration_is_not_taken(make_spec, train, finis
 
 
 @pytest.mark.parametrize("which", ["train", "val", "teacher"])
-def test_the_state_of_other_data_is_not_taken(which, finished, splits, train, teacher, tmp_path, capsys):
+def test_the_state_of_other_data_is_not_taken(
+    which, finished, splits, train, teacher, tmp_path, capsys
+):
     spec, scores, whole = finished("grd")
     if which == "teacher":
         state, header = io.load_weights(teacher)
         other = tmp_path / "other.safetensors"
-        io.save_weights(other, {name: t * 1.01 if t.is_floating_point() else t for name, t in state.items()}, header)
+        io.save_weights(
+            other,
+            {name: t * 1.01 if t.is_floating_point() else t for name, t in state.items()},
+            header,
+        )
     else:
         other = tmp_path / "other.h5"
         io.write_samples(other, list(io.read_samples(splits[which]))[:1])
@@ -342,7 +387,9 @@ def test_the_state_of_other_code_is_not_taken(finished, train, tmp_path, monkeyp
     spec, scores, _ = finished("none")
     read = Path.read_bytes
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", lambda p: read(p) + (b"# edited" if p.name == "igd.py" else b""))
+        patch.setattr(
+            Path, "read_bytes", lambda p: read(p) + (b"# edited" if p.name == "igd.py" else b"")
+        )
         interrupt(train, spec, tmp_path)
     capsys.readouterr()
     assert train(spec, tmp_path) == scores
@@ -353,7 +400,9 @@ BROKEN = {
     "empty": lambda path, marker: path.write_bytes(b""),
     "text": lambda path, marker: path.write_text("nothing"),
     "truncated": lambda path, marker: path.write_bytes(path.read_bytes()[:-2000]),
-    "malicious pickle": lambda path, marker: path.write_bytes(pickle.dumps(Touch(marker), protocol=2)),
+    "malicious pickle": lambda path, marker: path.write_bytes(
+        pickle.dumps(Touch(marker), protocol=2)
+    ),
     "malicious zip": lambda path, marker: torch.save({"fingerprint": Touch(marker)}, path),
     "of another program": lambda path, marker: torch.save({"epoch": 3}, path),
 }
@@ -379,7 +428,9 @@ def test_the_bait_of_the_malicious_state_works(tmp_path):
     assert (tmp_path / "executed").exists()
 
 
-def test_one_seed_is_one_result_and_another_seed_another(finished, make_spec, train, teacher, tmp_path):
+def test_one_seed_is_one_result_and_another_seed_another(
+    finished, make_spec, train, teacher, tmp_path
+):
     _, scores, whole = finished("grd")
     torch.manual_seed(99)  # whatever happened before in this process
     torch.rand(7)
@@ -387,7 +438,9 @@ def test_one_seed_is_one_result_and_another_seed_another(finished, make_spec, tr
     assert outputs(tmp_path / "same") == outputs(whole)
     train(make_spec("grd", seed=1), tmp_path / "other", teacher=teacher)
     assert outputs(tmp_path / "other")["history"] != outputs(whole)["history"]
-    states = [io.load_weights(folder / "last.safetensors")[0] for folder in (tmp_path / "other", whole)]
+    states = [
+        io.load_weights(folder / "last.safetensors")[0] for folder in (tmp_path / "other", whole)
+    ]
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -398,7 +451,9 @@ def test_a_run_in_another_thread_is_the_same(finished, train, teacher, tmp_path)
     assert outputs(tmp_path) == outputs(whole)
 
 
-def test_methods_of_one_seed_start_from_the_same_network_and_see_the_same_patches(make_spec, splits, teacher):
+def test_methods_of_one_seed_start_from_the_same_network_and_see_the_same_patches(
+    make_spec, splits, teacher
+):
     device = torch.device("cpu")
     trainers = [loop._Trainer(make_spec(method), teacher, device) for method in ("none", "grd")]
     states = [trainer.deployed.state_dict() for trainer in trainers]
@@ -463,10 +518,14 @@ def test_every_batch_has_its_own_number(make_spec, train, teacher, tmp_path, mon
     seen = {"patches": [], "memory": []}
     batch, sample = loop.PatchSampler.batch, loop.MemoryBank.sample
     monkeypatch.setattr(
-        loop.PatchSampler, "batch", lambda self, step: seen["patches"].append(step) or batch(self, step)
+        loop.PatchSampler,
+        "batch",
+        lambda self, step: seen["patches"].append(step) or batch(self, step),
     )
     monkeypatch.setattr(
-        loop.MemoryBank, "sample", lambda self, ids, step: seen["memory"].append(step) or sample(self, ids, step)
+        loop.MemoryBank,
+        "sample",
+        lambda self, ids, step: seen["memory"].append(step) or sample(self, ids, step),
     )
     train(make_spec("grd", accumulate=2), tmp_path, teacher=teacher)
     assert seen["patches"] == seen["memory"] == list(range(12))
@@ -480,14 +539,17 @@ def test_loss_and_learning_rate_in_the_history(make_spec, train, teacher, tmp_pa
         assert value == pytest.approx(loop.learning_rate(step - 1, spec.recipe))
     parts = [rows(tmp_path, "train", f"loss/{term.name}") for term in spec.all_terms]
     for k, (_, total) in enumerate(rows(tmp_path, "train", "loss")):
-        assert total == pytest.approx(sum(t.weight * part[k][1] for t, part in zip(spec.all_terms, parts, strict=True)))
+        assert total == pytest.approx(
+            sum(t.weight * part[k][1] for t, part in zip(spec.all_terms, parts, strict=True))
+        )
     assert all(value > 0 for part in parts for _, value in part)
 
 
 def test_training_learns(teacher):
     losses = [value for _, value in rows(teacher.parent, "train", "loss")]
     assert losses[-1] < 0.6 * losses[0]
-    # After six steps it is below 0.1. Of forty, rounding alone moves it by some hundredths from machine to machine.
+    # After six steps it is below 0.1. Of forty, rounding alone moves it by some hundredths from
+    # machine to machine.
     assert io.read_header(teacher)["validation"]["mutex_watershed"]["aji"] > 0.5
 
 
@@ -502,7 +564,9 @@ def test_learning_rate():
     assert loop.learning_rate(10 + 30, cosine) == pytest.approx(0.375)
     assert 0 < loop.learning_rate(99, cosine) < 0.001
     constant = Recipe.model_validate(recipe | {"schedule": "constant"})
-    assert [loop.learning_rate(step, constant) for step in (4, 10, 55, 99)] == pytest.approx([0.25, 0.5, 0.5, 0.5])
+    assert [loop.learning_rate(step, constant) for step in (4, 10, 55, 99)] == pytest.approx(
+        [0.25, 0.5, 0.5, 0.5]
+    )
     short = Recipe.model_validate(recipe | {"steps": 5, "warmup": 0})
     assert loop.learning_rate(0, short) == pytest.approx(0.5)
     warm = Recipe.model_validate(recipe | {"steps": 5, "warmup": 20})
@@ -518,7 +582,9 @@ def test_moving_average(make_spec, splits):
         trainer.advance(iter([batches.batch(step)]))
         now = trainer.distiller.student.state_dict()
         expected = {
-            name: keep * expected[name] + (1 - keep) * now[name] if now[name].is_floating_point() else now[name].clone()
+            name: keep * expected[name] + (1 - keep) * now[name]
+            if now[name].is_floating_point()
+            else now[name].clone()
             for name in now
         }
     for name, tensor in trainer.deployed.state_dict().items():
@@ -560,7 +626,13 @@ def test_a_patch_for_a_network_that_loses_its_border(make_spec, train, tmp_path)
 
 
 def test_a_patch_that_only_the_student_can_use(make_spec, train, teacher, tmp_path):
-    text = refusal(train, plain(make_spec("grd", patch=(30, 30))), tmp_path / "run", ValueError, teacher=teacher)
+    text = refusal(
+        train,
+        plain(make_spec("grd", patch=(30, 30))),
+        tmp_path / "run",
+        ValueError,
+        teacher=teacher,
+    )
     assert all(part in text for part in ("(30, 30)", "or its teacher", "multiples of (16, 16)"))
 
 
@@ -569,7 +641,9 @@ def test_a_network_with_another_number_of_axes(make_spec, train, teacher, volume
     files = {split: volume_splits[split] for split in ("train", "val")}
     assert "(16, 16)" in refusal(train, flat, tmp_path / "run", ValueError, **files)
     student = make_spec("grd", model="resunet3d", patch=(4, 32, 32))
-    assert "(16, 16)" in refusal(train, student, tmp_path / "run", ValueError, teacher=teacher, **files)
+    assert "(16, 16)" in refusal(
+        train, student, tmp_path / "run", ValueError, teacher=teacher, **files
+    )
 
 
 def test_a_split_without_images(make_spec, train, tmp_path):
@@ -588,11 +662,19 @@ def test_a_method_that_needs_a_teacher_without_one(make_spec, train, tmp_path):
 def test_a_level_that_is_not_there(make_spec, train, teacher, tmp_path):
     spec = make_spec("levels")
     terms = tuple(term.model_copy(update={"level": "stride9"}) for term in spec.terms)
-    text = refusal(train, spec.model_copy(update={"terms": terms}), tmp_path / "run", ValueError, teacher=teacher)
+    text = refusal(
+        train,
+        spec.model_copy(update={"terms": terms}),
+        tmp_path / "run",
+        ValueError,
+        teacher=teacher,
+    )
     assert all(part in text for part in ('"stride9"', "stride8, stride4, stride2, stride1"))
 
 
-def test_a_teacher_with_another_normalisation_or_other_channels(make_spec, train, teacher, tmp_path):
+def test_a_teacher_with_another_normalisation_or_other_channels(
+    make_spec, train, teacher, tmp_path
+):
     spec = make_spec("grd", normalisation={"lower": 0.0, "upper": 100.0})
     text = refusal(train, spec, tmp_path / "run", teacher=teacher)
     assert all(part in text for part in (str(teacher), "normalisation", "99.8", "100.0"))
@@ -618,7 +700,9 @@ def test_a_teacher_that_nobody_asks_is_not_opened(finished, train, tmp_path):
 
 def test_the_teacher_does_not_change(make_spec, splits, teacher):
     trainer = loop._Trainer(make_spec("grd"), teacher, torch.device("cpu"))
-    before = {name: tensor.clone() for name, tensor in trainer.distiller.teacher.state_dict().items()}
+    before = {
+        name: tensor.clone() for name, tensor in trainer.distiller.teacher.state_dict().items()
+    }
     batches = sampler(trainer.spec, splits["train"])
     for step in range(2):
         trainer.advance(iter([batches.batch(step)]))
@@ -647,7 +731,8 @@ VOLUME = {
 
 @pytest.fixture(scope="module")
 def volume_splits(tmp_path_factory, squares):
-    """Return {split: samples file} of columns of squares: two volumes, one with a part that is ignored, and one."""
+    """Return {split: samples file} of columns of squares: two volumes, one with a part that is
+    ignored, and one."""
     folder = tmp_path_factory.mktemp("volumes")
     out = {}
     for number, (split, count) in enumerate({"train": 2, "val": 1}.items()):
@@ -655,7 +740,9 @@ def volume_splits(tmp_path_factory, squares):
         for i in range(count):
             sections = [squares(10 * number + i) for _ in range(6)]  # the same objects
             noise = np.random.default_rng(number).integers(0, 20, (6, 40, 44))
-            image = np.stack([image for image, _ in sections], 1).clip(0, 235) + noise.astype(np.uint8)
+            image = np.stack([image for image, _ in sections], 1).clip(0, 235) + noise.astype(
+                np.uint8
+            )
             label = np.stack([label for _, label in sections])
             ignore = np.zeros(label.shape, bool)
             ignore[:, :, 30:] = True
@@ -673,14 +760,19 @@ def train_volume(train, volume_splits):
 
 @pytest.fixture(scope="module")
 def volume_runs(tmp_path_factory, make_spec, train_volume):
-    """Return {name: (spec, metrics, folder)} of a teacher in 3D and of the student that learnt from it."""
+    """Return {name: (spec, metrics, folder)} of a teacher in 3D and of the student that learnt from
+    it."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("teacher", "student")}
     first = make_spec("teacher", widths=(3, 3, 4, 4, 5), **VOLUME)
     second = make_spec("grd", **VOLUME)
     weights = folders["teacher"] / "weights.safetensors"
     return {
         "teacher": (first, train_volume(first, folders["teacher"]), folders["teacher"]),
-        "student": (second, train_volume(second, folders["student"], teacher=weights), folders["student"]),
+        "student": (
+            second,
+            train_volume(second, folders["student"], teacher=weights),
+            folders["student"],
+        ),
     }
 
 
@@ -689,20 +781,29 @@ def test_a_run_on_volumes_ends_with_its_files(name, volume_runs, volume_splits):
     spec, scores, folder = volume_runs[name]
     header = io.read_header(folder / "weights.safetensors")
     assert header["run"] == spec.model_dump(mode="json")
-    assert header["segmentation"].keys() == header["validation"].keys() == {"waterz", "mutex_watershed"}
+    assert (
+        header["segmentation"].keys()
+        == header["validation"].keys()
+        == {"waterz", "mutex_watershed"}
+    )
     for segmenter, parameters in header["segmentation"].items():
         assert parameters.keys() == defaults(segmenter, 3).keys()
-    assert header["validation"]["waterz"] == scores  # the first of `run: segmenters` is the main one
+    # the first of `run: segmenters` is the main one
+    assert header["validation"]["waterz"] == scores
     assert all(math.isfinite(v) for one in header["validation"].values() for v in one.values())
     assert list(io.read_header(folder / "last.safetensors")["validation"]) == ["waterz"]
-    assert_same_scores(scores_of(folder / "weights.safetensors", volume_splits["val"]), header["validation"])
+    assert_same_scores(
+        scores_of(folder / "weights.safetensors", volume_splits["val"]), header["validation"]
+    )
     names = {term.name for term in spec.all_terms}
     assert all(value > 0 for term in names for _, value in rows(folder, "train", f"loss/{term}"))
     assert [step for step, _ in rows(folder, "val", "voi")] == [4]
 
 
 @pytest.mark.parametrize("step", [0, 2])
-def test_a_run_on_volumes_is_resumed_bit_for_bit(step, volume_runs, train_volume, tmp_path, monkeypatch):
+def test_a_run_on_volumes_is_resumed_bit_for_bit(
+    step, volume_runs, train_volume, tmp_path, monkeypatch
+):
     spec, scores, whole = volume_runs["student"]
     weights = volume_runs["teacher"][2] / "weights.safetensors"
     with monkeypatch.context() as patch:
@@ -714,14 +815,18 @@ def test_a_run_on_volumes_is_resumed_bit_for_bit(step, volume_runs, train_volume
     assert outputs(tmp_path) == outputs(whole)
 
 
-def test_a_file_that_stays_on_disk_trains_the_same(volume_runs, train_volume, tmp_path, monkeypatch):
+def test_a_file_that_stays_on_disk_trains_the_same(
+    volume_runs, train_volume, tmp_path, monkeypatch
+):
     spec, scores, whole = volume_runs["teacher"]
     monkeypatch.setattr("gdlib.data.patches.IN_MEMORY", 0)
     assert train_volume(spec, tmp_path) == scores
     assert outputs(tmp_path) == outputs(whole)
 
 
-def test_what_is_ignored_does_not_matter_for_the_validation(make_spec, volume_runs, volume_splits, tmp_path):
+def test_what_is_ignored_does_not_matter_for_the_validation(
+    make_spec, volume_runs, volume_splits, tmp_path
+):
     """Whatever the label says there; neither while training nor in the choice of parameters."""
     spec, _, folder = volume_runs["teacher"]
     network = loop.build(spec.model, spec.options)
@@ -730,7 +835,9 @@ def test_what_is_ignored_does_not_matter_for_the_validation(make_spec, volume_ru
     for change in (False, True):
         (sample,) = io.read_samples(volume_splits["val"])
         label = np.where(sample.ignore & change, 99, sample.label).astype(np.uint32)
-        io.write_samples(tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label, ignore=sample.ignore)])
+        io.write_samples(
+            tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label, ignore=sample.ignore)]
+        )
         judge = loop.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
         judged.append((judge(network), validator.tune(network)))
     assert judged[0] == judged[1]
@@ -740,19 +847,36 @@ def test_what_is_ignored_does_not_matter_for_the_validation(make_spec, volume_ru
 
 
 def test_mala_learns_from_mala(make_spec, train_volume, volume_splits, tmp_path):
-    """Valid convolutions: of 30 x 241 x 241 voxels, the volume continued by reflection, it says something about 2 x 29 x 29."""
-    options = VOLUME | {"model": "mala", "patch": (2, 29, 29), "steps": 2, "validate_every": 2, "batch_size": 1}
+    """Valid convolutions: of 30 x 241 x 241 voxels, the volume continued by reflection, it says
+    something about 2 x 29 x 29."""
+    options = VOLUME | {
+        "model": "mala",
+        "patch": (2, 29, 29),
+        "steps": 2,
+        "validate_every": 2,
+        "batch_size": 1,
+    }
     options |= {"segmenters": ("mutex_watershed",), "save_every": 10}
     for method, widths in (("teacher", (2, 2, 2, 3)), ("grd", (1, 2, 2, 3))):
         spec = make_spec(method, widths=widths, **options)
-        kwargs = {} if method == "teacher" else {"teacher": tmp_path / "teacher" / "weights.safetensors"}
+        kwargs = (
+            {} if method == "teacher" else {"teacher": tmp_path / "teacher" / "weights.safetensors"}
+        )
         scores = train_volume(spec, tmp_path / method, **kwargs)
         weights = tmp_path / method / "weights.safetensors"
         assert_same_scores(scores_of(weights, volume_splits["val"]), {"mutex_watershed": scores})
         start = loop.build(spec.model, spec.options)  # of another seed, but the biases start at 0
         state = io.load_weights(tmp_path / method / "last.safetensors")[0]
-        assert all(state[name].abs().max() > 0 for name, p in start.named_parameters() if p.abs().max() == 0)
-        losses = [v for term in spec.all_terms for _, v in rows(tmp_path / method, "train", f"loss/{term.name}")]
+        assert all(
+            state[name].abs().max() > 0
+            for name, p in start.named_parameters()
+            if p.abs().max() == 0
+        )
+        losses = [
+            v
+            for term in spec.all_terms
+            for _, v in rows(tmp_path / method, "train", f"loss/{term.name}")
+        ]
         assert len(losses) == len(spec.all_terms)
         assert all(0 <= v < math.inf for v in losses)
 
@@ -761,7 +885,10 @@ def with_empty(folder, squares, filled, empty):
     """Write a validation split with so many images with objects, and then so many without."""
     shape = squares(0)[1].shape
     samples = [io.Sample(f"s{k}", *squares(k)) for k in range(filled)]
-    samples += [io.Sample(f"e{k}", np.zeros((1, *shape), np.uint8), np.zeros(shape, np.uint32)) for k in range(empty)]
+    samples += [
+        io.Sample(f"e{k}", np.zeros((1, *shape), np.uint8), np.zeros(shape, np.uint32))
+        for k in range(empty)
+    ]
     io.write_samples(folder / "val.h5", samples)
     return folder / "val.h5"
 
@@ -777,25 +904,36 @@ def with_empty(folder, squares, filled, empty):
         (2, 1, 99, "s0 s1 e0"),
     ],
 )
-def test_validation_while_training_sees_empty_images_too(filled, empty, asked, chosen, make_spec, squares, tmp_path):
+def test_validation_while_training_sees_empty_images_too(
+    filled, empty, asked, chosen, make_spec, squares, tmp_path
+):
     path = with_empty(tmp_path, squares, filled, empty)
     judge = loop.Judge(make_spec(validate_images=asked), path, torch.device("cpu"))
     assert " ".join(sample.id for sample in judge.some) == chosen
 
 
-def test_a_validation_split_of_empty_images_is_refused_before_any_training(make_spec, train, squares, tmp_path):
+def test_a_validation_split_of_empty_images_is_refused_before_any_training(
+    make_spec, train, squares, tmp_path
+):
     path = with_empty(tmp_path, squares, 0, 2)
     with pytest.raises(io.DataError, match=r"val\.h5: no validation image has an object; move"):
         train(make_spec(), tmp_path / "run", val=path)
     assert_nothing_written(tmp_path / "run")
 
 
-def test_weights_that_find_objects_in_empty_images_are_not_the_best(make_spec, train, tmp_path, monkeypatch):
+def test_weights_that_find_objects_in_empty_images_are_not_the_best(
+    make_spec, train, tmp_path, monkeypatch
+):
     marks = iter([(0.9, 0.2, 7), (0.8, 0.0, 0), (0.85, 0.1, 2)])
 
     def judge(self, network):
         value, share, found = next(marks)
-        empty = {"empty_images": 1, "false_objects": found, "false_pixels": 10 * found, "false_share": share}
+        empty = {
+            "empty_images": 1,
+            "false_objects": found,
+            "false_pixels": 10 * found,
+            "false_share": share,
+        }
         return {**dict.fromkeys(METRICS, 0.0), "aji": value, **empty}
 
     monkeypatch.setattr(loop.Judge, "__call__", judge)
@@ -805,8 +943,13 @@ def test_weights_that_find_objects_in_empty_images_are_not_the_best(make_spec, t
     assert [value for _, value in rows(tmp_path, "val", "false_objects")] == [7, 0, 2]
 
 
-def test_the_sampler_gets_the_margin_and_the_border(make_spec, train, splits, teacher, tmp_path, monkeypatch):
-    """The larger margin of student and teacher, per axis; the label is that of a student without a margin."""
+def test_the_sampler_gets_the_margin_and_the_border(
+    make_spec, train, splits, teacher, tmp_path, monkeypatch
+):
+    """The larger margin of student and teacher, per axis.
+
+    The label is that of a student without a margin.
+    """
     monkeypatch.setenv(io.PLUGINS, __name__)
     asked = []
     original = loop.PatchSampler
@@ -832,7 +975,10 @@ def test_the_sampler_gets_the_margin_and_the_border(make_spec, train, splits, te
     for label in (batch.label for batch in batches):  # no two objects within two pixels
         assert label.shape == (2, 32, 32)
         for dy, dx in itertools.product(range(3), range(-2, 3)):
-            a, b = label[:, : 32 - dy, max(0, -dx) : 32 - max(0, dx)], label[:, dy:, max(0, dx) : 32 + min(0, dx)]
+            a, b = (
+                label[:, : 32 - dy, max(0, -dx) : 32 - max(0, dx)],
+                label[:, dy:, max(0, dx) : 32 + min(0, dx)],
+            )
             assert not ((a != b) & (a > 0) & (b > 0)).any()
     assert {one.border for one in asked} == {2}
 
@@ -875,7 +1021,9 @@ def test_compiled_networks_learn_the_same(tmp_path, make_spec, train, teacher):
         folder = tmp_path / str(compile)
         train(spec, folder, teacher=teacher)
         found.append(rows(folder))
-    assert found[1] == [(step, pytest.approx(value, rel=1e-4, abs=1e-5)) for step, value in found[0]]
+    assert found[1] == [
+        (step, pytest.approx(value, rel=1e-4, abs=1e-5)) for step, value in found[0]
+    ]
 
 
 def test_a_new_average_forgets_the_random_start():
@@ -891,7 +1039,9 @@ def entries(folder, name):
     return [value for _, value in rows(folder, "train", f"entries/{name}" if name else "entries")]
 
 
-def test_patches_of_one_image_are_compared_with_each_other(make_spec, splits, train, teacher, tmp_path):
+def test_patches_of_one_image_are_compared_with_each_other(
+    make_spec, splits, train, teacher, tmp_path
+):
     """A single volume is the usual case of electron microscopy."""
     first = next(iter(io.read_samples(splits["train"])))
     io.write_samples(tmp_path / "one.h5", [first])
@@ -909,9 +1059,12 @@ def test_patches_of_one_image_are_compared_with_each_other(make_spec, splits, tr
 def test_a_memory_without_instances_is_an_error_for_terms_that_compare_them(
     make_spec, splits, train, teacher, tmp_path
 ):
-    samples = [replace(sample, label=0 * sample.label) for sample in io.read_samples(splits["train"])]
+    samples = [
+        replace(sample, label=0 * sample.label) for sample in io.read_samples(splits["train"])
+    ]
     io.write_samples(tmp_path / "empty.h5", samples)
     with pytest.raises(
-        ValueError, match=r'"igd.* nothing to compare with, as none of the 3 patches .* show an instance'
+        ValueError,
+        match=r'"igd.* nothing to compare with, as none of the 3 patches .* show an ' r"instance",
     ):
         train(make_spec("grd", steps=40), tmp_path, teacher=teacher, train=tmp_path / "empty.h5")

@@ -1,7 +1,7 @@
 """A step of training leaves its device alone until losses are written down.
 
-Shown on torch's `meta` device, whose tensors have a shape and no values: whatever would wait for a GPU, because it reads a
-value or makes a shape of one, raises there.
+Shown on torch's `meta` device, whose tensors have a shape and no values: whatever would wait for a
+GPU, because it reads a value or makes a shape of one, raises there.
 """
 
 import contextlib
@@ -25,13 +25,36 @@ METHODS = load(Path(__file__).resolve().parents[1]).methods
 # Every augmentation is on, each in every patch.
 MORE = {
     "augment": {
-        "geometry": {"scale": (0.8, 1.2), "elastic": 2.0, "elastic_spacing": 8, "rotate": 10.0, "misalign": 2.0},
-        "intensity": {"contrast": 0.2, "brightness": 0.2, "gamma": 0.2, "blur": 1.0, "noise": 0.1, "probability": 1.0},
-        "sections": {"contrast": 0.1, "brightness": 0.1, "blur": 1.0, "motion": 5, "missing": 0.5, "probability": 1.0},
+        "geometry": {
+            "scale": (0.8, 1.2),
+            "elastic": 2.0,
+            "elastic_spacing": 8,
+            "rotate": 10.0,
+            "misalign": 2.0,
+        },
+        "intensity": {
+            "contrast": 0.2,
+            "brightness": 0.2,
+            "gamma": 0.2,
+            "blur": 1.0,
+            "noise": 0.1,
+            "probability": 1.0,
+        },
+        "sections": {
+            "contrast": 0.1,
+            "brightness": 0.1,
+            "blur": 1.0,
+            "motion": 5,
+            "missing": 0.5,
+            "probability": 1.0,
+        },
         "empty": 0.5,
     }
 }
-NETWORKS = {"2D": ("resunet", (2, 2, 4, 4, 4), (32, 32)), "3D": ("resunet3d", (2, 2, 4, 4, 4), (4, 32, 32))}
+NETWORKS = {
+    "2D": ("resunet", (2, 2, 4, 4, 4), (32, 32)),
+    "3D": ("resunet3d", (2, 2, 4, 4, 4), (4, 32, 32)),
+}
 
 
 class Waited(AssertionError):
@@ -39,7 +62,8 @@ class Waited(AssertionError):
 
 
 class Watch(TorchDispatchMode):
-    """Refuse operators on tensors of two devices, copies that are waited for, and float64, which Apple's GPUs do not have."""
+    """Refuse operators on tensors of two devices, copies that are waited for, and float64, which
+    Apple's GPUs do not have."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -48,7 +72,8 @@ class Watch(TorchDispatchMode):
             there = kwargs.get("device") or args[0].device
             if there.type != args[0].device.type and not kwargs.get("non_blocking"):
                 raise Waited(f"a copy to {there} waits")
-        elif len({tensor.device.type for tensor in tensors if tensor.dim()}) > 1:  # a number may be on the CPU
+        # a number may be on the CPU
+        elif len({tensor.device.type for tensor in tensors if tensor.dim()}) > 1:
             raise Waited(f"{func} is given tensors on different devices")
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
@@ -61,7 +86,9 @@ def put_on_meta(monkeypatch):
     """There is no automatic precision on this device."""
     real = torch.autocast
     monkeypatch.setattr(
-        torch, "autocast", lambda kind, *a, **k: contextlib.nullcontext() if kind == "meta" else real(kind, *a, **k)
+        torch,
+        "autocast",
+        lambda kind, *a, **k: contextlib.nullcontext() if kind == "meta" else real(kind, *a, **k),
     )
 
 
@@ -71,22 +98,33 @@ def volumes(folder):
     image = torch.randint(256, (1, 6, 40, 44), generator=generator, dtype=torch.uint8).numpy()
     label = torch.randint(5, (6, 40, 44), generator=generator).numpy().astype("uint32")
     ignore = torch.rand(6, 40, 44, generator=generator).numpy() < 0.1
-    io.write_samples(path, [io.Sample("a", image, label, ignore=ignore), io.Sample("b", image, label)], split="train")
+    io.write_samples(
+        path,
+        [io.Sample("a", image, label, ignore=ignore), io.Sample("b", image, label)],
+        split="train",
+    )
     return path
 
 
 @pytest.fixture
 def parts(tmp_path, splits, make_spec):
-    """Return `make(axes, method, **recipe)` -> (spec, samples, teacher's weights), without the time a teacher takes."""
+    """Return `make(axes, method, **recipe)` -> (spec, samples, teacher's weights), without the time
+    a teacher takes."""
 
     def make(axes, method, **recipe):
         model, widths, patch = NETWORKS[axes]
         chosen = METHODS[method].model_dump(mode="json")
-        plain = make_spec("none", model=model, widths=widths, patch=patch, **recipe, **chosen.get("recipe", {}))
-        spec = RunSpec.model_validate(plain.model_dump() | {"method": method, "terms": chosen["terms"]})
+        plain = make_spec(
+            "none", model=model, widths=widths, patch=patch, **recipe, **chosen.get("recipe", {})
+        )
+        spec = RunSpec.model_validate(
+            plain.model_dump() | {"method": method, "terms": chosen["terms"]}
+        )
         weights = tmp_path / "teacher.safetensors"
         network = loop.build(model, spec.options)
-        header = spec.model_dump(mode="json", include={"model", "options", "channels", "offsets", "normalisation"})
+        header = spec.model_dump(
+            mode="json", include={"model", "options", "channels", "offsets", "normalisation"}
+        )
         header["normalisation"].pop("noise")  # of which nothing was learned
         io.save_weights(weights, network.state_dict(), header)
         return spec, splits["train"] if axes == "2D" else volumes(tmp_path), weights
@@ -105,7 +143,8 @@ def test_a_step_does_not_wait(axes, method, parts, monkeypatch):
         for _ in range(3):  # the bank is empty, filled, full
             trainer.advance(sampler.batch(number) for number in trainer.batches())
     assert trainer.step == 3
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # that is, this test can fail
+    # that is, this test can fail
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         trainer.flush_losses()
 
 
@@ -119,7 +158,12 @@ def test_a_step_with_maps_does_not_wait(axes, tmp_path, parts, monkeypatch):
     maps = TeacherMaps(files.values(), samples)
     trainer = loop._Trainer(spec, maps, META)
     sampler = PatchSampler(
-        samples, **spec.drawing, margin=trainer.margin, device=META, maps=maps, levels=trainer.levels
+        samples,
+        **spec.drawing,
+        margin=trainer.margin,
+        device=META,
+        maps=maps,
+        levels=trainer.levels,
     )
     with Watch():
         for _ in range(3):
@@ -140,7 +184,10 @@ def test_what_waits_is_noticed():
 
 
 def test_what_is_known_of_the_labels_changes_no_loss(parts):
-    """On a device, room is made for the largest id of all images; on the CPU for the instances that are there."""
+    """On a device, room is made for the largest id of all images.
+
+    On the CPU for the instances that are there.
+    """
     spec, samples, weights = parts("2D", "grd")
     losses = []
     for largest in (None, 12, 40):
@@ -152,7 +199,8 @@ def test_what_is_known_of_the_labels_changes_no_loss(parts):
             trainer.advance(sampler.batch(number) for number in trainer.batches())
         trainer.flush_losses()
         losses.append([value for *_, value in trainer.history])
-    for others in losses[1:]:  # similarities have size one, and an edge loss is a sum of their squares in float32
+    # similarities have size one, and an edge loss is a sum of their squares in float32
+    for others in losses[1:]:
         assert others == pytest.approx(losses[0], rel=1e-5, abs=1e-6)
 
 

@@ -1,7 +1,9 @@
-"""The workflow as its users meet it: what runs, what runs again after an edit, and what a mistake looks like.
+"""The workflow as its users meet it: what runs, what runs again after an edit, and what a mistake
+looks like.
 
-The smoke study runs once, in a copy of the repository. The rerun contract needs only what Snakemake remembers of a study: each
-case is a dry run in a copy of one whose files are empty and count as made.
+The smoke study runs once, in a copy of the repository. The rerun contract needs only what Snakemake
+remembers of a study: each case is a dry run in a copy of one whose files are empty and count as
+made.
 """
 
 import csv
@@ -34,7 +36,10 @@ DATA, TEACHER, STUDENT = "nuclei_phantom_small", "resunet_w8", "resunet_tiny"
 VOLUMES, TEACHER_3D, STUDENT_3D = "neurites_phantom_small", "resunet3d_w8", "resunet3d_tiny"
 TEACHING, NONE, GRD = "teacher/seed0", "none/seed0", "grd/seed0"
 NETWORKS = {DATA: (TEACHER, STUDENT), VOLUMES: (TEACHER_3D, STUDENT_3D)}
-SEGMENTERS = {dataset: CATALOGUE["datasets"][dataset].get("segmenters", ["mutex_watershed"]) for dataset in NETWORKS}
+SEGMENTERS = {
+    dataset: CATALOGUE["datasets"][dataset].get("segmenters", ["mutex_watershed"])
+    for dataset in NETWORKS
+}
 FIGURES = {
     DATA: ("methods", "tradeoff", "curves", "panel", "embeddings"),
     VOLUMES: ("methods", "tradeoff", "curves", "panel", "embeddings", "neurons"),
@@ -43,28 +48,41 @@ STEPS = ("Train", "Predict", "Segment", "Evaluate")
 
 
 def run_of(dataset: str, run: str) -> str:
-    """Return what the workflow calls a run, e.g. `none/seed0`, of this dataset's student, or teacher."""
+    """Return what the workflow calls a run, e.g.
+
+    `none/seed0`, of this dataset's student, or teacher.
+    """
     teacher, student = NETWORKS[dataset]
     return f"{dataset}/{teacher if run.startswith('teacher') else student}/{run}"
 
 
-def jobs(*runs: str, steps: tuple[str, ...] = STEPS, datasets: tuple[str, ...] = (DATA, VOLUMES)) -> set[str]:
+def jobs(
+    *runs: str, steps: tuple[str, ...] = STEPS, datasets: tuple[str, ...] = (DATA, VOLUMES)
+) -> set[str]:
     """Return what the workflow calls these steps of these runs."""
     found = set()
     for dataset in datasets:
         for step in steps:
-            ways = [f" by {name}" for name in SEGMENTERS[dataset]] if step in ("Segment", "Evaluate") else [""]
+            ways = (
+                [f" by {name}" for name in SEGMENTERS[dataset]]
+                if step in ("Segment", "Evaluate")
+                else [""]
+            )
             found |= {f"{step} {run_of(dataset, run)}{way}" for run in runs for way in ways}
     return found
 
 
-def snakemake(repository: Path, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def snakemake(
+    repository: Path, folder: Path, *arguments: str | Path
+) -> subprocess.CompletedProcess[str]:
     """Run the workflow of a repository in a folder; its environment is not activated."""
     command = [SNAKEMAKE, "--directory", folder, *arguments]
     return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
 
 
-def dry_run(repository: Path, folder: Path, changes: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def dry_run(
+    repository: Path, folder: Path, changes: dict[str, Any]
+) -> subprocess.CompletedProcess[str]:
     """Ask what would run with these changes of the configuration."""
     overlay = folder / "overlay.yaml"
     overlay.write_text(yaml.safe_dump(changes))
@@ -78,7 +96,8 @@ def planned(output: str) -> set[str]:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Path:
-    """Folder with a copy of the repository in `repository` and the finished smoke study in `work`."""
+    """Folder with a copy of the repository in `repository` and the finished smoke study in
+    `work`."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # one study for all workers
@@ -86,10 +105,16 @@ def smoke(tmp_path_factory) -> Path:
     with open(base / "smoke.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            unneeded = lambda path, names: [n for n in names if Path(path) == ROOT and n not in PARTS]  # noqa: E731
+            unneeded = lambda path, names: [
+                n for n in names if Path(path) == ROOT and n not in PARTS
+            ]  # noqa: E731
             shutil.copytree(ROOT, folder / "repository", ignore=unneeded)
-            result = snakemake(folder / "repository", folder / "work", "--cores", "all", "--config", "study=smoke")
-            (folder / "output.txt").write_text(f"{result.stdout}{result.stderr}\nexit status {result.returncode}\n")
+            result = snakemake(
+                folder / "repository", folder / "work", "--cores", "all", "--config", "study=smoke"
+            )
+            (folder / "output.txt").write_text(
+                f"{result.stdout}{result.stderr}\nexit status {result.returncode}\n"
+            )
     output = (folder / "output.txt").read_text()
     assert output.endswith("exit status 0\n"), output
     return folder
@@ -97,11 +122,14 @@ def smoke(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_paper(tmp_path_factory) -> Path:
-    """Folder with a copy of the repository, and in `work` the smoke study, for which no job has run: all its files are empty."""
+    """Folder with a copy of the repository, and in `work` the smoke study, for which no job has
+    run: all its files are empty."""
     folder = tmp_path_factory.mktemp("on_paper")
     (folder / "repository").mkdir()
     for part in PARTS:
-        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, folder / "repository" / part)
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(
+            ROOT / part, folder / "repository" / part
+        )
     study = folder / "repository", folder / "work"
     for line in snakemake(*study, "--summary", "--config", "study=smoke").stdout.splitlines()[1:]:
         file = folder / "work" / line.split("\t")[0]
@@ -135,13 +163,18 @@ def test_smoke_study_gives_tables_and_figures(smoke):
             files = {"weights.safetensors", "last.safetensors", "history.csv", "predictions.h5"}
             assert names == files | set(SEGMENTERS[dataset])
             for segmenter in SEGMENTERS[dataset]:
-                found = {path.name for path in (results / "runs" / run_of(dataset, run) / segmenter).iterdir()}
+                found = {
+                    path.name
+                    for path in (results / "runs" / run_of(dataset, run) / segmenter).iterdir()
+                }
                 assert found == {"segmentation.h5", "metrics.csv"}
 
 
 def test_every_job_leaves_a_log_and_a_benchmark(smoke):
     results, logs = smoke / "work" / "results" / "smoke", smoke / "work" / "logs" / "smoke"
-    benchmarks = {path.relative_to(results / "benchmarks").with_suffix("") for path in results.rglob("*.tsv")}
+    benchmarks = {
+        path.relative_to(results / "benchmarks").with_suffix("") for path in results.rglob("*.tsv")
+    }
     assert benchmarks == {path.relative_to(logs).with_suffix("") for path in logs.rglob("*.log")}
     runs = sum(3 * (2 + 2 * len(segmenters)) for segmenters in SEGMENTERS.values())
     asked = len(SEGMENTERS)
@@ -151,19 +184,25 @@ def test_every_job_leaves_a_log_and_a_benchmark(smoke):
 
 
 def test_second_run_does_nothing(smoke):
-    result = snakemake(smoke / "repository", smoke / "work", "--cores", "all", "--config", "study=smoke")
+    result = snakemake(
+        smoke / "repository", smoke / "work", "--cores", "all", "--config", "study=smoke"
+    )
     assert result.returncode == 0
     assert "Nothing to be done" in result.stdout + result.stderr
 
 
 def test_report_holds_the_table_and_every_figure(smoke, tmp_path):
     report = tmp_path / "report.zip"
-    result = snakemake(smoke / "repository", smoke / "work", "--config", "study=smoke", "--report", report)
+    result = snakemake(
+        smoke / "repository", smoke / "work", "--config", "study=smoke", "--report", report
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     files = zipfile.ZipFile(report)
     names = {Path(name).name for name in files.namelist()}
     assert {f"{figure}.{CATALOGUE['plot']['formats'][0]}" for figure in FIGURES[VOLUMES]} <= names
-    assert {f"{page}.html" for page in ("table", "configuration", "data", "time", "provenance")} <= names
+    assert {
+        f"{page}.html" for page in ("table", "configuration", "data", "time", "provenance")
+    } <= names
     landing = files.read("report/report.html").decode()
     assert "Smoke test" in landing
     assert "snakemake --cores all --config study=smoke" in landing
@@ -176,11 +215,16 @@ def test_provenance_knows_the_runs_behind_every_number(smoke):
     work = smoke / "work"
     found = json.loads((work / "results" / "smoke" / "provenance.json").read_text())
     with open(work / "results" / "smoke" / "summary.csv", newline="") as file:
-        rows = {(r["dataset"], r["student"], r["method"], r["segmenter"], r["metric"]): r for r in csv.DictReader(file)}
+        rows = {
+            (r["dataset"], r["student"], r["method"], r["segmenter"], r["metric"]): r
+            for r in csv.DictReader(file)
+        }
     for row in found["rows"]:
         assert row["runs"]
         for metric, cell in row["metrics"].items():
-            line = rows.pop((row["dataset"], row["network"], row["method"], row["segmenter"], metric))
+            line = rows.pop(
+                (row["dataset"], row["network"], row["method"], row["segmenter"], metric)
+            )
             assert cell["mean"] == float(line["mean"])
     assert not rows
     assert found["problems"] == []
@@ -198,11 +242,23 @@ def test_provenance_knows_the_runs_behind_every_number(smoke):
 
 
 # Carries or checks what is computed, or says what is, which comes in through the parameters.
-CARRIERS = {"__init__", "config", "data/__init__", "io", "jit", "limits", "progress", "registry", "schema", "text"}
+CARRIERS = {
+    "__init__",
+    "config",
+    "data/__init__",
+    "io",
+    "jit",
+    "limits",
+    "progress",
+    "registry",
+    "schema",
+    "text",
+}
 # Imported by the code of these jobs, but not for what they make.
 UNUSED = {
     "train_teacher": {"distill/bank", "inference", "judge", "metrics", "scores"},  # these judge
-    "train_student": {"distill/bank", "inference", "judge", "metrics", "scores"},  # a bank is listed where there is one
+    # a bank is listed where there is one
+    "train_student": {"distill/bank", "inference", "judge", "metrics", "scores"},
     "ask_teacher": {"native"},
     "predict": {"native"},
     "profile": {"native"},
@@ -219,31 +275,44 @@ def test_code_that_a_job_imports_is_its_input(on_paper):
     package = on_paper / "repository" / "gdlib"
 
     def imported(path: Path) -> set[str]:
-        modules = re.findall(r"^ *from (gdlib[\w.]*) import ([^#\n]*)", path.read_text(), flags=re.MULTILINE)
+        modules = re.findall(
+            r"^ *from (gdlib[\w.]*) import ([^#\n]*)", path.read_text(), flags=re.MULTILINE
+        )
         files = set()
         for module, names in modules:
             folder = package.joinpath(*module.split(".")[1:])
             candidates = [folder.with_suffix(".py"), folder / "__init__.py"]
-            candidates += [folder / f"{name.split()[0]}.py" for name in names.strip("() ").split(",") if name.strip()]
+            candidates += [
+                folder / f"{name.split()[0]}.py"
+                for name in names.strip("() ").split(",")
+                if name.strip()
+            ]
             files |= {candidate for candidate in candidates if candidate.exists()}
         return {name(f) for f in files}
 
     def name(path: Path) -> str:
         return path.relative_to(package).with_suffix("").as_posix()
 
-    records = [json.loads(p.read_text()) for p in (on_paper / "work" / ".snakemake" / "metadata").iterdir()]
+    records = [
+        json.loads(p.read_text()) for p in (on_paper / "work" / ".snakemake" / "metadata").iterdir()
+    ]
     rules = {record["rule"] for record in records}
     assert {"prepare", "segment", "evaluate", "baselines", *UNUSED} == rules - {"all"}
     for record in records:
         if record["rule"] != "all":
-            listed = {(on_paper / "work" / path).resolve() for path in record["input"] if path.endswith(".py")}
+            listed = {
+                (on_paper / "work" / path).resolve()
+                for path in record["input"]
+                if path.endswith(".py")
+            }
             assert listed, record["rule"]
             missing = set().union(*map(imported, listed)) - set(map(name, listed)) - CARRIERS
             assert not missing - UNUSED.get(record["rule"], set()), record["rule"]
 
 
 def test_the_data_of_each_step_are_of_the_right_split(on_paper):
-    """What learns or chooses never sees the test images, and what is judged or shown is nothing else."""
+    """What learns or chooses never sees the test images, and what is judged or shown is nothing
+    else."""
     splits: dict[str, set[str]] = {}
     for path in (on_paper / "work" / ".snakemake" / "metadata").iterdir():
         record = json.loads(path.read_text())
@@ -255,7 +324,14 @@ def test_the_data_of_each_step_are_of_the_right_split(on_paper):
         "baselines": {"val", "test"},
         **{
             rule: {"test"}
-            for rule in ("predict", "evaluate", "profile", "figure_panel", "figure_embeddings", "figure_neurons")
+            for rule in (
+                "predict",
+                "evaluate",
+                "profile",
+                "figure_panel",
+                "figure_embeddings",
+                "figure_neurons",
+            )
         },
     }
 
@@ -294,7 +370,12 @@ def edit(module: str) -> Callable[[Path], dict[str, Any]]:
 
 def drawn(*figures: str, datasets: tuple[str, ...] = (DATA, VOLUMES)) -> set[str]:
     """Return what the workflow calls the jobs of these figures."""
-    return {f"Draw {figure} of {dataset}" for dataset in datasets for figure in figures if figure in FIGURES[dataset]}
+    return {
+        f"Draw {figure} of {dataset}"
+        for dataset in datasets
+        for figure in figures
+        if figure in FIGURES[dataset]
+    }
 
 
 def asking(*parts: str, datasets: tuple[str, ...] = (DATA, VOLUMES)) -> set[str]:
@@ -311,7 +392,8 @@ ASKED = asking("embedding")
 ALL_FIGURES = drawn(*FIGURES[VOLUMES])
 NUMBERS = TABLES | drawn("methods", "tradeoff")  # what shows test metrics
 JUDGED = jobs(TEACHING, NONE, GRD, steps=("Evaluate",)) | NUMBERS
-# What is edited: (changes of the configuration, or a function that edits the repository; what runs again).
+# What is edited: (changes of the configuration, or a function that edits the repository; what runs
+# again).
 CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set[str]]] = {
     "plot option": ({"plot": {"dpi": 100}}, ALL_FIGURES),
     "plotted metrics": ({"plot": {"metrics": ["aji", "dice"]}}, drawn("methods", datasets=(DATA,))),
@@ -330,10 +412,15 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
         {"methods": {"grd": [term | {"weight": 2.0} for term in CATALOGUE["methods"]["grd"]]}},
         jobs(GRD) | TABLES | ALL_FIGURES,
     ),
-    "memory bank": ({"recipes": {"student": {"bank": {"capacity": 16}}}}, jobs(GRD) | TABLES | ALL_FIGURES),
+    "memory bank": (
+        {"recipes": {"student": {"bank": {"capacity": 16}}}},
+        jobs(GRD) | TABLES | ALL_FIGURES,
+    ),
     "recipe of one dataset": (
         {"studies": {"smoke": {"recipes": {VOLUMES: {"student": {"steps": 11}}}}}},
-        jobs(NONE, GRD, datasets=(VOLUMES,)) | TABLES | drawn(*FIGURES[VOLUMES], datasets=(VOLUMES,)),
+        jobs(NONE, GRD, datasets=(VOLUMES,))
+        | TABLES
+        | drawn(*FIGURES[VOLUMES], datasets=(VOLUMES,)),
     ),
     "one more seed": (
         {"studies": {"smoke": {"seeds": [0, 1]}}},
@@ -350,7 +437,10 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
         {"studies": {"smoke": {"methods": ["none", "grd", "fitnet"]}}},
         jobs("fitnet/seed0") | asking("stride8", "stride9") | NUMBERS | drawn("curves"),
     ),
-    "teacher online": ({"recipes": {"student": {"teacher": "online"}}}, jobs(GRD) | TABLES | ALL_FIGURES),
+    "teacher online": (
+        {"recipes": {"student": {"teacher": "online"}}},
+        jobs(GRD) | TABLES | ALL_FIGURES,
+    ),
     "one more method": (
         {"studies": {"smoke": {"methods": ["none", "grd", "igd"]}}},
         jobs("igd/seed0") | NUMBERS | drawn("curves"),
@@ -366,7 +456,10 @@ CONTRACT: dict[str, tuple[dict[str, Any] | Callable[[Path], dict[str, Any]], set
         | TABLES
         | drawn(*FIGURES[VOLUMES], datasets=(VOLUMES,)),
     ),
-    "code of the training loop": (edit("training.py"), jobs(TEACHING, NONE, GRD) | ASKED | TABLES | ALL_FIGURES),
+    "code of the training loop": (
+        edit("training.py"),
+        jobs(TEACHING, NONE, GRD) | ASKED | TABLES | ALL_FIGURES,
+    ),
     "code of the metrics": (
         edit("metrics.py"),
         JUDGED | {f"Evaluate trivial segmentations of {VOLUMES}"},
@@ -390,7 +483,11 @@ def test_every_study_can_be_planned(study, tmp_path):
     config = Config.parse(CATALOGUE | changes)
     result = dry_run(ROOT, tmp_path, changes)
     assert result.returncode == 0, result.stdout + result.stderr
-    trained = [message for message in planned(result.stdout + result.stderr) if message.startswith("Train ")]
+    trained = [
+        message
+        for message in planned(result.stdout + result.stderr)
+        if message.startswith("Train ")
+    ]
     assert len(trained) == len(config.runs())
 
 
@@ -407,8 +504,14 @@ def test_a_teacher_of_ones_own_is_not_trained(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plot": {"dpii": 100}}, 'overlay.yaml, line 2: there is no key "plot.dpii": did you mean "dpi"?'),
-        ({"study": "smokee"}, 'overlay.yaml, line 1: study: there is no "smokee": did you mean "smoke"?'),
+        (
+            {"plot": {"dpii": 100}},
+            'overlay.yaml, line 2: there is no key "plot.dpii": did you mean "dpi"?',
+        ),
+        (
+            {"study": "smokee"},
+            'overlay.yaml, line 1: study: there is no "smokee": did you mean "smoke"?',
+        ),
     ],
 )
 def test_a_typo_is_one_line(changes, message, tmp_path):
@@ -468,7 +571,14 @@ def test_warnings_about_data_reach_the_terminal_and_not_only_a_file(tmp_path, sq
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(changes))
     result = snakemake(
-        ROOT, tmp_path, "--cores", "1", "--configfile", tmp_path / "mine.yaml", "--", "data/mine/train.h5"
+        ROOT,
+        tmp_path,
+        "--cores",
+        "1",
+        "--configfile",
+        tmp_path / "mine.yaml",
+        "--",
+        "data/mine/train.h5",
     )
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "logs" / "prepare" / "mine.log").read_text()

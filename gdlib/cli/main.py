@@ -1,4 +1,6 @@
-"""The command line: `gdlib segment`, `evaluate`, `info`, `models` for people, `gdlib step ...` for the workflow."""
+"""The command line: `gdlib segment`, `evaluate`, `info`, `models` for people, `gdlib step ...` for
+the workflow.
+"""
 
 import argparse
 import contextlib
@@ -34,17 +36,31 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         if getattr(arguments, "threads", None):
-            # Before torch and BLAS are imported, which read them once; of two, the special one would win.
-            os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads))
+            # Before torch and BLAS are imported, which read them once; of two, the special one
+            # would win.
+            os.environ |= dict.fromkeys(
+                ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads)
+            )
         if getattr(arguments, "device", None) == "auto":
             devices.claim()
         arguments.function(arguments)
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        print("gdlib: stopped by Ctrl-C; the same command starts again, or goes on from what is saved", file=sys.stderr)
+        print(
+            "gdlib: stopped by Ctrl-C; the same command starts again, or goes on from what is "
+            "saved",
+            file=sys.stderr,
+        )
         return 130
-    except (ValueError, FloatingPointError, OSError, MemoryError, RuntimeError, ExceptionGroup) as error:
+    except (
+        ValueError,
+        FloatingPointError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+        ExceptionGroup,
+    ) as error:
         ours = not isinstance(error, RuntimeError) or failures.is_lack_of_memory(error)
         if os.environ.get("GDLIB_TRACEBACK") or not ours:
             raise
@@ -58,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="gdlib",
-        description="Small, fast networks for biomedical instance segmentation, distilled from large ones.",
+        description="Small, fast networks for biomedical instance segmentation, distilled from "
+        "large ones.",
         epilog=EXAMPLES,
         formatter_class=raw,
     )
@@ -70,24 +87,31 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         help="compare segmentations with the ground truth",
-        description="Compare label images with ground truth of the same file name; every metric for every image, as CSV. "
-        "The means are over the images with objects; those without have a row of means of their own, "
-        "for all that their metrics tell is whether anything was found. If an image cannot be compared, its row is empty, "
+        description="Compare label images with ground truth of the same file name; every metric "
+        "for every image, as CSV. "
+        "The means are over the images with objects; those without have a row of means of their "
+        "own, "
+        "for all that their metrics tell is whether anything was found. If an image cannot be "
+        "compared, its row is empty, "
         "there are no means, and the exit status is 1. " + _metric_help(),
         formatter_class=raw,
     )
     evaluate.add_argument(
-        "labels", help="ground truth: a PNG or TIFF file, volume.h5:name/of/dataset, or a folder of files"
+        "labels",
+        help="ground truth: a PNG or TIFF file, volume.h5:name/of/dataset, or a folder of files",
     )
     evaluate.add_argument("segmentations", help="the same for what is to be judged")
-    evaluate.add_argument("--out", type=place, metavar="CSV", help="where to write (default: the screen)")
+    evaluate.add_argument(
+        "--out", type=place, metavar="CSV", help="where to write (default: the screen)"
+    )
     evaluate.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     evaluate.set_defaults(function=_evaluate)
 
     info = commands.add_parser(
         "info",
         help="say what a weights file is",
-        description="Say what a weights file is, how it was trained, and how well it did on its validation images.",
+        description="Say what a weights file is, how it was trained, and how well it did on its "
+        "validation images.",
     )
     info.add_argument("weights", type=place)
     info.add_argument("--json", action="store_true", help="print the whole header as JSON")
@@ -96,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser(
         "models",
         help="list the networks",
-        description="List every network of a catalogue with its parameters and multiply-accumulates.",
+        description="List every network of a catalogue with its parameters and "
+        "multiply-accumulates.",
     )
     models.add_argument(
         "--config",
@@ -111,17 +136,23 @@ def _parser() -> argparse.ArgumentParser:
         help="image size (default: 544 544, or 32 256 256 for networks of volumes)",
     )
     models.add_argument(
-        "--markdown", action="store_true", help="print a page with context and levels too, docs/networks.md"
+        "--markdown",
+        action="store_true",
+        help="print a page with context and levels too, docs/networks.md",
     )
     models.set_defaults(function=_models)
 
     check = commands.add_parser(
         "check",
         help="look for mistakes in a configuration",
-        description="Read a catalogue, and files that change it as `snakemake --configfile` takes them, and tell the first "
-        "mistake: what is no YAML, a key that is written twice, wrong names, values out of their range.",
+        description="Read a catalogue, and files that change it as `snakemake --configfile` takes "
+        "them, and tell the first "
+        "mistake: what is no YAML, a key that is written twice, wrong names, values out of their "
+        "range.",
     )
-    check.add_argument("files", nargs="*", type=place, metavar="FILE", help="your own, e.g. mycells.yaml")
+    check.add_argument(
+        "files", nargs="*", type=place, metavar="FILE", help="your own, e.g. mycells.yaml"
+    )
     check.add_argument(
         "--config",
         type=place,
@@ -133,8 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     download = commands.add_parser(
         "download",
         help="fetch public data sets",
-        description="Fetch data sets of a catalogue from their official addresses, each into a folder of its own that is "
-        "complete or does not exist. A transfer that was stopped goes on when the same command is given again; what is there "
+        description="Fetch data sets of a catalogue from their official addresses, each into a "
+        "folder of its own that is "
+        "complete or does not exist. A transfer that was stopped goes on when the same command is "
+        "given again; what is there "
         "is not fetched again. For data that cannot be downloaded freely, say how to get them.",
     )
     download.add_argument("names", nargs="+", metavar="NAME", help="dataset of the catalogue")
@@ -174,7 +207,8 @@ def _open_label(path: Path | str) -> Iterator[Any]:
 
     if is_hdf5(path):
         with open_volume(path) as volume:
-            yield volume if volume.dtype.kind != "f" else read_label(path)  # that may be whole numbers
+            # that may be whole numbers
+            yield volume if volume.dtype.kind != "f" else read_label(path)
     else:
         yield read_label(path)
 
@@ -194,7 +228,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         segmentations = dict(zip(labels, segmentations.values(), strict=True))
     if not labels.keys() & segmentations.keys():
         raise io.DataError(
-            f"no name of {arguments.labels} ({next(iter(labels))}, ...) is one of {arguments.segmentations} "
+            f"no name of {arguments.labels} ({next(iter(labels))}, ...) is one of "
+            f"{arguments.segmentations} "
             f"({next(iter(segmentations))}, ...); give the images of both the same names"
         )
     if arguments.out:
@@ -207,14 +242,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         with failed.noted():
             if name not in segmentations:
                 place = f"{arguments.segmentations}{spelt(name, segmentations)}"
-                raise io.DataError(f'{path}: there is no segmentation called "{name}" in {place}; add it')
+                raise io.DataError(
+                    f'{path}: there is no segmentation called "{name}" in {place}; add it'
+                )
             rows[-1] |= _scores(path, segmentations[name])
     keys = list(max(rows, key=len))
     table = [[row.get(key, "") for key in keys] for row in rows]
     if not failed.errors:  # the mean of some is not that of all
         for name, has_objects in (("mean of images without objects", False), ("mean", True)):
             if part := [row for row in rows if (row["objects"] > 0) == has_objects]:
-                table.append([name, *(sum(row[key] for row in part) / len(part) for key in keys[1:])])
+                table.append(
+                    [name, *(sum(row[key] for row in part) / len(part) for key in keys[1:])]
+                )
     what = "images could not be compared"
     if len(failed.errors) < len(rows):
         _write_table(arguments.out, keys, table)
@@ -245,7 +284,9 @@ def _write_table(out: Path | None, keys: list[str], table: list[list[Any]]) -> N
     else:
         writer = csv.writer(sys.stdout)
         writer.writerow(keys)
-        writer.writerows([[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in table])
+        writer.writerows(
+            [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in table]
+        )
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -258,7 +299,8 @@ def _info(arguments: argparse.Namespace) -> None:
         lines = _about(header)
     except (KeyError, TypeError) as error:
         raise io.DataError(
-            f"{arguments.weights}: its header lacks what training writes into it ({error}); `--json` shows what there is"
+            f"{arguments.weights}: its header lacks what training writes into it ({error}); "
+            "`--json` shows what there is"
         ) from error
     for key, value in lines:
         print(f"{key:13} {value}")
@@ -269,32 +311,42 @@ def _about(header: dict[str, Any]) -> list[tuple[str, str]]:
     from gdlib.evaluate.scores import in_empty
 
     run = header["run"]
-    terms = [f"{t['weight']:g} x {t['term']}{' (memory)' if t['memory'] else ''}" for t in run["terms"]]
+    terms = [
+        f"{t['weight']:g} x {t['term']}{' (memory)' if t['memory'] else ''}" for t in run["terms"]
+    ]
     ndim = len(header["offsets"][0])
-    shown = ("aji", "pq", "f1_50", "dice") if ndim == 2 else ("voi_split", "voi_merge", "voi", "arand")
+    shown = (
+        ("aji", "pq", "f1_50", "dice") if ndim == 2 else ("voi_split", "voi_merge", "voi", "arand")
+    )
     lines = [
         ("network", f"{run['network']} ({header['model']} {header['options']})"),
         (
             "input",
-            f"{header['channels']} channel(s), {ndim}D, percentiles {header['normalisation']['lower']} to "
+            f"{header['channels']} channel(s), {ndim}D, percentiles "
+            f"{header['normalisation']['lower']} to "
             f"{header['normalisation']['upper']} become 0 to 1{_floor(header['normalisation'])}",
         ),
         (
             "trained on",
-            f"{run['dataset']}, {run['recipe']['steps']} steps of {run['recipe']['batch_size']} patches of "
+            f"{run['dataset']}, {run['recipe']['steps']} steps of {run['recipe']['batch_size']} "
+            "patches of "
             f"{'x'.join(map(str, run['recipe']['patch']))} pixels, seed {run['seed']}",
         ),
         ("weights of", f"step {header['step']}, the best on the validation images"),
         ("method", f"{run['method']}" + (f": supervised + {' + '.join(terms)}" if terms else "")),
     ]
     main = main_segmenter(header)
-    for segmenter in sorted(header["segmentation"], key=lambda name: name != main):  # the main one first
+    # the main one first
+    for segmenter in sorted(header["segmentation"], key=lambda name: name != main):
         parameters = ", ".join(f"{k} {v}" for k, v in header["segmentation"][segmenter].items())
         scores = header["validation"].get(segmenter, {})
         lines.append(("segmentation", f"{segmenter}: {parameters}"))
         texts = [f"{key} {scores[key]:.4f}" for key in shown if key in scores]
         lines.append(("validation", f"{segmenter}: {', '.join(texts)}{in_empty(scores)}"))
-    made = f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, {header['precision']}"
+    made = (
+        f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, "
+        f"{header['precision']}"
+    )
     return [*lines, ("made by", made)]
 
 
@@ -309,7 +361,8 @@ def _catalogue(*paths: Path) -> Any:
 
     if not paths[0].is_file():
         raise io.DataError(
-            f"{paths[0]}: there is no such file here; run the command in the folder of the source repository, or name a "
+            f"{paths[0]}: there is no such file here; run the command in the folder of the source "
+            "repository, or name a "
             "catalogue with --config"
         )
     return load(*paths)
@@ -318,7 +371,10 @@ def _catalogue(*paths: Path) -> Any:
 def _check(arguments: argparse.Namespace) -> None:
     config = _catalogue(arguments.config, *arguments.files)
     runs = len(config.runs())
-    print(f"nothing is wrong; study {config.study}: {runs} trainings on {', '.join(config.selected.datasets)}")
+    print(
+        f"nothing is wrong; study {config.study}: {runs} trainings on "
+        f"{', '.join(config.selected.datasets)}"
+    )
 
 
 def _download(arguments: argparse.Namespace) -> None:
@@ -330,7 +386,8 @@ def _download(arguments: argparse.Namespace) -> None:
     for name in arguments.names:
         if name not in config.datasets:
             raise ValueError(
-                f'{arguments.config}: there is no dataset "{name}": {nearest(name, list(config.datasets))}'
+                f'{arguments.config}: there is no dataset "{name}": '
+                f"{nearest(name, list(config.datasets))}"
             )
     failed = failures.Failures()
     for name in arguments.names:
@@ -353,7 +410,11 @@ def _download_one(config: Any, name: str) -> None:
     if files:
         download(files, folder)
     else:
-        print(f"{folder}: is already there" if folder else f"{name}: is made here, there is nothing to download")
+        print(
+            f"{folder}: is already there"
+            if folder
+            else f"{name}: is made here, there is nothing to download"
+        )
 
 
 def _models(arguments: argparse.Namespace) -> None:
@@ -363,12 +424,21 @@ def _models(arguments: argparse.Namespace) -> None:
 
     config = _catalogue(arguments.config)
     networks = [
-        (role, name, network, registry.axes(network.model) or build(network.model, network.options).ndim)
+        (
+            role,
+            name,
+            network,
+            registry.axes(network.model) or build(network.model, network.options).ndim,
+        )
         for role, group in (("teacher", config.teachers), ("student", config.students))
         for name, network in group.items()
     ]
     if arguments.markdown:
-        print(network_table((name, n.title, role, n.model, n.options) for role, name, n, _ in networks))
+        print(
+            network_table(
+                (name, n.title, role, n.model, n.options) for role, name, n, _ in networks
+            )
+        )
         return
     shapes = {2: (544, 544), 3: (32, 256, 256)}
     if arguments.shape:
@@ -376,7 +446,8 @@ def _models(arguments: argparse.Namespace) -> None:
     known = sorted({ndim for *_, ndim in networks})
     if not set(shapes) & set(known):
         raise ValueError(
-            f"{arguments.config}: networks take images with {' or '.join(map(str, known))} axes, not {arguments.shape}"
+            f"{arguments.config}: networks take images with {' or '.join(map(str, known))} axes, "
+            f"not {arguments.shape}"
         )
     print(f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs':>10} at")
     for role, name, network, ndim in networks:
@@ -384,4 +455,7 @@ def _models(arguments: argparse.Namespace) -> None:
             count = count_parameters(network.model, network.options)
             macs = count_macs(network.model, network.options, shape)
             size = "x".join(map(str, shape))
-            print(f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} {macs / 1e9:10.2f} {size}")
+            print(
+                f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} "
+                f"{macs / 1e9:10.2f} {size}"
+            )

@@ -29,11 +29,16 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     segment = commands.add_parser(
         "segment",
         help="find the objects in images",
-        description="Segment images and volumes of any size with trained weights. Every image gives one file of the same name "
-        "in the output folder, with 32-bit labels: 0 = background, 1, 2, ... = objects. PNG and TIFF give TIFF, which opens in "
-        "napari and Fiji; a dataset of an HDF5 file gives a dataset of the same name in an HDF5 file, whose other datasets stay. "
-        "Labels that are there already are replaced if they were made of the same image by this command, others never "
-        "without --overwrite. A volume that was stopped half-way goes on from there when the same command is given again.",
+        description="Segment images and volumes of any size with trained weights. Every image "
+        "gives one file of the same name "
+        "in the output folder, with 32-bit labels: 0 = background, 1, 2, ... = objects. PNG and "
+        "TIFF give TIFF, which opens in "
+        "napari and Fiji; a dataset of an HDF5 file gives a dataset of the same name in an HDF5 "
+        "file, whose other datasets stay. "
+        "Labels that are there already are replaced if they were made of the same image by this "
+        "command, others never "
+        "without --overwrite. A volume that was stopped half-way goes on from there when the same "
+        "command is given again.",
     )
     segment.add_argument(
         "images",
@@ -42,13 +47,25 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         help="PNG or TIFF files (stacks too), volume.h5:name/of/dataset, or folders of files",
     )
     segment.add_argument(
-        "--model", required=True, type=place, metavar="FILE", help="weights.safetensors of a trained network"
+        "--model",
+        required=True,
+        type=place,
+        metavar="FILE",
+        help="weights.safetensors of a trained network",
     )
-    segment.add_argument("--out", required=True, type=place, metavar="DIR", help="folder for the labels")
-    segment.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    segment.add_argument("--precision", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     segment.add_argument(
-        "--engine", default="auto", help="auto, torch, openvino (default: the fastest that is installed)"
+        "--out", required=True, type=place, metavar="DIR", help="folder for the labels"
+    )
+    segment.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)"
+    )
+    segment.add_argument(
+        "--precision", default="auto", help="auto, float32, bfloat16, float16 (default: auto)"
+    )
+    segment.add_argument(
+        "--engine",
+        default="auto",
+        help="auto, torch, openvino (default: the fastest that is installed)",
     )
     segment.add_argument("--threads", type=argument(Threads), help="CPU threads (default: all)")
     segment.add_argument("--block", type=sides, metavar="SIDES", help=BLOCK_HELP)
@@ -56,13 +73,17 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "--memory",
         type=argument(Positive),
         metavar="GIB",
-        help="how much of it may be used; an image that may need more is segmented in blocks, see docs/volumes.md (default: what "
+        help="how much of it may be used; an image that may need more is segmented in blocks, see "
+        "docs/volumes.md (default: what "
         "is there, and four fifths of what is free)",
     )
     segment.add_argument(
-        "--segmenter", help="mutex_watershed, waterz or multicut (default: the one the weights were chosen with)"
+        "--segmenter",
+        help="mutex_watershed, waterz or multicut (default: the one the weights were chosen with)",
     )
-    segment.add_argument("--foreground-threshold", type=number, help="probability (default: tuned with the weights)")
+    segment.add_argument(
+        "--foreground-threshold", type=number, help="probability (default: tuned with the weights)"
+    )
     segment.add_argument("--min-size", type=number, help="pixels (default: tuned with the weights)")
     segment.add_argument(
         "--set",
@@ -70,7 +91,8 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any other parameter of the segmenter, e.g. threshold=0.4 of waterz, beta=0.6 of multicut, stride=4 of "
+        help="any other parameter of the segmenter, e.g. threshold=0.4 of waterz, beta=0.6 of "
+        "multicut, stride=4 of "
         "mutex_watershed; may be repeated",
     )
     segment.add_argument("--overwrite", action="store_true", help=outputs.HELP)
@@ -102,7 +124,9 @@ class _Job:
         if is_hdf5(path):
             with open_volume(path) as volume:
                 dataset = volume.name.strip("/")
-        return cls(path, file, dataset, folder / f"{file.stem}{'.tif' if dataset is None else '.h5'}")
+        return cls(
+            path, file, dataset, folder / f"{file.stem}{'.tif' if dataset is None else '.h5'}"
+        )
 
     @property
     def mark(self) -> str:
@@ -143,7 +167,9 @@ def _segment(arguments: argparse.Namespace) -> None:
     failed = Failures()
     jobs = _jobs(paths, arguments.out, failed)
     outputs.check(
-        [job.output for job in jobs], [arguments.model, *(job.file for job in jobs)], overwrite=arguments.overwrite
+        [job.output for job in jobs],
+        [arguments.model, *(job.file for job in jobs)],
+        overwrite=arguments.overwrite,
     )
     header = io.read_header(arguments.model)
     io.check_header(arguments.model, header, ("offsets", "segmentation"))
@@ -187,19 +213,29 @@ def _segment(arguments: argparse.Namespace) -> None:
             if len(boxes) == 1:
                 with _about(job.path):
                     return predictor.predict(source, boxes[0]), attributes, need
-            blocks = predict_blocks(predictor, {job.path: source}, job.hidden("partial"), f"{weights} {identity}")
-            return assembled(source.shape, ((box, part) for _, box, part in blocks)), attributes, need
+            blocks = predict_blocks(
+                predictor, {job.path: source}, job.hidden("partial"), f"{weights} {identity}"
+            )
+            return (
+                assembled(source.shape, ((box, part) for _, box, part in blocks)),
+                attributes,
+                need,
+            )
 
     def finish(job: _Job, prediction: Any, attributes: dict[str, Any], need: int) -> None:
         offsets = predictor.header["offsets"]
         with failed.noted():
             with _lack_of_memory(job.path, need):
-                label = segment(prediction.affinity, prediction.foreground, offsets, segmenter, **parameters)
+                label = segment(
+                    prediction.affinity, prediction.foreground, offsets, segmenter, **parameters
+                )
             check(job)
             _write_label(job, label, attributes)
             done(job, int(label.max()))
 
-    def write_blocks(job: _Job, attributes: dict[str, Any], plan: dict[str, Any], labels: Path) -> None:
+    def write_blocks(
+        job: _Job, attributes: dict[str, Any], plan: dict[str, Any], labels: Path
+    ) -> None:
         check(job)
         _write_blocks(job, plan, labels, attributes)
 
@@ -210,7 +246,8 @@ def _segment(arguments: argparse.Namespace) -> None:
         job.hidden("partial").unlink(missing_ok=True)
         print(f"{job.path}: {count} objects")
 
-    with ThreadPoolExecutor(1) as other:  # finds the objects of an image while the network is at work on the next
+    # finds the objects of an image while the network is at work on the next
+    with ThreadPoolExecutor(1) as other:
         finishing: Future | None = None
         for job in jobs:
             with failed.noted():
@@ -237,7 +274,8 @@ def _jobs(paths: Sequence[str], out: Path, failed: Failures) -> list[_Job]:
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
         raise io.DataError(
-            f'two images are called "{twice[0].stem}" and would be written to the same file; segment them separately, each '
+            f'two images are called "{twice[0].stem}" and would be written to the same file; '
+            "segment them separately, each "
             "with an --out of its own"
         )
     return jobs
@@ -261,7 +299,10 @@ def _lack_of_memory(path: str, need: int = 0) -> Iterator[None]:
         if not is_lack_of_memory(error):
             raise
         cause = (str(error).splitlines() or ["no more is known"])[0]
-        mend = "close other programs, or say with --memory how many GiB may be used: it is then segmented in smaller blocks"
+        mend = (
+            "close other programs, or say with --memory how many GiB may be used: it is then "
+            "segmented in smaller blocks"
+        )
         if "CUDA" in cause:
             mend = "choose a smaller --block, e.g. --block 512"
         elif need:
@@ -283,7 +324,8 @@ def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[s
     segmenter, parameters = chosen(arguments.model, header, arguments.segmenter, given)
     if segmenter not in (tuned := header["segmentation"]):
         print(
-            f"{segmenter} was not tuned with these weights, only {', '.join(tuned)}: what is not given has its default value",
+            f"{segmenter} was not tuned with these weights, only {', '.join(tuned)}: what is not "
+            "given has its default value",
             file=sys.stderr,
         )
     return segmenter, parameters
@@ -291,7 +333,9 @@ def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[s
 
 @contextlib.contextmanager
 def _open_image(path: Path | str, channels: int, scratch: Path) -> Iterator[Any]:
-    """Yield the array of an image file, a map of a large one, or an open dataset of HDF5: these are read piece by piece."""
+    """Yield the array of an image file, a map of a large one, or an open dataset of HDF5: these are
+    read piece by piece.
+    """
     from gdlib.data.files import open_volume, read_image
 
     if is_hdf5(path):
@@ -309,12 +353,16 @@ def is_hdf5(path: Path | str) -> bool:
 
 
 def _where(image: Any, file: Path) -> dict[str, Any]:
-    """Return what the file of an image says of how large its pixels are and where, of HDF5 as attributes."""
+    """Return what the file of an image says of how large its pixels are and where, of HDF5 as
+    attributes.
+    """
     if not is_hdf5(file):
         from gdlib.data.calibration import calibration
 
         return calibration(file)
-    return {k: v for k, v in image.attrs.items() if k in ("resolution", "offset", "element_size_um")}
+    return {
+        k: v for k, v in image.attrs.items() if k in ("resolution", "offset", "element_size_um")
+    }
 
 
 def _write_label(job: _Job, label: np.ndarray, attributes: dict[str, Any]) -> None:
@@ -329,15 +377,23 @@ def _write_label(job: _Job, label: np.ndarray, attributes: dict[str, Any]) -> No
         file[job.dataset].attrs.update(attributes | {outputs.SOFTWARE: job.mark})
 
 
-def _write_blocks(job: _Job, plan: dict[str, Any], labels: Path, attributes: dict[str, Any]) -> None:
-    """Write the label of an image that was segmented in blocks: a TIFF of tiles, or a dataset whose chunks are copied."""
+def _write_blocks(
+    job: _Job, plan: dict[str, Any], labels: Path, attributes: dict[str, Any]
+) -> None:
+    """Write the label of an image that was segmented in blocks: a TIFF of tiles, or a dataset whose
+    chunks are copied.
+    """
     import tifffile
 
     from gdlib.volumes import blockwise
 
     if job.dataset is None:
         shape, tile = tuple(plan["shape"]), CHUNK[2]
-        options = _tiff_options(job, shape, attributes) | {"shape": shape, "dtype": np.uint32, "tile": tile}
+        options = _tiff_options(job, shape, attributes) | {
+            "shape": shape,
+            "dtype": np.uint32,
+            "tile": tile,
+        }
         with io.atomic(job.target) as temporary:
             tifffile.imwrite(temporary, blockwise.tiles(plan, labels, tile), **options)
         return
@@ -349,8 +405,11 @@ def _write_blocks(job: _Job, plan: dict[str, Any], labels: Path, attributes: dic
 def _tiff_options(job: _Job, shape: tuple[int, ...], attributes: dict[str, Any]) -> dict[str, Any]:
     from gdlib.data.calibration import written
 
-    # Of a file that will be compressed, tifffile does not see for itself that it may be too large for a TIFF.
+    # Of a file that will be compressed, tifffile does not see for itself that it may be too large
+    # for a TIFF.
     large = {"bigtiff": 4 * math.prod(shape) >= 2**32}
     return (
-        {"compression": "zlib", "photometric": "minisblack", "software": job.mark} | large | written(attributes, shape)
+        {"compression": "zlib", "photometric": "minisblack", "software": job.mark}
+        | large
+        | written(attributes, shape)
     )

@@ -1,4 +1,6 @@
-"""The steps of a study, `gdlib step ...`: each reads and writes the files of `gdlib.io`, and needs no Snakemake."""
+"""The steps of a study, `gdlib step ...`: each reads and writes the files of `gdlib.io`, and needs
+no Snakemake.
+"""
 
 import argparse
 import json
@@ -19,7 +21,8 @@ from gdlib.segment.parameters import checked, is_masked
 BASELINE_COLUMNS = ("dataset", "split", "baseline", "sample", "metric", "value")
 INTERRUPTED = 75  # exit status of a training that was told to stop and can be resumed (EX_TEMPFAIL)
 BLOCK_HELP = (
-    "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster where there is memory for "
+    "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster "
+    "where there is memory for "
     "it, the result is the same (default: 1024 in 2D, 32x256x256 in 3D)"
 )
 
@@ -29,18 +32,25 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     step = commands.add_parser(
         "step",
         help="one step of a study, as the workflow calls it",
-        description="One step of a study on its files (see gdlib/io/files.py). Everything a step depends on is in its arguments.",
+        description="One step of a study on its files (see gdlib/io/files.py). Everything a step "
+        "depends on is in its arguments.",
     )
     steps = step.add_subparsers(required=True, metavar="STEP")
 
-    def add(name: str, function, help: str, own: dict[str, Callable[[Path], bool]], /, **arguments: dict) -> None:
-        """Add a step; `own` has the arguments that are outputs, and whether a file that is there is one of this step."""
+    def add(
+        name: str, function, help: str, own: dict[str, Callable[[Path], bool]], /, **arguments: dict
+    ) -> None:
+        """Add a step; `own` has the arguments that are outputs, and whether a file that is there is
+        one of this step.
+        """
 
         def run(parsed: argparse.Namespace) -> None:
             from gdlib.data.files import split_h5_path
 
             values = [getattr(parsed, key) for key in arguments if key not in own]
-            read = [one for value in values for one in (value if isinstance(value, list) else [value])]
+            read = [
+                one for value in values for one in (value if isinstance(value, list) else [value])
+            ]
             outputs.check(
                 [outputs.Output(getattr(parsed, key), test) for key, test in own.items()],
                 [split_h5_path(one)[0] for one in read if isinstance(one, str | Path)],
@@ -74,7 +84,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         files=rows, folder={"type": Path, "required": True, "metavar": "DIR"},
     )  # fmt: skip
     add(
-        "prepare", _prepare, "Check the images of a dataset and write its train, val and test samples.",
+        "prepare", _prepare, "Check the images of a dataset and write its train, val and test " "samples.",
         dict.fromkeys(("train", "val", "test"), has_attributes("split", "sha256")),
         dataset=text, root={"type": Path, "metavar": "DIR"}, train=file, val=file, test=file,
     )  # fmt: skip
@@ -91,7 +101,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         {"weights": is_weights, "last": is_weights, "history": has_columns(*io.HISTORY_COLUMNS)},
         spec=text, train=file, val=file, teacher=maybe, maps=many, weights=file, last=file, history=file,
         state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
-        max_seconds={"type": argument(NotNegative), "default": math.inf, "metavar": "S", "help": "stop, resumable, after it"},
+        max_seconds={"type": argument(NotNegative), "default": math.inf, "metavar": "S", "help": "stop, resumable, " "after it"},
     )  # fmt: skip
     add(
         "predict", _predict, "Predict affinities and foreground of a split.",
@@ -105,7 +115,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         "segment", _segment, "Turn predictions into instances.",
         {"out": has_attributes("weights_sha256", "segmenter")},
         predictions=file, out=file, segmenter=segmenter, override={**text, "required": False, "default": {}},
-        data={"type": Path, "metavar": "FILE", "help": "samples, for a segmenter that needs the true foreground"},
+        data={"type": Path, "metavar": "FILE", "help": "samples, for a segmenter that needs the " "true foreground"},
         threads=threads,
     )  # fmt: skip
     add(
@@ -139,14 +149,21 @@ def _prepare(arguments: argparse.Namespace) -> None:
     dataset = _complete("--dataset", arguments.dataset, "source", "options", "patch", "channels")
     outputs = {split: getattr(arguments, split) for split in ("train", "val", "test")}
     prepare(
-        dataset["source"], dataset["options"], arguments.root, outputs, tuple(dataset["patch"]), dataset["channels"]
+        dataset["source"],
+        dataset["options"],
+        arguments.root,
+        outputs,
+        tuple(dataset["patch"]),
+        dataset["channels"],
     )
 
 
 def _ask(arguments: argparse.Namespace) -> None:
     from gdlib.train.ask import ask
 
-    options = {key: getattr(arguments, key) for key in ("level", "block", "precision", "engine", "device")}
+    options = {
+        key: getattr(arguments, key) for key in ("level", "block", "precision", "engine", "device")
+    }
     ask(arguments.teacher, arguments.samples, arguments.out, **options)
 
 
@@ -169,7 +186,9 @@ def _train(arguments: argparse.Namespace) -> None:
         raise SystemExit(INTERRUPTED) from None
     if scores:  # of several processes, one validates
         keys = ("aji", "pq", "f1_50", "dice", "arand", "voi")
-        print("validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in keys) + in_empty(scores))
+        print(
+            "validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in keys) + in_empty(scores)
+        )
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -194,17 +213,26 @@ def _segment(arguments: argparse.Namespace) -> None:
 
     truth = arguments.data if is_masked(arguments.segmenter) else None
     if is_masked(arguments.segmenter) and truth is None:
-        raise ValueError(f"{arguments.segmenter} needs the foreground of the ground truth; give the samples as --data")
+        raise ValueError(
+            f"{arguments.segmenter} needs the foreground of the ground truth; give "
+            "the samples as --data"
+        )
     attrs = io.read_attrs(arguments.predictions)
     if not {"offsets", "segmentation", "weights_sha256"} <= set(attrs):
-        raise io.DataError(f"{arguments.predictions}: this is no predictions file; make one with `gdlib step predict`")
+        raise io.DataError(
+            f"{arguments.predictions}: this is no predictions file; make one with "
+            "`gdlib step predict`"
+        )
     tuned = attrs["segmentation"]
     if arguments.segmenter not in tuned and not arguments.override:
         raise io.DataError(
-            f'{arguments.predictions}: the parameters of "{arguments.segmenter}" were not tuned with these weights, only those '
+            f'{arguments.predictions}: the parameters of "{arguments.segmenter}" were not tuned '
+            "with these weights, only those "
             f"of {', '.join(tuned)}; choose one of them, or give parameters"
         )
-    parameters = checked(arguments.segmenter, tuned.get(arguments.segmenter, {}) | arguments.override)
+    parameters = checked(
+        arguments.segmenter, tuned.get(arguments.segmenter, {}) | arguments.override
+    )
 
     def work(sample: str):
         affinity = io.read_array(arguments.predictions, sample, "affinity")
@@ -212,11 +240,20 @@ def _segment(arguments: argparse.Namespace) -> None:
             foreground = io.read_array(arguments.predictions, sample, "foreground")
         else:
             foreground = io.read_array(truth, sample, "label")
-        return sample, segment(affinity, foreground, attrs["offsets"], arguments.segmenter, **parameters)
+        return sample, segment(
+            affinity, foreground, attrs["offsets"], arguments.segmenter, **parameters
+        )
 
     samples = io.sample_ids(arguments.predictions)
-    about = {"segmenter": arguments.segmenter, "parameters": parameters, "weights_sha256": attrs["weights_sha256"]}
-    with io.create_h5(arguments.out, **about) as file, ThreadPoolExecutor(arguments.threads or 1) as pool:
+    about = {
+        "segmenter": arguments.segmenter,
+        "parameters": parameters,
+        "weights_sha256": attrs["weights_sha256"],
+    }
+    with (
+        io.create_h5(arguments.out, **about) as file,
+        ThreadPoolExecutor(arguments.threads or 1) as pool,
+    ):
         for sample, label in pool.map(work, samples):
             io.put(file.create_group(sample), "label", label, io.BLOCK if label.ndim == 3 else None)
 
@@ -224,7 +261,9 @@ def _segment(arguments: argparse.Namespace) -> None:
 def _complete(option: str, given: dict[str, Any], *parts: str) -> dict[str, Any]:
     """Return these parts of what an option gives, or raise."""
     if missing := [part for part in parts if part not in given]:
-        raise ValueError(f"{option}: {', '.join(missing)} missing; it is a JSON object with {', '.join(parts)}")
+        raise ValueError(
+            f"{option}: {', '.join(missing)} missing; it is a JSON object with {', '.join(parts)}"
+        )
     return {part: given[part] for part in parts}
 
 
@@ -237,13 +276,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     with io.open_h5(arguments.data) as samples, io.open_h5(arguments.segmentation) as found:
         for name, sample in samples.items():
             if f"{name}/label" not in samples:
-                raise io.DataError(f'{arguments.data}: "{name}" has no label, so this is no samples file; give one')
+                raise io.DataError(
+                    f'{arguments.data}: "{name}" has no label, so this is no samples file; give one'
+                )
             if f"{name}/label" not in found:
-                raise io.DataError(f'{arguments.segmentation}: there is no segmentation of "{name}"; segment again')
+                raise io.DataError(
+                    f'{arguments.segmentation}: there is no segmentation of "{name}"; segment again'
+                )
             try:  # as datasets: they are read piece by piece
                 scores = of_image(sample["label"], found[name]["label"], sample.get("ignore"))
             except ValueError as error:
-                raise io.DataError(f'{arguments.segmentation}: sample "{name}": {error}; segment again') from None
+                raise io.DataError(
+                    f'{arguments.segmentation}: sample "{name}": {error}; segment again'
+                ) from None
             rows += [(*identity, name, key, value) for key, value in scores.items()]
     io.write_rows(arguments.out, io.METRIC_COLUMNS, rows)
 
@@ -253,7 +298,10 @@ def _baselines(arguments: argparse.Namespace) -> None:
 
     rows = []
     for split in ("val", "test"):
-        rows += [(arguments.dataset, split, *row) for row in evaluate_baselines(getattr(arguments, split))]
+        rows += [
+            (arguments.dataset, split, *row)
+            for row in evaluate_baselines(getattr(arguments, split))
+        ]
     io.write_rows(arguments.out, BASELINE_COLUMNS, rows)
 
 
@@ -263,9 +311,13 @@ def _profile(arguments: argparse.Namespace) -> None:
     spec = arguments.spec
     _complete("--spec", spec, "model", "options")
     with io.open_h5(arguments.data) as file:
-        label = next((file[f"{name}/label"] for name in sorted(file) if f"{name}/label" in file), None)
+        label = next(
+            (file[f"{name}/label"] for name in sorted(file) if f"{name}/label" in file), None
+        )
         if label is None:
-            raise io.DataError(f"{arguments.data}: there is no label in it, so this is no samples file; give one")
+            raise io.DataError(
+                f"{arguments.data}: there is no label in it, so this is no samples file; give one"
+            )
         shape = label.shape
     result = profile(spec["model"], spec["options"], shape, device=arguments.device)
     io.write_text(arguments.out, json.dumps({**spec, **result}, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,7 @@
-"""The steps of one large volume, as `workflow/volume.smk` calls them; see `gdlib.volumes.blockwise`."""
+"""The steps of one large volume, as `workflow/volume.smk` calls them.
+
+See `gdlib.volumes.blockwise`.
+"""
 
 import argparse
 import json
@@ -17,7 +20,8 @@ def add_volume_steps(add: Callable[..., None]) -> None:
     """Add them to `gdlib step`.
 
     Args:
-        add: takes the name of a command, its function, help, its outputs, and its arguments by keyword.
+        add: takes the name of a command, its function, help, its outputs, and its arguments by
+            keyword.
     """
     file = {"type": Path, "required": True, "metavar": "FILE"}
     folder = {"type": Path, "required": True, "metavar": "DIR"}
@@ -27,7 +31,9 @@ def add_volume_steps(add: Callable[..., None]) -> None:
     overlap = {**text, "type": argument(tuple[Whole, ...])}
     plan = {**file, "help": "plan.json"}
 
-    def command(step: str, function: str, help: str, /, own: Callable = OF_A_BLOCK, **arguments: dict) -> None:
+    def command(
+        step: str, function: str, help: str, /, own: Callable = OF_A_BLOCK, **arguments: dict
+    ) -> None:
         def run(parsed: argparse.Namespace) -> None:
             from gdlib.volumes import blockwise
 
@@ -49,7 +55,7 @@ def add_volume_steps(add: Callable[..., None]) -> None:
         "predict-block", "predict", "Blocks: predict affinities and foreground of a block.",
         plan=plan, name=name, weights=file, out=file, device={"default": "auto"},
         threads={"type": argument(Threads), "metavar": "N"},
-        passes={"type": sides, "metavar": "SIDES", "help": "largest part that goes through the network at once"},
+        passes={"type": sides, "metavar": "SIDES", "help": "largest part that goes through the " "network at once"},
     )  # fmt: skip
     command(
         "segment-block", "segment", "Blocks: segment a block with its overlap.",
@@ -79,6 +85,13 @@ def _read_plan(path: Path) -> dict[str, Any]:
         plan = json.loads(path.read_text())
     except ValueError as error:
         raise io.DataError(f"{path}: not a readable plan ({error}); make it again") from None
-    if not isinstance(plan, dict) or not {"image", "shape", "block", "range", "offsets", "weights_sha256"} <= set(plan):
+    if not isinstance(plan, dict) or not {
+        "image",
+        "shape",
+        "block",
+        "range",
+        "offsets",
+        "weights_sha256",
+    } <= set(plan):
         raise io.DataError(f"{path}: this is no plan; make one with `gdlib step plan-volume`")
     return plan

@@ -1,8 +1,9 @@
 """The configuration as frozen, typed objects. Torch-free: Snakemake parses it again for every job.
 
-It is a catalogue (what exists) and studies (named selections of it: what to run), in the files of `gdlib.config.parts`. A study may
-shrink a recipe but never changes what a name means. A run is (dataset, network, method, seed); `Config.run` gathers all that
-its training needs, and nothing else, so that an edit of the configuration re-runs exactly what depends on it.
+It is a catalogue (what exists) and studies (named selections of it: what to run), in the files of
+`gdlib.config.parts`. A study may shrink a recipe but never changes what a name means. A run is
+(dataset, network, method, seed); `Config.run` gathers all that its training needs, and nothing
+else, so that an edit of the configuration re-runs exactly what depends on it.
 """
 
 import re
@@ -61,20 +62,29 @@ class Config(Section):
     """The whole of the configuration; every file may hold any part of it."""
 
     study: str = Field(description="the study that is run")
-    only: tuple[str, ...] = Field((), description="of the study's datasets these alone, a list or joined by commas")
+    only: tuple[str, ...] = Field(
+        (), description="of the study's datasets these alone, a list or joined by commas"
+    )
     raw_folders: tuple[Place, ...] = Field(
-        ("raw",), min_length=1, description="where datasets are looked for, in this order; downloads go into the first"
+        ("raw",),
+        min_length=1,
+        description="where datasets are looked for, in this order; downloads go into the first",
     )
     download: bool = Field(
-        False, description="fetch what the study lacks and may be downloaded; nothing is fetched unasked"
+        False,
+        description="fetch what the study lacks and may be downloaded; nothing is fetched unasked",
     )
     offsets: dict[str, Offsets] = Field({}, description="offsets that datasets can name")
     studies: dict[str, Study] = Field(description="what can be run")
     datasets: dict[str, Dataset] = Field(description="what there is to learn from")
     teachers: dict[str, Network] = Field(description="large networks")
     students: dict[str, Network] = Field(description="small networks")
-    methods: dict[str, Method] = Field(description="how a student learns; `[]` is from labels alone")
-    ablations: dict[str, Ablation] = Field({}, description="methods with one setting at several values")
+    methods: dict[str, Method] = Field(
+        description="how a student learns; `[]` is from labels alone"
+    )
+    ablations: dict[str, Ablation] = Field(
+        {}, description="methods with one setting at several values"
+    )
     recipes: dict[Literal["teacher", "student"], Recipe] = Field(description="how both are trained")
     plot: Plot = Field(Plot(), description="looks of tables and figures")
 
@@ -116,7 +126,9 @@ class Config(Section):
     @property
     def left_out(self) -> list[str]:
         """The datasets of the study that are not run."""
-        return [name for name in self.studies[self.study].datasets if name not in self.selected.datasets]
+        return [
+            name for name in self.studies[self.study].datasets if name not in self.selected.datasets
+        ]
 
     def network(self, name: str) -> Network:
         """Return a teacher or student of the catalogue."""
@@ -142,13 +154,21 @@ class Config(Section):
 
     def _fitting(self, networks: Iterable[str], dataset: str) -> list[str]:
         """Those of these networks that take images with as many axes as the dataset has."""
-        return [n for n in networks if registry.axes(self.network(n).model) in (None, self.datasets[dataset].ndim)]
+        return [
+            n
+            for n in networks
+            if registry.axes(self.network(n).model) in (None, self.datasets[dataset].ndim)
+        ]
 
     def methods_of(self, dataset: str) -> list[str]:
-        """Return all methods of the selected study on a dataset: by name, with its other teachers, and of its ablations."""
+        """Return all methods of the selected study on a dataset: by name, with its other teachers,
+        and of its ablations.
+        """
         study = self.selected
         other = self.teachers_of(dataset)[1:]
-        more = [f"{m}@{teacher}" for teacher in other for m in study.methods if self.methods[m].terms]
+        more = [
+            f"{m}@{teacher}" for teacher in other for m in study.methods if self.methods[m].terms
+        ]
         return [*study.methods, *more, *self._own_methods(study)[len(study.methods) :]]
 
     def _own_methods(self, study: Study) -> list[str]:
@@ -160,7 +180,9 @@ class Config(Section):
         return [f"{ablation}={_text(value)}" for value in self.ablations[ablation].values]
 
     def method(self, name: str) -> Method:
-        """Return a method: of the catalogue, with or without the teacher it names, or of an ablation."""
+        """Return a method: of the catalogue, with or without the teacher it names, or of an
+        ablation.
+        """
         name = name.partition("@")[0]
         ablation, is_one, text = name.partition("=")
         if not is_one:
@@ -177,29 +199,56 @@ class Config(Section):
         return self.plot if self.datasets[dataset].ndim == 2 else self.plot.volumes
 
     def runs(self) -> list[tuple[str, str, str, int]]:
-        """Return (dataset, network, method, seed) of every run of the selected study; teachers first."""
+        """Return (dataset, network, method, seed) of every run of the selected study.
+
+        Teachers first.
+        """
         study = self.selected
         out: list[tuple[str, str, str, int]] = []
         for dataset in study.datasets:
-            out += [(dataset, t, TEACHER, seed) for t in self.teachers_of(dataset) for seed in study.teacher_seeds]
+            out += [
+                (dataset, t, TEACHER, seed)
+                for t in self.teachers_of(dataset)
+                for seed in study.teacher_seeds
+            ]
             methods = self.methods_of(dataset)
-            out += [(dataset, s, m, k) for s in self.students_of(dataset) for m in methods for k in study.seeds]
+            out += [
+                (dataset, s, m, k)
+                for s in self.students_of(dataset)
+                for m in methods
+                for k in study.seeds
+            ]
         return out
 
     def recipe(self, study: str, dataset: str, role: str) -> Recipe:
-        """Return a recipe with the changes of the dataset, of the study, and of the study for this dataset."""
+        """Return a recipe with the changes of the dataset, of the study, and of the study for this
+        dataset.
+        """
         *_, recipe = self._recipes(study, dataset, role).values()
-        return recipe if recipe.patch else recipe.model_copy(update={"patch": self.datasets[dataset].patch})
+        return (
+            recipe
+            if recipe.patch
+            else recipe.model_copy(update={"patch": self.datasets[dataset].patch})
+        )
 
     def _recipes(self, study: str, dataset: str, role: str) -> dict[str, Recipe]:
-        """Return the recipe after each place of the configuration that has a say in it, by place; the last one counts."""
+        """Return the recipe after each place of the configuration that has a say in it, by place.
+
+        The last one counts.
+        """
         chosen, recipe = self.studies[study], self.recipes[role]
         out = {f"recipes.{role}": recipe}
         for where, changes in (
             (f"datasets.{dataset}.recipe", self.datasets[dataset].recipe),
             (f"studies.{study}.recipe", chosen.recipe),
-            (f"studies.{study}.{role}_recipe", chosen.teacher_recipe if role == TEACHER else chosen.student_recipe),
-            (f"studies.{study}.recipes.{dataset}.{role}", chosen.recipes.get(dataset, {}).get(role, {})),
+            (
+                f"studies.{study}.{role}_recipe",
+                chosen.teacher_recipe if role == TEACHER else chosen.student_recipe,
+            ),
+            (
+                f"studies.{study}.recipes.{dataset}.{role}",
+                chosen.recipes.get(dataset, {}).get(role, {}),
+            ),
         ):
             if changes:
                 with within(where):
@@ -242,7 +291,8 @@ class Config(Section):
             if place.is_dir() and any(place.iterdir()):
                 return place
         raise ConfigError(
-            f'config: dataset "{dataset}" needs the folder {" or ".join(map(str, places))}, which does not exist or is empty; '
+            f'config: dataset "{dataset}" needs the folder {" or ".join(map(str, places))}, which '
+            "does not exist or is empty; "
             f"{self.how_to_get(dataset)}, or add their place to raw_folders"
         )
 
@@ -264,9 +314,11 @@ class Config(Section):
         for group in ("studies", "datasets", "teachers", "students", "methods", "ablations"):
             for key in getattr(self, group):
                 for name in self.ablated(key) if group == "ablations" else [key]:
-                    if not re.fullmatch(r"\w[^/{}\\\x00-\x1f]*", name):  # it is a part of the names of files
+                    # it is a part of the names of files
+                    if not re.fullmatch(r"\w[^/{}\\\x00-\x1f]*", name):
                         raise registry.UnknownName(
-                            f'{group}.{key}: the name "{name}" must begin with a letter or digit, and cannot have "/", "\\", '
+                            f'{group}.{key}: the name "{name}" must begin with a letter or digit, '
+                            'and cannot have "/", "\\", '
                             '"{" or "}" in it'
                         )
         for key, data in self.datasets.items():
@@ -275,11 +327,15 @@ class Config(Section):
                 for part in data.options.get("datasets", ()) if data.source == "joined" else ():
                     check_name("options.datasets", part, self.datasets.keys() - {key})
                 if data.download and (data.by_hand or not data.folder):
-                    raise registry.UnknownName("what is downloaded needs a `folder`, and is not got `by_hand`")
+                    raise registry.UnknownName(
+                        "what is downloaded needs a `folder`, and is not got `by_hand`"
+                    )
                 if len({file.name for file in data.download}) < len(data.download):
                     raise registry.UnknownName("two files of `download` have the same name")
                 if len(data.offsets[0]) != data.ndim:
-                    raise registry.UnknownName("offsets and patch must have the same number of axes")
+                    raise registry.UnknownName(
+                        "offsets and patch must have the same number of axes"
+                    )
                 for segmenter, parameters in data.segmentation.items():
                     with within(f"segmentation.{segmenter}"):
                         checked(segmenter, parameters)
@@ -294,9 +350,13 @@ class Config(Section):
                 )
         clash = set(self.teachers) & set(self.students)
         if clash:
-            raise registry.UnknownName(f"{sorted(clash)[0]} is both a teacher and a student: rename one")
+            raise registry.UnknownName(
+                f"{sorted(clash)[0]} is both a teacher and a student: rename one"
+            )
         if TEACHER in self.methods:
-            raise registry.UnknownName(f'methods: the name "{TEACHER}" is taken by the teacher\'s own training')
+            raise registry.UnknownName(
+                f'methods: the name "{TEACHER}" is taken by the teacher\'s own training'
+            )
         for key, method in self.methods.items():
             with within(f"methods.{key}"):
                 if set(key) & set("=@"):
@@ -320,7 +380,9 @@ class Config(Section):
             check_metrics(f"{where}.metrics", shown.metrics)
             check_metrics(f"{where}.table_metrics", shown.table_metrics)
             if shown.main_metric not in shown.metrics:
-                raise registry.UnknownName(f'{where}.main_metric: "{shown.main_metric}" is not among {where}.metrics')
+                raise registry.UnknownName(
+                    f'{where}.main_metric: "{shown.main_metric}" is not among {where}.metrics'
+                )
         for method in self.plot.panel_methods:
             check_name("plot.panel_methods", method, self.methods)
 
@@ -350,7 +412,8 @@ class Config(Section):
             for key, networks in (("teacher", study.teachers), ("students", study.students)):
                 if networks and not self._fitting(networks, dataset):
                     raise registry.UnknownName(
-                        f'studies.{name}.{key}: none takes images with {axes} axes, as dataset "{dataset}" has; add one'
+                        f"studies.{name}.{key}: none takes images with {axes} axes, as dataset "
+                        f'"{dataset}" has; add one'
                     )
             data = self.datasets[dataset]
             with within(f"datasets.{dataset}"):
@@ -360,14 +423,23 @@ class Config(Section):
                 recipes = self._recipes(name, dataset, role)
                 for where, recipe in recipes.items():
                     check_recipe(where, recipe, has_teacher=role != TEACHER)
-                networks = [*self._fitting(study.teachers, dataset)[:1], *self._fitting(study.more_teachers, dataset)]
+                networks = [
+                    *self._fitting(study.teachers, dataset)[:1],
+                    *self._fitting(study.more_teachers, dataset),
+                ]
                 if role == "student":  # a teacher that is asked online sees the patches too
                     own = [self.method(method) for method in self._own_methods(study)]
-                    asked = any(m.terms and m.recipe.get("teacher", recipe.teacher) == "online" for m in own)
+                    asked = any(
+                        m.terms and m.recipe.get("teacher", recipe.teacher) == "online" for m in own
+                    )
                     networks = self._fitting(study.students, dataset) + networks * asked
                 used = {key: self.network(key) for key in networks}
-                patches = {where: one.patch for where, one in recipes.items() if one.patch == recipe.patch}
-                where, patch = next(iter(patches.items())) if recipe.patch else (f"datasets.{dataset}", None)
+                patches = {
+                    where: one.patch for where, one in recipes.items() if one.patch == recipe.patch
+                }
+                where, patch = (
+                    next(iter(patches.items())) if recipe.patch else (f"datasets.{dataset}", None)
+                )
                 check_patch(f"{where}.patch", patch or data.patch, dataset, data, used)
             for method in self._own_methods(study):
                 if "patch" in (changes := self.method(method).recipe):
@@ -381,7 +453,10 @@ def _text(value: Any) -> str:
 
 
 def _put(method: dict[str, Any], key: str, value: Any) -> None:
-    """Set one value of a method, `recipe.(key)` or `terms.(name).(key)`, in its plain form; `weight` multiplies all weights."""
+    """Set one value of a method, `recipe.(key)` or `terms.(name).(key)`, in its plain form.
+
+    `weight` multiplies all weights.
+    """
     part, *path = key.split(".")
     if key == "weight":
         for term in method["terms"]:
@@ -394,7 +469,9 @@ def _put(method: dict[str, Any], key: str, value: Any) -> None:
     elif part == "recipe" and path:
         place = method["recipe"]
     else:
-        raise registry.UnknownName(f'key "{key}": write weight, recipe.(key) or terms.(name of a term).(key)')
+        raise registry.UnknownName(
+            f'key "{key}": write weight, recipe.(key) or terms.(name of a term).(key)'
+        )
     for step in path[:-1]:
         place = place.setdefault(step, {})
     place[path[-1]] = value

@@ -1,4 +1,6 @@
-"""What can be written in the configuration, out of the models that check it: a JSON schema for editors, a page for readers."""
+"""What can be written in the configuration, out of the models that check it: a JSON schema for
+editors, a page for readers.
+"""
 
 import argparse
 import ast
@@ -17,8 +19,13 @@ from gdlib.limits import Range
 from gdlib.segment.parameters import PARAMETERS
 
 # Keys that change a part of a recipe: editors help there as they do in a whole one.
-CHANGES = {"Dataset": ["recipe"], "Method": ["recipe"], "Study": ["recipe", "teacher_recipe", "student_recipe"]}
-WHOLE = ("Term", "RemoteFile")  # they stand in lists, and a list replaces a list; of all else a file may write a part
+CHANGES = {
+    "Dataset": ["recipe"],
+    "Method": ["recipe"],
+    "Study": ["recipe", "teacher_recipe", "student_recipe"],
+}
+# they stand in lists, and a list replaces a list; of all else a file may write a part
+WHOLE = ("Term", "RemoteFile")
 INTRODUCTION = """# Every key of the configuration
 
 Made by `gdlib schema --markdown > docs/configuration.md` from `gdlib/config/sections.py` and `gdlib/config/catalogue.py`, which check
@@ -58,8 +65,8 @@ each changes only the keys it names, and the last one counts.
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of every file of the configuration, and of one's own.
 
-    It says less than the workflow checks: whether anything is missing, names exist, options fit and recipes add up is left to
-    `Config.parse`.
+    It says less than the workflow checks: whether anything is missing, names exist, options fit and
+    recipes add up is left to `Config.parse`.
     """
     schema = _bare(Config.model_json_schema())
     parts = schema["$defs"]
@@ -67,7 +74,10 @@ def json_schema() -> dict[str, Any]:
         if name not in WHOLE:
             part.pop("required", None)
     own = {key: value for key, value in parts["Recipe"]["properties"].items() if key != "like"}
-    parts["RecipeChanges"] = parts["Recipe"] | {"description": "Keys of a recipe that differ.", "properties": own}
+    parts["RecipeChanges"] = parts["Recipe"] | {
+        "description": "Keys of a recipe that differ.",
+        "properties": own,
+    }
     for section, keys in CHANGES.items():
         for key in keys:
             field = parts[section]["properties"][key]
@@ -83,41 +93,70 @@ def json_schema() -> dict[str, Any]:
     }
     # Short forms that are accepted.
     offsets = parts["Dataset"]["properties"]["offsets"]
-    offsets["anyOf"] = [{key: offsets.pop(key) for key in ("type", "items", "minItems")}, {"type": "string"}]
+    offsets["anyOf"] = [
+        {key: offsets.pop(key) for key in ("type", "items", "minItems")},
+        {"type": "string"},
+    ]
     terms = parts["Method"]["properties"]["terms"]
-    terms["items"] = {"anyOf": [terms["items"], {"type": "string", "description": "a method that has these terms"}]}
+    terms["items"] = {
+        "anyOf": [
+            terms["items"],
+            {"type": "string", "description": "a method that has these terms"},
+        ]
+    }
     parts["Method"] = {"anyOf": [{"type": "array", "items": terms["items"]}, parts["Method"]]}
     method = parts["Ablation"]["properties"]["method"]
     method["anyOf"] = [{"type": method.pop("type")}, {"type": "array", "items": {"type": "string"}}]
     only = schema["properties"]["only"]
-    only["anyOf"] = [{"type": "array", "items": only.pop("items")}, {"type": only.pop("type") and "string"}]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Configuration of gdlib"}
+    only["anyOf"] = [
+        {"type": "array", "items": only.pop("items")},
+        {"type": only.pop("type") and "string"},
+    ]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "Configuration of gdlib",
+    }
 
 
 def _bare(node: Any, names: bool = False) -> Any:
-    """A schema without its titles, which repeat the names of keys; `names`: what is not a schema but holds some by name."""
+    """A schema without its titles, which repeat the names of keys.
+
+    `names`: what is not a schema but holds some by name.
+    """
     if isinstance(node, list):
         return [_bare(one) for one in node]
     if not isinstance(node, dict):
         return node
     kept = {key: one for key, one in node.items() if names or key != "title"}
-    return {key: _bare(one, not names and key in ("properties", "$defs")) for key, one in kept.items()}
+    return {
+        key: _bare(one, not names and key in ("properties", "$defs")) for key, one in kept.items()
+    }
 
 
 def markdown() -> str:
-    """Return the page of all keys: a table for every section, options of plug-ins, parameters of segmenters, metrics."""
+    """Return the page of all keys: a table for every section, options of plug-ins, parameters of
+    segmenters, metrics.
+    """
     parts = [INTRODUCTION]
     for model, places in _sections().items():
         where = ", ".join(f"`{place}`" for place in places) or "The file itself"
         rows = [_row(model.__name__, name, field) for name, field in model.model_fields.items()]
         about = " ".join((model.__doc__ or "").split())
-        parts += [f"## {model.__name__}", f"{where}. {about}", _table(("key", "value", "default", "meaning"), rows)]
+        parts += [
+            f"## {model.__name__}",
+            f"{where}. {about}",
+            _table(("key", "value", "default", "meaning"), rows),
+        ]
     for kind, place in (
         (registry.SOURCES, "`datasets.<name>.options`"),
         (registry.NETWORKS, "`teachers.<name>.options`, `students.<name>.options`"),
         (registry.TERMS, "`options` of a term"),
     ):
-        parts += [f"## Options of a {kind.kind}", f"{place}. Those of a plug-in that lives elsewhere are its own."]
+        parts += [
+            f"## Options of a {kind.kind}",
+            f"{place}. Those of a plug-in that lives elsewhere are its own.",
+        ]
         rows = [(f"`{name}`", *row) for name in kind.names() for row in _options(kind, name)]
         without = [f"`{name}`" for name in kind.names() if not kind.parameters(name)]
         parts.append(_table((kind.kind, "option", "value", "default", "meaning"), rows))
@@ -127,7 +166,9 @@ def markdown() -> str:
 
 
 def _sections() -> dict[type[BaseModel], list[str]]:
-    """Every section and where in the file it may stand, in the order in which a reader meets them."""
+    """Every section and where in the file it may stand, in the order in which a reader meets
+    them.
+    """
     found: dict[type[BaseModel], list[str]] = {Config: []}
 
     def visit(model: type[BaseModel], place: str) -> None:
@@ -157,7 +198,9 @@ def _inside(annotation: Any, path: str) -> list[tuple[type[BaseModel], str]]:
 def _row(section: str, name: str, field: FieldInfo) -> tuple[str, str, str, str]:
     """Key, type with its limits, default, meaning."""
     signs = {"gt": "> ", "ge": "≥ ", "lt": "< ", "le": "≤ "}
-    found = [(sign, getattr(limit, key, None)) for limit in field.metadata for key, sign in signs.items()]
+    found = [
+        (sign, getattr(limit, key, None)) for limit in field.metadata for key, sign in signs.items()
+    ]
     limits = [f"{sign}{value:g}" for sign, value in found if value is not None]
     kind = _type(field.annotation).replace("{name: any, …}", "{key: value, …}")
     if name in CHANGES.get(section, ()):
@@ -192,7 +235,8 @@ def _type(annotation: Any) -> str:
         base, *limits = inner
         if isinstance(limits[0], Range):
             return f"{_type(base)} {limits[0].signs()}".rstrip()
-        return f"{_type(base)} > 0" if base is int else _type(base)  # PositiveInt, or checked as a whole
+        # PositiveInt, or checked as a whole
+        return f"{_type(base)} > 0" if base is int else _type(base)
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
 
 
@@ -222,33 +266,44 @@ def _options(kind: registry.Registry, name: str) -> list[tuple[str, str, str, st
     """Option, value, default and meaning of a plug-in, read from its source text."""
     tree = ast.parse((kind.folder / f"{name}.py").read_text())
     nodes = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
-    nodes.sort(key=lambda node: node.name not in ast.literal_eval(_listed(tree)))  # the plug-in itself comes first
+    # the plug-in itself comes first
+    nodes.sort(key=lambda node: node.name not in ast.literal_eval(_listed(tree)))
     texts = "\n".join(ast.get_docstring(node) or "" for node in nodes)
     meanings = {}
     for option in kind.parameters(name):
         found = re.findall(rf"^    {option}: (.*(?:\n        .*)*)", texts, flags=re.MULTILINE)
-        found = [text for text in found if not text.startswith("see `")] or found  # of a function in the same file
+        # of a function in the same file
+        found = [text for text in found if not text.startswith("see `")] or found
         meanings[option] = " ".join(found[0].split()).rstrip(".") if found else ""
     kinds = kind.kinds(name)
-    return [(f"`{o}`", _type(kinds[o]), _value(d), meanings[o]) for o, d in kind.parameters(name).items()]
+    return [
+        (f"`{o}`", _type(kinds[o]), _value(d), meanings[o])
+        for o, d in kind.parameters(name).items()
+    ]
 
 
 def _listed(tree: ast.Module) -> ast.expr:
     """The value of `__all__`."""
     return next(
-        n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
+        n.value
+        for n in tree.body
+        if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
     )
 
 
 def _segmenters() -> str:
-    """The parameters of every segmenter before tuning; `gdlib.segment.segmenters.segment` says what they are."""
+    """The parameters of every segmenter before tuning.
+
+    `gdlib.segment.segmenters.segment` says what they are.
+    """
     rows = [
         (f"`{segmenter}`", f"`{name}`", _type(kind), *(_value(values[ndim][0]) for ndim in (2, 3)))
         for segmenter in SEGMENTERS
         for name, (kind, values) in PARAMETERS[segmenter].items()
     ]
     text = (
-        "`datasets.<name>.segmentation.<segmenter>` fixes them on test images. Left out, they are tuned on validation images, "
+        "`datasets.<name>.segmentation.<segmenter>` fixes them on test images. Left out, they are "
+        "tuned on validation images, "
         "starting from these values; `gdlib.segment.segmenters.segment` says what each does."
     )
     return text + "\n\n" + _table(("segmenter", "parameter", "value", "in 2D", "in 3D"), rows)
@@ -258,12 +313,16 @@ def _metrics() -> str:
     from gdlib.evaluate.metrics import METRICS
 
     rows = [(f"`{key}`", one.title, one.better, one.definition) for key, one in METRICS.items()]
-    return "For `plot` and `selection`.\n\n" + _table(("name", "title", "better", "what it is"), rows)
+    return "For `plot` and `selection`.\n\n" + _table(
+        ("name", "title", "better", "what it is"), rows
+    )
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines
+    )
 
 
 def add_schema(commands: argparse._SubParsersAction) -> None:
@@ -271,11 +330,19 @@ def add_schema(commands: argparse._SubParsersAction) -> None:
     schema = commands.add_parser(
         "schema",
         help="say what can be written in the configuration",
-        description="Print the JSON schema of the configuration, by which editors complete and check it, or all keys as a page.",
+        description="Print the JSON schema of the configuration, by which editors complete and "
+        "check it, or all keys as a page.",
     )
-    schema.add_argument("--markdown", action="store_true", help="print the page, docs/configuration.md")
+    schema.add_argument(
+        "--markdown", action="store_true", help="print the page, docs/configuration.md"
+    )
     schema.set_defaults(function=_print)
 
 
 def _print(arguments: argparse.Namespace) -> None:
-    print(markdown() if arguments.markdown else json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", end="")
+    print(
+        markdown()
+        if arguments.markdown
+        else json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
+        end="",
+    )

@@ -1,4 +1,6 @@
-"""The files of a configuration: which there are, how they are joined, and where in them a key is written."""
+"""The files of a configuration: which there are, how they are joined, and where in them a key is
+written.
+"""
 
 import os
 import re
@@ -18,16 +20,24 @@ def files(place: Path | str) -> list[Path]:
     """Return the files of a project's configuration, the one that counts most at the end.
 
     Args:
-        place: folder of the project, or a file that is read in place of its `config.yaml`, with the folder `config` beside it.
+        place: folder of the project, or a file that is read in place of its `config.yaml`, with the
+            folder `config` beside it.
     """
     place = Path(place)
     *catalogue, last = PARTS
     chosen = place / last if place.is_dir() else place
-    return [*(path for pattern in catalogue for path in sorted(chosen.parent.glob(pattern))), chosen]
+    return [
+        *(path for pattern in catalogue for path in sorted(chosen.parent.glob(pattern))),
+        chosen,
+    ]
 
 
-def read(place: Path | str, *own: Path | str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the content of these files, of one's own, and changes; what is later changes what is earlier, key by key.
+def read(
+    place: Path | str, *own: Path | str, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the content of these files, of one's own, and changes.
+
+    What is later changes what is earlier, key by key.
 
     Raises:
         ValueError: one sentence that names the file, and the line where it is known.
@@ -42,7 +52,8 @@ def read(place: Path | str, *own: Path | str, changes: Mapping[str, Any] | None 
                 if other := written.get((section, name)):
                     key = f"{section}.{name}".rstrip(".")
                     raise ValueError(
-                        f'{shown(path)}: "{key}" is written in {shown(other)}, too; put it into one of them'
+                        f'{shown(path)}: "{key}" is written in {shown(other)}, too; put it into '
+                        "one of them"
                     )
                 written[section, name] = path
         found = updated(found, content)
@@ -64,10 +75,14 @@ def shown(path: Path | str) -> str:
     return str(path) if relative.startswith(os.pardir) else relative
 
 
-def located(message: str, paths: Sequence[Path | str], changes: Mapping[str, Any] | None = None) -> str:
-    """Put in front of what is told of a key where this key is written, in place of `config: `, if it is written anywhere.
+def located(
+    message: str, paths: Sequence[Path | str], changes: Mapping[str, Any] | None = None
+) -> str:
+    """Put in front of what is told of a key where this key is written, in place of `config: `, if
+    it is written anywhere.
 
-    Of an entry that is `like` another one, or of a part of a method's terms, this is the line of the entry.
+    Of an entry that is `like` another one, or of a part of a method's terms, this is the line of
+    the entry.
     """
     text = message.removeprefix("config: ")
     quoted = re.match(r'(?:there is no key|the key) "([^"]+)"', text)
@@ -77,12 +92,16 @@ def located(message: str, paths: Sequence[Path | str], changes: Mapping[str, Any
         length, line = _follow(yaml.compose(read_text(path), Loader=yaml.SafeLoader), key)
         if length and length >= best:
             best, place = length, f"{shown(path)}, line {line}"
-    length, _ = _follow(yaml.compose(yaml.safe_dump(dict(changes or {})), Loader=yaml.SafeLoader), key)
+    length, _ = _follow(
+        yaml.compose(yaml.safe_dump(dict(changes or {})), Loader=yaml.SafeLoader), key
+    )
     return f"{'--config' if length and length >= best else place}: {text}"
 
 
 def _follow(node: yaml.Node | None, key: str, line: int = 0) -> tuple[int, int]:
-    """Return how much of a key leads somewhere below a node, in characters, and the line where that is written."""
+    """Return how much of a key leads somewhere below a node, in characters, and the line where that
+    is written.
+    """
     if isinstance(node, yaml.MappingNode):
         inner = [(str(one.value), one.start_mark, value) for one, value in node.value]
     elif isinstance(node, yaml.SequenceNode):

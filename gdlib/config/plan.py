@@ -1,7 +1,9 @@
-"""What a study runs: questions of the workflow to the configuration, and which files of the package each step depends on.
+"""What a study runs: questions of the workflow to the configuration, and which files of the package
+each step depends on.
 
-Snakemake runs again what depends on an edit because it compares two things: the part of the configuration that a job gets, and
-the files that it reads, code among them. Both are said here, so that a test can ask without Snakemake.
+Snakemake runs again what depends on an edit because it compares two things: the part of the
+configuration that a job gets, and the files that it reads, code among them. Both are said here, so
+that a test can ask without Snakemake.
 """
 
 from collections.abc import Iterable
@@ -15,14 +17,17 @@ Run = tuple[str, str, str, int]  # dataset, network, method, seed
 
 
 class Step(NamedTuple):
-    """Where the code of a step is, and what of all that it imports does not matter for what it makes."""
+    """Where the code of a step is, and what of all that it imports does not matter for what it
+    makes.
+    """
 
     files: tuple[str, ...]
     without: tuple[str, ...] = ()
 
 
 NUMBERS = ("evaluate/metrics.py", "evaluate/scores.py")
-# Files are relative to the package. What judges while a network is trained is code of the steps that use it on test images.
+# Files are relative to the package. What judges while a network is trained is code of the steps
+# that use it on test images.
 STEPS = {
     "prepare": Step(("data/prepare.py",)),
     "ask": Step(("train/ask.py",), ("kernels/fused.py",)),  # no loss is computed
@@ -49,7 +54,9 @@ class Plan:
         self.study = config.selected
         datasets = self.study.datasets
         # Of the study on all its datasets, in the order of the configuration.
-        self.methods = list(dict.fromkeys(m for dataset in datasets for m in config.methods_of(dataset)))
+        self.methods = list(
+            dict.fromkeys(m for dataset in datasets for m in config.methods_of(dataset))
+        )
         self.volumes = [dataset for dataset in datasets if config.datasets[dataset].ndim == 3]
         self.runs: list[Run] = config.runs()
         self._specs: dict[Run, RunSpec] = {}
@@ -65,12 +72,21 @@ class Plan:
         return [run for run in runs if not self.config.network(run[1]).weights]
 
     def shown_on(self, dataset: str) -> list[Run]:
-        """Return the runs that stand for all in figures of images: the teacher and some methods of the first student."""
+        """Return the runs that stand for all in figures of images: the teacher and some methods of
+        the first student.
+        """
         study, config = self.study, self.config
         methods = [method for method in config.plot.panel_methods if method in study.methods]
         teacher = (dataset, config.teacher_of(dataset), TEACHER, study.teacher_seeds[0])
         students = config.students_of(dataset)[:1]
-        return [teacher, *((dataset, student, method, study.seeds[0]) for student in students for method in methods)]
+        return [
+            teacher,
+            *(
+                (dataset, student, method, study.seeds[0])
+                for student in students
+                for method in methods
+            ),
+        ]
 
     def networks_of(self, dataset: str) -> list[str]:
         """Return the teachers and the students of a dataset."""
@@ -89,7 +105,10 @@ class Plan:
         return self._specs[run]
 
     def train_spec(self, run: Run) -> dict[str, Any]:
-        """Return what a training depends on; the memory bank, and how a teacher is asked, only where a term needs it."""
+        """Return what a training depends on.
+
+        The memory bank, and how a teacher is asked, only where a term needs it.
+        """
         spec = self.spec_of(run).model_dump(mode="json")
         if not spec["terms"]:
             del spec["recipe"]["teacher"]
@@ -98,7 +117,9 @@ class Plan:
         return spec
 
     def parts_of(self, method: str) -> list[str]:
-        """Return what its terms compare of a teacher's output: the embedding, with the foreground, and feature maps."""
+        """Return what its terms compare of a teacher's output: the embedding, with the foreground,
+        and feature maps.
+        """
         found: set[str] = set()
         for term in self.config.method(method).terms:
             own = {} if ":" in term.term else registry.TERMS.parameters(term.term)
@@ -116,11 +137,18 @@ class Plan:
         return [*code("prepare", registry.SOURCES.file(source)), *sorted(found)]
 
     def train_code(self, run: Run) -> list[str]:
-        """Return what trains: the loop, the network and the terms of a run, but no other network and no other term."""
+        """Return what trains: the loop, the network and the terms of a run, but no other network
+        and no other term.
+        """
         spec = self.spec_of(run)
         terms = sorted({term.term for term in spec.all_terms})
         without = () if any(term.memory for term in spec.terms) else (BANK,)
-        return code("train", registry.NETWORKS.file(spec.model), *map(registry.TERMS.file, terms), without=without)
+        return code(
+            "train",
+            registry.NETWORKS.file(spec.model),
+            *map(registry.TERMS.file, terms),
+            without=without,
+        )
 
     def network_code(self, step: str, network: str) -> list[str]:
         """Return what computes the output of a network in a step."""
@@ -128,7 +156,9 @@ class Plan:
 
     @property
     def plugins(self) -> set[str]:
-        """Modules of networks that live elsewhere: weights may name one only if the configuration does."""
+        """Modules of networks that live elsewhere: weights may name one only if the configuration
+        does.
+        """
         networks = (self.config.teachers | self.config.students).values()
         return {network.model.partition(":")[0] for network in networks if ":" in network.model}
 
@@ -136,7 +166,9 @@ class Plan:
 
     @property
     def ablations(self) -> dict[str, dict[str, Any]]:
-        """What the report says of the ablations of the study: title, method that is varied, values, methods."""
+        """What the report says of the ablations of the study: title, method that is varied, values,
+        methods.
+        """
         found = {name: self.config.ablations[name] for name in self.study.ablations}
         return {
             name: {
@@ -149,19 +181,29 @@ class Plan:
         }
 
     def titles(self, *groups: Iterable[str]) -> dict[str, str]:
-        """Return how readers know these datasets and networks, in an order that does not depend on the configuration's."""
+        """Return how readers know these datasets and networks, in an order that does not depend on
+        the configuration's.
+        """
         catalogue = self.config.datasets | self.config.teachers | self.config.students
         names = sorted(name for group in groups for name in group)
         return {name: catalogue[name].title for name in names if catalogue[name].title}
 
     def budget(self, dataset: str) -> str:
-        """Say how long the networks were trained, and what the study lacks, for the caption of a table."""
+        """Say how long the networks were trained, and what the study lacks, for the caption of a
+        table.
+        """
         config = self.config
-        teacher, student = (config.recipe(config.study, dataset, role) for role in ("teacher", "student"))
+        teacher, student = (
+            config.recipe(config.study, dataset, role) for role in ("teacher", "student")
+        )
         given = all(config.network(name).weights for name in config.teachers_of(dataset))
         return (
             "training: "
-            + ("teacher given," if given else f"teacher {teacher.steps} steps of {teacher.batch_size} patches,")
+            + (
+                "teacher given,"
+                if given
+                else f"teacher {teacher.steps} steps of {teacher.batch_size} patches,"
+            )
             + f" students {student.steps} of {student.batch_size}"
             + " patches" * given
             + f"; left out of the study: {', '.join(config.left_out)}" * bool(config.left_out)
@@ -180,7 +222,8 @@ class Plan:
             "study": config.study,
             **self.study.model_dump(mode="json"),
             **{
-                key: {name: one.model_dump(mode="json") for name, one in found.items()} for key, found in chosen.items()
+                key: {name: one.model_dump(mode="json") for name, one in found.items()}
+                for key, found in chosen.items()
             },
             "recipes": {
                 dataset: {
@@ -201,6 +244,8 @@ def code(step: str, *plugins: str, without: Iterable[str] = ()) -> list[str]:
     found = [
         path.relative_to(registry.PACKAGE).as_posix()
         for file in files
-        for path in (sorted(registry.PACKAGE.glob(file)) if "*" in file else [registry.PACKAGE / file])
+        for path in (
+            sorted(registry.PACKAGE.glob(file)) if "*" in file else [registry.PACKAGE / file]
+        )
     ]
     return registry.needs(*found, *filter(None, plugins), without=(*unneeded, *without))

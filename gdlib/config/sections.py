@@ -1,4 +1,6 @@
-"""The sections of `config.yaml` as frozen, typed objects: every key, its default and what it means. Torch-free."""
+"""The sections of `config.yaml` as frozen, typed objects: every key, its default and what it means.
+Torch-free.
+"""
 
 from typing import Annotated, Any, Literal, get_args
 
@@ -22,7 +24,9 @@ Seeds = Annotated[tuple[Seed, ...], Once]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
+    """A part of the configuration: unknown keys are errors, numbers are finite, values never
+    change.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -42,14 +46,18 @@ class Entry(Section):
     like: str | None = Field(
         None,
         exclude=True,
-        description="another one of the same kind, of which this one has all keys that it does not change; options of another "
+        description="another one of the same kind, of which this one has all keys that it does not "
+        "change; options of another "
         "source or model, and downloads of another folder, are not taken over",
     )
 
     @model_validator(mode="after")
     def _spelt_out(self) -> "Entry":
         if self.like is not None:  # gdlib.config.words takes it out where it may be
-            raise ValueError("`like` belongs into an entry with a name of its own, and names one of the same kind")
+            raise ValueError(
+                "`like` belongs into an entry with a name of its own, and names one "
+                "of the same kind"
+            )
         return self
 
 
@@ -62,8 +70,10 @@ class Normalisation(Section):
         0.1,
         gt=0,
         le=1,
-        description="part of this range that noise alone may fill: without objects, an image is not stretched further; images as "
-        "noisy as those of the training stay as they are; 1 for no limit, and so where `targets.background_connected` is off",
+        description="part of this range that noise alone may fill: without objects, an image is "
+        "not stretched further; images as "
+        "noisy as those of the training stay as they are; 1 for no limit, and so where "
+        "`targets.background_connected` is off",
     )
 
     @model_validator(mode="after")
@@ -77,25 +87,38 @@ class Targets(Section):
     """What networks learn from a label."""
 
     background_connected: bool = Field(
-        True, description="two background pixels are one object; off for EM, where the background is membrane"
+        True,
+        description="two background pixels are one object; off for EM, where the background "
+        "is membrane",
     )
-    per_offset: bool = Field(False, description="balance connected and separated pairs of every offset alone")
+    per_offset: bool = Field(
+        False, description="balance connected and separated pairs of every offset alone"
+    )
     border: int = Field(
-        0, ge=0, description="pixels this near to another instance become background, in training alone"
+        0,
+        ge=0,
+        description="pixels this near to another instance become background, in training alone",
     )
 
 
 class RemoteFile(Section):
     """A file that may be downloaded freely; see `gdlib.data.download`."""
 
-    url: str = Field(pattern=r"^https?://\S+/[^/?#]+$", description="official address; its end is the name of the file")
+    url: str = Field(
+        pattern=r"^https?://\S+/[^/?#]+$",
+        description="official address; its end is the name of the file",
+    )
     sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="left out where nobody knows it; never made up"
     )
     into: str | None = Field(
-        None, description="unpack this zip archive there, below the dataset's folder; `.` is that folder itself"
+        None,
+        description="unpack this zip archive there, below the dataset's folder; `.` is that "
+        "folder itself",
     )
-    inside: str = Field("", description="only what is below this folder of the archive, and without it")
+    inside: str = Field(
+        "", description="only what is below this folder of the archive, and without it"
+    )
 
     @property
     def name(self) -> str:
@@ -109,22 +132,35 @@ class Dataset(Entry):
     title: str = Field("", description="name in tables and figures")
     source: str = Field(description="a file stem of gdlib/data/sources, or package.module:function")
     options: dict[str, Any] = Field({}, description="keyword arguments of the source")
-    folder: Place | None = Field(None, description="below one of `raw_folders`; none for synthetic data")
-    download: tuple[RemoteFile, ...] = Field((), description="what together makes the content of the folder")
+    folder: Place | None = Field(
+        None, description="below one of `raw_folders`; none for synthetic data"
+    )
+    download: tuple[RemoteFile, ...] = Field(
+        (), description="what together makes the content of the folder"
+    )
     by_hand: str = Field(
         "",
-        description="in place of `download`, how one gets the files and what of them goes into the folder, as half a sentence",
+        description="in place of `download`, how one gets the files and what of them goes into the "
+        "folder, as half a sentence",
     )
     channels: int = Field(1, ge=1, description="of the images")
-    offsets: Offsets = Field(min_length=1, description="of the affinities, in pixels; the first ndim are attractive")
-    patch: tuple[PositiveInt, ...] = Field(description="side lengths of training patches, in pixels")
+    offsets: Offsets = Field(
+        min_length=1, description="of the affinities, in pixels; the first ndim are attractive"
+    )
+    patch: tuple[PositiveInt, ...] = Field(
+        description="side lengths of training patches, in pixels"
+    )
     normalisation: Normalisation = Field(Normalisation(), description="how intensities are scaled")
     targets: Targets = Field(Targets(), description="what networks learn from a label")
     segmenters: Annotated[tuple[Segmenter, ...], Once] = Field(
-        ("mutex_watershed",), min_length=1, description="how affinities become instances; the first chooses weights"
+        ("mutex_watershed",),
+        min_length=1,
+        description="how affinities become instances; the first chooses weights",
     )
     segmentation: dict[Segmenter, dict[str, int | AnyFloat]] = Field(
-        {}, description="fixed parameters of a segmenter on test images, in place of those tuned on validation images"
+        {},
+        description="fixed parameters of a segmenter on test images, in place of those tuned "
+        "on validation images",
     )
     recipe: dict[str, Any] = Field({}, description="changes to both recipes for this dataset")
 
@@ -140,7 +176,9 @@ class Network(Entry):
     title: str = Field("", description="name in tables and figures")
     model: str = Field(description="a file stem of gdlib/models, or package.module:Class")
     options: dict[str, Any] = Field({}, description="keyword arguments of the model")
-    weights: Place | None = Field(None, description="trained weights of your own; then it is not trained")
+    weights: Place | None = Field(
+        None, description="trained weights of your own; then it is not trained"
+    )
 
 
 class Term(Section):
@@ -151,7 +189,8 @@ class Term(Section):
     memory: bool = Field(False, description="compare with other images through the memory bank")
     level: str | Names | None = Field(
         None,
-        description="feature map that is compared, by its name in both networks, or several names, the first that both have; "
+        description="feature map that is compared, by its name in both networks, or several names, "
+        "the first that both have; "
         "else the embedding",
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of the term")
@@ -159,8 +198,13 @@ class Term(Section):
     @property
     def name(self) -> str:
         """Unique name within a method, for logs: term, scope, options."""
-        parts = [self.term.rpartition(":")[2], *(str(v) for v in self.options.values() if isinstance(v, str))]
-        parts += [self.level if isinstance(self.level, str) else self.level[0]] if self.level else []
+        parts = [
+            self.term.rpartition(":")[2],
+            *(str(v) for v in self.options.values() if isinstance(v, str)),
+        ]
+        parts += (
+            [self.level if isinstance(self.level, str) else self.level[0]] if self.level else []
+        )
         return "_".join([*parts, "inter"] if self.memory else parts)
 
 
@@ -177,13 +221,17 @@ class Method(Section):
 
 
 class Ablation(Entry):
-    """One setting of a method at several values; each is a method of its own, named `ablation=value`."""
+    """One setting of a method at several values.
+
+    Each is a method of its own, named `ablation=value`.
+    """
 
     title: str = Field("", description="name in tables and figures")
     method: str = Field(description="the method that is changed")
     keys: Names = Field(
         min_length=1,
-        description="what gets the value: recipe.(key), or terms.(name of a term).(key); or `weight`: it multiplies all weights",
+        description="what gets the value: recipe.(key), or terms.(name of a term).(key); or "
+        "`weight`: it multiplies all weights",
     )
     values: Annotated[tuple[bool | int | float | str, ...], Once] = Field(
         min_length=1, description="what it gets, one after the other"
@@ -194,7 +242,9 @@ class Bank(Section):
     """Memory bank; see `gdlib.distill.bank.MemoryBank`."""
 
     capacity: int = Field(32, ge=1, description="images that are remembered, the paper's K")
-    sample_size: int = Field(12, ge=1, description="images of them that are compared per step, the paper's L")
+    sample_size: int = Field(
+        12, ge=1, description="images of them that are compared per step, the paper's L"
+    )
     original_ring: bool = Field(False, description="PAPER: order and sampling of the original code")
 
 
@@ -202,16 +252,29 @@ class Geometry(Section):
     """Geometric augmentation; see `gdlib.data.augment.sampling_grid`."""
 
     flip: bool = Field(True, description="mirror each axis with probability 1/2")
-    rotate90: bool = Field(True, description="turn by a multiple of 90 degrees in the last two axes")
+    rotate90: bool = Field(
+        True, description="turn by a multiple of 90 degrees in the last two axes"
+    )
     scale: FromTo = Field((0.8, 1.25), description="range of the zoom factor in the last two axes")
-    elastic: float = Field(2.0, ge=0, description="standard deviation, in pixels, of a smooth random displacement")
+    elastic: float = Field(
+        2.0, ge=0, description="standard deviation, in pixels, of a smooth random displacement"
+    )
     elastic_spacing: int = Field(32, ge=4, description="pixels between its control points")
-    rotate: float = Field(0.0, ge=0, description="largest angle, in degrees, of a turn in the last two axes")
+    rotate: float = Field(
+        0.0, ge=0, description="largest angle, in degrees, of a turn in the last two axes"
+    )
     misalign: float = Field(
-        0.0, ge=0, description="largest displacement, in pixels, of one section or of all from one on; volumes only"
+        0.0,
+        ge=0,
+        description="largest displacement, in pixels, of one section or of all from one "
+        "on; volumes only",
     )
     probability: float = Field(
-        0.5, ge=0, le=1, description="that a patch gets zoom, turn, displacement and, on its own, misalignment at all"
+        0.5,
+        ge=0,
+        le=1,
+        description="that a patch gets zoom, turn, displacement and, on its own, "
+        "misalignment at all",
     )
 
 
@@ -223,21 +286,37 @@ class Intensity(Section):
         0.1, ge=0, description="shift from [-brightness, brightness]; intensities are about 0 to 1"
     )
     gamma: float = Field(0.5, ge=0, description="exponent from [2^-gamma, 2^gamma]")
-    blur: float = Field(1.0, ge=0, description="largest standard deviation, in pixels, of a blur in the last two axes")
+    blur: float = Field(
+        1.0,
+        ge=0,
+        description="largest standard deviation, in pixels, of a blur in the last two axes",
+    )
     noise: float = Field(0.05, ge=0, description="largest standard deviation of Gaussian noise")
-    invert: float = Field(0.0, ge=0, le=1, description="probability that dark becomes bright and bright dark")
+    invert: float = Field(
+        0.0, ge=0, le=1, description="probability that dark becomes bright and bright dark"
+    )
     probability: float = Field(0.5, ge=0, le=1, description="of each other change")
 
 
 class Sections(Section):
     """Augmentation of the sections of a volume; see `gdlib.data.augment.augment_sections`."""
 
-    contrast: float = Field(0.0, ge=0, le=1, description="factor from [1 - contrast, 1 + contrast], for every section")
-    brightness: float = Field(0.0, ge=0, description="shift from [-brightness, brightness], for every section")
+    contrast: float = Field(
+        0.0, ge=0, le=1, description="factor from [1 - contrast, 1 + contrast], for every section"
+    )
+    brightness: float = Field(
+        0.0, ge=0, description="shift from [-brightness, brightness], for every section"
+    )
     blur: float = Field(0.0, ge=0, description="largest standard deviation, in pixels, of a blur")
-    motion: int = Field(0, ge=0, description="longest motion blur, in pixels; below 2 there is none")
-    missing: float = Field(0.0, ge=0, le=1, description="probability that a section becomes one grey")
-    probability: float = Field(0.1, ge=0, le=1, description="that a section is blurred, and that it is motion-blurred")
+    motion: int = Field(
+        0, ge=0, description="longest motion blur, in pixels; below 2 there is none"
+    )
+    missing: float = Field(
+        0.0, ge=0, le=1, description="probability that a section becomes one grey"
+    )
+    probability: float = Field(
+        0.1, ge=0, le=1, description="that a section is blurred, and that it is motion-blurred"
+    )
 
 
 class Augment(Section):
@@ -249,7 +328,8 @@ class Augment(Section):
         0.02,
         ge=0,
         le=1,
-        description="probability that a patch shows noise and no object, as empty fields do; 0 where "
+        description="probability that a patch shows noise and no object, as empty fields do; 0 "
+        "where "
         "`targets.background_connected` is off",
     )
     sections: Sections = Field(Sections(), description="of each section of a volume")
@@ -258,13 +338,19 @@ class Augment(Section):
 class Optimizer(Section):
     """Adam with or without decoupled weight decay."""
 
-    name: Literal["adamw", "adam"] = Field("adamw", description="weight decay apart from the gradient, or within it")
+    name: Literal["adamw", "adam"] = Field(
+        "adamw", description="weight decay apart from the gradient, or within it"
+    )
     lr: float = Field(2e-3, gt=0, description="learning rate after the warm-up")
     betas: tuple[NotAll, NotAll] = Field((0.9, 0.999), description="decay of the running means")
     eps: float = Field(
-        1e-8, gt=0, description="PAPER: the original trains with 0.01, which sets the scale of all its weights"
+        1e-8,
+        gt=0,
+        description="PAPER: the original trains with 0.01, which sets the scale of all its weights",
     )
-    weight_decay: float = Field(1e-4, ge=0, description="per step, times the learning rate with adamw")
+    weight_decay: float = Field(
+        1e-4, ge=0, description="per step, times the learning rate with adamw"
+    )
     amsgrad: bool = Field(False, description="keep the largest running mean of squares")
 
 
@@ -274,31 +360,42 @@ class Recipe(Entry):
     steps: int = Field(gt=0, description="optimizer steps")
     batch_size: int = Field(8, gt=0, description="patches")
     accumulate: int = Field(1, ge=1, description="batches per optimizer step")
-    patch: tuple[PositiveInt, ...] | None = Field(None, description="in pixels; the dataset's if left out")
+    patch: tuple[PositiveInt, ...] | None = Field(
+        None, description="in pixels; the dataset's if left out"
+    )
     optimizer: Optimizer = Field(Optimizer(), description="how gradients become steps")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="of the learning rate after the warm-up; cosine falls to 0"
     )
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; off if left out")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged weights; off if left out"
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of the arithmetic; auto: bfloat16 where the hardware multiplies in it, else float32, or float16 on a GPU",
+        description="of the arithmetic; auto: bfloat16 where the hardware multiplies in it, else "
+        "float32, or float16 on a GPU",
     )
     compile: bool = Field(
         False,
-        description="let torch.compile fuse the networks: about a minute before the first step, for long trainings on GPUs",
+        description="let torch.compile fuse the networks: about a minute before the first step, "
+        "for long trainings on GPUs",
     )
     teacher: Literal["maps", "online"] = Field(
         "maps",
-        description="how students learn what it says. maps: it is asked once about every whole training image, for all students, "
+        description="how students learn what it says. maps: it is asked once about every whole "
+        "training image, for all students, "
         "and patches are cut from that; online: about every patch of every step, as in the paper",
     )
     validate_every: int = Field(gt=0, description="steps between validations")
-    validate_images: int = Field(8, ge=1, description="images of the validation split used while training")
+    validate_images: int = Field(
+        8, ge=1, description="images of the validation split used while training"
+    )
     save_every: int = Field(200, gt=0, description="steps between resumable states")
-    selection: str = Field("aji", description="validation metric that chooses weights and segmentation parameters")
+    selection: str = Field(
+        "aji", description="validation metric that chooses weights and segmentation parameters"
+    )
     terms: tuple[Term, ...] = Field(
         (Term(term="supervised", weight=1.0), Term(term="foreground", weight=1.0)),
         description="what is learned from the ground truth; methods add theirs",
@@ -319,10 +416,14 @@ class Study(Entry):
     methods: Names = Field(min_length=1, description="by which every student is trained")
     ablations: Names = Field((), description="their methods are run too")
     more_teachers: Names = Field(
-        (), description="students learn from these too, by every method that asks a teacher: `method@teacher`"
+        (),
+        description="students learn from these too, by every method that asks a teacher: "
+        "`method@teacher`",
     )
     seeds: Seeds = Field(min_length=1, description="of the students; each is a training of its own")
-    teacher_seeds: Seeds = Field((0,), min_length=1, description="of the teachers; students learn from the first")
+    teacher_seeds: Seeds = Field(
+        (0,), min_length=1, description="of the teachers; students learn from the first"
+    )
     recipe: dict[str, Any] = Field({}, description="changes to both recipes")
     teacher_recipe: dict[str, Any] = Field({}, description="changes to recipes: teacher")
     student_recipe: dict[str, Any] = Field({}, description="changes to recipes: student")
@@ -335,7 +436,8 @@ class Study(Entry):
     def _without_cache(cls, value: Any) -> Any:
         if isinstance(value, dict) and "teacher_cache" in value:
             raise ValueError(
-                "`teacher_cache` is no more: a teacher is asked once about every training image, and each step draws fresh "
+                "`teacher_cache` is no more: a teacher is asked once about every training image, "
+                "and each step draws fresh "
                 "patches; leave the key out"
             )
         return value
@@ -350,7 +452,9 @@ class PlotMetrics(Section):
     """Which metrics are shown."""
 
     metrics: Names = Field(("aji", "pq", "f1_50", "f1_80"), description="in figures")
-    main_metric: str = Field("aji", description="of differences, gaps and tests, and of accuracy against cost")
+    main_metric: str = Field(
+        "aji", description="of differences, gaps and tests, and of accuracy against cost"
+    )
     table_metrics: Names = Field(("aji", "dice", "f1_50", "pq"), description="in tables")
 
 
@@ -358,25 +462,39 @@ class PlotVolumes(PlotMetrics):
     """Which metrics are shown of datasets in 3D."""
 
     metrics: Names = Field(("voi", "voi_split", "voi_merge", "arand"), description="in figures")
-    main_metric: str = Field("voi", description="of differences, gaps and tests, and of accuracy against cost")
-    table_metrics: Names = Field(("voi_split", "voi_merge", "voi", "arand"), description="in tables")
+    main_metric: str = Field(
+        "voi", description="of differences, gaps and tests, and of accuracy against cost"
+    )
+    table_metrics: Names = Field(
+        ("voi_split", "voi_merge", "voi", "arand"), description="in tables"
+    )
 
 
 class Plot(PlotMetrics):
-    """Looks only: an edit here redraws figures and never retrains. Its own metrics are those of datasets in 2D."""
+    """Looks only: an edit here redraws figures and never retrains.
+
+    Its own metrics are those of datasets in 2D.
+    """
 
     dpi: int = Field(200, gt=0, description="pixels per inch of figures")
     formats: Annotated[tuple[Literal["png", "pdf", "svg"], ...], Once] = Field(
         ("png", "pdf"), min_length=1, description="of every figure; the report shows the first"
     )
     volumes: PlotVolumes = Field(PlotVolumes(), description="the same for datasets in 3D")
-    panel_sample: int = Field(0, ge=0, description="which of the kept test images the image figures show")
-    panel_methods: Names = Field(("none", "grd"), description="in figures of images, beside the teacher")
+    panel_sample: int = Field(
+        0, ge=0, description="which of the kept test images the image figures show"
+    )
+    panel_methods: Names = Field(
+        ("none", "grd"), description="in figures of images, beside the teacher"
+    )
     panel_crop: int | None = Field(None, gt=0, description="side of the shown crop, in pixels")
 
 
 class RunSpec(Section):
-    """All that one training needs to know; it travels as JSON and is kept in the header of the weights."""
+    """All that one training needs to know.
+
+    It travels as JSON and is kept in the header of the weights.
+    """
 
     dataset: str
     network: str
@@ -405,7 +523,9 @@ class RunSpec(Section):
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """All that its training patches depend on besides the images: arguments of `gdlib.data.patches.PatchSampler`."""
+        """All that its training patches depend on besides the images: arguments of
+        `gdlib.data.patches.PatchSampler`.
+        """
         recipe = self.recipe.model_dump(mode="json", include={"patch", "batch_size", "augment"})
         normalisation = self.normalisation.model_dump(mode="json")
         if not self.targets.background_connected:

@@ -1,7 +1,11 @@
-"""Words of the configuration that stand for what is written elsewhere in it; they are replaced before anything is checked.
+"""Words of the configuration that stand for what is written elsewhere in it.
 
-`like: name` takes the keys of another entry of the same kind. A dataset may name `offsets`, a method other methods, and an
-ablation several methods: it is one ablation for each. Whatever else is wrong is left as it is, and told later.
+They are replaced before anything is checked.
+
+`like: name` takes the keys of another entry of the same kind. A dataset may name `offsets`, a
+    method other methods, and an
+ablation several methods: it is one ablation for each. Whatever else is wrong is left as it is, and
+told later.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,8 +16,13 @@ from gdlib.registry import UnknownName
 from gdlib.text import updated
 
 ALIKE = ("studies", "datasets", "teachers", "students", "ablations", "recipes")
-# What goes with a key: it is not taken over by an entry whose source, network or folder is another one.
-BELONGS = {"source": ("options",), "model": ("options", "weights"), "folder": ("download", "by_hand")}
+# What goes with a key: it is not taken over by an entry whose source, network or folder is another
+# one.
+BELONGS = {
+    "source": ("options",),
+    "model": ("options", "weights"),
+    "folder": ("download", "by_hand"),
+}
 
 
 def spelt_out(raw: Any) -> Any:
@@ -75,7 +84,8 @@ def _terms(name: str, methods: Mapping[str, Any], chain: tuple[str, ...] = ()) -
         _check_circle(where, (*chain, name), term)
         if isinstance(methods[term], dict) and methods[term].get("recipe"):
             raise UnknownName(
-                f'{where}: "{term}" changes the recipe too; name methods of terms alone, or write its terms'
+                f'{where}: "{term}" changes the recipe too; name methods of terms alone, or write '
+                "its terms"
             )
         yield from _terms(term, methods, (*chain, name))
 
@@ -98,7 +108,9 @@ def _name_offsets(raw: dict[str, Any]) -> None:
 
 
 def _one_each(raw: dict[str, Any]) -> None:
-    """Make one ablation for each method of an ablation of several, and name all of them where a study names that."""
+    """Make one ablation for each method of an ablation of several, and name all of them where a
+    study names that.
+    """
     ablations, studies = raw.get("ablations"), raw.get("studies")
     if not isinstance(ablations, dict):
         return
@@ -108,13 +120,22 @@ def _one_each(raw: dict[str, Any]) -> None:
             out[key] = one
             continue
         title = str(one.get("title") or f"{key} {{method}}")
-        members = {f"{key}_{m}": {**one, "method": m, "title": title.replace("{method}", str(m))} for m in methods}
+        members = {
+            f"{key}_{m}": {**one, "method": m, "title": title.replace("{method}", str(m))}
+            for m in methods
+        }
         if taken := sorted(members.keys() & ablations.keys()):
-            raise UnknownName(f'ablations.{key}: there is an ablation "{taken[0]}" already; rename one')
+            raise UnknownName(
+                f'ablations.{key}: there is an ablation "{taken[0]}" already; rename one'
+            )
         out |= members
         families[key] = list(members)
     raw["ablations"] = out
     for name, study in studies.items() if isinstance(studies, dict) else ():
         if isinstance(study, dict) and isinstance(chosen := study.get("ablations"), list):
-            members = [one for key in chosen for one in (families.get(key, [key]) if isinstance(key, str) else [key])]
+            members = [
+                one
+                for key in chosen
+                for one in (families.get(key, [key]) if isinstance(key, str) else [key])
+            ]
             studies[name] = {**study, "ablations": members}

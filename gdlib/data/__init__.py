@@ -1,1 +1,3 @@
-"""From files to training patches: `sources` read datasets, `prepare` checks and stores them, `patches` feeds networks."""
+"""From files to training patches: `sources` read datasets, `prepare` checks and stores them,
+`patches` feeds networks.
+"""

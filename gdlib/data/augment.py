@@ -1,6 +1,8 @@
-"""Augmentation in torch, for 2D and 3D alike: all geometry in one resampling, all intensity changes in one pass.
+"""Augmentation in torch, for 2D and 3D alike: all geometry in one resampling, all intensity changes
+in one pass.
 
-Labels are resampled with the same coordinates as the image, to the nearest pixel, so that targets made afterwards are exact.
+Labels are resampled with the same coordinates as the image, to the nearest pixel, so that targets
+made afterwards are exact.
 """
 
 import math
@@ -39,14 +41,18 @@ def sampling_grid(
         patch: n side lengths of the patch, without the margin.
         generator: source of randomness (CPU).
         flip: mirror each axis with probability 1/2.
-        rotate90: turn by a multiple of 90 degrees in the last two axes (by 180 where the patch is not square).
-        scale: range of the zoom factor in the last two axes; log-uniform. A factor of 2 shows objects twice as large.
-        elastic: standard deviation, in pixels, of a smooth random displacement in the last two axes.
+        rotate90: turn by a multiple of 90 degrees in the last two axes (by 180 where the patch is
+            not square).
+        scale: range of the zoom factor in the last two axes; log-uniform. A factor of 2 shows
+            objects twice as large.
+        elastic: standard deviation, in pixels, of a smooth random displacement in the last two
+            axes.
         elastic_spacing: pixels between its control points.
         rotate: largest angle, in degrees, of a turn in the last two axes.
-        misalign: largest displacement, in pixels, of one section or of all sections from one on; volumes only.
-        probability: with which a patch gets zoom, turn, displacement and, on its own, misalignment at all; the others are
-            exact copies of pixels.
+        misalign: largest displacement, in pixels, of one section or of all sections from one on;
+            volumes only.
+        probability: with which a patch gets zoom, turn, displacement and, on its own, misalignment
+            at all; the others are exact copies of pixels.
         margin: pixels more on each side of the patch; they may lie outside of the image.
 
     Returns:
@@ -57,9 +63,12 @@ def sampling_grid(
     if margin is not None:
         patch = [p + 2 * m for p, m in zip(patch, margin, strict=True)]
     per_patch = (batch,) + (1,) * ndim
-    # One coordinate of all pixels, ([B,] *patch), for each axis; sides of 1 where it does not change along them yet.
+    # One coordinate of all pixels, ([B,] *patch), for each axis; sides of 1 where it does not
+    # change along them yet.
     *z, y, x = (
-        (torch.arange(p, dtype=torch.float32) - (p - 1) / 2).reshape([-1 if k == axis else 1 for k in range(ndim)])
+        (torch.arange(p, dtype=torch.float32) - (p - 1) / 2).reshape(
+            [-1 if k == axis else 1 for k in range(ndim)]
+        )
         for axis, p in enumerate(patch)
     )
     deform = torch.rand(batch, generator=generator) < probability
@@ -73,11 +82,19 @@ def sampling_grid(
         y, x = cosine * y - sine * x, sine * y + cosine * x
     if elastic > 0:
         knots = [math.ceil(p / elastic_spacing) + 3 for p in patch[-2:]]
-        field = torch.randn(batch, 2, *knots, generator=generator) * elastic * deform.reshape(batch, 1, 1, 1)
-        field = _enlarged(field, elastic_spacing, patch[-2:]).reshape(batch, 2, *(1,) * (ndim - 2), *patch[-2:])
+        field = (
+            torch.randn(batch, 2, *knots, generator=generator)
+            * elastic
+            * deform.reshape(batch, 1, 1, 1)
+        )
+        field = _enlarged(field, elastic_spacing, patch[-2:]).reshape(
+            batch, 2, *(1,) * (ndim - 2), *patch[-2:]
+        )
         y, x = y + field[:, 0], x + field[:, 1]
     if misalign > 0 and ndim == 3:
-        shift = _misalignment(batch, patch[0], misalign, probability, generator).reshape(batch, -1, 1, 1, 2)
+        shift = _misalignment(batch, patch[0], misalign, probability, generator).reshape(
+            batch, -1, 1, 1, 2
+        )
         y, x = y + shift[..., 0], x + shift[..., 1]
     if flip:
         sign = torch.randint(2, (*per_patch, ndim), generator=generator) * 2.0 - 1
@@ -93,31 +110,43 @@ def sampling_grid(
     room = (shapes - size).clamp(min=0)
     corner = (torch.rand(batch, ndim, generator=generator) * (room + 1)).floor()
     centre = (corner + (size - 1) / 2).reshape(*per_patch, ndim)
-    return _joined((place + centre[..., axis]).expand(batch, *patch) for axis, place in enumerate((*z, y, x)))
+    return _joined(
+        (place + centre[..., axis]).expand(batch, *patch) for axis, place in enumerate((*z, y, x))
+    )
 
 
 def _joined(places: Iterable[Tensor]) -> Tensor:
-    """Coordinates as one tensor (..., n), in memory one axis after the other: what follows works on one at a time."""
+    """Coordinates as one tensor (..., n), in memory one axis after the other: what follows works on
+    one at a time.
+    """
     return torch.stack(list(places)).movedim(0, -1)
 
 
 def _enlarged(field: Tensor, spacing: int, patch: Sequence[int]) -> Tensor:
-    """Smooth field (B, 2, Y, X) through control points (B, 2, K, L) that are about `spacing` pixels apart.
+    """Smooth field (B, 2, Y, X) through control points (B, 2, K, L) that are about `spacing` pixels
+    apart.
 
-    Bicubic, in one product of matrices for each axis: this is a part of an image that would be several times as large.
+    Bicubic, in one product of matrices for each axis: this is a part of an image that would be
+    several times as large.
     """
     for axis, p in ((-2, patch[0]), (-1, patch[1])):
         knots = field.shape[axis]
         # The response to each control point alone, along a line.
         response = torch.eye(knots)[:, None, None, :]
-        fine = F.interpolate(response, size=[1, knots * spacing], mode="bicubic", align_corners=True)
+        fine = F.interpolate(
+            response, size=[1, knots * spacing], mode="bicubic", align_corners=True
+        )
         matrix = fine[:, 0, 0, spacing : spacing + p]  # (K, p)
         field = torch.tensordot(field, matrix, dims=([axis], [0])).movedim(-1, axis)
     return field
 
 
-def _misalignment(batch: int, sections: int, most: float, probability: float, generator: Generator) -> Tensor:
-    """Whole pixels (B, Z, 2) by which sections are out of place: one section of a patch, or all from one on."""
+def _misalignment(
+    batch: int, sections: int, most: float, probability: float, generator: Generator
+) -> Tensor:
+    """Whole pixels (B, Z, 2) by which sections are out of place: one section of a patch, or all
+    from one on.
+    """
     shift = _uniform(-most, most, (batch, 1, 2), generator).round()
     first = torch.randint(sections, (batch, 1), generator=generator)
     alone = torch.rand(batch, 1, generator=generator) < 0.5
@@ -127,7 +156,9 @@ def _misalignment(batch: int, sections: int, most: float, probability: float, ge
 
 
 def mirrored(grid: Tensor, shape: Sequence[int]) -> Tensor:
-    """Mirror pixel coordinates (..., n) at the borders of an image of this shape, as often as needed."""
+    """Mirror pixel coordinates (..., n) at the borders of an image of this shape, as often as
+    needed.
+    """
     return _joined(_mirrored(place, n - 1) for place, n in zip(grid.unbind(-1), shape, strict=True))
 
 
@@ -150,8 +181,12 @@ def sample_patch(image: Tensor, grid: Tensor) -> Tensor:
         (C, *patch) float32.
     """
     # grid_sample wants (x, y, [z]) in [-1, 1].
-    unit = [place / max(1, n - 1) * 2 - 1 for place, n in zip(grid.unbind(-1), image.shape[1:], strict=True)]
-    # As a batch of lines or sections, as a CPU computes several images at once but not parts of one.
+    unit = [
+        place / max(1, n - 1) * 2 - 1
+        for place, n in zip(grid.unbind(-1), image.shape[1:], strict=True)
+    ]
+    # As a batch of lines or sections, as a CPU computes several images at once but not parts of
+    # one.
     unit = torch.stack(unit[::-1], -1)[:, None]
     images = image.expand(len(unit), *image.shape)
     parts = F.grid_sample(images, unit, mode="bilinear", padding_mode="border", align_corners=True)
@@ -170,7 +205,9 @@ def augment_intensity(
     invert: float = 0.0,
     probability: float = 0.5,
 ) -> Tensor:
-    """Change the intensities of each patch at random; every change happens with the same probability, independently.
+    """Change the intensities of each patch at random.
+
+    Every change happens with the same probability, independently.
 
     Args:
         image: (B, C, [Z,] Y, X) float32, roughly in [0, 1].
@@ -186,7 +223,9 @@ def augment_intensity(
     batch = len(image)
     column = (batch,) + (1,) * (image.ndim - 1)
     if invert > 0:
-        negative = devices.send((torch.rand(batch, generator=generator) < invert).reshape(column), image.device)
+        negative = devices.send(
+            (torch.rand(batch, generator=generator) < invert).reshape(column), image.device
+        )
         image = torch.where(negative, 1 - image, image)
 
     def draw(low: float, high: float, neutral: float) -> Tensor:
@@ -204,7 +243,9 @@ def augment_intensity(
     image = image * devices.send(factor, image.device) + devices.send(shift, image.device)
     if noise > 0:
         normal = torch.randn(image.shape, generator=generator)
-        image = image + devices.send(normal, image.device) * devices.send(draw(0.0, noise, 0.0), image.device)
+        image = image + devices.send(normal, image.device) * devices.send(
+            draw(0.0, noise, 0.0), image.device
+        )
     return image
 
 
@@ -217,10 +258,12 @@ def empty_patches(
     contrast: Sequence[float] | None = None,
     level: Sequence[float] | None = None,
 ) -> Tensor:
-    """Draw patches of images without objects, as networks see them: noise on an even or sloping ground.
+    """Draw patches of images without objects, as networks see them: noise on an even or sloping
+    ground.
 
-    Their range is from none of what images with objects have to all of it: an image of noise that is smooth from pixel to
-    pixel, after a filter or a lossy compression, is stretched more than `intensity_range` means to.
+    Their range is from none of what images with objects have to all of it: an image of noise that
+    is smooth from pixel to pixel, after a filter or a lossy compression, is stretched more than
+    `intensity_range` means to.
 
     Args:
         shape: (B, C, [Z,] Y, X).
@@ -244,7 +287,9 @@ def empty_patches(
         noise = noise + slope * (place if axis == -1 else place[:, None])
     flat = noise.flatten(2)
     low, high = (
-        flat.kthvalue(1 + round(percent / 100 * (flat.shape[-1] - 1)), -1).values.reshape(batch, channels, *column[2:])
+        flat.kthvalue(1 + round(percent / 100 * (flat.shape[-1] - 1)), -1).values.reshape(
+            batch, channels, *column[2:]
+        )
         for percent in (lower, upper)
     )
     share = _uniform(0.0, 1.0, column, generator) ** 2  # small ones more often, as they are
@@ -297,19 +342,26 @@ def augment_sections(
             length = int(torch.randint(2, motion + 1, (), generator=generator))
             diagonal, straight = torch.eye(length), torch.ones(length, 1)
             lines = (straight, straight.T, diagonal, diagonal.flip(0))
-            kernel = devices.send(lines[int(torch.randint(4, (), generator=generator))] / length, device)
+            kernel = devices.send(
+                lines[int(torch.randint(4, (), generator=generator))] / length, device
+            )
             height, width = kernel.shape
             section = image[at // sections, :, at % sections, None]
             border = ((width - 1) // 2, width // 2, (height - 1) // 2, height // 2)
             section = F.conv2d(F.pad(section, border, mode="replicate"), kernel[None, None])
             image[at // sections, :, at % sections] = section[:, 0]
     if missing > 0:
-        image = torch.where(devices.send(chance(missing), device), devices.send(draw(0.0, 1.0), device), image)
+        image = torch.where(
+            devices.send(chance(missing), device), devices.send(draw(0.0, 1.0), device), image
+        )
     return image
 
 
 def _blur(image: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur in the last two axes with one sigma per patch, known on the CPU; 0 leaves a patch as it is."""
+    """Gaussian blur in the last two axes with one sigma per patch, known on the CPU.
+
+    0 leaves a patch as it is.
+    """
     which = sigma.nonzero()[:, 0]
     if not len(which):
         return image

@@ -1,4 +1,6 @@
-"""Axes of one pixel, which files may have anywhere, dropped without reading or copying the array."""
+"""Axes of one pixel, which files may have anywhere, dropped without reading or copying the
+array.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +13,8 @@ SECTIONS = "; the sections of a volume are no channels: save them with axes ZYX"
 
 
 def kept_axes(shape: Sequence[int], ndim: int) -> list[int]:
-    """Return the axes that are left when axes of one pixel are dropped, from the first on, until there are no more than `ndim`.
+    """Return the axes that are left when axes of one pixel are dropped, from the first on, until
+    there are no more than `ndim`.
 
     >>> kept_axes((1, 30, 1, 20), 2), kept_axes((1, 1, 30, 20), 3), kept_axes((5, 30, 20), 2)
     ([1, 3], [1, 2, 3], [0, 1, 2])
@@ -22,7 +25,8 @@ def kept_axes(shape: Sequence[int], ndim: int) -> list[int]:
 
 
 class View:
-    """A dataset on disk seen without some axes of one pixel, and with a first axis of one channel if wanted.
+    """A dataset on disk seen without some axes of one pixel, and with a first axis of one channel
+    if wanted.
 
     Args:
         array: the dataset; parts of it are read by integers and slices.
@@ -63,4 +67,8 @@ def fitted(array: np.ndarray, ndim: int, leading: int = 0) -> np.ndarray:
 
 def without_single_axes(array: np.ndarray | h5py.Dataset) -> np.ndarray | View:
     """Return an array or a dataset without any axis of one pixel."""
-    return View(array, kept_axes(array.shape, 0)) if isinstance(array, h5py.Dataset) else fitted(array, 0)
+    return (
+        View(array, kept_axes(array.shape, 0))
+        if isinstance(array, h5py.Dataset)
+        else fitted(array, 0)
+    )

@@ -1,4 +1,6 @@
-"""How large the pixels of an image are, carried over to the TIFF of its label as napari and Fiji read it."""
+"""How large the pixels of an image are, carried over to the TIFF of its label as napari and Fiji
+read it.
+"""
 
 import contextlib
 from collections.abc import Mapping
@@ -12,20 +14,25 @@ from gdlib.data.tiff import open_tiff
 
 X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
 INCH = 2
-MICROMETRES = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "nm": 1e-3, "pm": 1e-6, "Å": 1e-4}  # as OME spells them
+# as OME spells them
+MICROMETRES = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "nm": 1e-3, "pm": 1e-6, "Å": 1e-4}
 
 
 def calibration(path: Path) -> dict[str, Any]:
     """Return what a PNG or TIFF file says of its pixels.
 
     Returns:
-        `resolution`, pixels per unit along x and y, as a TIFF has them (fractions); `resolutionunit`, the number of the unit,
-        1 for none; and where they are known their name as `unit`, and `spacing` of the sections in that unit. Empty if the
-        file says nothing.
+        `resolution`, pixels per unit along x and y, as a TIFF has them (fractions);
+        `resolutionunit`, the number of the unit, 1 for none; and where they are known their name as
+        `unit`, and `spacing` of the sections in that unit. Empty if the file says nothing.
     """
     if path.suffix.lower() == ".png":
         with Image.open(path) as image:
-            return {"resolution": dpi, "resolutionunit": INCH} if (dpi := image.info.get("dpi")) else {}
+            return (
+                {"resolution": dpi, "resolutionunit": INCH}
+                if (dpi := image.info.get("dpi"))
+                else {}
+            )
     with open_tiff(path) as series:
         page = series.keyframe
         text = page.parent.ome_metadata if page.parent.is_ome else None
@@ -34,19 +41,29 @@ def calibration(path: Path) -> dict[str, Any]:
     if text and (found := _of_ome(text)):
         return found
     x, y, unit = tags
-    if not all(isinstance(number, tuple) and len(number) == 2 and min(number) > 0 for number in (x, y)):
+    if not all(
+        isinstance(number, tuple) and len(number) == 2 and min(number) > 0 for number in (x, y)
+    ):
         return {}
     found = {"resolution": (x, y), "resolutionunit": int(unit) if unit in (1, 2, 3) else INCH}
-    return found | {key: imagej[key] for key in ("unit", "spacing") if key in imagej and "unit" in imagej}
+    return found | {
+        key: imagej[key] for key in ("unit", "spacing") if key in imagej and "unit" in imagej
+    }
 
 
 def _of_ome(text: str) -> dict[str, Any]:
     """Return the same of the first image of an OME text."""
-    pixels = next((one for one in ElementTree.fromstring(text).iter() if one.tag.endswith("Pixels")), None)
+    pixels = next(
+        (one for one in ElementTree.fromstring(text).iter() if one.tag.endswith("Pixels")), None
+    )
     sizes = {}
     for axis in "XYZ" if pixels is not None else "":
         with contextlib.suppress(KeyError, ValueError):  # not given, or no lengths
-            unit = MICROMETRES[pixels.get(f"PhysicalSize{axis}Unit", "µm").replace("\N{GREEK SMALL LETTER MU}", "µ")]
+            unit = MICROMETRES[
+                pixels.get(f"PhysicalSize{axis}Unit", "µm").replace(
+                    "\N{GREEK SMALL LETTER MU}", "µ"
+                )
+            ]
             sizes[axis] = float(pixels.attrib[f"PhysicalSize{axis}"]) * unit
     if not all(0 < sizes.get(axis, 0) < float("inf") for axis in "XY"):
         return {}
@@ -64,7 +81,8 @@ def written(found: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
     options = {key: found[key] for key in ("resolution", "resolutionunit") if key in found}
     if "unit" not in found or shape[0] == 1:
         return options | {"metadata": {"axes": "ZYX"[-len(shape) :]}}
-    # The words of ImageJ by hand: it reads 32-bit integers too, but tifffile would not write them under its name.
+    # The words of ImageJ by hand: it reads 32-bit integers too, but tifffile would not write them
+    # under its name.
     lines = ["ImageJ=1.54f", f"unit={found['unit']}"]
     if len(shape) == 3:
         lines += [f"images={shape[0]}", f"slices={shape[0]}", "mode=grayscale"]

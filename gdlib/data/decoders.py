@@ -1,7 +1,9 @@
-"""Decoders that tifffile wants of `imagecodecs`: where that is not installed, those that Pillow and NumPy can give.
+"""Decoders that tifffile wants of `imagecodecs`: where that is not installed, those that Pillow and
+NumPy can give.
 
-Pillow brings libtiff, but as a reader of whole TIFFs it knows few kinds of pixels. So a strip or tile alone is handed to it,
-as a grey image of bytes, and what the bytes mean is left to tifffile: every type, predictor, tiling and order of planes.
+Pillow brings libtiff, but as a reader of whole TIFFs it knows few kinds of pixels. So a strip or
+tile alone is handed to it, as a grey image of bytes, and what the bytes mean is left to tifffile:
+every type, predictor, tiling and order of planes.
 """
 
 import contextlib
@@ -14,10 +16,12 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 LZW, ZSTD = 5, 50000
-# By number of compression: what can be decoded here, and of what bits in a number; others need `imagecodecs`.
+# By number of compression: what can be decoded here, and of what bits in a number; others need
+# `imagecodecs`.
 WHOLE = (8, 16, 32, 64, 128)
 BITS = {
-    **dict.fromkeys((1, 8, 32773, 32946, 34925), (1, 2, 4, *WHOLE)),  # none, zlib, PackBits, LZMA, by tifffile
+    # none, zlib, PackBits, LZMA, by tifffile
+    **dict.fromkeys((1, 8, 32773, 32946, 34925), (1, 2, 4, *WHOLE)),
     **dict.fromkeys((LZW, ZSTD), WHOLE),
     **dict.fromkeys((2, 3, 4), (1,)),
     7: (8,),
@@ -35,8 +39,11 @@ def can_decode(compression: int, bits: int) -> bool:
 
 
 def teach_tifffile() -> None:
-    """Give tifffile the decoders below, unless `imagecodecs` is there, which has them all and is faster."""
-    # Not at the head: a plain TIFF must be read also where a later tifffile keeps these things elsewhere.
+    """Give tifffile the decoders below, unless `imagecodecs` is there, which has them all and is
+    faster.
+    """
+    # Not at the head: a plain TIFF must be read also where a later tifffile keeps these things
+    # elsewhere.
     with contextlib.suppress(ImportError, AttributeError):
         from tifffile import _imagecodecs
         from tifffile.tifffile import imagecodecs
@@ -85,9 +92,12 @@ def jpeg_decode(
     """Return the pixels (height, width[, 3]) of a strip or tile of grey or RGB values, uint8."""
     if bitspersample != 8 or header:
         raise ValueError("JPEG of this kind needs the package imagecodecs")
-    # The file keeps the tables of all its strips in one place; and whether three components are colours or luminance and
-    # chrominance it says in a tag, which a reader of JPEG does not see, but it sees Adobe's mark.
-    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if colorspace == 2 else b"\x01")
+    # The file keeps the tables of all its strips in one place; and whether three components are
+    # colours or luminance and chrominance it says in a tag, which a reader of JPEG does not see,
+    # but it sees Adobe's mark.
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (
+        b"\x00" if colorspace == 2 else b"\x01"
+    )
     stream = b"\xff\xd8" + (adobe if outcolorspace == 2 else b"") + (tables or b"")[2:-2] + data[2:]
     with Image.open(io.BytesIO(stream), formats=["JPEG"]) as image:
         if image.mode not in ("L", "RGB") or image.size != shape[::-1]:
@@ -99,7 +109,8 @@ def floatpred_decode(data: np.ndarray, /, *, axis: int = -2, out: Any = None) ->
     """Undo the predictor of floating-point numbers.
 
     Args:
-        data: (..., width, samples); in each row the differences of bytes, the most significant bytes of all numbers first.
+        data: (..., width, samples); in each row the differences of bytes, the most significant
+            bytes of all numbers first.
         axis: of the width, always -2.
         out: unused.
     """
@@ -122,8 +133,13 @@ DECODERS = (
 )
 
 
-def _libtiff(data: bytes, compression: int, width: int, height: int, bits: int, t4options: int = 0) -> np.ndarray:
-    """Decode one strip as the only one of a grey TIFF of as many `bits`; return (height, width) uint8, or bool of one bit."""
+def _libtiff(
+    data: bytes, compression: int, width: int, height: int, bits: int, t4options: int = 0
+) -> np.ndarray:
+    """Decode one strip as the only one of a grey TIFF of as many `bits`.
+
+    Return (height, width) uint8, or bool of one bit.
+    """
     tags = {
         256: width,
         257: height,

@@ -1,9 +1,11 @@
-"""Download data sets from their official addresses: resumable, verified, polite, and all of a data set or nothing.
+"""Download data sets from their official addresses: resumable, verified, polite, and all of a data
+set or nothing.
 
-Everything is fetched and unpacked in a hidden folder beside the final one, `raw/.<name>.download`, and moved there when all of
-it has come and is verified: a folder of raw data is complete or does not exist. `.download.json` in it says what was fetched.
-A transfer that breaks goes on where it was, in the same call or in the next one, but only if the server says that its file is
-still the same (HTTP `Range` with `If-Range`).
+Everything is fetched and unpacked in a hidden folder beside the final one, `raw/.<name>.download`,
+and moved there when all of it has come and is verified: a folder of raw data is complete or does
+not exist. `.download.json` in it says what was fetched. A transfer that breaks goes on where it
+was, in the same call or in the next one, but only if the server says that its file is still the
+same (HTTP `Range` with `If-Range`).
 """
 
 import contextlib
@@ -37,14 +39,24 @@ HEADERS = {
 TIMEOUT = 60.0  # seconds without a byte after which a connection counts as broken
 PATIENCE = 300.0  # seconds; a server that asks for a longer pause is left alone
 CHUNK = 1 << 16  # bytes
-TRY_AGAIN = (408, 416, 425, 429, 500, 502, 503, 504)  # what a server says when it may be different next time
+# what a server says when it may be different next time
+TRY_AGAIN = (408, 416, 425, 429, 500, 502, 503, 504)
 # What goes wrong on the way; errors of the disk are not among them.
-BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+BROKEN = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+    ssl.SSLError,
+)
 JUNK = ("__MACOSX", "Thumbs.db")  # which archivers leave in archives, as they do hidden files
 
 
-def download(files: Sequence[RemoteFile], folder: Path | str, *, attempts: int = 6, pause: float = 2.0) -> bool:
-    """Fetch the files of a data set one after the other into a new folder, and print a line about each.
+def download(
+    files: Sequence[RemoteFile], folder: Path | str, *, attempts: int = 6, pause: float = 2.0
+) -> bool:
+    """Fetch the files of a data set one after the other into a new folder, and print a line about
+    each.
 
     Args:
         files: where they are and how they are unpacked.
@@ -56,7 +68,8 @@ def download(files: Sequence[RemoteFile], folder: Path | str, *, attempts: int =
         Whether anything was fetched.
 
     Raises:
-        DataError: when a file cannot be had or is not what it should be; what is in order is kept for the next call.
+        DataError: when a file cannot be had or is not what it should be; what is in order is kept
+            for the next call.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
@@ -65,16 +78,24 @@ def download(files: Sequence[RemoteFile], folder: Path | str, *, attempts: int =
     staging = folder.with_name(f".{folder.name}.download")
     plan = json.dumps([file.model_dump(mode="json") for file in files])
     if not (staging / "plan.json").exists() or (staging / "plan.json").read_text() != plan:
-        if staging.exists() and not any(path.name.lstrip(".").startswith("plan.json") for path in staging.iterdir()):
+        if staging.exists() and not any(
+            path.name.lstrip(".").startswith("plan.json") for path in staging.iterdir()
+        ):
             raise DataError(f"{staging}: this is in the way, and not from here; move it away")
         shutil.rmtree(staging, ignore_errors=True)  # of other files than these
         io.write_text(staging / "plan.json", plan)
     content, found = staging / "content", []
     for file in files:
         path = staging / file.name
-        sha256 = io.sha256(path) if path.exists() else fetch(file.url, path, file.sha256, attempts, pause)
+        sha256 = (
+            io.sha256(path)
+            if path.exists()
+            else fetch(file.url, path, file.sha256, attempts, pause)
+        )
         found.append({"url": file.url, "bytes": path.stat().st_size, "sha256": sha256})
-        known = "as it must be" if file.sha256 else f"with none to compare, so keep {folder / RECORD}"
+        known = (
+            "as it must be" if file.sha256 else (f"with none to compare, so keep {folder / RECORD}")
+        )
         print(f"{file.name}: {found[-1]['bytes']:,d} bytes, sha256 {sha256}, {known}", flush=True)
     shutil.rmtree(content, ignore_errors=True)  # of a call that was stopped while unpacking
     content.mkdir()
@@ -97,23 +118,32 @@ def download(files: Sequence[RemoteFile], folder: Path | str, *, attempts: int =
 def _check_record(files: Sequence[RemoteFile], folder: Path) -> None:
     record = folder / RECORD
     if not record.exists():
-        print(f"{folder}: is already there, and not from here: nothing is downloaded; move it away to download it")
+        print(
+            f"{folder}: is already there, and not from here: nothing is downloaded; move it away "
+            "to download it"
+        )
         return
     known = json.loads(record.read_text())
     if [file["url"] for file in known["files"]] != [file.url for file in files]:
-        raise DataError(f"{folder}: this was downloaded from other addresses; move it away to download it again")
+        raise DataError(
+            f"{folder}: this was downloaded from other addresses; move it away to download it again"
+        )
     print(f"{folder}: is already there, complete since {known['retrieved']}")
 
 
-def fetch(url: str, path: Path, sha256: str | None = None, attempts: int = 6, pause: float = 2.0) -> str:
-    """Fetch one file; `path` exists when all of it has come and its checksum is right, and not before.
+def fetch(
+    url: str, path: Path, sha256: str | None = None, attempts: int = 6, pause: float = 2.0
+) -> str:
+    """Fetch one file; `path` exists when all of it has come and its checksum is right, and not
+    before.
 
     Args:
         url: `http://` or `https://`; a secure address is never left for one that is not.
         path: the file; until it is complete, what has come is in `path.part` beside it.
         sha256: expected checksum, hexadecimal; None if nobody knows it.
         attempts: how often in a row without a new byte.
-        pause: seconds before the second attempt, doubled for every further one, unless the server names another time.
+        pause: seconds before the second attempt, doubled for every further one, unless the server
+            names another time.
 
     Returns:
         The checksum of the file.
@@ -128,7 +158,8 @@ def fetch(url: str, path: Path, sha256: str | None = None, attempts: int = 6, pa
     if sha256 is not None and found != sha256:
         part.remove()
         raise DataError(
-            f"{url}: the file has the sha256 {found}, but it must be {sha256}; it was deleted: run the command again, and if "
+            f"{url}: the file has the sha256 {found}, but it must be {sha256}; it was deleted: run "
+            "the command again, and if "
             "that does not help, the file has changed at its source"
         )
     part.path.replace(path)
@@ -147,7 +178,8 @@ def _complete(url: str, part: "_Part", attempts: int, pause: float) -> None:
             error.close()
             if error.code not in TRY_AGAIN:
                 raise DataError(
-                    f"{url}: the server says {error.code} {error.reason}; find the file's new address and write it into "
+                    f"{url}: the server says {error.code} {error.reason}; find the file's new "
+                    "address and write it into "
                     "`download` of the dataset"
                 ) from None
             if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{part.size}":
@@ -163,7 +195,8 @@ def _complete(url: str, part: "_Part", attempts: int, pause: float) -> None:
         if failures >= attempts or wait > PATIENCE:
             pleased = f", come back in {wait:.0f} s" if wait > PATIENCE else ""
             raise DataError(
-                f"{url}: the transfer failed ({reason}{pleased}); run the command again later, it goes on from there"
+                f"{url}: the transfer failed ({reason}{pleased}); run the command again later, it "
+                "goes on from there"
             )
         time.sleep(wait)
 
@@ -182,7 +215,11 @@ class _Part:
     @property
     def validator(self) -> str | None:
         """What tells this version of the file from another one; without it, a part is of no use."""
-        return json.loads(self.notes.read_text())["validator"] if self.size and self.notes.exists() else None
+        return (
+            json.loads(self.notes.read_text())["validator"]
+            if self.size and self.notes.exists()
+            else None
+        )
 
     def note(self, headers: http.client.HTTPMessage) -> None:
         """Remember which version of the file begins here."""
@@ -196,30 +233,46 @@ class _Part:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a server to another address, but at no step from a secure one to one that is not, and only within the web."""
+    """Follows a server to another address, but at no step from a secure one to one that is not, and
+    only within the web.
+    """
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         secure = req.full_url.startswith("https:")
         if not newurl.startswith("https:") and (secure or not newurl.startswith("http:")):
-            raise DataError(f"{req.full_url}: the server leads to {newurl}, which is not secure; correct the address")
+            raise DataError(
+                f"{req.full_url}: the server leads to {newurl}, which is not secure; "
+                "correct the address"
+            )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _transfer(url: str, part: _Part) -> None:
-    """Ask once, and write what comes to the end of the part; an error if the server stops before the end of the file."""
+    """Ask once, and write what comes to the end of the part.
+
+    An error if the server stops before the end of the file.
+    """
     headers, start = dict(HEADERS), 0
     if (validator := part.validator) is not None:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": validator}
     opener = urllib.request.build_opener(_Redirects)
     with opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as reply:
-        if reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {part.size}-"):
+        if reply.status == 206 and reply.headers.get("Content-Range", "").startswith(
+            f"bytes {part.size}-"
+        ):
             start = part.size
-        else:  # all of it: it was never asked for less, or it is another version, or the server cannot do less
+        # all of it: it was never asked for less, or it is another version, or the server cannot do
+        # less
+        else:
             part.remove()
             part.note(reply.headers)
         length = reply.headers.get("Content-Length")
         total = None if length is None else start + int(length)
-        with io.writing(part.path), open(part.path, "ab") as file, _progress(part, start, total) as bar:
+        with (
+            io.writing(part.path),
+            open(part.path, "ab") as file,
+            _progress(part, start, total) as bar,
+        ):
             while chunk := reply.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -230,12 +283,22 @@ def _transfer(url: str, part: _Part) -> None:
 def _progress(part: _Part, start: int, total: int | None) -> Bar:
     title = part.path.name.removesuffix(".part")
     return Bar(
-        total=total, initial=start, unit="B", unit_scale=True, desc=title, disable=None, leave=False, mininterval=1
+        total=total,
+        initial=start,
+        unit="B",
+        unit_scale=True,
+        desc=title,
+        disable=None,
+        leave=False,
+        mininterval=1,
     )
 
 
 def _retry_after(headers: http.client.HTTPMessage) -> float | None:
-    """Return how many seconds the server asks to wait, given as a number or a date; None if it does not."""
+    """Return how many seconds the server asks to wait, given as a number or a date.
+
+    None if it does not.
+    """
     text = headers.get("Retry-After", "").strip()
     if text.isdecimal():
         return float(text)
@@ -246,7 +309,9 @@ def _retry_after(headers: http.client.HTTPMessage) -> float | None:
 
 
 def unpack(archive: Path, folder: Path, inside: str = "") -> None:
-    """Unpack a zip archive, checking every member's CRC; hidden files and what archivers leave behind stay out.
+    """Unpack a zip archive, checking every member's CRC.
+
+    Hidden files and what archivers leave behind stay out.
 
     Args:
         archive: the file; it is deleted if it is broken, so that the next call fetches it again.
@@ -254,7 +319,8 @@ def unpack(archive: Path, folder: Path, inside: str = "") -> None:
         inside: only what is below this folder of the archive, and without it.
 
     Raises:
-        DataError: for a broken archive, and for one with a member that is a link or would leave the folder.
+        DataError: for a broken archive, and for one with a member that is a link or would leave the
+            folder.
     """
     try:
         with zipfile.ZipFile(archive) as file:
@@ -269,27 +335,42 @@ def unpack(archive: Path, folder: Path, inside: str = "") -> None:
                     with io.writing(target), file.open(member) as source, open(target, "xb") as out:
                         shutil.copyfileobj(source, out)
                 except (FileExistsError, NotADirectoryError):
-                    raise DataError(f"{archive}: {name} is there twice; unpack the archive by hand") from None
+                    raise DataError(
+                        f"{archive}: {name} is there twice; unpack the archive by hand"
+                    ) from None
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         archive.unlink()
         raise DataError(
-            f"{archive}: this is not a whole zip archive ({error}); it was deleted: run the command again"
+            f"{archive}: this is not a whole zip archive ({error}); it was deleted: run the "
+            "command again"
         ) from error
     if not members:
-        raise DataError(f'{archive}: there is no file below "{inside or "."}" in it; correct `inside` of the dataset')
+        raise DataError(
+            f'{archive}: there is no file below "{inside or "."}" in it; correct '
+            "`inside` of the dataset"
+        )
 
 
 def _members(
     archive: Path, file: zipfile.ZipFile, inside: PurePosixPath
 ) -> Iterator[tuple[zipfile.ZipInfo, PurePosixPath]]:
-    """Yield the files that are wanted with their names below `inside`; all names are looked at before the first is given."""
+    """Yield the files that are wanted with their names below `inside`.
+
+    All names are looked at before the first is given.
+    """
     wanted = []
     for member in file.infolist():
         path = PurePosixPath(member.filename)
-        bad = path.is_absolute() or ".." in path.parts or "\\" in member.orig_filename or ":" in member.filename
+        bad = (
+            path.is_absolute()
+            or ".." in path.parts
+            or "\\" in member.orig_filename
+            or ":" in member.filename
+        )
         if bad or stat.S_ISLNK(member.external_attr >> 16):
             raise DataError(
-                f'{archive}: the member "{member.filename}" would leave the folder; do not trust this archive'
+                f'{archive}: the member "{member.filename}" would leave the folder; do not trust '
+                "this archive"
             )
         if member.is_dir() or not path.is_relative_to(inside):
             continue

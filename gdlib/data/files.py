@@ -1,4 +1,7 @@
-"""Read image and label files, folders and split lists; whatever is wrong with one becomes one sentence."""
+"""Read image and label files, folders and split lists.
+
+Whatever is wrong with one becomes one sentence.
+"""
 
 import contextlib
 import re
@@ -21,7 +24,21 @@ from gdlib.text import read_text
 
 HDF5_SUFFIXES = (".h5", ".hdf", ".hdf5")
 SUFFIXES = (".png", ".tif", ".tiff", *HDF5_SUFFIXES)
-BESIDE = (".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".pdf", ".log", ".ini", ".db")  # no images
+# no images
+BESIDE = (
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".md",
+    ".pdf",
+    ".log",
+    ".ini",
+    ".db",
+)
 SPLITS = ("train", "val", "test")
 OVERLAPS = ("ignore", "first", "last")
 Splits = dict[str, Iterator[Sample]]
@@ -31,7 +48,8 @@ def existing_folder(path: Path | str | None) -> Path:
     """Return the path if it is a folder."""
     if path is None:
         raise DataError(
-            "no folder of raw data was given; name it: `folder` of the dataset, or --root of the step `prepare`"
+            "no folder of raw data was given; name it: `folder` of the dataset, or --root of the "
+            "step `prepare`"
         )
     if not Path(path).is_dir():
         raise DataError(f"{path}: there is no such folder; check its name, or put the data there")
@@ -39,10 +57,12 @@ def existing_folder(path: Path | str | None) -> Path:
 
 
 def find_files(folder: Path) -> dict[str, Path]:
-    """Return name -> path of the PNG, TIFF and HDF5 files of a folder, sorted by name; hidden files are left out.
+    """Return name -> path of the PNG, TIFF and HDF5 files of a folder, sorted by name.
 
-    The name is that of the file without its ending, in composed characters, as most systems write it. What is no such file, and
-    no text beside the images, is told on stderr.
+    Hidden files are left out.
+
+    The name is that of the file without its ending, in composed characters, as most systems write
+    it. What is no such file, and no text beside the images, is told on stderr.
     """
     found: dict[str, Path] = {}
     others = []
@@ -53,21 +73,35 @@ def find_files(folder: Path) -> dict[str, Path]:
             others += [path.name] if path.suffix.lower() not in BESIDE else []
             continue
         if any("\ud800" <= character <= "\udfff" for character in path.name):
-            raise DataError(f"{str(path)!a}: its name is no UTF-8 text, and could be written nowhere; rename it")
+            raise DataError(
+                f"{str(path)!a}: its name is no UTF-8 text, and could be written nowhere; rename it"
+            )
         if (name := composed(path.stem)) in found:
-            raise DataError(f"{path}: the name without its ending is also that of {found[name].name}; rename one")
+            raise DataError(
+                f"{path}: the name without its ending is also that of "
+                f"{found[name].name}; rename one"
+            )
         found[name] = path
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not found:
-        inside = f", but {listed}; save images as one of these" if others else "; put images there, or name another"
+        inside = (
+            f", but {listed}; save images as one of these"
+            if others
+            else ("; put images there, or name another")
+        )
         raise DataError(f"{folder}: there is no PNG, TIFF or HDF5 file in this folder{inside}")
     if others:
-        print(f"warning: {folder}: not read: {listed}; save images as PNG, TIFF or HDF5", file=sys.stderr)
+        print(
+            f"warning: {folder}: not read: {listed}; save images as PNG, TIFF or HDF5",
+            file=sys.stderr,
+        )
     return dict(sorted(found.items()))
 
 
 def composed(name: str) -> str:
-    """Return a name in composed characters: "é" may be one character, or two, and looks the same."""
+    """Return a name in composed characters: "é" may be one character, or two, and looks the
+    same.
+    """
     return unicodedata.normalize("NFC", name)
 
 
@@ -86,29 +120,38 @@ def read_image(
 ) -> np.ndarray:
     """Read an image with its channels first, in the stored type, bright values high.
 
-    Opacity is dropped, and so are the second and third of three equal colours where one channel is expected.
+    Opacity is dropped, and so are the second and third of three equal colours where one channel is
+    expected.
 
     Args:
         path: PNG, TIFF or HDF5 file; `file.h5:inner/path` names a dataset of an HDF5 file.
-        channels: number expected; also used to find the channel axis of a file that does not name its axes.
+        channels: number expected; also used to find the channel axis of a file that does not name
+            its axes.
         dataset: of an HDF5 file; see `read_volume`.
         scratch: folder; large TIFF files are then mapped instead of read, see `read_tiff`.
 
     Returns:
-        (C, [Z,] Y, X) array; C is what the file has, not what was expected. Axes of one pixel are left where they are.
+        (C, [Z,] Y, X) array; C is what the file has, not what was expected. Axes of one pixel are
+        left where they are.
     """
     array, axes, alpha = _read(path, dataset, indices=False, scratch=scratch)
-    named = [(axis, name) for axis, (name, n) in enumerate(zip(axes, array.shape, strict=False)) if n > 1]
+    named = [
+        (axis, name) for axis, (name, n) in enumerate(zip(axes, array.shape, strict=False)) if n > 1
+    ]
     for _, name in named:
         if name not in "SCZYXIQ":
             what = "time" if name == "T" else f'"{name}"'
             raise DataError(
-                f"{path}: of its axes {axes} {array.shape} one is {what}, which is no depth; save its parts as single "
+                f"{path}: of its axes {axes} {array.shape} one is {what}, which is no depth; save "
+                "its parts as single "
                 "images, or, if it is depth, name it so (Z; in Fiji under Image > Properties)"
             )
     found = [axis for axis, name in named if name in "SC"]
     if len(found) > 1:
-        raise DataError(f"{path}: of its axes {axes} {array.shape} two are channels; save it as one image per channel")
+        raise DataError(
+            f"{path}: of its axes {axes} {array.shape} two are channels; save it as "
+            "one image per channel"
+        )
     if not found and channels > 1:
         first = next((axis for axis, n in enumerate(array.shape) if n > 1), 0)
         found = [axis for axis in (first, array.ndim - 1) if array.shape[axis] == channels]
@@ -117,32 +160,56 @@ def read_image(
     array = np.moveaxis(array, found[0], 0)
     if alpha and len(array) != channels:
         array = array[:-1]
-    if channels == 1 and len(array) == 3 and "S" in axes and all((other == array[0]).all() for other in array[1:]):
+    if (
+        channels == 1
+        and len(array) == 3
+        and "S" in axes
+        and all((other == array[0]).all() for other in array[1:])
+    ):
         array = array[:1]
     return array if isinstance(array, np.memmap) else np.ascontiguousarray(array)
 
 
 def read_label(path: Path | str, dataset: str | None = None) -> np.ndarray:
-    """Read an instance map ([Z,] Y, X); a palette gives its indices, not its colours, and whole numbers become integers."""
+    """Read an instance map ([Z,] Y, X).
+
+    A palette gives its indices, not its colours, and whole numbers become integers.
+    """
     array, axes, alpha = _read(path, dataset, indices=True)
-    channel = next((axis for axis, n in enumerate(array.shape) if n > 1 and axes[axis : axis + 1] in ("S", "C")), None)
+    channel = next(
+        (
+            axis
+            for axis, n in enumerate(array.shape)
+            if n > 1 and axes[axis : axis + 1] in ("S", "C")
+        ),
+        None,
+    )
     if channel is not None:
         array = np.moveaxis(array, channel, 0)[: -1 if alpha else None]
         if axes[channel] == "C" or (array != array[:1]).any():
-            what = "colour image" if axes[channel] == "S" else f"image of {len(array)} channels (axes {axes})"
-            raise DataError(f"{path}: the label is a {what}; store one integer per pixel, 0 = background")
+            what = (
+                "colour image"
+                if axes[channel] == "S"
+                else (f"image of {len(array)} channels (axes {axes})")
+            )
+            raise DataError(
+                f"{path}: the label is a {what}; store one integer per pixel, 0 = background"
+            )
         array = array[0]
     if array.dtype.kind == "f" and (np.isfinite(array) & (np.rint(array) == array)).all():
         if (most := np.abs(array).max(initial=0)) > 2 ** (np.finfo(array.dtype).nmant + 1):
             raise DataError(
-                f"{path}: the label has numbers up to {most:.0f}, which {array.dtype} does not tell apart; store it as integers"
+                f"{path}: the label has numbers up to {most:.0f}, which {array.dtype} does not "
+                "tell apart; store it as integers"
             )
         array = array.astype(np.int64)
     return array
 
 
 def split_h5_path(path: Path | str) -> tuple[Path, str | None]:
-    """Split the name of an HDF5 file from that of a dataset in it, None if it names none; other paths have none.
+    """Split the name of an HDF5 file from that of a dataset in it, None if it names none.
+
+    Other paths have none.
 
     >>> path, dataset = split_h5_path("folder/volume.h5:volumes/raw")
     >>> path.name, dataset
@@ -191,7 +258,10 @@ class _Volume(h5py.Dataset):
 
 
 def _check_filters(volume: h5py.Dataset) -> None:
-    """Raise `DataError` unless what a dataset was compressed with is installed; `hdf5plugin` has nearly all there is."""
+    """Raise `DataError` unless what a dataset was compressed with is installed.
+
+    `hdf5plugin` has nearly all there is.
+    """
     stored = volume.id.get_create_plist()
     for number, _, _, name in map(stored.get_filter, range(stored.get_nfilters())):
         if not h5py.h5z.filter_avail(number):
@@ -200,16 +270,20 @@ def _check_filters(volume: h5py.Dataset) -> None:
         if not h5py.h5z.filter_avail(number):
             name = name.decode(errors="replace").split(";")[0] or "without a name"
             raise DataError(
-                f"{volume.file.filename}: the dataset {volume.name.strip('/')} was compressed with the filter {name} (number "
-                f"{number}), which is not installed; install the package hdf5plugin, or store it with gzip"
+                f"{volume.file.filename}: the dataset {volume.name.strip('/')} was compressed with "
+                f"the filter {name} (number "
+                f"{number}), which is not installed; install the package hdf5plugin, or store it "
+                "with gzip"
             )
 
 
 def voxel_size(*volumes: h5py.Dataset) -> list[float] | None:
-    """Return the side lengths of a voxel in nm, one per axis, as the attributes of open arrays say; None if none does.
+    """Return the side lengths of a voxel in nm, one per axis, as the attributes of open arrays say;
+    None if none does.
 
     Args:
-        volumes: image and label of one sample; `resolution` is in nm, `element_size_um` (PlantSeg) in um.
+        volumes: image and label of one sample; `resolution` is in nm, `element_size_um` (PlantSeg)
+            in um.
     """
     found: dict[str, list[float]] = {}
     for volume in volumes:
@@ -217,18 +291,27 @@ def voxel_size(*volumes: h5py.Dataset) -> list[float] | None:
         for key, nm in (("resolution", 1), ("element_size_um", 1000)):
             if key in volume.attrs:
                 size = np.ravel(volume.attrs[key])
-                if len(size) not in (2, 3) or size.dtype.kind not in "iuf" or not ((size > 0) & (size < np.inf)).all():
-                    raise DataError(f"{name}: the attribute `{key}` is {size}; store one positive number per axis")
+                if (
+                    len(size) not in (2, 3)
+                    or size.dtype.kind not in "iuf"
+                    or not ((size > 0) & (size < np.inf)).all()
+                ):
+                    raise DataError(
+                        f"{name}: the attribute `{key}` is {size}; store one positive "
+                        "number per axis"
+                    )
                 found[name] = [float(f"{nm * side:.6g}") for side in size]
     for name, size in found.items():
         if size != (first := next(iter(found.values()))):
             raise DataError(
-                f"{name}: its voxels are {size} nm, those of {next(iter(found))} {first}; correct one of them"
+                f"{name}: its voxels are {size} nm, those of {next(iter(found))} {first}; correct "
+                "one of them"
             )
         # A stack of sections has square pixels and another distance of sections, never the reverse.
         if len(size) == 3 and size[0] == size[1] != size[2]:
             raise DataError(
-                f"{name}: voxels of {size} nm look like the order x, y, z; store arrays and attributes as z, y, x"
+                f"{name}: voxels of {size} nm look like the order x, y, z; store arrays and "
+                "attributes as z, y, x"
             )
     return next(iter(found.values()), None)
 
@@ -241,33 +324,46 @@ def check_shapes(name: Path | str, image: Sequence[int], label: Sequence[int]) -
     if sorted(image) == sorted(label):
         order = ", ".join("zyx"[-len(image) :])
         raise DataError(
-            f"{name}: the image is {image} pixels, its label {label}, the same axes in another order; "
+            f"{name}: the image is {image} pixels, its label {label}, the same axes in another "
+            "order; "
             f"store both in the order {order}"
         )
-    raise DataError(f"{name}: the image has {image} pixels, its label {label}; give both the same shape")
+    raise DataError(
+        f"{name}: the image has {image} pixels, its label {label}; give both the same shape"
+    )
 
 
 def check_label(name: Path | str, label: np.ndarray) -> None:
     """Raise `DataError` unless a label holds integers, none of them negative."""
     if label.dtype == bool:
         raise DataError(
-            f"{name}: the label has type bool, a mask; store it as integers, one number per instance, or set the option "
+            f"{name}: the label has type bool, a mask; store it as integers, one number per "
+            "instance, or set the option "
             "`label_regions: true` of the source `folder`"
         )
     if not np.issubdtype(label.dtype, np.integer):
-        kind = ", with fractions, as maps of probabilities have" * bool(label.dtype.kind == "f" and (label % 1).any())
+        kind = ", with fractions, as maps of probabilities have" * bool(
+            label.dtype.kind == "f" and (label % 1).any()
+        )
         raise DataError(
-            f"{name}: the label has type {label.dtype}{kind}; store it as integers, one number per instance"
+            f"{name}: the label has type {label.dtype}{kind}; store it as integers, one number per "
+            "instance"
         )
     if label.min() < 0:
-        raise DataError(f"{name}: the label has negative numbers; use 0 for background and number instances from 1")
+        raise DataError(
+            f"{name}: the label has negative numbers; use 0 for background and number "
+            "instances from 1"
+        )
 
 
 def check_sections(name: Path | str, start: int, stop: int, count: int) -> None:
-    """Raise `DataError` unless the sections `start` to `stop` - 1 are some of a volume that has `count`."""
+    """Raise `DataError` unless the sections `start` to `stop` - 1 are some of a volume that has
+    `count`.
+    """
     if not 0 <= start < stop <= count:
         raise DataError(
-            f"{name}: there are {count} sections, so [{start}, {stop}] is no range of them; get the whole volume, "
+            f"{name}: there are {count} sections, so [{start}, {stop}] is no range of them; get "
+            "the whole volume, "
             "or choose another range"
         )
 
@@ -283,13 +379,15 @@ def split_components(label: np.ndarray) -> np.ndarray:
     Returns:
         uint32 array of the same shape; components are numbered 1, 2, ..., 0 stays 0.
     """
-    if label.dtype not in (np.uint8, np.uint16, np.uint32, np.uint64):  # what the library takes of such numbers
+    # what the library takes of such numbers
+    if label.dtype not in (np.uint8, np.uint16, np.uint32, np.uint64):
         label = label.astype(np.uint64)
     return connected_regions(label, connectivity=1).astype(np.uint32)
 
 
 def read_masks(paths: Iterable[Path], shape: Sequence[int]) -> Iterator[np.ndarray]:
-    """Yield the masks of single instances, each True in one of them, after a look whether they have the image's shape.
+    """Yield the masks of single instances, each True in one of them, after a look whether they have
+    the image's shape.
 
     Args:
         paths: one file per instance; not 0 is inside.
@@ -298,24 +396,30 @@ def read_masks(paths: Iterable[Path], shape: Sequence[int]) -> Iterator[np.ndarr
     for path in paths:
         inside = read_label(path) > 0
         if inside.shape != tuple(shape):
-            raise DataError(f"{path}: the mask is {inside.shape} pixels, its image {tuple(shape)}; get it again")
+            raise DataError(
+                f"{path}: the mask is {inside.shape} pixels, its image {tuple(shape)}; get it again"
+            )
         yield inside
 
 
-def merge_masks(masks: Iterable[np.ndarray], shape: Sequence[int], overlap: str) -> tuple[np.ndarray, np.ndarray]:
+def merge_masks(
+    masks: Iterable[np.ndarray], shape: Sequence[int], overlap: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Make an instance map of masks that may overlap.
 
     Args:
         masks: ([Z,] Y, X) boolean, one per instance.
         shape: of each.
-        overlap: what becomes of pixels of several masks: `"first"` and `"last"` give them to the first and last of these
-            masks, `"ignore"` to none, and marks them.
+        overlap: what becomes of pixels of several masks: `"first"` and `"last"` give them to the
+            first and last of these masks, `"ignore"` to none, and marks them.
 
     Returns:
         ([Z,] Y, X) uint32 label, k for the k-th mask, and boolean `ignore`, True only where marked.
     """
     if overlap not in OVERLAPS:
-        raise DataError(f'there is no rule "{overlap}" for overlaps: {nearest(overlap, list(OVERLAPS))}')
+        raise DataError(
+            f'there is no rule "{overlap}" for overlaps: {nearest(overlap, list(OVERLAPS))}'
+        )
     label, ignore = np.zeros(shape, np.uint32), np.zeros(shape, bool)
     for number, inside in enumerate(masks, start=1):
         if overlap == "ignore":
@@ -328,7 +432,10 @@ def merge_masks(masks: Iterable[np.ndarray], shape: Sequence[int], overlap: str)
 def read_list(path: Path) -> list[str]:
     """Return the names in a text file, one per line, without the ending of an image file."""
     if not path.is_file():
-        raise DataError(f"{path}: the split list is missing; get it again with the data, or choose another `split`")
+        raise DataError(
+            f"{path}: the split list is missing; get it again with the data, or choose "
+            "another `split`"
+        )
     try:
         text = read_text(path)
     except ValueError as error:
@@ -338,14 +445,17 @@ def read_list(path: Path) -> list[str]:
 
 
 def published_split(source: str, split: str) -> dict[str, list[str]]:
-    """Return the id lists of a split that comes with the package: `splits/<source>/<split>/{train,val,test}.txt`.
+    """Return the id lists of a split that comes with the package:
+    `splits/<source>/<split>/{train,val,test}.txt`.
 
     A split may leave `train` to what else is there; then it has no such list.
     """
     folder = Path(__file__).parent / "splits" / source
     known = sorted(path.name for path in folder.iterdir())
     if split not in known:
-        raise DataError(f'data source "{source}" has no published split "{split}": {nearest(split, known)}')
+        raise DataError(
+            f'data source "{source}" has no published split "{split}": {nearest(split, known)}'
+        )
     lists = {name: folder / split / f"{name}.txt" for name in SPLITS}
     return {name: read_list(path) for name, path in lists.items() if path.exists()}
 
@@ -353,7 +463,9 @@ def published_split(source: str, split: str) -> dict[str, list[str]]:
 def _read(
     path: Path | str, dataset: str | None, *, indices: bool, scratch: Path | None = None
 ) -> tuple[np.ndarray, str, bool]:
-    """Return the array as stored, the names of its axes as of `read_tiff`, "" if it has none, and whether it has opacity."""
+    """Return the array as stored, the names of its axes as of `read_tiff`, "" if it has none, and
+    whether it has opacity.
+    """
     file, inner = split_h5_path(path)
     if file.suffix.lower() in HDF5_SUFFIXES:
         return read_volume(file, inner or dataset), "", False
@@ -367,7 +479,8 @@ def _read(
         raise
     except Exception as error:  # decoders raise anything, from struct.error to zlib.error
         raise DataError(
-            f"{path}: cannot be read ({error}); get it again, or save it again as PNG or uncompressed TIFF"
+            f"{path}: cannot be read ({error}); get it again, or save it again as PNG or "
+            "uncompressed TIFF"
         ) from error
 
 
@@ -375,11 +488,15 @@ def _read_png(path: Path, indices: bool) -> tuple[np.ndarray, str, bool]:
     with path.open("rb") as file:
         # Bit depth and colour type of the header: RGB, grey or RGB with opacity.
         if file.read(26)[24:] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):
-            raise DataError(f"{path}: a 16-bit PNG of several channels would be read with 8 bits; save it as TIFF")
+            raise DataError(
+                f"{path}: a 16-bit PNG of several channels would be read with 8 bits; "
+                "save it as TIFF"
+            )
     with Image.open(path) as image:
         if (frames := getattr(image, "n_frames", 1)) > 1:
             raise DataError(
-                f"{path}: there are {frames} images in this file; save each that is wanted as a file of its own"
+                f"{path}: there are {frames} images in this file; save each that is wanted as a "
+                "file of its own"
             )
         if image.mode == "P" and not indices:
             image = image.convert("RGB")
@@ -396,7 +513,9 @@ def _readable(path: Path | str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, KeyError) as error:
         cause = " ".join(str(error).split())  # HDF5 writes the date with a line break
-        raise DataError(f"{path}: cannot be read as HDF5 ({cause}); get it again, or save it again") from error
+        raise DataError(
+            f"{path}: cannot be read as HDF5 ({cause}); get it again, or save it again"
+        ) from error
 
 
 def _find_dataset(file: h5py.File, path: Path, name: str | None) -> h5py.Dataset:
@@ -409,10 +528,16 @@ def _find_dataset(file: h5py.File, path: Path, name: str | None) -> h5py.Dataset
     file.visititems(add)
     if name is None and len(found) == 1:
         return next(iter(found.values()))
-    inside = ", ".join(f"{key} {item.shape}" for key, item in list(found.items())[:10]) or "no array"
+    inside = (
+        ", ".join(f"{key} {item.shape}" for key, item in list(found.items())[:10]) or "no array"
+    )
     if name is None:
-        raise DataError(f"{path}: it is not clear which dataset to read, inside is {inside}; name one")
+        raise DataError(
+            f"{path}: it is not clear which dataset to read, inside is {inside}; name one"
+        )
     add(name, file.get(name))  # a link is not visited, but can be named
     if name not in found:
-        raise DataError(f'{path}: there is no dataset "{name}", inside is {inside}; correct the name')
+        raise DataError(
+            f'{path}: there is no dataset "{name}", inside is {inside}; correct the name'
+        )
     return found[name]

@@ -1,4 +1,6 @@
-"""Intensities as networks see them: two percentiles of an image become 0 and 1, but noise alone does not fill that range."""
+"""Intensities as networks see them: two percentiles of an image become 0 and 1, but noise alone
+does not fill that range.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
@@ -12,7 +14,8 @@ SAMPLE = 2**20  # pixels from which noise is estimated
 STEPS = (1, 2)  # pixels between those that are compared
 GAUSSIAN_MEDIAN = 1.4826  # standard deviations per median of the absolute values of a Gaussian
 ROUNDING = 12**-0.5  # standard deviation of what rounding to whole numbers adds
-ENOUGH = 0.01  # share of the pixels; from smaller objects, percentiles may not know that there are any
+# share of the pixels; from smaller objects, percentiles may not know that there are any
+ENOUGH = 0.01
 
 
 def intensity_range(
@@ -22,22 +25,27 @@ def intensity_range(
     contrast: Sequence[float] | None = None,
     level: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find what becomes 0 and 1: two percentiles of each channel, or its minimum and maximum where they are equal.
+    """Find what becomes 0 and 1: two percentiles of each channel, or its minimum and maximum where
+    they are equal.
 
-    In an image without objects these are nothing but noise. With `contrast`, the range is at least so many times the noise: it
-    is widened on both sides, such that what is there comes to lie where networks know the background from.
+    In an image without objects these are nothing but noise. With `contrast`, the range is at least
+    so many times the noise: it is widened on both sides, such that what is there comes to lie where
+    networks know the background from.
 
     Args:
-        image: (C, [Z,] Y, X), any real type, in memory or in a file; it is read slab by slab. Of images of more than
-            2^24 pixels per channel in another type than uint8 and uint16, every n-th section or row is looked at.
+        image: (C, [Z,] Y, X), any real type, in memory or in a file; it is read slab by slab. Of
+            images of more than 2^24 pixels per channel in another type than uint8 and uint16, every
+            n-th section or row is looked at.
         lower: percentile, e.g. 1.
         upper: percentile, e.g. 99.8.
-        contrast: for each channel, the least range in standard deviations of its noise, from `learn`; without it there is none.
-        level: for each channel, the part of a widened range that is below the image, from 0 to 1, from `learn`.
+        contrast: for each channel, the least range in standard deviations of its noise, from
+            `learn`; without it there is none.
+        level: for each channel, the part of a widened range that is below the image, from 0 to 1,
+            from `learn`.
 
     Returns:
-        Two (C,) arrays, float32, or float64 for types of which float32 does not have all numbers; equal values mean a flat
-        channel.
+        Two (C,) arrays, float32, or float64 for types of which float32 does not have all numbers;
+        equal values mean a flat channel.
     """
     low, high = _percentile_range(image, lower, upper)
     if contrast is None:
@@ -48,7 +56,9 @@ def intensity_range(
         return low - np.float32(level) * more, high + (1 - np.float32(level)) * more
 
 
-def _percentile_range(image: np.ndarray | h5py.Dataset, lower: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
+def _percentile_range(
+    image: np.ndarray | h5py.Dataset, lower: float, upper: float
+) -> tuple[np.ndarray, np.ndarray]:
     kind = working_type(image.dtype)
     out = np.empty((2, image.shape[0]), kind)
     thickness = max(1, SLAB // max(1, int(np.prod(image.shape[2:]))))
@@ -58,7 +68,8 @@ def _percentile_range(image: np.ndarray | h5py.Dataset, lower: float, upper: flo
     for channel in range(image.shape[0]):
         if image.dtype in (np.uint8, np.uint16):
             count = sum(
-                np.bincount(image[channel, slab].ravel(), minlength=2 ** (8 * image.dtype.itemsize)) for slab in slabs
+                np.bincount(image[channel, slab].ravel(), minlength=2 ** (8 * image.dtype.itemsize))
+                for slab in slabs
             )
             values = np.flatnonzero(count)
             low, high = _percentiles(values, count[values], (lower, upper))
@@ -77,7 +88,9 @@ def _percentiles(values: np.ndarray, count: np.ndarray, percents: Sequence[float
     out = []
     for percent in percents:
         position = percent / 100 * last[-1]
-        before, after = (values[np.searchsorted(last, p)] for p in (np.floor(position), np.ceil(position)))
+        before, after = (
+            values[np.searchsorted(last, p)] for p in (np.floor(position), np.ceil(position))
+        )
         out.append(float(before) + (position - np.floor(position)) * (float(after) - float(before)))
     return out
 
@@ -85,13 +98,14 @@ def _percentiles(values: np.ndarray, count: np.ndarray, percents: Sequence[float
 def pixel_noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
     """Estimate the standard deviation of the noise from pixel to pixel.
 
-    As J. Immerkær does (Comput. Vis. Image Underst. 64, 1996), from second differences along both axes of the plane, in which
-    even surfaces and straight edges cancel; but from their median, which what is left of objects moves little, and between
-    neighbours or every other pixel, whichever say more: in slightly smoothed images, neighbours have nearly equal noise.
+    As J. Immerkær does (Comput. Vis. Image Underst. 64, 1996), from second differences along both
+    axes of the plane, in which even surfaces and straight edges cancel; but from their median,
+    which what is left of objects moves little, and between neighbours or every other pixel,
+    whichever say more: in slightly smoothed images, neighbours have nearly equal noise.
 
     Args:
-        image: (C, [Z,] Y, X), any real type, in memory or in a file. Of a channel of more than 2^20 pixels about so many are
-            looked at, in 16 strips.
+        image: (C, [Z,] Y, X), any real type, in memory or in a file. Of a channel of more than 2^20
+            pixels about so many are looked at, in 16 strips.
 
     Returns:
         (C,) float32, in grey values; of whole numbers at least what rounding adds.
@@ -104,12 +118,15 @@ def pixel_noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
             with np.errstate(invalid="ignore", over="ignore"):
                 ripples = np.concatenate([_ripples(part, step) for part in parts])
                 if ripples.size:
-                    out[channel] = max(out[channel], np.median(ripples) * GAUSSIAN_MEDIAN / 6)  # 1 + 4 + 1
+                    # 1 + 4 + 1
+                    out[channel] = max(out[channel], np.median(ripples) * GAUSSIAN_MEDIAN / 6)
     return np.maximum(out, ROUNDING) if image.dtype.kind in "ui" else out
 
 
 def _ripples(part: np.ndarray, step: int) -> np.ndarray:
-    """Absolute values of second differences along y and x, between pixels so many steps apart, as a list."""
+    """Absolute values of second differences along y and x, between pixels so many steps apart, as a
+    list.
+    """
     for axis in (-1, -2):
         moved = np.moveaxis(part, axis, -1)
         second = moved[..., 2 * step :] - 2 * moved[..., step:-step] + moved[..., : -2 * step]
@@ -118,7 +135,9 @@ def _ripples(part: np.ndarray, step: int) -> np.ndarray:
 
 
 def _strips(shape: Sequence[int]) -> list[slice]:
-    """Rows or sections of an image (C, [Z,] Y, X) that stand for the whole: all, or up to 16 groups of neighbours."""
+    """Rows or sections of an image (C, [Z,] Y, X) that stand for the whole: all, or up to 16 groups
+    of neighbours.
+    """
     # As many as second differences need; in a volume they are within a section.
     least = 1 + 2 * max(STEPS) if len(shape) == 3 else 1
     count = max(least, SAMPLE // max(1, int(np.prod(shape[2:]))))
@@ -126,25 +145,32 @@ def _strips(shape: Sequence[int]) -> list[slice]:
         return [slice(0, shape[1])]
     groups = min(16, count // least)
     size = count // groups
-    return [slice(k, k + size) for k in np.linspace(0, shape[1] - size, groups).astype(int).tolist()]
+    return [
+        slice(k, k + size) for k in np.linspace(0, shape[1] - size, groups).astype(int).tolist()
+    ]
 
 
-def learn(samples: Iterable[Mapping[str, Any]], lower: float, upper: float, noise: float = 1.0) -> dict[str, Any]:
+def learn(
+    samples: Iterable[Mapping[str, Any]], lower: float, upper: float, noise: float = 1.0
+) -> dict[str, Any]:
     """Find how images are to be normalised from those of a training.
 
-    The contrast of an image is its range in standard deviations of its noise: about 5 where there is noise alone, 103 and more
-    in images of BBBC039 with objects. The least contrast is that with which noise alone fills a given part of the range, but
-    not more than nearly all images with objects have: they stay as they are.
+    The contrast of an image is its range in standard deviations of its noise: about 5 where there
+    is noise alone, 103 and more in images of BBBC039 with objects. The least contrast is that with
+    which noise alone fills a given part of the range, but not more than nearly all images with
+    objects have: they stay as they are.
 
     Args:
-        samples: `image` (C, [Z,] Y, X), `label` ([Z,] Y, X), perhaps `ignore`, as arrays or datasets.
+        samples: `image` (C, [Z,] Y, X), `label` ([Z,] Y, X), perhaps `ignore`, as arrays or
+            datasets.
         lower: percentile, e.g. 1.
         upper: percentile, e.g. 99.8.
         noise: part of the range that noise alone may fill; 1 for no least contrast.
 
     Returns:
-        Keyword arguments of `intensity_range`, for this and all other images: lower, upper and, unless no image has objects or
-        `noise` is 1, contrast and level. `level` is where the background of the images is, between 0 and 1.
+        Keyword arguments of `intensity_range`, for this and all other images: lower, upper and,
+        unless no image has objects or `noise` is 1, contrast and level. `level` is where the
+        background of the images is, between 0 and 1.
     """
     found: dict[str, Any] = {"lower": lower, "upper": upper}
     contrasts, levels = [], []
@@ -160,17 +186,25 @@ def learn(samples: Iterable[Mapping[str, Any]], lower: float, upper: float, nois
         if sample.get("ignore") is not None:
             ground &= ~np.concatenate([sample["ignore"][strip] for strip in strips])
         if ground.any() and (width > 0).all():
-            parts = (np.concatenate([sample["image"][c, strip] for strip in strips]) for c in range(len(width)))
+            parts = (
+                np.concatenate([sample["image"][c, strip] for strip in strips])
+                for c in range(len(width))
+            )
             levels.append((np.array([np.median(part[ground]) for part in parts]) - low) / width)
     if contrasts:
-        # Of so many values the smallest: where a few images are unlike all others, or falsely annotated, they do not count.
+        # Of so many values the smallest: where a few images are unlike all others, or falsely
+        # annotated, they do not count.
         usual = np.quantile(contrasts, 0.05, axis=0, method="lower")
-        alone = [NormalDist().inv_cdf(min(max(percent / 100, 1e-4), 1 - 1e-4)) for percent in (lower, upper)]
+        alone = [
+            NormalDist().inv_cdf(min(max(percent / 100, 1e-4), 1 - 1e-4))
+            for percent in (lower, upper)
+        ]
         least = np.minimum(usual, (alone[1] - alone[0]) / noise)
         least[~np.isfinite(usual)] = 0  # of images without noise nothing can be learned
         level = np.clip(np.median(levels, axis=0), 0, 1) if levels else np.zeros_like(least)
         found |= {
-            key: np.round(value.astype(float), 4).tolist() for key, value in (("contrast", least), ("level", level))
+            key: np.round(value.astype(float), 4).tolist()
+            for key, value in (("contrast", least), ("level", level))
         }
     return found
 
@@ -198,7 +232,8 @@ def working_type(stored: np.dtype) -> np.dtype:
 
 
 def as_float32(image: np.ndarray) -> np.ndarray:
-    """Convert an image; of channels whose contrast float32 would not resolve beside their offset, the offset is taken off.
+    """Convert an image; of channels whose contrast float32 would not resolve beside their offset,
+    the offset is taken off.
 
     Networks see the same, for what they see is normalised.
 
@@ -209,7 +244,8 @@ def as_float32(image: np.ndarray) -> np.ndarray:
         float32 array of the same shape; what is too large for the type is infinite.
     """
     if working_type(image.dtype) == np.float64:
-        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinite pixels are told by who asks
+        # NaN and infinite pixels are told by who asks
+        with np.errstate(invalid="ignore", over="ignore"):
             low, high = intensity_range(image, 1, 99)
             coarse = (high > low) & (
                 np.maximum(abs(low), abs(high)) > 2**8 * (high - low)
@@ -226,5 +262,8 @@ def span(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def normalise(image: np.ndarray, lower: float, upper: float) -> np.ndarray:
-    """Map each channel's `lower` and `upper` percentile to 0 and 1; see `intensity_range` and `rescale`."""
+    """Map each channel's `lower` and `upper` percentile to 0 and 1.
+
+    See `intensity_range` and `rescale`.
+    """
     return rescale(image, *intensity_range(image, lower, upper))

@@ -1,4 +1,7 @@
-"""Turn a data source into the three sample files; all images are checked, and one bad image means no file at all."""
+"""Turn a data source into the three sample files.
+
+All images are checked, and one bad image means no file at all.
+"""
 
 import contextlib
 import hashlib
@@ -32,32 +35,40 @@ def prepare(
     min_size: Sequence[int],
     channels: int,
 ) -> dict[str, dict[str, Any]]:
-    """Write the train, val and test samples of a data source, all three or none, and print a line about each.
+    """Write the train, val and test samples of a data source, all three or none, and print a line
+    about each.
 
-    What is probably not meant (see `gdlib.data.sense`) is printed on stderr, `warning: ` before each sentence.
+    What is probably not meant (see `gdlib.data.sense`) is printed on stderr, `warning: ` before
+    each sentence.
 
-    Images of 8 and 16 bits may be mixed in one dataset: networks see each image normalised by its own percentiles, so
-    that its scale does not matter. The types are counted, printed and stored, for a mixture may be a slip of an export.
+    Images of 8 and 16 bits may be mixed in one dataset: networks see each image normalised by its
+    own percentiles, so that its scale does not matter. The types are counted, printed and stored,
+    for a mixture may be a slip of an export.
 
     Args:
         source: name of a data source.
         options: its keyword arguments.
         root: folder of the raw data; None for synthetic data.
-        outputs: `train`, `val` and `test` -> `.h5` file; files that are there are replaced, or removed on failure.
-        min_size: n smallest side lengths in pixels, usually the patch; its length says whether the data are 2D or 3D.
+        outputs: `train`, `val` and `test` -> `.h5` file; files that are there are replaced, or
+            removed on failure.
+        min_size: n smallest side lengths in pixels, usually the patch; its length says whether the
+            data are 2D or 3D.
         channels: of every image.
 
     Returns:
-        For each split the file attributes: `samples`, `instances`, `empty_labels`, `ignored` (voxels), `types`, `sha256` (of
-        names and content), `source`, `options`, `provenance`, `channels`, `axes`, `split`; `warnings`, if there are any,
-        are of all three.
+        For each split the file attributes: `samples`, `instances`, `empty_labels`, `ignored`
+        (voxels), `types`, `sha256` (of names and content), `source`, `options`, `provenance`,
+        `channels`, `axes`, `split`; `warnings`, if there are any, are of all three.
 
     Raises:
         DataError: for input that cannot be used.
     """
     SOURCES.check(source, dict(options))
     if set(outputs) != set(SPLITS):
-        raise DataError(f"outputs: there must be one file each for {', '.join(SPLITS)}, not for {', '.join(outputs)}")
+        raise DataError(
+            f"outputs: there must be one file each for {', '.join(SPLITS)}, not for "
+            f"{', '.join(outputs)}"
+        )
     for path in outputs.values():
         Path(path).unlink(missing_ok=True)
     read = SOURCES.get(source)
@@ -65,7 +76,9 @@ def prepare(
     fixed = {
         "source": source,
         "options": dict(options),
-        "provenance": " ".join((sys.modules[read.__module__].__doc__ or "").strip().split("\n\n")[0].split()),
+        "provenance": " ".join(
+            (sys.modules[read.__module__].__doc__ or "").strip().split("\n\n")[0].split()
+        ),
         "channels": channels,
         "axes": "C" + "ZYX"[-len(min_size) :],
     }
@@ -80,7 +93,9 @@ def prepare(
             checked = _checked(splits[split], split, names, seen, channels, min_size)
             io.write_samples(temporary[split], tally.count(checked), split=split, **fixed)
             if not tally.samples:
-                raise DataError(f'data source "{source}": split "{split}" has no image; check the split lists')
+                raise DataError(
+                    f'data source "{source}": split "{split}" has no image; check the split lists'
+                )
             sense.check_splits(seen)
             summary[split] = tally.attrs()
             print(f"{source} {split}: {tally}")
@@ -95,17 +110,23 @@ def prepare(
 
 
 def _senseless(source: str, options: Mapping[str, Any], seen: Sequence[sense.Seen]) -> list[str]:
-    """Return what is probably not meant; `DataError` where numbers are no objects, and it was not said that they are."""
+    """Return what is probably not meant.
+
+    `DataError` where numbers are no objects, and it was not said that they are.
+    """
     option = "label_regions"
     mend = "give each object a number of its own"
     if ":" not in source and option in SOURCES.parameters(source):
         if options.get(option) is None:
             sense.check_numbers(
                 seen,
-                f"set its option `{option}: true`, so that each region becomes an object (those that touch become one), or to "
+                f"set its option `{option}: true`, so that each region becomes an object (those "
+                "that touch become one), or to "
                 "false if the labels are right",
             )
-        mend = f"the option `{option}: true` does so for regions that do not touch" * (options.get(option) is None)
+        mend = f"the option `{option}: true` does so for regions that do not touch" * (
+            options.get(option) is None
+        )
     return sense.warnings(seen, mend)
 
 
@@ -113,21 +134,24 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
     """Return a sample that keeps the file contract, or raise `DataError`.
 
     Args:
-        sample: image (C, [Z,] Y, X) of any real type, label ([Z,] Y, X) of any integer type, not negative. A label
-            without an instance is fine. `ignore`, if there is one, boolean, of the label's shape. All may have more axes of
-            one pixel.
+        sample: image (C, [Z,] Y, X) of any real type, label ([Z,] Y, X) of any integer type, not
+            negative. A label without an instance is fine. `ignore`, if there is one, boolean, of
+            the label's shape. All may have more axes of one pixel.
         channels: C expected.
         min_size: n smallest side lengths in pixels, n = 2 or 3.
 
     Returns:
-        The sample with its label numbered 1, 2, ... in uint32 and its image in uint8, uint16 or, from any other type,
-        float32 (less an offset beside which that would have no contrast); without `ignore` where that is False everywhere.
+        The sample with its label numbered 1, 2, ... in uint32 and its image in uint8, uint16 or,
+        from any other type, float32 (less an offset beside which that would have no contrast);
+        without `ignore` where that is False everywhere.
     """
     ndim = len(min_size)
     image, label = fitted(sample.image, ndim, leading=1), fitted(sample.label, ndim)
     name = sample.attrs.get("source", sample.id)
     if not sample.id or "/" in sample.id:
-        raise DataError(f'{name}: the sample name "{sample.id}" is empty or has a "/"; rename the file')
+        raise DataError(
+            f'{name}: the sample name "{sample.id}" is empty or has a "/"; rename the file'
+        )
     if image.shape[0] != channels:
         raise DataError(
             f"{name}: the image has {image.shape[0]} channels, but the dataset says {channels}; "
@@ -135,10 +159,13 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
         )
     check_shapes(name, image.shape[1:], label.shape)
     if label.ndim != ndim:
-        raise DataError(f"{name}: the image has {label.ndim} axes, but the dataset {ndim}; convert the image")
+        raise DataError(
+            f"{name}: the image has {label.ndim} axes, but the dataset {ndim}; convert the image"
+        )
     if any(side < least for side, least in zip(label.shape, min_size, strict=True)):
         raise DataError(
-            f"{name}: the image of {label.shape} pixels is smaller than the patch {tuple(min_size)}; "
+            f"{name}: the image of {label.shape} pixels is smaller than the patch "
+            f"{tuple(min_size)}; "
             "choose a smaller patch or leave the image out"
         )
     check_label(name, label)
@@ -147,7 +174,8 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
         ignore = fitted(ignore, ndim)
         if ignore.shape != label.shape or ignore.dtype != bool:
             raise DataError(
-                f"{name}: what to ignore is {ignore.shape} of type {ignore.dtype}; it must be boolean and of the label's "
+                f"{name}: what to ignore is {ignore.shape} of type {ignore.dtype}; it must be "
+                "boolean and of the label's "
                 f"shape {label.shape}"
             )
         if ignore.all():
@@ -155,25 +183,35 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
     size = sample.attrs.get("voxel_size_nm", label.shape)
     if len(size) != label.ndim:
         raise DataError(
-            f"{name}: the voxel size {list(size)} has {len(size)} numbers; give one for each of {label.ndim} axes"
+            f"{name}: the voxel size {list(size)} has {len(size)} numbers; give one for each of "
+            f"{label.ndim} axes"
         )
-    # Readers give what the file has: big-endian numbers, memory that must not be written to (skimage needs to).
+    # Readers give what the file has: big-endian numbers, memory that must not be written to
+    # (skimage needs to).
     image = image.astype(image.dtype.newbyteorder("="), copy=False)
     label = np.require(label, label.dtype.newbyteorder("="), "W")
     if image.dtype.kind not in "uif":
-        raise DataError(f"{name}: the image has type {image.dtype}; store it as 8-bit, 16-bit or float intensities")
+        raise DataError(
+            f"{name}: the image has type {image.dtype}; store it as 8-bit, 16-bit or "
+            "float intensities"
+        )
     if image.dtype not in (np.uint8, np.uint16):
         image = as_float32(image)  # what is too large becomes infinite, which is told next
         if not np.isfinite(image).all():
-            raise DataError(f"{name}: the image has NaN or infinite pixels; replace them by numbers")
+            raise DataError(
+                f"{name}: the image has NaN or infinite pixels; replace them by numbers"
+            )
     if image.min() == image.max() and label.any():
         what = "voxels" if label.ndim == 3 else "pixels"
         count = len(np.unique(label[label > 0]))
         raise DataError(
-            f"{name}: all {what} of the image are {image.flat[0]}, but its label has {count} objects; export the image again"
+            f"{name}: all {what} of the image are {image.flat[0]}, but its label has {count} "
+            "objects; export the image again"
         )
     ignore = ignore if ignore is not None and ignore.any() else None
-    return replace(sample, image=image, label=relabel_sequential(label)[0].astype(np.uint32), ignore=ignore)
+    return replace(
+        sample, image=image, label=relabel_sequential(label)[0].astype(np.uint32), ignore=ignore
+    )
 
 
 def _checked(
@@ -187,7 +225,10 @@ def _checked(
     for sample in samples:
         # A name in two splits would be an image that is both trained and tested on.
         if sample.id in names:
-            raise DataError(f'"{sample.id}" is in split {names[sample.id]} and again in {split}; name each image once')
+            raise DataError(
+                f'"{sample.id}" is in split {names[sample.id]} and again in {split}; '
+                "name each image once"
+            )
         names[sample.id] = split
         checked = check_sample(sample, channels, min_size)
         seen.append(sense.look(checked, split))
@@ -229,4 +270,7 @@ class _Tally:
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in sorted(self.types.items()))
         ignored = f", {self.ignored:,d} ignored voxels" if self.ignored else ""
-        return f"{self.samples} images ({types}), {self.instances} instances, {self.empty} empty labels{ignored}"
+        return (
+            f"{self.samples} images ({types}), {self.instances} instances, {self.empty} empty "
+            f"labels{ignored}"
+        )

@@ -1,7 +1,8 @@
-"""Whether images and labels make sense as a dataset: what shows only when all of them have been seen.
+"""Whether images and labels make sense as a dataset: what shows only when all of them have been
+seen.
 
-What cannot be meant is an error. What may be meant, but is mostly a slip, is a warning: a sentence that names some images, the
-cause and a mend.
+What cannot be meant is an error. What may be meant, but is mostly a slip, is a warning: a sentence
+that names some images, the cause and a mend.
 """
 
 import hashlib
@@ -32,8 +33,10 @@ class Seen:
         areas: pixels of each object.
         pieces: connected regions (also over corners) of all objects.
         enclosed: pixels without a label that objects surround within their section.
-        surrounds: whether one object covers more than half of the image and reaches all its sides, and none is background.
-        drawn: whether the image is the label drawn, of one grey value within each object and in the background.
+        surrounds: whether one object covers more than half of the image and reaches all its sides,
+            and none is background.
+        drawn: whether the image is the label drawn, of one grey value within each object and in the
+            background.
         fits: whether the borders of objects are where the image differs; None without borders.
     """
 
@@ -74,7 +77,9 @@ def look(sample: Sample, split: str) -> Seen:
         areas=areas[1:],
         pieces=int(connected_regions(label, connectivity=label.ndim).max()),
         enclosed=sum(map(_enclosed, background.reshape(-1, *label.shape[-2:]))),
-        surrounds=not background.any() and count > 1 and bool(_at_all_sides(label)[areas > label.size / 2].any()),
+        surrounds=not background.any()
+        and count > 1
+        and bool(_at_all_sides(label)[areas > label.size / 2].any()),
         drawn=bool(low < high and (value[label] == channel).all()),
         fits=_fits(image, label),
     )
@@ -105,13 +110,16 @@ def _at_all_sides(label: np.ndarray) -> np.ndarray:
 
 
 def _fits(image: np.ndarray, label: np.ndarray) -> bool | None:
-    """Compare the image at the borders of objects with the image where these borders are if the label is moved.
+    """Compare the image at the borders of objects with the image where these borders are if the
+    label is moved.
 
-    Right labels have their borders on slopes or on lines that are darker or brighter than the rest, at least more so than labels
-    that were moved. Sections are compared one by one in y and x, since distant ones may differ in brightness.
+    Right labels have their borders on slopes or on lines that are darker or brighter than the rest,
+    at least more so than labels that were moved. Sections are compared one by one in y and x, since
+    distant ones may differ in brightness.
 
     Returns:
-        Whether mean brightness or mean slope at the borders is beyond that of all moved borders, in either direction.
+        Whether mean brightness or mean slope at the borders is beyond that of all moved borders, in
+        either direction.
     """
     middle = tuple(
         slice((side - part) // 2, (side + part) // 2) if side > part else slice(None)
@@ -139,12 +147,16 @@ def _fits(image: np.ndarray, label: np.ndarray) -> bool | None:
     height, width = label.shape[-2:]
     back, left = height - 1 - y, width - 1 - x
     moved = [
-        ((y + k * height // SHIFTS) % height, (x + 5 * k % SHIFTS * width // SHIFTS) % width) for k in range(SHIFTS)
+        ((y + k * height // SHIFTS) % height, (x + 5 * k % SHIFTS * width // SHIFTS) % width)
+        for k in range(SHIFTS)
     ]
     moved += [(back, x), (y, left), (back, left)]
     if height == width:
         moved += [(x, y), (left, y), (x, back), (left, back)]
-    means = [[field[*sections, *place].mean(dtype=np.float64) for field in (brightness, slope)] for place in moved]
+    means = [
+        [field[*sections, *place].mean(dtype=np.float64) for field in (brightness, slope)]
+        for place in moved
+    ]
     own, others = np.array(means[0]), np.array(means[1:])
     return bool(((own > others.max(0)) | (own < others.min(0))).any())
 
@@ -155,20 +167,23 @@ def check_splits(seen: Sequence[Seen]) -> None:
         own = [one for one in seen if one.split == split]
         if not any(one.ids for one in own):
             raise DataError(
-                f'split "{split}" has no object: the labels of {_some(own)} are 0 everywhere; correct the labels, or move images '
+                f'split "{split}" has no object: the labels of {_some(own)} are 0 everywhere; '
+                "correct the labels, or move images "
                 "with objects into this split"
             )
     for first, *others in _equal([one for one in seen if one.values > 1], "image"):
         for other in others:
             if other.split != first.split:
                 raise DataError(
-                    f"{first.name} in split {first.split} and {other.name} in split {other.split} are the same image; take one "
+                    f"{first.name} in split {first.split} and {other.name} in split {other.split} "
+                    "are the same image; take one "
                     "of them out, or what is trained on would also be judged"
                 )
 
 
 def check_numbers(seen: Sequence[Seen], mend: str) -> None:
-    """Raise `DataError` if a number of the labels stands for many regions throughout: masks, classes, or no labels at all.
+    """Raise `DataError` if a number of the labels stands for many regions throughout: masks,
+    classes, or no labels at all.
 
     Args:
         seen: all samples.
@@ -183,9 +198,13 @@ def check_numbers(seen: Sequence[Seen], mend: str) -> None:
     kind = "masks" if masks else "classes"
     if pixels < 10 * pieces:
         kind = "images"
-        mend = "see whether images and labels were exchanged, or labels were saved as JPEG or resampled"
+        mend = (
+            "see whether images and labels were exchanged, or labels were saved as JPEG or "
+            "resampled"
+        )
     raise DataError(
-        f"the labels of {_some(full)} look like {kind} and not like objects: {what} up {pieces} separate regions; {mend}"
+        f"the labels of {_some(full)} look like {kind} and not like objects: {what} up {pieces} "
+        f"separate regions; {mend}"
     )
 
 
@@ -208,33 +227,62 @@ def warnings(seen: Sequence[Seen], mend: str) -> list[str]:
         many = [one for one in full if one.pieces >= max(2 * one.ids, one.ids + 5)]
         tell(many, f"numbers of the label make up several separate regions each; {mend}")
         if len(full) > 2 and all(one.ids == 1 for one in full):
-            tell(full, f"each of these labels has one object only; if they are masks of several, {mend}")
+            tell(
+                full,
+                f"each of these labels has one object only; if they are masks of several, {mend}",
+            )
     full_scale = [one for one in full if one.ids in (255, 65535) and one.pieces > one.ids]
-    tell(full_scale, "there are as many numbers as the type of the label can hold; save it with more bits")
+    tell(
+        full_scale,
+        "there are as many numbers as the type of the label can hold; save it with more bits",
+    )
     if np.median(areas) <= 3:
-        tell(full, "most objects have 3 pixels or fewer; look at the labels, they may have been resampled or be noise")
+        tell(
+            full,
+            "most objects have 3 pixels or fewer; look at the labels, they may have been "
+            "resampled or be noise",
+        )
     if sum(one.enclosed for one in full) > areas.sum():
-        tell(full, "objects surround more pixels than they have; if the labels are outlines, fill them")
+        tell(
+            full,
+            "objects surround more pixels than they have; if the labels are outlines, fill them",
+        )
     around = [one for one in full if one.surrounds]
     if 2 * len(around) > len(full):
-        tell(around, "one object lies around all others and no pixel is 0; if it is the background, set it to 0")
+        tell(
+            around,
+            "one object lies around all others and no pixel is 0; if it is the "
+            "background, set it to 0",
+        )
     for split in dict.fromkeys(one.split for one in seen):
         empty = [one for one in seen if one.split == split and not one.ids]
         if 2 * len(empty) > sum(one.split == split for one in seen):
-            tell(empty, f"more than half of the labels of split {split} have no object; see whether they are complete")
+            tell(
+                empty,
+                f"more than half of the labels of split {split} have no object; see "
+                "whether they are complete",
+            )
     for group in _equal([one for one in seen if one.values > 1], "image"):
         tell(group, "this is one and the same image; keep it once")
     for group in _equal(full, "label"):
         tell(group, "the labels are equal, pixel by pixel; see whose it is")
-    tell((one for one in seen if one.drawn), "the image is its label, drawn; put the recorded image there")
+    tell(
+        (one for one in seen if one.drawn),
+        "the image is its label, drawn; put the recorded image there",
+    )
     two = (one for one in seen if one.values == 2 and not one.drawn)
     tell(two, "the image has only two grey values; export it without a threshold")
-    tell((one for one in seen if one.values == 1), "all pixels of the image are equal; see whether it is wanted")
+    tell(
+        (one for one in seen if one.values == 1),
+        "all pixels of the image are equal; see whether it is wanted",
+    )
     compared = [one for one in full if one.fits is not None and not one.drawn]
     tell(
         (one for one in compared if not one.fits),
-        f"the image does not differ where the objects of its label begin (it does in {sum(one.fits for one in compared)} of "
-        f"{len(compared)}); see whether this is the label of another image, shifted, turned or mirrored",
+        "the image does not differ where the objects of its label begin (it does in "
+        f"{sum(one.fits for one in compared)} of "
+        f"{len(compared)}); see whether this is the label of another image, shifted, turned or "
+        "mirrored",
     )
     return said
 

@@ -1,7 +1,8 @@
 """The memory bank: a ring of what the teacher said about recent crops of images.
 
-It stores *records*, not feature maps: by the Gram identity (`ops.gram`) an inter-image term needs one D x D matrix of an image,
-which is 1 KiB instead of the 19 MiB of a 544 x 544 map of 16 channels.
+It stores *records*, not feature maps: by the Gram identity (`ops.gram`) an inter-image term needs
+one D x D matrix of an image, which is 1 KiB instead of the 19 MiB of a 544 x 544 map of 16
+channels.
 """
 
 from collections.abc import Mapping
@@ -21,14 +22,21 @@ class MemoryBank(nn.Module):
         capacity: entries kept (the paper's K).
         sample_size: entries compared per step (the paper's L).
         seed: with the step number, decides which entries are sampled.
-        original_ring: PAPER: reproduce the original code's bank, which enqueues before it samples, so that images are compared
-            with themselves, writes its last slot twice per cycle of capacity + 1, and after each wrap samples only as many
-            entries as were written since. Not reproduced: its fixed choice before the bank is full. Off: a ring that returns
-            min(sample_size, filled) entries and never one of the current crops; others of the same image it does return.
+        original_ring: PAPER: reproduce the original code's bank, which enqueues before it samples,
+            so that images are compared with themselves, writes its last slot twice per cycle of
+            capacity + 1, and after each wrap samples only as many entries as were written since.
+            Not reproduced: its fixed choice before the bank is full. Off: a ring that returns
+            min(sample_size, filled) entries and never one of the current crops; others of the same
+            image it does return.
     """
 
     def __init__(
-        self, *, capacity: int = 32, sample_size: int = 12, seed: int = 0, original_ring: bool = False
+        self,
+        *,
+        capacity: int = 32,
+        sample_size: int = 12,
+        seed: int = 0,
+        original_ring: bool = False,
     ) -> None:
         super().__init__()
         self.capacity = capacity
@@ -47,7 +55,8 @@ class MemoryBank(nn.Module):
             step: number of the step.
 
         Returns:
-            Every record, as (L, ...), and `valid` (L,) boolean: fewer than L entries may qualify. Empty before the first record.
+            Every record, as (L, ...), and `valid` (L,) boolean: fewer than L entries may qualify.
+            Empty before the first record.
         """
         if not self.records:
             return {}
@@ -55,9 +64,9 @@ class MemoryBank(nn.Module):
         if not self.original_ring:
             allowed &= ~torch.isin(self.ids, current)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        order = devices.send(torch.rand(self.capacity, generator=generator), self.ids.device).masked_fill(
-            ~allowed, -1.0
-        )
+        order = devices.send(
+            torch.rand(self.capacity, generator=generator), self.ids.device
+        ).masked_fill(~allowed, -1.0)
         score, chosen = order.topk(min(self.sample_size, self.capacity))
         memory = {name: record[chosen] for name, record in self.records.items()}
         memory["valid"] = score >= 0
@@ -107,11 +116,17 @@ def check_entries(means: Mapping[str, float], capacity: int) -> None:
     """Raise if terms with memory have had nothing to compare with although the bank is full.
 
     Args:
-        means: of `Distiller.entries` over the last batches, of terms that have never met an entry; other names do not count.
+        means: of `Distiller.entries` over the last batches, of terms that have never met an entry;
+            other names do not count.
         capacity: of the bank.
     """
     for name in means:
         kind, _, term = name.partition("/")
         if kind == "entries" and term and not means[name]:
-            why = "patches in the memory bank show an instance: check the labels of the training images"
-            raise ValueError(f'the term "{term}" had nothing to compare with, as none of the {capacity} {why}')
+            why = (
+                "patches in the memory bank show an instance: check the labels of the training "
+                "images"
+            )
+            raise ValueError(
+                f'the term "{term}" had nothing to compare with, as none of the {capacity} {why}'
+            )

@@ -1,8 +1,10 @@
-"""Distillation: a student, a frozen teacher, and a list of weighted terms that compare what the two see.
+"""Distillation: a student, a frozen teacher, and a list of weighted terms that compare what the two
+    see.
 
-A term never sees a network, nor from which of its maps the vectors are: the embedding or, by choice, a level inside. It gets
-a `View` of each network's output (the relations that several terms need, each computed once), the `Truth` of the batch, and,
-if it compares with other images, what was sampled from the memory bank.
+A term never sees a network, nor from which of its maps the vectors are: the embedding or, by
+choice, a level inside. It gets a `View` of each network's output (the relations that several terms
+need, each computed once), the `Truth` of the batch, and, if it compares with other images, what was
+sampled from the memory bank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +22,22 @@ from gdlib.types import Batch, Embedding
 
 
 def see(network: nn.Module, batch: Batch) -> Embedding:
-    """Apply a network to as much of the image as it needs to say something about every pixel of the label, and no more."""
+    """Apply a network to as much of the image as it needs to say something about every pixel of the
+    label, and no more.
+    """
     sides = zip(batch.image.shape[2:], batch.label.shape[1:], network.margin, strict=True)
     spare = [(n - p) // 2 - m for n, p, m in sides]
-    return network(batch.image[(..., *(slice(s, n - s) for s, n in zip(spare, batch.image.shape[2:], strict=True)))])
+    return network(
+        batch.image[
+            (..., *(slice(s, n - s) for s, n in zip(spare, batch.image.shape[2:], strict=True)))
+        ]
+    )
 
 
 class Asked(nn.Module):
-    """A teacher that was asked before: all that there is of it are its feature maps' names, channels and strides."""
+    """A teacher that was asked before: all that there is of it are its feature maps' names,
+    channels and strides.
+    """
 
     def __init__(self, levels: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
         super().__init__()
@@ -39,18 +49,21 @@ class Distiller(nn.Module):
 
     Args:
         student: the network that is trained.
-        teacher: frozen; only needed by terms with `needs_teacher`. `Asked` where every batch comes with what it says.
+        teacher: frozen; only needed by terms with `needs_teacher`. `Asked` where every batch comes
+            with what it says.
         terms: `(name, weight, term)`; names are unique.
         offsets: of the affinities.
         bank: needed when a term has memory.
         targets: options of `Truth`.
-        levels: for every term the name of the feature map that it compares, or several, of which the first that both networks
-            have is taken; None for the embedding. Where student and teacher differ in channels there, a learned linear
-            projection of the student's is trained along, one for all terms that want it; it is used for nothing else. PAPER:
-            the original's projections are drawn anew at every step and never trained, and its labels cover another field of
-            view than its maps.
-        together: so many batches are one optimizer step; they enter the bank together, after the last, with those of all
-            processes (`gdlib.processes`): no batch meets another of its step.
+        levels: for every term the name of the feature map that it compares, or several, of which
+            the first that both networks have is taken; None for the embedding. Where student and
+            teacher differ in channels there, a learned linear projection of the student's is
+            trained along, one for all terms that want it; it is used for nothing else. PAPER: the
+            original's projections are drawn anew at every step and never trained, and its labels
+            cover another field of view than its maps.
+        together: so many batches are one optimizer step; they enter the bank together, after the
+            last, with those of all processes (`gdlib.processes`): no batch meets another of its
+            step.
     """
 
     def __init__(
@@ -90,11 +103,17 @@ class Distiller(nn.Module):
 
     def _check_level(self, name: str, level: str, term: Term, teacher: nn.Module | None) -> None:
         if not term.needs_teacher:
-            raise ValueError(f'term "{name}" learns from the label, not from a teacher: it cannot have a level')
+            raise ValueError(
+                f'term "{name}" learns from the label, not from a teacher: it cannot have a level'
+            )
         if term.whole:
-            raise ValueError(f'term "{name}" compares the outputs as a whole: it cannot have a level')
+            raise ValueError(
+                f'term "{name}" compares the outputs as a whole: it cannot have a level'
+            )
         if _stride(self.student, level) != _stride(teacher, level):
-            raise ValueError(f'level "{level}" of student and teacher differ in resolution; choose another level')
+            raise ValueError(
+                f'level "{level}" of student and teacher differ in resolution; choose another level'
+            )
 
     def train(self, mode: bool = True) -> "Distiller":
         """Set the mode of the student; the teacher always stays in evaluation mode."""
@@ -110,33 +129,46 @@ class Distiller(nn.Module):
             batch: augmented patches; student and teacher see the same.
             step: number of the optimizer step; decides, with the bank's seed, what is sampled.
 
-        How many entries of the memory bank were sampled is then in `entries["entries"]`, with how many of them a term with
-        memory compared in `entries["entries/<name>"]`.
+        How many entries of the memory bank were sampled is then in `entries["entries"]`, with how
+        many of them a term with memory compared in `entries["entries/<name>"]`.
         """
-        truth = Truth(batch.label, self.offsets, ignore=batch.ignore, largest=batch.largest, **self.targets)
+        truth = Truth(
+            batch.label, self.offsets, ignore=batch.ignore, largest=batch.largest, **self.targets
+        )
         teacher, memory = None, {}
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = View(batch.teacher or see(self.teacher, batch), truth, self._uses(None) - {"labels"})
+                teacher = View(
+                    batch.teacher or see(self.teacher, batch), truth, self._uses(None) - {"labels"}
+                )
         student = View(see(self.student, batch), truth, self._uses(None), teacher)
         # Loss arithmetic is float32 whatever precision the networks run in.
         with torch.autocast(batch.image.device.type, enabled=False):
             views = {level: self._at(level, student, teacher) for level in self.levels}
             if self.bank is not None:
                 memory = self._recall(batch, views, step)
-                self.entries["entries"] = memory["valid"].sum() if memory else batch.ids.new_zeros(())
+                self.entries["entries"] = (
+                    memory["valid"].sum() if memory else batch.ids.new_zeros(())
+                )
             losses = {}
             for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
                 mine = {key.removeprefix(f"{name}/"): record for key, record in memory.items()}
                 *seen, goal, truth = views[level]
                 losses[name] = term(seen[term.projected], goal, truth, mine)
                 if term.memory:
-                    self.entries[f"entries/{name}"] = term.entries(mine) if mine else self.entries["entries"]
-            total = sum(weight * losses[name] for name, weight in zip(self.names, self.weights, strict=True))
+                    self.entries[f"entries/{name}"] = (
+                        term.entries(mine) if mine else self.entries["entries"]
+                    )
+            total = sum(
+                weight * losses[name] for name, weight in zip(self.names, self.weights, strict=True)
+            )
         return total, losses
 
-    def _at(self, level: str | None, student: View, teacher: View | None) -> tuple[View, View, View | None, Truth]:
-        """Views of the student as it is, of the student projected, and of the teacher, and the truth, at a feature map.
+    def _at(
+        self, level: str | None, student: View, teacher: View | None
+    ) -> tuple[View, View, View | None, Truth]:
+        """Views of the student as it is, of the student projected, and of the teacher, and the
+        truth, at a feature map.
 
         Affinities there are of nearest neighbours.
         """
@@ -145,10 +177,17 @@ class Distiller(nn.Module):
             return student, student, teacher, truth
         stride = _stride(self.student, level)
         shape = student.output.features[level].shape[2:]
-        label, ignore = (None if x is None else label_at(x, shape, stride)[0] for x in (truth.label, truth.ignore))
+        label, ignore = (
+            None if x is None else label_at(x, shape, stride)[0]
+            for x in (truth.label, truth.ignore)
+        )
         offsets = self.offsets[: truth.label.ndim - 1]
         at_level = Truth(label, offsets, ignore=ignore, largest=truth.largest, **self.targets)
-        goal = View(Embedding(teacher.feature(level, stride), None, {}), at_level, self._uses(level) - {"labels"})
+        goal = View(
+            Embedding(teacher.feature(level, stride), None, {}),
+            at_level,
+            self._uses(level) - {"labels"},
+        )
         mine = student.feature(level, stride)
         views = [View(Embedding(mine, None, {}), at_level, self._uses(level), goal)]
         if level in self.projections:
@@ -158,15 +197,25 @@ class Distiller(nn.Module):
 
     def _uses(self, level: str | None) -> set[Use]:
         """What terms ask of the views at a level."""
-        return {use for term, at in zip(self.terms, self.levels, strict=True) if at == level for use in term.uses}
+        return {
+            use
+            for term, at in zip(self.terms, self.levels, strict=True)
+            if at == level
+            for use in term.uses
+        }
 
     @torch.no_grad()
     def _recall(self, batch: Batch, views: Mapping[str | None, tuple], step: int) -> Memory:
         records: Memory = {}
         for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
-            if term.memory:  # each has its own: two that name their records alike may mean other maps, or other options
-                records |= {f"{name}/{key}": record for key, record in term.record(views[level][-2]).items()}
-        if self.bank.original_ring:  # PAPER: the original code enqueues first and so meets the current images again
+            # each has its own: two that name their records alike may mean other maps, or other
+            # options
+            if term.memory:
+                records |= {
+                    f"{name}/{key}": record for key, record in term.record(views[level][-2]).items()
+                }
+        # PAPER: the original code enqueues first and so meets the current images again
+        if self.bank.original_ring:
             self._enqueue(batch.ids, records)
             return self.bank.sample(batch.ids, step)
         memory = self.bank.sample(batch.ids, step)
@@ -178,22 +227,34 @@ class Distiller(nn.Module):
         return memory
 
     def _enqueue(self, ids: Tensor, records: Memory) -> None:
-        self.bank.enqueue(processes.gather(ids), {name: processes.gather(record) for name, record in records.items()})
+        self.bank.enqueue(
+            processes.gather(ids),
+            {name: processes.gather(record) for name, record in records.items()},
+        )
 
 
 def _common(names: str | Sequence[str] | None, *networks: nn.Module | None) -> str | None:
-    """The first of several names of feature maps that all networks have; if there is none, the first."""
+    """The first of several names of feature maps that all networks have.
+
+    If there is none, the first.
+    """
     if names is None or isinstance(names, str):
         return names
-    return next((name for name in names if all(network and name in network.levels for network in networks)), names[0])
+    return next(
+        (name for name in names if all(network and name in network.levels for network in networks)),
+        names[0],
+    )
 
 
 def _stride(network: nn.Module | None, level: str) -> tuple[int, ...]:
     """Stride of a feature map."""
     if network is None:
-        raise ValueError(f'level "{level}" is compared with the teacher: it needs a term that learns from one')
+        raise ValueError(
+            f'level "{level}" is compared with the teacher: it needs a term that learns from one'
+        )
     if level not in network.levels:
         raise ValueError(
-            f'there is no level "{level}" in a {type(network).__name__}: it has {", ".join(network.levels)}'
+            f'there is no level "{level}" in a {type(network).__name__}: it has '
+            f"{', '.join(network.levels)}"
         )
     return network.levels[level][1]

@@ -12,17 +12,21 @@ from gdlib.registry import TERMS
 
 
 class Term(nn.Module):
-    """One loss. Subclasses live one per file in `gdlib/distill/terms/`; their weight belongs to the method, not to them.
+    """One loss. Subclasses live one per file in `gdlib/distill/terms/`.
+
+    Their weight belongs to the method, not to them.
 
     Attributes:
         needs_teacher: off for terms that learn from the label.
         whole: it compares the outputs as a whole, not one map, and cannot have a level.
-        projected: at a level it gets the student's map with as many channels as the teacher's, by a learned projection; off for
-            terms that compare similarities alone.
-        apart: options that do not go together, each as a dict, written in the class body; the configuration refuses them.
-        levels: feature maps that it reads from `View.output` itself, as far as the networks have them.
-        uses: which of `affinity`, `nodes`, `gram`, `("means", side)` and `ops.PAIR_LOSSES` of the student's view it asks for.
-            Only for speed: these are computed together.
+        projected: at a level it gets the student's map with as many channels as the teacher's, by a
+            learned projection; off for terms that compare similarities alone.
+        apart: options that do not go together, each as a dict, written in the class body; the
+            configuration refuses them.
+        levels: feature maps that it reads from `View.output` itself, as far as the networks have
+            them.
+        uses: which of `affinity`, `nodes`, `gram`, `("means", side)` and `ops.PAIR_LOSSES` of the
+            student's view it asks for. Only for speed: these are computed together.
     """
 
     needs_teacher = True
@@ -37,14 +41,21 @@ class Term(nn.Module):
         self.memory = memory
 
     def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Make learned modules that depend on the networks; they are trained along, saved to resume, and never deployed."""
+        """Make learned modules that depend on the networks.
+
+        They are trained along, saved to resume, and never deployed.
+        """
 
     def record(self, teacher: View) -> dict[str, Tensor]:
-        """What the memory bank keeps of each teacher image for this term alone: name to (B, ...) tensor. Only with memory."""
+        """What the memory bank keeps of each teacher image for this term alone: name to (B, ...)
+        tensor. Only with memory.
+        """
         return {}
 
     def entries(self, memory: Memory) -> Tensor:
-        """Count the sampled entries of the memory bank, not empty, that this term compares with: a scalar."""
+        """Count the sampled entries of the memory bank, not empty, that this term compares with: a
+        scalar.
+        """
         return memory["valid"].sum()
 
     def forward(self, student: View, teacher: View, truth: Truth, memory: Memory) -> Tensor:

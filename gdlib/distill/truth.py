@@ -8,7 +8,10 @@ from gdlib import kernels, types
 
 
 class Truth:
-    """Everything that follows from the labels of a batch; each part is computed on first use, once."""
+    """Everything that follows from the labels of a batch.
+
+    Each part is computed on first use, once.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,9 @@ class Truth:
 
     @property
     def balance(self) -> Tensor:
-        """(B, K, [Z,] Y, X) class weights of the affinity targets, 0 outside and where a label is not known."""
+        """(B, K, [Z,] Y, X) class weights of the affinity targets, 0 outside and where a label is
+        not known.
+        """
         return self.pairs.weight
 
     @cached_property
@@ -51,7 +56,10 @@ class Truth:
 
     @cached_property
     def instances_and_background(self) -> kernels.Instances:
-        """Pixel-to-node map in which every background is a node too; what is not known belongs to none."""
+        """Pixel-to-node map in which every background is a node too.
+
+        What is not known belongs to none.
+        """
         if self.ignore is None:
             return kernels.Instances(self.label, background=True, largest=self.largest)
         largest = None if self.largest is None else self.largest + 1

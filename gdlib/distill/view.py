@@ -14,21 +14,29 @@ Use = str | tuple[str, int]  # a relation in a `View`
 
 
 class View:
-    """One network's output on a batch, and the relations in it; each is computed on first use, once.
+    """One network's output on a batch, and the relations in it.
+
+    Each is computed on first use, once.
 
     Args:
         output: of the network.
         truth: of the same batch.
-        uses: relations that will be asked for, and so are computed together, in one pass; see `Term.uses`.
+        uses: relations that will be asked for, and so are computed together, in one pass; see
+            `Term.uses`.
         other: the view that `gram` and `pair_loss` will be asked about.
     """
 
     def __init__(
-        self, output: Embedding, truth: Truth, uses: Collection[Use] = (), other: "View | None" = None
+        self,
+        output: Embedding,
+        truth: Truth,
+        uses: Collection[Use] = (),
+        other: "View | None" = None,
     ) -> None:
         self.output = output
         self.truth = truth
-        one = max((use for use in uses if isinstance(use, tuple)), default=None)  # windows of one size in a pass
+        # windows of one size in a pass
+        one = max((use for use in uses if isinstance(use, tuple)), default=None)
         self.uses = {use for use in uses if isinstance(use, str) or use == one}
         if self.uses.intersection(kernels.PAIR_LOSSES):
             self.uses.add("affinity")
@@ -61,7 +69,9 @@ class View:
         return self._relate("nodes").nodes
 
     def gram(self, other: "View | None" = None) -> Tensor:
-        """(B, D, D) `ops.gram` of the unit vectors, or of what they are more than those of another view."""
+        """(B, D, D) `ops.gram` of the unit vectors, or of what they are more than those of another
+        view.
+        """
         return self._relate("gram", other).gram
 
     def pair_loss(self, kind: str, other: "View | None" = None) -> Tensor:
@@ -78,7 +88,10 @@ class View:
         return kernels.pair_losses(self.affinity, goal, self.truth.pairs, kinds)
 
     def means(self, side: int) -> Tensor:
-        """(B, [z,] y, x, D) means of the unit vectors over windows of `side` pixels; in 3D they are 3 sections deep."""
+        """(B, [z,] y, x, D) means of the unit vectors over windows of `side` pixels.
+
+        In 3D they are 3 sections deep.
+        """
         return self._relate(("means", side)).means
 
     def _relate(self, use: Use, other: "View | None" = None) -> kernels.Relations:
@@ -94,7 +107,10 @@ class View:
         subtract = other is not None and "gram" in uses
         if subtract:
             check_comparable(self.rows, other.rows)
-        windows = [(3, side, side)[5 - self.rows.ndim :] for _, side in (use for use in uses if isinstance(use, tuple))]
+        windows = [
+            (3, side, side)[5 - self.rows.ndim :]
+            for _, side in (use for use in uses if isinstance(use, tuple))
+        ]
         return kernels.relate(
             self.rows,
             self.truth.offsets if "affinity" in uses else (),
@@ -106,9 +122,13 @@ class View:
 
 
 def check_comparable(student: Tensor, teacher: Tensor) -> None:
-    """Raise unless the vectors (..., D) have the same length; terms that compare similarities alone do not need that."""
+    """Raise unless the vectors (..., D) have the same length.
+
+    Terms that compare similarities alone do not need that.
+    """
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
-            f"pixel vectors of the student have length {student.shape[-1]}, those of the teacher {teacher.shape[-1]}: give both "
+            f"pixel vectors of the student have length {student.shape[-1]}, those of the teacher "
+            f"{teacher.shape[-1]}: give both "
             "the same embedding_dim, or use only intra-image agd and igd edges"
         )

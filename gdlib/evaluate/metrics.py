@@ -1,24 +1,31 @@
-"""How good a segmentation is: every metric from one table of overlaps, in 2D and 3D, with numpy alone.
+"""How good a segmentation is: every metric from one table of overlaps, in 2D and 3D, with numpy
+alone.
 
-`evaluate(label, segmentation)` returns all of `METRICS`, the dict at the end of this file; a new metric is one function
-of the table and one entry there. The rules that hold for all of them:
+`evaluate(label, segmentation)` returns all of `METRICS`, the dict at the end of this file; a new
+metric is one function of the table and one entry there. The rules that hold for all of them:
 
-* **Background** is the id 0, whether or not it occurs. Object ids are any positive integers up to 64 bit, in any order;
-  renaming them changes nothing.
-* **A match** is a pair with IoU strictly above the threshold, which is at least 0.5. An object then has at most one
-  match (Kirillov et al. 2019), so there is nothing to assign and nothing depends on the order. An IoU of exactly 0.5 is
-  no match, because a label cut in two equal halves would match both. Hence `f1`, `f1_50` and `dq` are the same number.
-* **Empty images** count: both maps without objects is a perfect result (1, or no error); only one of them without is
-  the worst one for everything that counts objects or foreground (0; |DiC| is the number of objects). ARAND and VOI look
-  only at pixels of label objects: without such pixels there is nothing to get wrong and they are 0, and a
-  segmentation without objects is to them one segment that merges all. Every value is finite. For means see `gdlib.evaluate.scores`.
-* **Ignored** pixels (`ignore`) are removed first, as if the image had never had them; their ids may even be negative.
-* **Borders** have no rule of their own: every pixel counts, but to ARAND and VOI those of label 0, which is what lies
-  between cells in many volumes. A margin around borders that shall not count is given as `ignore`.
+* **Background** is the id 0, whether or not it occurs. Object ids are any positive integers up to
+  64 bit, in any order; renaming them changes nothing.
+* **A match** is a pair with IoU strictly above the threshold, which is at least 0.5. An object then
+  has at most one match (Kirillov et al. 2019), so there is nothing to assign and nothing depends on
+  the order. An IoU of exactly 0.5 is no match, because a label cut in two equal halves would match
+  both. Hence `f1`, `f1_50` and `dq` are the same number.
+* **Empty images** count: both maps without objects is a perfect result (1, or no error); only one
+  of them without is the worst one for everything that counts objects or foreground (0; |DiC| is the
+  number of objects). ARAND and VOI look only at pixels of label objects: without such pixels there
+  is nothing to get wrong and they are 0, and a segmentation without objects is to them one segment
+  that merges all. Every value is finite. For means see `gdlib.evaluate.scores`.
+* **Ignored** pixels (`ignore`) are removed first, as if the image had never had them; their ids may
+  even be negative.
+* **Borders** have no rule of their own: every pixel counts, but to ARAND and VOI those of label 0,
+  which is what lies between cells in many volumes. A margin around borders that shall not count is
+  given as `ignore`.
 
-PAPER: the original code's AJI depends on the order of the ids, its means leave out images whose segmentation is empty,
-its best Dice takes the smallest id for the background, and one of its evaluation scripts calls object F1 "Dice" and
-pixel Dice "F1". Here AJI and SBD follow their definitions, all images with objects count, and names mean what they say.
+PAPER: the original code's AJI depends on the order of the ids, its means leave out images whose
+    segmentation is empty,
+its best Dice takes the smallest id for the background, and one of its evaluation scripts calls
+object F1 "Dice" and pixel Dice "F1". Here AJI and SBD follow their definitions, all images with
+objects count, and names mean what they say.
 """
 
 import math
@@ -36,7 +43,10 @@ Volume = Any  # an array, or what gives one when it is sliced, as an HDF5 datase
 
 
 class Pairs(NamedTuple):
-    """The P pairs of a label object and a segmentation object that share pixels; every field is a (P,) array."""
+    """The P pairs of a label object and a segmentation object that share pixels.
+
+    Every field is a (P,) array.
+    """
 
     i: np.ndarray
     j: np.ndarray
@@ -90,10 +100,12 @@ class Overlaps:
 def overlaps(label: Volume, segmentation: Volume, ignore: Volume | None = None) -> Overlaps:
     """Count the pixels that every label id shares with every segmentation id.
 
-    The maps are read in slabs along the first axis, so that little memory is needed whatever their size.
+    The maps are read in slabs along the first axis, so that little memory is needed whatever their
+    size.
 
     Args:
-        label: ([Z,] Y, X) ground truth, any integer type, 0 = background, ids need not be consecutive.
+        label: ([Z,] Y, X) ground truth, any integer type, 0 = background, ids need not be
+            consecutive.
         segmentation: same shape, likewise.
         ignore: same shape, boolean; pixels that do not count.
 
@@ -107,24 +119,40 @@ def overlaps(label: Volume, segmentation: Volume, ignore: Volume | None = None) 
     >>> table.count.tolist(), table.pairs.iou.round(2).tolist()
     ([1, 1, 2], [0.67])
     """
-    label, segmentation = (a if hasattr(a, "shape") else np.asarray(a) for a in (label, segmentation))
+    label, segmentation = (
+        a if hasattr(a, "shape") else np.asarray(a) for a in (label, segmentation)
+    )
     for name, other in (("segmentation", segmentation), ("ignore", ignore)):
         if other is not None and np.shape(other) != label.shape:
             raise ValueError(f"label has shape {label.shape} but {name} has {np.shape(other)}")
-    stored = (getattr(label, "chunks", None) or (1,))[0]  # what an HDF5 dataset unpacks together is read together
+    # what an HDF5 dataset unpacks together is read together
+    stored = (getattr(label, "chunks", None) or (1,))[0]
     rows = max(1, SLAB // max(1, stored * math.prod(label.shape[1:]))) * stored
     parts = []
     for start in range(0, max(1, label.shape[0]), rows):
         slab = slice(start, start + rows)
-        table = _table(*_runs(label[slab], segmentation[slab], None if ignore is None else ignore[slab]))
+        table = _table(
+            *_runs(label[slab], segmentation[slab], None if ignore is None else ignore[slab])
+        )
         parts.append((table.label_ids[table.i], table.segmentation_ids[table.j], table.count))
     return _table(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _runs(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None) -> tuple[np.ndarray, ...]:
-    """Return the label id, the segmentation id and the length of every stretch along which both are constant."""
-    maps = {"label": _integers(label, "label").ravel(), "segmentation": _integers(segmentation, "segmentation").ravel()}
-    ignore = np.broadcast_to(False, maps["label"].size) if ignore is None else np.asarray(ignore, bool).ravel()
+def _runs(
+    label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None
+) -> tuple[np.ndarray, ...]:
+    """Return the label id, the segmentation id and the length of every stretch along which both are
+    constant.
+    """
+    maps = {
+        "label": _integers(label, "label").ravel(),
+        "segmentation": _integers(segmentation, "segmentation").ravel(),
+    }
+    ignore = (
+        np.broadcast_to(False, maps["label"].size)
+        if ignore is None
+        else np.asarray(ignore, bool).ravel()
+    )
     # Objects are wider than a pixel: all that follows works on runs, of which there are far fewer.
     change = ignore[1:] != ignore[:-1]
     for values in maps.values():
@@ -135,7 +163,9 @@ def _runs(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None
     ids = {name: values[starts[kept]] for name, values in maps.items()}
     for name, values in ids.items():
         if values.dtype.kind == "i" and values.size and values.min() < 0:
-            raise ValueError(f"{name} has negative ids; set them to 0 (in Python, `ignore` leaves pixels out)")
+            raise ValueError(
+                f"{name} has negative ids; set them to 0 (in Python, `ignore` leaves pixels out)"
+            )
     return *ids.values(), lengths[kept]
 
 
@@ -147,7 +177,9 @@ def _table(label: np.ndarray, segmentation: np.ndarray, length: np.ndarray) -> O
     count = _sums(key, length, keys.size)
     i, j = np.divmod(keys[count > 0], segmentation_ids.size)
     # uint64 holds every id, so that ids of both maps can stand in one array.
-    return Overlaps(label_ids.astype(np.uint64), segmentation_ids.astype(np.uint64), i, j, count[count > 0])
+    return Overlaps(
+        label_ids.astype(np.uint64), segmentation_ids.astype(np.uint64), i, j, count[count > 0]
+    )
 
 
 def evaluate(label: Volume, segmentation: Volume, ignore: Volume | None = None) -> dict[str, float]:
@@ -183,7 +215,9 @@ class Matches(NamedTuple):
     spurious: np.ndarray
 
 
-def match(label: Volume, segmentation: Volume, iou: float = 0.5, ignore: Volume | None = None) -> Matches:
+def match(
+    label: Volume, segmentation: Volume, iou: float = 0.5, ignore: Volume | None = None
+) -> Matches:
     """Match objects whose IoU is above a threshold.
 
     Args:
@@ -213,7 +247,8 @@ def errors(
 ) -> dict[str, list[int]]:
     """Say what went wrong with which object; each error is explained once.
 
-    An object is *part of* an object of the other map if more than `fraction` of its pixels lie in it.
+    An object is *part of* an object of the other map if more than `fraction` of its pixels lie in
+    it.
 
     Args:
         label: ([Z,] Y, X) ground truth, any integer type, 0 = background.
@@ -223,10 +258,12 @@ def errors(
         ignore: same shape, boolean; pixels that do not count.
 
     Returns:
-        `merged`: segmentation ids of which two or more label objects are parts; `split`: label ids of which two or more
-        segmentation objects are parts (both may also be matched); `missed`: label ids without a match that are neither
-        split nor part of a merged one; `spurious`: segmentation ids, likewise. Exchanging the two maps exchanges
-        `merged` with `split` and `missed` with `spurious`.
+        `merged`: segmentation ids of which two or more label objects are parts; `split`: label ids
+            of which two or more
+        segmentation objects are parts (both may also be matched); `missed`: label ids without a
+        match that are neither split nor part of a merged one; `spurious`: segmentation ids,
+        likewise. Exchanging the two maps exchanges `merged` with `split` and `missed` with
+        `spurious`.
 
     >>> errors(np.array([[1, 1, 2, 2, 0, 0]]), np.array([[5, 5, 5, 5, 0, 8]]))
     {'merged': [5], 'split': [], 'missed': [], 'spurious': [8]}
@@ -247,7 +284,9 @@ def errors(
         "merged": table.segmentation_ids[merged].tolist(),
         "split": table.label_ids[split].tolist(),
         "missed": np.setdiff1d(found.missed, table.label_ids[label_explained]).tolist(),
-        "spurious": np.setdiff1d(found.spurious, table.segmentation_ids[segmentation_explained]).tolist(),
+        "spurious": np.setdiff1d(
+            found.spurious, table.segmentation_ids[segmentation_explained]
+        ).tolist(),
     }
 
 
@@ -261,10 +300,14 @@ def _integers(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted distinct values, 0 always among them, and the position of every element in them."""
+    """Return the sorted distinct values, 0 always among them, and the position of every element in
+    them.
+    """
     highest = int(ids.max(initial=0))
     if highest > 4 * ids.size + 2**16:
-        values, positions = np.unique(np.concatenate([np.zeros(1, ids.dtype), ids]), return_inverse=True)
+        values, positions = np.unique(
+            np.concatenate([np.zeros(1, ids.dtype), ids]), return_inverse=True
+        )
         return values, positions[1:]
     # A look-up table not much larger than the data is several times faster than sorting it.
     present = np.zeros(highest + 1, dtype=bool)
@@ -284,7 +327,9 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 def _match(table: Overlaps, iou: float) -> Matches:
     hit = table.pairs.iou > iou
-    pairs = np.stack([table.label_ids[table.pairs.i[hit]], table.segmentation_ids[table.pairs.j[hit]]], axis=1)
+    pairs = np.stack(
+        [table.label_ids[table.pairs.i[hit]], table.segmentation_ids[table.pairs.j[hit]]], axis=1
+    )
     missed = np.setdiff1d(table.label_ids[1:], pairs[:, 0])
     return Matches(pairs, missed, np.setdiff1d(table.segmentation_ids[1:], pairs[:, 1]))
 
@@ -292,10 +337,11 @@ def _match(table: Overlaps, iou: float) -> Matches:
 def _aji(table: Overlaps) -> float:
     """Aggregated Jaccard index (higher is better), Kumar et al. 2017, IEEE TMI 36(7), algorithm 1.
 
-    Each label object G takes the segmentation object S of highest IoU; several may take the same S. AJI = C / U: C sums
+    Each label object G takes the segmentation object S of highest IoU; several may take the same S.
+    AJI = C / U: C sums
     |G & S|; U sums |G | S|, |G| of every G that overlaps with no S, and |S| of every S that nobody took. The algorithm
-    leaves ties open: here the S that are equally good for a G share it equally, i.e. C and U are the expected values
-    for ties broken at random, so that the order of ids does not matter.
+    leaves ties open: here the S that are equally good for a G share it equally, i.e. C and U are
+    the expected values for ties broken at random, so that the order of ids does not matter.
     """
     i, j, intersection, union, iou = table.pairs
     best = np.zeros(table.label_ids.size)
@@ -305,12 +351,17 @@ def _aji(table: Overlaps) -> float:
     left = np.ones(table.segmentation_ids.size)  # probability that nobody took S
     np.multiply.at(left, j, 1 - taken)
     alone = table.label_sizes[1:][best[1:] == 0].sum()
-    return _ratio(taken @ intersection, taken @ union + alone + left[1:] @ table.segmentation_sizes[1:])
+    return _ratio(
+        taken @ intersection, taken @ union + alone + left[1:] @ table.segmentation_sizes[1:]
+    )
 
 
 def _dice(table: Overlaps) -> float:
     """Dice coefficient of the foreground pixels, 2 |L & S| / (|L| + |S|) (higher is better)."""
-    return _ratio(2 * table.pairs.intersection.sum(), table.label_sizes[1:].sum() + table.segmentation_sizes[1:].sum())
+    return _ratio(
+        2 * table.pairs.intersection.sum(),
+        table.label_sizes[1:].sum() + table.segmentation_sizes[1:].sum(),
+    )
 
 
 def _f1(table: Overlaps, iou: float) -> float:
@@ -319,7 +370,10 @@ def _f1(table: Overlaps, iou: float) -> float:
 
 
 def _ap(table: Overlaps, iou: float) -> float:
-    """TP / (TP + FP + FN) of the matches above an IoU (higher is better), Caicedo et al. 2019, Nature Methods 16."""
+    """TP / (TP + FP + FN) of the matches above an IoU (higher is better), Caicedo et al.
+
+    2019, Nature Methods 16.
+    """
     hits = np.count_nonzero(table.pairs.iou > iou)
     return _ratio(hits, sum(table.objects) - hits)
 
@@ -329,20 +383,28 @@ def _mean_ap(table: Overlaps) -> float:
 
 
 def _pq(table: Overlaps) -> float:
-    """Panoptic quality = sum of IoU of matches / (TP + FP / 2 + FN / 2) (higher), Kirillov et al. 2019, CVPR, eq. 1."""
+    """Panoptic quality = sum of IoU of matches / (TP + FP / 2 + FN / 2) (higher), Kirillov et al.
+
+    2019, CVPR, eq. 1.
+    """
     return _ratio(2 * table.pairs.iou[table.pairs.iou > 0.5].sum(), sum(table.objects))
 
 
 def _sq(table: Overlaps) -> float:
-    """Segmentation quality: mean IoU of the matches (higher is better), the first factor of PQ = SQ * DQ."""
+    """Segmentation quality: mean IoU of the matches (higher is better), the first factor of PQ = SQ
+    * DQ.
+    """
     hits = table.pairs.iou[table.pairs.iou > 0.5]
     return hits.mean() if hits.size else float(sum(table.objects) == 0)
 
 
 def _sbd(table: Overlaps) -> float:
-    """Symmetric best Dice (higher is better), Scharr et al. 2016, Machine Vision and Applications 27.
+    """Symmetric best Dice (higher is better), Scharr et al.
 
-    min(BD(L, S), BD(S, L)); BD(A, B) = mean over the objects a of A of the highest 2 |a & b| / (|a| + |b|) in B.
+    2016, Machine Vision and Applications 27.
+
+    min(BD(L, S), BD(S, L)); BD(A, B) = mean over the objects a of A of the highest 2 |a & b| / (|a|
+    + |b|) in B.
     """
     i, j, intersection, union, _ = table.pairs
     dice = 2 * intersection / (union + intersection)
@@ -370,27 +432,35 @@ def _in_label(table: Overlaps) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _arand(table: Overlaps) -> float:
-    """Adapted Rand error (lower is better), Arganda-Carreras et al. 2015, Frontiers in Neuroanatomy 9:142.
+    """Adapted Rand error (lower is better), Arganda-Carreras et al.
+
+    2015, Frontiers in Neuroanatomy 9:142.
 
     1 - F1 of pairs of distinct pixels that are in one object; pixels of label 0 are left out. As
     `skimage.metrics.adapted_rand_error(..., ignore_labels=0)`.
     """
     p, row, column = _in_label(table)
-    # A row sum stands once for every entry of its row: sum of p * row is the sum of squared row sums.
+    # A row sum stands once for every entry of its row: sum of p * row is the sum of squared row
+    # sums.
     return 1 - _ratio(2 * (p @ p - p.sum()), p @ row + p @ column - 2 * p.sum())
 
 
 def _voi_split(table: Overlaps) -> float:
-    """Entropy H(segmentation | label) in bits (lower is better), Meila 2007, J. Multivariate Analysis 98(5).
+    """Entropy H(segmentation | label) in bits (lower is better), Meila 2007, J.
 
-    Pixels of label 0 are left out, as `skimage.metrics.variation_of_information(..., ignore_labels=0)[0]`.
+    Multivariate Analysis 98(5).
+
+    Pixels of label 0 are left out, as `skimage.metrics.variation_of_information(...,
+    ignore_labels=0)[0]`.
     """
     p, row, _ = _in_label(table)
     return p @ np.log2(row / p) / max(p.sum(), 1)
 
 
 def _voi_merge(table: Overlaps) -> float:
-    """Entropy H(label | segmentation) in bits (lower is better), the other half of the variation of information."""
+    """Entropy H(label | segmentation) in bits (lower is better), the other half of the variation of
+    information.
+    """
     p, _, column = _in_label(table)
     return p @ np.log2(column / p) / max(p.sum(), 1)
 
@@ -426,25 +496,63 @@ def is_better(key: str, value: float, other: float) -> bool:
 
 
 METRICS: dict[str, Metric] = {
-    "aji": Metric("AJI", "higher", _aji, "aggregated Jaccard index: intersections over unions, summed over objects"),
+    "aji": Metric(
+        "AJI",
+        "higher",
+        _aji,
+        "aggregated Jaccard index: intersections over unions, summed over objects",
+    ),
     "dice": Metric("Dice", "higher", _dice, "Dice coefficient of the foreground pixels"),
-    "f1": Metric("F1@0.5", "higher", partial(_f1, iou=0.5), "F1 of objects matched at IoU > 0.5; the same as f1_50"),
+    "f1": Metric(
+        "F1@0.5",
+        "higher",
+        partial(_f1, iou=0.5),
+        "F1 of objects matched at IoU > 0.5; the same as f1_50",
+    ),
     "pq": Metric("PQ", "higher", _pq, "panoptic quality, SQ x DQ"),
-    "sq": Metric("SQ", "higher", _sq, "segmentation quality: mean IoU of objects matched at IoU > 0.5"),
-    "dq": Metric("DQ", "higher", partial(_f1, iou=0.5), "detection quality: F1 of objects matched at IoU > 0.5"),
-    "sbd": Metric("SBD", "higher", _sbd, "symmetric best Dice: mean best Dice per object, worse of both directions"),
+    "sq": Metric(
+        "SQ", "higher", _sq, "segmentation quality: mean IoU of objects matched at IoU > 0.5"
+    ),
+    "dq": Metric(
+        "DQ",
+        "higher",
+        partial(_f1, iou=0.5),
+        "detection quality: F1 of objects matched at IoU > 0.5",
+    ),
+    "sbd": Metric(
+        "SBD",
+        "higher",
+        _sbd,
+        "symmetric best Dice: mean best Dice per object, worse of both directions",
+    ),
     "dic": Metric("|DiC|", "lower", _dic, "absolute difference of the numbers of objects"),
-    "arand": Metric("ARAND", "lower", _arand, "adapted Rand error: 1 - F1 of pixel pairs, label foreground only"),
-    "voi_split": Metric("VOI split", "lower", _voi_split, "H(segmentation | label) in bits, label foreground only"),
-    "voi_merge": Metric("VOI merge", "lower", _voi_merge, "H(label | segmentation) in bits, label foreground only"),
+    "arand": Metric(
+        "ARAND", "lower", _arand, "adapted Rand error: 1 - F1 of pixel pairs, label foreground only"
+    ),
+    "voi_split": Metric(
+        "VOI split", "lower", _voi_split, "H(segmentation | label) in bits, label foreground only"
+    ),
+    "voi_merge": Metric(
+        "VOI merge", "lower", _voi_merge, "H(label | segmentation) in bits, label foreground only"
+    ),
     "voi": Metric("VOI", "lower", _voi, "variation of information in bits: VOI split + VOI merge"),
     "ap": Metric("AP", "higher", _mean_ap, "mean of AP at IoU > 0.5, 0.6, 0.7, 0.8 and 0.9"),
 }
 METRICS |= {
-    f"f1_{t}": Metric(f"F1@{t / 100}", "higher", partial(_f1, iou=t / 100), f"F1 of objects matched at IoU > {t / 100}")
+    f"f1_{t}": Metric(
+        f"F1@{t / 100}",
+        "higher",
+        partial(_f1, iou=t / 100),
+        f"F1 of objects matched at IoU > {t / 100}",
+    )
     for t in THRESHOLDS
 }
 METRICS |= {
-    f"ap_{t}": Metric(f"AP@{t / 100}", "higher", partial(_ap, iou=t / 100), f"TP / (TP + FP + FN) at IoU > {t / 100}")
+    f"ap_{t}": Metric(
+        f"AP@{t / 100}",
+        "higher",
+        partial(_ap, iou=t / 100),
+        f"TP / (TP + FP + FN) at IoU > {t / 100}",
+    )
     for t in THRESHOLDS
 }

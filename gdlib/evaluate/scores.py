@@ -1,11 +1,14 @@
-"""Scores of several images together: which images a mean is over, and what was found in those that have no object.
+"""Scores of several images together: which images a mean is over, and what was found in those that
+have no object.
 
-Of an image without objects the metrics only say whether anything was found: AJI, Dice, F1 and the like are 1 or 0, ARAND and
-VOI 0 in any case. In a mean one such image outweighs every difference between networks, or hides a network that fills it
-with objects. Hence means are over the images with objects, and what was found in the others is counted and stands apart.
+Of an image without objects the metrics only say whether anything was found: AJI, Dice, F1 and the
+like are 1 or 0, ARAND and VOI 0 in any case. In a mean one such image outweighs every difference
+between networks, or hides a network that fills it with objects. Hence means are over the images
+with objects, and what was found in the others is counted and stands apart.
 
-Where something is chosen by scores (weights, parameters of a segmenter), objects in images without any must count, but not
-more than what is wrong in other images: `worth` takes away, for every such image, at most what a lost image would cost.
+Where something is chosen by scores (weights, parameters of a segmenter), objects in images without
+any must count, but not more than what is wrong in other images: `worth` takes away, for every such
+image, at most what a lost image would cost.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +17,8 @@ import numpy as np
 
 from gdlib.evaluate.metrics import METRICS, Overlaps, Volume, overlaps
 
-FALSE = ("false_objects", "false_pixels")  # of COUNTS, those that say something about images without objects
+# of COUNTS, those that say something about images without objects
+FALSE = ("false_objects", "false_pixels")
 
 
 def _false_objects(table: Overlaps) -> int:
@@ -28,8 +32,14 @@ def _false_pixels(table: Overlaps) -> int:
 COUNTS: dict[str, tuple[str, Callable[[Overlaps], int]]] = {
     "objects": ("objects of the ground truth", lambda table: table.objects[0]),
     "object_pixels": ("their pixels", lambda table: table.label_sizes[1:].sum()),
-    "false_objects": ("objects of the segmentation that share no pixel with any of the ground truth", _false_objects),
-    "false_pixels": ("pixels of the segmentation's objects outside of all of the ground truth", _false_pixels),
+    "false_objects": (
+        "objects of the segmentation that share no pixel with any of the ground truth",
+        _false_objects,
+    ),
+    "false_pixels": (
+        "pixels of the segmentation's objects outside of all of the ground truth",
+        _false_pixels,
+    ),
     "pixels": ("all pixels that count", lambda table: table.count.sum()),
 }
 
@@ -53,20 +63,24 @@ def of_image(label: Volume, segmentation: Volume, ignore: Volume | None = None) 
     (0.0, 0.0, 2.0, 3.0)
     """
     table = overlaps(label, segmentation, ignore)
-    known = {key: metric.compute for key, metric in METRICS.items()} | {key: one[1] for key, one in COUNTS.items()}
+    known = {key: metric.compute for key, metric in METRICS.items()} | {
+        key: one[1] for key, one in COUNTS.items()
+    }
     return {key: float(compute(table)) for key, compute in known.items()}
 
 
 def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of every metric over the images with objects, and what was found in the others.
+    """Return the mean of every metric over the images with objects, and what was found in the
+    others.
 
     Args:
         rows: from `of_image`, one per image.
 
     Returns:
-        Value by key of `METRICS`. If there are images without objects, also `empty_images`, how many; the means of `FALSE`
-        over them; and `false_share`, the mean over all images (0 for those with objects) of f / (f + m): f objects were found
-        and an image with objects has m of them on average, or the same in pixels, whichever is more.
+        Value by key of `METRICS`. If there are images without objects, also `empty_images`, how
+        many; the means of `FALSE` over them; and `false_share`, the mean over all images (0 for
+        those with objects) of f / (f + m): f objects were found and an image with objects has m of
+        them on average, or the same in pixels, whichever is more.
 
     Raises:
         ValueError: no image has objects.
@@ -79,33 +93,45 @@ def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     filled = [row for row in rows if row["objects"]]
     empty = [row for row in rows if not row["objects"]]
     if not filled:
-        raise ValueError("none of the images has an object: nothing can be measured; add images with labelled objects")
+        raise ValueError(
+            "none of the images has an object: nothing can be measured; add images "
+            "with labelled objects"
+        )
     out = {key: float(np.mean([row[key] for row in filled])) for key in METRICS}
     if empty:
-        sizes = {one: np.mean([row[own] for row in filled]) for one, own in zip(FALSE, COUNTS, strict=False)}
+        sizes = {
+            one: np.mean([row[own] for row in filled])
+            for one, own in zip(FALSE, COUNTS, strict=False)
+        }
         shares = [max(row[one] / (row[one] + size) for one, size in sizes.items()) for row in empty]
-        out |= {"empty_images": len(empty)} | {key: float(np.mean([row[key] for row in empty])) for key in FALSE}
+        out |= {"empty_images": len(empty)} | {
+            key: float(np.mean([row[key] for row in empty])) for key in FALSE
+        }
         out["false_share"] = float(np.sum(shares)) / len(rows)
     return out
 
 
 def worth(scores: Mapping[str, float], metric: str) -> float:
-    """Return what a choice is made by: the mean of a metric, made worse by what was found in images without objects.
+    """Return what a choice is made by: the mean of a metric, made worse by what was found in images
+    without objects.
 
     Args:
         scores: from `mean`.
         metric: a key of `METRICS`; values compare by `metrics.is_better`.
 
     Returns:
-        The mean less its `false_share`, or more, where lower is better: an image that is filled with objects costs nearly what
-        one of AJI 0 would. The mean itself where every image has objects.
+        The mean less its `false_share`, or more, where lower is better: an image that is filled
+        with objects costs nearly what one of AJI 0 would. The mean itself where every image has
+        objects.
     """
     share = scores.get("false_share", 0.0)
     return scores[metric] * (1 - share if METRICS[metric].better == "higher" else 1 + share)
 
 
 def in_empty(scores: Mapping[str, float]) -> str:
-    """Say what was found in images without objects, to be put behind other scores; nothing where there are none.
+    """Say what was found in images without objects, to be put behind other scores.
+
+    Nothing where there are none.
 
     >>> in_empty({"empty_images": 1, "false_objects": 2.5, "false_pixels": 40.0})
     '; in 1 image without objects: 2.5 objects, 40 pixels'
@@ -113,4 +139,6 @@ def in_empty(scores: Mapping[str, float]) -> str:
     if not (count := scores.get("empty_images")):
         return ""
     images = f"{count:.0f} image{'s' * (count > 1)} without objects" + " (means)" * (count > 1)
-    return f"; in {images}: {scores['false_objects']:.4g} objects, {scores['false_pixels']:.6g} pixels"
+    return (
+        f"; in {images}: {scores['false_objects']:.4g} objects, {scores['false_pixels']:.6g} pixels"
+    )

@@ -1,7 +1,8 @@
-"""Trivial segmentations, to be beaten before a number means anything: no network, no training, nothing tuned.
+"""Trivial segmentations, to be beaten before a number means anything: no network, no training,
+nothing tuned.
 
-`BASELINES`, the dict at the end of this file, names them; a new one is a function from a sample to a label ([Z,] Y, X)
-uint32, 0 = background, and one entry there.
+`BASELINES`, the dict at the end of this file, names them; a new one is a function from a sample to
+a label ([Z,] Y, X) uint32, 0 = background, and one entry there.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,9 @@ def sections(sample: io.Sample) -> np.ndarray:
 
 
 def true_sections(sample: io.Sample) -> np.ndarray:
-    """The ground truth cut apart at every section: a perfect segmentation in 2D that is never linked."""
+    """The ground truth cut apart at every section: a perfect segmentation in 2D that is never
+    linked.
+    """
     out = np.zeros(sample.label.shape, np.uint32)
     count = 0
     for section, cut in zip(sample.label, out, strict=True):
@@ -44,13 +47,15 @@ def true_sections(sample: io.Sample) -> np.ndarray:
 def image_watershed(sample: io.Sample, smoothing: float = 2.0, rounding: float = 6.0) -> np.ndarray:
     """Seeded watershed on the smoothed image; objects are brighter than what separates them.
 
-    What is above Otsu's threshold is inside objects, and seeds are where the distance to the rest, itself smoothed, is
-    highest. If the inside is more than half of the image then the rest is taken for membranes, which are shared out, else
-    for background.
+    What is above Otsu's threshold is inside objects, and seeds are where the distance to the rest,
+    itself smoothed, is highest. If the inside is more than half of the image then the rest is taken
+    for membranes, which are shared out, else for background.
 
     Args:
-        sample: its attribute `voxel_size_nm`, if there is one, says how much higher than wide a voxel is.
-        smoothing: standard deviation of the filter of the image, in voxels of the axis on which they are smallest.
+        sample: its attribute `voxel_size_nm`, if there is one, says how much higher than wide a
+            voxel is.
+        smoothing: standard deviation of the filter of the image, in voxels of the axis on which
+            they are smallest.
         rounding: the same for the distance; more gives fewer and larger objects.
 
     Returns:

@@ -9,14 +9,24 @@
 | weights `.safetensors` | parameters; the header holds one JSON text with all that is needed to run the network alone |
 | history, metrics `.csv` | long form |
 
-All writers are atomic: a file either is complete or does not exist. Equal content gives equal bytes, so that a file that
-is written again does not re-run what depends on it. What was damaged later is noticed when it is read (compressed and
-checked pieces in HDF5, checksums in weights and states), and nothing in a file is executed or leads to another file.
+All writers are atomic: a file either is complete or does not exist. Equal content gives equal
+bytes, so that a file that is written again does not re-run what depends on it. What was damaged
+later is noticed when it is read (compressed and checked pieces in HDF5, checksums in weights and
+states), and nothing in a file is executed or leads to another file.
 """
 
 from gdlib.io.failures import ACCESS, SPACE, DataError, WriteError, writing
 from gdlib.io.files import atomic, beside, sha256, write_text
-from gdlib.io.hdf5 import BLOCK, check_file, check_inside, create_h5, h5_file, open_h5, put, readable
+from gdlib.io.hdf5 import (
+    BLOCK,
+    check_file,
+    check_inside,
+    create_h5,
+    h5_file,
+    open_h5,
+    put,
+    readable,
+)
 from gdlib.io.samples import Sample, read_array, read_attrs, read_samples, sample_ids, write_samples
 from gdlib.io.tables import HISTORY_COLUMNS, METRIC_COLUMNS, write_rows
 from gdlib.io.weights import (

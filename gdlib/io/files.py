@@ -9,9 +9,10 @@
 | weights `.safetensors` | parameters; the header holds one JSON text with all that is needed to run the network alone |
 | history, metrics `.csv` | long form |
 
-All writers are atomic: a file either is complete or does not exist. Equal content gives equal bytes, so that a file that
-is written again does not re-run what depends on it. What was damaged later is noticed when it is read (compressed and
-checked pieces in HDF5, checksums in weights and states), and nothing in a file is executed or leads to another file.
+All writers are atomic: a file either is complete or does not exist. Equal content gives equal
+bytes, so that a file that is written again does not re-run what depends on it. What was damaged
+later is noticed when it is read (compressed and checked pieces in HDF5, checksums in weights and
+states), and nothing in a file is executed or leads to another file.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ def beside(path: Path, ending: str) -> Path:
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and move it there only when the block ends without an error.
+    """Yield a temporary path beside `path` and move it there only when the block ends without an
+    error.
 
     Raises:
         WriteError: there is no space, or the folder cannot be written.
@@ -51,17 +53,24 @@ def atomic(path: Path | str) -> Iterator[Path]:
         with writing(path):
             yield temporary
             with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())  # else the name might be there after a power failure, and its content not
+                # else the name might be there after a power failure, and its content not
+                os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _remove_leftovers(temporary: Path) -> None:
-    """Remove files that are called like a temporary one, whose writers were killed on this machine."""
+    """Remove files that are called like a temporary one, whose writers were killed on this
+    machine.
+    """
     for file in temporary.parent.glob(".*.tmp"):
         name, process, _ = file.name.rsplit(".", 2)
-        if name == temporary.name.rsplit(".", 2)[0] and process.isdecimal() and not _is_running(int(process)):
+        if (
+            name == temporary.name.rsplit(".", 2)[0]
+            and process.isdecimal()
+            and not _is_running(int(process))
+        ):
             file.unlink(missing_ok=True)
 
 

@@ -15,36 +15,54 @@ from gdlib.io.failures import DataError, sentences
 from gdlib.io.failures import WriteError as WriteError
 from gdlib.io.files import atomic
 
-# Volumes are stored in blocks of so many voxels (Z, Y, X), so that a small crop is read without the rest; images in 2D,
-# which are read whole, as h5py chooses.
+# Volumes are stored in blocks of so many voxels (Z, Y, X), so that a small crop is read without the
+# rest; images in 2D, which are read whole, as h5py chooses.
 BLOCK = (16, 64, 64)
 
 
 @contextlib.contextmanager
 def create_h5(path: Path | str, **attrs: Any) -> Iterator[h5py.File]:
-    """Open a new HDF5 file for writing, atomically; `attrs` become file attributes (JSON where not scalar)."""
-    # No cache of chunks: HDF5 crashes the process if it cannot write one of them when the file is closed.
-    with atomic(path) as temporary, h5py.File(temporary, "w", libver="latest", rdcc_nbytes=0) as file:
+    """Open a new HDF5 file for writing, atomically.
+
+    `attrs` become file attributes (JSON where not scalar).
+    """
+    # No cache of chunks: HDF5 crashes the process if it cannot write one of them when the file is
+    # closed.
+    with (
+        atomic(path) as temporary,
+        h5py.File(temporary, "w", libver="latest", rdcc_nbytes=0) as file,
+    ):
         for key, value in attrs.items():
-            file.attrs[key] = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
+            file.attrs[key] = (
+                value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
+            )
         yield file
 
 
-def put(group: h5py.Group, name: str, array: np.ndarray, block: Iterable[int] | None = None) -> None:
+def put(
+    group: h5py.Group, name: str, array: np.ndarray, block: Iterable[int] | None = None
+) -> None:
     """Store an array compressed and without time stamps.
 
     Args:
         group: where.
         name: of the dataset.
         array: any.
-        block: side lengths, along the last axes, of the pieces it is stored in; chosen by h5py if left out.
+        block: side lengths, along the last axes, of the pieces it is stored in; chosen by h5py if
+            left out.
     """
     chunks = None
     if block is not None:
         sides = ((1,) * array.ndim + tuple(block))[-array.ndim :]
         chunks = tuple(min(pair) for pair in zip(sides, array.shape, strict=True))
     group.create_dataset(
-        name, data=array, chunks=chunks, compression="gzip", compression_opts=1, shuffle=True, track_times=False
+        name,
+        data=array,
+        chunks=chunks,
+        compression="gzip",
+        compression_opts=1,
+        shuffle=True,
+        track_times=False,
     )
 
 
@@ -60,7 +78,10 @@ def check_file(path: Path | str) -> None:
 
 
 def h5_file(path: Path | str, mend: str = "move it away, and make it again") -> h5py.File:
-    """Open an HDF5 file for reading; what HDF5 says against it is one clear sentence, that ends with a mend."""
+    """Open an HDF5 file for reading.
+
+    What HDF5 says against it is one clear sentence, that ends with a mend.
+    """
     check_file(path)
     try:
         return h5py.File(path, "r")
@@ -70,7 +91,8 @@ def h5_file(path: Path | str, mend: str = "move it away, and make it again") -> 
         raise DataError(f"{path}: another program has it open to write; close it there, or wait")
     if "already open for write" in cause:
         raise DataError(
-            f"{path}: a program has it open to write, or ended while it had; close it there, or, if there is none, free the "
+            f"{path}: a program has it open to write, or ended while it had; close it there, or, "
+            "if there is none, free the "
             f"file with `h5clear -s {path}`"
         )
     raise DataError(f"{path}: not a readable HDF5 file ({cause}); {mend}")
@@ -78,7 +100,10 @@ def h5_file(path: Path | str, mend: str = "move it away, and make it again") -> 
 
 @contextlib.contextmanager
 def open_h5(path: Path | str) -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading; a file that is broken, or shows what is in other files, is one clear sentence."""
+    """Open an HDF5 file for reading.
+
+    A file that is broken, or shows what is in other files, is one clear sentence.
+    """
     with h5_file(path) as file, readable(file):
         _check_links(file)
         yield file
@@ -90,10 +115,14 @@ def readable(file: h5py.File) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, SystemError) as error:
-        told = "h5py" in traceback.extract_tb(error.__traceback__)[-1].filename and "doesn't exist" not in str(error)
+        told = "h5py" in traceback.extract_tb(error.__traceback__)[
+            -1
+        ].filename and "doesn't exist" not in str(error)
         if not told or (name := _damaged(file)) is None:  # to look takes time
             raise
-        raise DataError(f'{file.filename}: "{name}" in it is damaged; move the file away, and make it again') from error
+        raise DataError(
+            f'{file.filename}: "{name}" in it is damaged; move the file away, and make it again'
+        ) from error
 
 
 def _damaged(file: h5py.File) -> str | None:
@@ -115,7 +144,8 @@ def _damaged(file: h5py.File) -> str | None:
 def _links(file: h5py.File) -> list[tuple[str, h5py.HardLink | h5py.SoftLink | h5py.ExternalLink]]:
     """Return all links of a file by name, following none that may lead out of it."""
     found = []
-    file.visititems_links(lambda name, link: found.append((name, link)))  # h5py does not survive errors in here
+    # h5py does not survive errors in here
+    file.visititems_links(lambda name, link: found.append((name, link)))
     return found
 
 
@@ -138,7 +168,9 @@ def _check_links(file: h5py.File) -> None:
 
 
 def check_inside(array: h5py.Dataset, file: h5py.File) -> None:
-    """Raise `DataError` if an array is not stored in its file: HDF5 would follow it to any file that we may read."""
+    """Raise `DataError` if an array is not stored in its file: HDF5 would follow it to any file
+    that we may read.
+    """
     sources = [array.file.filename, *(name for name, _, _ in array.external or [])]
     if array.is_virtual:
         sources += [source.file_name for source in array.virtual_sources()]
@@ -149,5 +181,6 @@ def check_inside(array: h5py.Dataset, file: h5py.File) -> None:
 
 def _refuse(file: h5py.File, name: str, source: str) -> None:
     raise DataError(
-        f'{file.filename}: "{name}" is stored in another file, {source}; if you trust it, copy it into this one'
+        f'{file.filename}: "{name}" is stored in another file, {source}; if you trust it, copy it '
+        "into this one"
     )

@@ -1,8 +1,10 @@
-"""Files that a command is told to write: nothing that is not its own is replaced, and what cannot be written is told first.
+"""Files that a command is told to write: nothing that is not its own is replaced, and what cannot
+be written is told first.
 
-A file counts as a command's own if it is what the command writes: a CSV file with its columns, a JSON file with its keys, an HDF5
-file with its attributes, weights with a header. Labels, which look like those of anybody else, say by which program and of which
-image they were made. Everything else is replaced only where the user says so, and an input never is.
+A file counts as a command's own if it is what the command writes: a CSV file with its columns, a
+JSON file with its keys, an HDF5 file with its attributes, weights with a header. Labels, which look
+like those of anybody else, say by which program and of which image they were made. Everything else
+is replaced only where the user says so, and an input never is.
 """
 
 import contextlib
@@ -33,7 +35,11 @@ class Output(NamedTuple):
 
 
 def check(
-    outputs: Iterable[Output], inputs: Iterable[Path | str], *, overwrite: bool | None, option: str = "--out"
+    outputs: Iterable[Output],
+    inputs: Iterable[Path | str],
+    *,
+    overwrite: bool | None,
+    option: str = "--out",
 ) -> None:
     """Raise unless all files can be written without loss; nothing is changed.
 
@@ -57,7 +63,8 @@ def check(
             raise io.DataError(f"{path}: there is {what} of this name; choose another {option}")
         if _identity(path) in used:
             raise io.DataError(
-                f"{path}: it is an input of this command and would be written over; choose another {option}"
+                f"{path}: it is an input of this command and would be written over; choose another "
+                f"{option}"
             )
         if not overwrite and path.exists() and not is_own(path):
             foreign.append(shown or path)
@@ -68,7 +75,8 @@ def check(
         more = f" and {len(foreign) - 1} more are" if len(foreign) > 1 else " is"
         replace = "move it away" if overwrite is None else "replace what is there with --overwrite"
         raise io.DataError(
-            f"{foreign[0]}{more} there already, and not from this command; choose another {option}, or {replace}"
+            f"{foreign[0]}{more} there already, and not from this command; choose another "
+            f"{option}, or {replace}"
         )
 
 
@@ -122,13 +130,17 @@ def is_weights(path: Path) -> bool:
 
 
 def mark(image: Path, dataset: str | None = None) -> str:
-    """Return what a label says of itself: the program and, as a digest, the image that it was made of."""
+    """Return what a label says of itself: the program and, as a digest, the image that it was made
+    of.
+    """
     digest = hashlib.sha256(f"{image.resolve()}:{dataset or ''}".encode()).hexdigest()
     return f"gdlib {__version__}, image {digest[:16]}"
 
 
 def has_mark(mark: str, dataset: str | None = None) -> Callable[[Path], bool]:
-    """Return a test whether a label file, or its dataset, is of the same image as `mark`, or is still to be added to a file."""
+    """Return a test whether a label file, or its dataset, is of the same image as `mark`, or is
+    still to be added to a file.
+    """
     image = mark.partition(", ")[2]
 
     def tiff(path: Path) -> bool:
@@ -144,7 +156,11 @@ def has_mark(mark: str, dataset: str | None = None) -> Callable[[Path], bool]:
                 if (name := parts.pop(0)) not in item:
                     return True
                 item = item[name]
-            return not parts and isinstance(item, h5py.Dataset) and str(item.attrs.get(SOFTWARE)).endswith(image)
+            return (
+                not parts
+                and isinstance(item, h5py.Dataset)
+                and str(item.attrs.get(SOFTWARE)).endswith(image)
+            )
 
     return _no_if_unreadable(hdf5 if dataset else tiff)
 
@@ -161,7 +177,9 @@ def _no_if_unreadable(test: Callable[[Path], bool]) -> Callable[[Path], bool]:
 
 @contextlib.contextmanager
 def added_h5(path: Path, **attrs: Any) -> Iterator[h5py.File]:
-    """Open a new HDF5 file, as `io.create_h5`; what else is in an HDF5 file at `path` goes there too in the end.
+    """Open a new HDF5 file, as `io.create_h5`.
+
+    What else is in an HDF5 file at `path` goes there too in the end.
 
     Raises:
         DataError: another process has written to the file in the meantime, or it is damaged.
@@ -174,7 +192,9 @@ def added_h5(path: Path, **attrs: Any) -> Iterator[h5py.File]:
                 _copy_others(old, file)
         file.flush()
         if _version(path) != before:
-            raise io.DataError(f"{path}: another process has written to it as well; run the same command again")
+            raise io.DataError(
+                f"{path}: another process has written to it as well; run the same command again"
+            )
 
 
 def _version(path: Path) -> tuple[int, ...] | None:

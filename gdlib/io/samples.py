@@ -22,9 +22,10 @@ class Sample:
         id: unique name within the dataset.
         image: (C, [Z,] Y, X), uint8, uint16 or float32, intensities as recorded.
         label: ([Z,] Y, X) uint32 instance map, 0 = background.
-        ignore: ([Z,] Y, X) bool, True where the label is not known: such voxels count neither in a loss nor in a
-            metric. None if every voxel counts.
-        attrs: what a reader may want to know: `source` (file name), `voxel_size_nm` (one number per axis, Z, Y, X).
+        ignore: ([Z,] Y, X) bool, True where the label is not known: such voxels count neither in a
+            loss nor in a metric. None if every voxel counts.
+        attrs: what a reader may want to know: `source` (file name), `voxel_size_nm` (one number per
+            axis, Z, Y, X).
     """
 
     id: str
@@ -57,9 +58,14 @@ def read_samples(path: Path | str, ids: Iterable[str] | None = None) -> Iterator
         for name in sorted(file) if ids is None else ids:
             group = file[name]
             if not isinstance(group, h5py.Group) or not {"image", "label"} <= set(group):
-                raise DataError(f'{path}: "{name}" has no image and label, so this is no samples file; give one')
+                raise DataError(
+                    f'{path}: "{name}" has no image and label, so this is no samples file; give one'
+                )
             arrays = {key: group[key][()] for key in ("image", "label", "ignore") if key in group}
-            attrs = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in group.attrs.items()}
+            attrs = {
+                key: v.tolist() if isinstance(v, np.ndarray) else v
+                for key, v in group.attrs.items()
+            }
             yield Sample(name, **arrays, attrs=attrs)
 
 
@@ -73,7 +79,9 @@ def read_array(path: Path | str, sample: str, name: str) -> np.ndarray:
     """Return one dataset of one sample, e.g. `read_array(path, "a01", "label")`."""
     with open_h5(path) as file:
         if f"{sample}/{name}" not in file:
-            raise DataError(f'{path}: there is no "{name}" of sample "{sample}"; make the file again')
+            raise DataError(
+                f'{path}: there is no "{name}" of sample "{sample}"; make the file again'
+            )
         return file[sample][name][()]
 
 

@@ -20,4 +20,6 @@ def write_rows(path: Path | str, columns: Iterable[str], rows: Iterable[Iterable
         writer = csv.writer(file)
         writer.writerow(columns)
         for row in rows:
-            writer.writerow([f"{value:.10g}" if isinstance(value, float) else value for value in row])
+            writer.writerow(
+                [f"{value:.10g}" if isinstance(value, float) else value for value in row]
+            )

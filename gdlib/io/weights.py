@@ -1,4 +1,7 @@
-"""Weights and states: safetensors with a header of JSON and a checksum; nothing in them is executed."""
+"""Weights and states: safetensors with a header of JSON and a checksum.
+
+Nothing in them is executed.
+"""
 
 import hashlib
 import json
@@ -13,7 +16,8 @@ from gdlib.io.failures import WriteError as WriteError
 from gdlib.io.files import atomic
 from gdlib.io.hdf5 import check_file
 
-# Environment variable with the modules outside gdlib, separated by commas, whose networks a weights file may name.
+# Environment variable with the modules outside gdlib, separated by commas, whose networks a weights
+# file may name.
 PLUGINS = "GDLIB_PLUGINS"
 
 
@@ -47,7 +51,9 @@ def _checksum(tensors: dict[str, Any], header: dict[str, Any]) -> str:
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
-    """Return the JSON header of a weights file without reading the parameters (and without torch)."""
+    """Return the JSON header of a weights file without reading the parameters (and without
+    torch).
+    """
     return _header_and_checksum(path)[0]
 
 
@@ -60,33 +66,53 @@ def _header_and_checksum(path: Path | str) -> tuple[dict[str, Any], str | None]:
             metadata = file.metadata() or {}
         header = json.loads(metadata.get("gdlib", "null"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{path}: not a readable safetensors file ({error}); get it again, or train again") from error
+        raise DataError(
+            f"{path}: not a readable safetensors file ({error}); get it again, or train again"
+        ) from error
     if not isinstance(header, dict):
-        raise DataError(f"{path}: these weights were not written by gdlib (no header); train or export them with it")
+        raise DataError(
+            f"{path}: these weights were not written by gdlib (no header); train or "
+            "export them with it"
+        )
     return header, header.pop("sha256", None)  # earlier weights have none
 
 
-HEADER = {"model": str, "options": dict, "channels": int, "offsets": list, "normalisation": dict, "segmentation": dict}
+HEADER = {
+    "model": str,
+    "options": dict,
+    "channels": int,
+    "offsets": list,
+    "normalisation": dict,
+    "segmentation": dict,
+}
 
 
 def check_header(path: Path | str, header: dict[str, Any], keys: Iterable[str] = HEADER) -> None:
-    """Raise `DataError` unless the header of a weights file has these keys of `HEADER`, with something usable."""
+    """Raise `DataError` unless the header of a weights file has these keys of `HEADER`, with
+    something usable.
+    """
     for key in keys:
-        if not isinstance(header.get(key), HEADER[key]) or (key in ("offsets", "segmentation") and not header[key]):
+        if not isinstance(header.get(key), HEADER[key]) or (
+            key in ("offsets", "segmentation") and not header[key]
+        ):
             raise DataError(
-                f'{path}: its header says nothing usable of "{key}" ({header.get(key)}); get it again, or train again'
+                f'{path}: its header says nothing usable of "{key}" ({header.get(key)}); get it '
+                "again, or train again"
             )
     offsets = header.get("offsets", [[0, 0]])
     axes = {len(o) for o in offsets if isinstance(o, list) and all(isinstance(k, int) for k in o)}
     if len(axes) != 1 or not axes <= {2, 3} or not all(isinstance(o, list) for o in offsets):
-        raise DataError(f"{path}: the offsets of its header are {offsets}; get it again, or train again")
+        raise DataError(
+            f"{path}: the offsets of its header are {offsets}; get it again, or train again"
+        )
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `(state, header)`; nothing in the file is executed.
 
     Raises:
-        DataError: for a file of another program, a damaged one, and one that names code which nobody said is trusted.
+        DataError: for a file of another program, a damaged one, and one that names code which
+            nobody said is trusted.
     """
     from safetensors.torch import load_file
 
@@ -94,13 +120,15 @@ def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     state = load_file(path)
     if checksum is not None and checksum != _checksum(state, header):
         raise DataError(
-            f"{path}: it is damaged, its checksum is not the one it was written with; get it again, or train again"
+            f"{path}: it is damaged, its checksum is not the one it was written with; get it "
+            "again, or train again"
         )
     module, elsewhere, _ = str(header.get("model", "")).partition(":")
     trusted = ("gdlib", *filter(None, os.environ.get(PLUGINS, "").split(",")))
     if elsewhere and not any(f"{module}.".startswith(f"{name}.") for name in trusted):
         raise DataError(
-            f'{path}: its network is "{header["model"]}", and a file must not say which code is run; if you trust it, set the '
+            f'{path}: its network is "{header["model"]}", and a file must not say which code is '
+            "run; if you trust it, set the "
             f"environment variable {PLUGINS}={module}"
         )
     return state, header

@@ -1,4 +1,6 @@
-"""The slow part of `gdlib.kernels` by the compiled `gdlib.kernels.loops`, on all threads; on a CPU, for float32 and float64.
+"""The slow part of `gdlib.kernels` by the compiled `gdlib.kernels.loops`, on all threads.
+
+On a CPU, for float32 and float64.
 
 It is tested against the plain functions of `ops`, which say what is computed.
 """
@@ -29,7 +31,9 @@ def usable(*tensors: Tensor | None) -> bool:
 # --- Affinities and second moments ------------------------------------------------------------------------------------
 
 
-def relate(rows: Tensor, offsets: Offsets, moments: bool, other: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def relate(
+    rows: Tensor, offsets: Offsets, moments: bool, other: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """`affinity` and `gram` of `ops.relate`."""
     displacements = _displacements(offsets, rows.ndim - 2)
     _check("other rows", other, rows.shape, rows.dtype)
@@ -43,7 +47,9 @@ def relate(rows: Tensor, offsets: Offsets, moments: bool, other: Tensor | None) 
         affinity = _Affinities.apply(unit, displacements)
         affinity = affinity.squeeze(2) if flat else affinity
     if moments:
-        gram = _Moments.apply(unit, unit.new_empty((0,) * 5) if other is None else _Unit.apply(other))
+        gram = _Moments.apply(
+            unit, unit.new_empty((0,) * 5) if other is None else _Unit.apply(other)
+        )
     return affinity, gram
 
 
@@ -88,12 +94,16 @@ class _Affinities(torch.autograd.Function):
     def backward(ctx, gradient):
         (unit,) = ctx.saved_tensors
         out = torch.empty_like(unit)
-        _on_lines(loops.dot_gradient, unit.shape[:3].numel(), unit, ctx.displacements, gradient, out)
+        _on_lines(
+            loops.dot_gradient, unit.shape[:3].numel(), unit, ctx.displacements, gradient, out
+        )
         return out, None
 
 
 class _Moments(torch.autograd.Function):
-    """Mean over the pixels of each image of v v^T: unit vectors, or what they are more than others; (B, D, D)."""
+    """Mean over the pixels of each image of v v^T: unit vectors, or what they are more than others;
+    (B, D, D).
+    """
 
     @staticmethod
     def forward(ctx, unit, other):
@@ -182,8 +192,13 @@ class _PairLosses(torch.autograd.Function):
         return out, None, None, None, None, None, None
 
 
-def count_pairs(label: Tensor, offsets: Offsets, ignore: Tensor | None = None, connected: bool = False) -> Tensor:
-    """Return (B, K, 2) int64: the pairs that count, and those of them that are connected; for the arguments see `pair_losses`."""
+def count_pairs(
+    label: Tensor, offsets: Offsets, ignore: Tensor | None = None, connected: bool = False
+) -> Tensor:
+    """Return (B, K, 2) int64: the pairs that count, and those of them that are connected.
+
+    For the arguments see `pair_losses`.
+    """
     displacements = _displacements(offsets, label.ndim - 1)
     _check("the label", label, label.shape, torch.int32)
     _check("what to ignore", ignore, label.shape, torch.bool)
@@ -202,24 +217,32 @@ def _displacements(offsets: Offsets, ndim: int) -> np.ndarray:
     """Return offsets as (K, 3)."""
     if any(len(offset) != ndim for offset in offsets):
         raise ValueError(f"offsets {list(map(list, offsets))} do not fit images with {ndim} axes")
-    return np.array([(0,) * (3 - ndim) + tuple(offset) for offset in offsets], np.int64).reshape(-1, 3)
+    return np.array([(0,) * (3 - ndim) + tuple(offset) for offset in offsets], np.int64).reshape(
+        -1, 3
+    )
 
 
 def _check(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless compiled code, which looks at no shape, may read a tensor."""
     if tensor is not None and (tensor.shape != torch.Size(shape) or tensor.dtype != dtype):
-        raise ValueError(f"{name} must be {tuple(shape)} of {dtype}, not {tuple(tensor.shape)} of {tensor.dtype}")
+        raise ValueError(
+            f"{name} must be {tuple(shape)} of {dtype}, not {tuple(tensor.shape)} of {tensor.dtype}"
+        )
 
 
 def _on_lines(kernel: Callable, lines: int, *arguments: Tensor | np.ndarray | bool) -> None:
-    """Call kernel(first, last, *arguments) on all threads of torch, for parts of the lines that together are all of them."""
+    """Call kernel(first, last, *arguments) on all threads of torch, for parts of the lines that
+    together are all of them.
+    """
     arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
     threads = torch.get_num_threads()
     if threads == 1:
         return kernel(0, lines, *arrays)
     parts = min(lines, PARTS * threads)
     edges = [lines * part // parts for part in range(parts + 1)] if parts else []
-    for done in [_pool(threads).submit(kernel, *pair, *arrays) for pair in itertools.pairwise(edges)]:
+    for done in [
+        _pool(threads).submit(kernel, *pair, *arrays) for pair in itertools.pairwise(edges)
+    ]:
         done.result()
 
 

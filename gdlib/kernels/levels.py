@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 
-def label_at(label: Tensor, shape: Sequence[int], stride: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
-    """Find the label of every voxel of a feature map that is coarser than the label, larger, or both.
+def label_at(
+    label: Tensor, shape: Sequence[int], stride: Sequence[int]
+) -> tuple[Tensor, tuple[slice, ...]]:
+    """Find the label of every voxel of a feature map that is coarser than the label, larger, or
+    both.
 
     Args:
         label: (B, [Z,] Y, X).
@@ -15,8 +18,8 @@ def label_at(label: Tensor, shape: Sequence[int], stride: Sequence[int]) -> tupl
         stride: pixels from one voxel of the map to the next.
 
     Returns:
-        The label at the centres of those voxels that lie inside it (of the two middle pixels of an even stride, the first),
-        and where these voxels are in the map.
+        The label at the centres of those voxels that lie inside it (of the two middle pixels of an
+        even stride, the first), and where these voxels are in the map.
     """
     places, inner = [], []
     for n, first, m, s in zip(
@@ -29,5 +32,8 @@ def label_at(label: Tensor, shape: Sequence[int], stride: Sequence[int]) -> tupl
 
 
 def first_centre(sides: Sequence[int], shape: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """Return at which pixel of a label the first voxel of a feature map has its centre; it may be outside. See `label_at`."""
+    """Return at which pixel of a label the first voxel of a feature map has its centre.
+
+    It may be outside. See `label_at`.
+    """
     return [(n - s * m) // 2 + (s - 1) // 2 for n, m, s in zip(sides, shape, stride, strict=True)]

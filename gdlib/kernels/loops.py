@@ -1,8 +1,9 @@
 """The loops of `gdlib.kernels.fused` over lines of pixels, from the `first` up to the `last` one.
 
-Vectors of a line are turned, (X, D) to (D, X), so that numbers of neighbouring pixels are neighbours in memory: then a processor
-computes many pixels at once, whatever D is. B images have Z sections (one in 2D) of Y lines of X pixels; offsets are (K, 3); an
-array of size 0 stands for one that is not given. Nothing here looks at shapes.
+Vectors of a line are turned, (X, D) to (D, X), so that numbers of neighbouring pixels are
+neighbours in memory: then a processor computes many pixels at once, whatever D is. B images have Z
+sections (one in 2D) of Y lines of X pixels; offsets are (K, 3); an array of size 0 stands for one
+that is not given. Nothing here looks at shapes.
 """
 
 import numpy as np
@@ -34,7 +35,9 @@ def turn_to_unit(first, last, rows, unit, inverse):
 
 @jit.kernel
 def turn_gradient_back(first, last, gradient, unit, inverse, out):
-    """Fill the gradient of rows, from that of unit vectors: the part across the vector, over its length."""
+    """Fill the gradient of rows, from that of unit vectors: the part across the vector, over its
+    length.
+    """
     _, depth, height, dim, width = unit.shape
     along = np.empty(width, unit.dtype)
     across = np.empty((dim, width), unit.dtype)
@@ -55,7 +58,10 @@ def turn_gradient_back(first, last, gradient, unit, inverse, out):
 
 @jit.kernel
 def dot(first, last, unit, offsets, out):
-    """Fill the dot products of unit vectors and their neighbours (B, K, Z, Y, X); 0 where these are outside."""
+    """Fill the dot products of unit vectors and their neighbours (B, K, Z, Y, X).
+
+    0 where these are outside.
+    """
     _, depth, height, dim, width = unit.shape
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
@@ -65,7 +71,10 @@ def dot(first, last, unit, offsets, out):
             out[b, k, z, y] = 0
             affinity = out[b, k, z, y, start:end]
             for i in range(dim if end > start else 0):
-                here, there = unit[b, z, y, i, start:end], unit[b, there_z, there_y, i, start + dx : end + dx]
+                here, there = (
+                    unit[b, z, y, i, start:end],
+                    unit[b, there_z, there_y, i, start + dx : end + dx],
+                )
                 for x in range(len(affinity)):
                     affinity[x] += here[x] * there[x]
 
@@ -79,7 +88,11 @@ def dot_gradient(first, last, unit, offsets, gradient, out):
         out[b, z, y] = 0
         for k in range(len(offsets)):
             for sign in (1, -1):  # the neighbour of a pixel, and the pixel whose neighbour it is
-                there_z, there_y, dx = z + sign * offsets[k, 0], y + sign * offsets[k, 1], sign * offsets[k, 2]
+                there_z, there_y, dx = (
+                    z + sign * offsets[k, 0],
+                    y + sign * offsets[k, 1],
+                    sign * offsets[k, 2],
+                )
                 start, end = _span(there_z, there_y, dx, depth, height, width)
                 if end > start:
                     if sign > 0:
@@ -87,7 +100,10 @@ def dot_gradient(first, last, unit, offsets, gradient, out):
                     else:
                         weight = gradient[b, k, there_z, there_y, start + dx : end + dx]
                     for i in range(dim):
-                        own, there = out[b, z, y, i, start:end], unit[b, there_z, there_y, i, start + dx : end + dx]
+                        own, there = (
+                            out[b, z, y, i, start:end],
+                            unit[b, there_z, there_y, i, start + dx : end + dx],
+                        )
                         for x in range(len(own)):
                             own[x] += weight[x] * there[x]
 
@@ -138,7 +154,9 @@ def _difference(b, z, y, unit, other, difference):
 
 @jit.kernel
 def count(first, last, label, offsets, ignore, background, counts):
-    """Fill, for each line, the pairs that count and those of them that are connected: (B, Z, Y, K, 2)."""
+    """Fill, for each line, the pairs that count and those of them that are connected: (B, Z, Y, K,
+    2).
+    """
     _, depth, height, width = label.shape
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
@@ -147,11 +165,16 @@ def count(first, last, label, offsets, ignore, background, counts):
             start, end = _span(there_z, there_y, dx, depth, height, width)
             total, connected = 0, 0
             if end > start:
-                here, there = label[b, z, y, start:end], label[b, there_z, there_y, start + dx : end + dx]
+                here, there = (
+                    label[b, z, y, start:end],
+                    label[b, there_z, there_y, start + dx : end + dx],
+                )
                 for x in range(len(here)):
                     known = True
                     if ignore.size:
-                        known = not (ignore[b, z, y, start + x] | ignore[b, there_z, there_y, start + dx + x])
+                        known = not (
+                            ignore[b, z, y, start + x] | ignore[b, there_z, there_y, start + dx + x]
+                        )
                     total += known
                     connected += known & (here[x] == there[x]) & (background | (here[x] > 0))
             counts[b, z, y, k, 0] = total
@@ -160,7 +183,10 @@ def count(first, last, label, offsets, ignore, background, counts):
 
 @jit.summing_kernel
 def sum_losses(first, last, affinity, goal, offsets, weights, label, ignore, background, sums):
-    """Fill three sums over each line: of w (a - target)^2, of w (a - goal)^2, of (a - goal)^2; 0 without what they need."""
+    """Fill three sums over each line: of w (a - target)^2, of w (a - goal)^2, of (a - goal)^2.
+
+    0 without what they need.
+    """
     _, count, depth, height, width = affinity.shape
     weight, target = np.zeros(width, affinity.dtype), np.zeros(width, affinity.dtype)
     for line in range(first, last):
@@ -183,7 +209,9 @@ def sum_losses(first, last, affinity, goal, offsets, weights, label, ignore, bac
 
 
 @jit.kernel
-def losses_gradient(first, last, affinity, goal, offsets, weights, label, ignore, background, scale, out):
+def losses_gradient(
+    first, last, affinity, goal, offsets, weights, label, ignore, background, scale, out
+):
     """Fill the gradient of affinities; `scale` is 2 x that of the three sums."""
     _, count, depth, height, width = affinity.shape
     weight, target = np.zeros(width, affinity.dtype), np.zeros(width, affinity.dtype)
@@ -197,12 +225,16 @@ def losses_gradient(first, last, affinity, goal, offsets, weights, label, ignore
             to = goal[b, k, z, y] if goal.size else a
             for x in range(width):
                 other = a[x] - to[x]
-                own[x] = weight[x] * (labels * (a[x] - target[x]) + balanced * other) + plain * other
+                own[x] = (
+                    weight[x] * (labels * (a[x] - target[x]) + balanced * other) + plain * other
+                )
 
 
 @jit.part
 def _weigh(b, k, z, y, offsets, weights, label, ignore, background, weight, target):
-    """Fill what the pairs of a line weigh, 0 where they do not count, and their targets: 1 if they are connected, else 0."""
+    """Fill what the pairs of a line weigh, 0 where they do not count, and their targets: 1 if they
+    are connected, else 0.
+    """
     _, depth, height, width = label.shape
     there_z, there_y, dx = z + offsets[k, 0], y + offsets[k, 1], offsets[k, 2]
     start, end = _span(there_z, there_y, dx, depth, height, width)
@@ -216,7 +248,10 @@ def _weigh(b, k, z, y, offsets, weights, label, ignore, background, weight, targ
             w[x] = together if same else separated
             t[x] = 1 if same else 0
         if ignore.size:
-            unknown, over_there = ignore[b, z, y, start:end], ignore[b, there_z, there_y, start + dx : end + dx]
+            unknown, over_there = (
+                ignore[b, z, y, start:end],
+                ignore[b, there_z, there_y, start + dx : end + dx],
+            )
             for x in range(len(here)):
                 if unknown[x] | over_there[x]:
                     w[x] = 0
@@ -224,12 +259,17 @@ def _weigh(b, k, z, y, offsets, weights, label, ignore, background, weight, targ
 
 @jit.inlined
 def _place(line, depth, height):
-    """Return image, y and z of a line; lines at one y follow each other, as they are neighbours and may be in the cache."""
+    """Return image, y and z of a line.
+
+    Lines at one y follow each other, as they are neighbours and may be in the cache.
+    """
     return line // depth // height, line // depth % height, line % depth
 
 
 @jit.inlined
 def _span(z, y, dx, depth, height, width):
-    """Return start and end of the pixels of a line whose neighbours, `dx` further in the line (z, y), are inside the image."""
+    """Return start and end of the pixels of a line whose neighbours, `dx` further in the line (z,
+    y), are inside the image.
+    """
     inside = 0 <= z < depth and 0 <= y < height and abs(dx) < width
     return (max(0, -dx), width - max(0, dx)) if inside else (0, 0)

@@ -7,19 +7,24 @@ from torch import Tensor
 
 
 def numbered(label: Tensor) -> Tensor:
-    """Number instances anew, all images together, where an id is larger than an image has pixels, as in cuts of large volumes."""
+    """Number instances anew, all images together, where an id is larger than an image has pixels,
+    as in cuts of large volumes.
+    """
     if int(label.max()) <= label[0].numel():
         return label
     return torch.unique(label, return_inverse=True)[1].reshape(label.shape) + int(label.min() > 0)
 
 
 class Instances:
-    """Which node every pixel belongs to, for a batch, computed once and used for student and teacher.
+    """Which node every pixel belongs to, for a batch, computed once and used for student and
+    teacher.
 
-    Every image has room for as many nodes as any: nodes are (B, M, D), and rows without an instance are 0.
+    Every image has room for as many nodes as any: nodes are (B, M, D), and rows without an instance
+    are 0.
 
     Attributes:
-        index: (B * pixels,) int64, node of each pixel, counted through all images; B * M stands for no node.
+        index: (B * pixels,) int64, node of each pixel, counted through all images; B * M stands for
+            no node.
         size: (B, M) float32, pixels of each node; 0 where an image has fewer.
         count: (B,) int64, nodes of each image.
     """
@@ -29,9 +34,10 @@ class Instances:
 
         Args:
             label: (B, [Z,] Y, X) integer, 0 = background.
-            background: make the background of each image a node too (PAPER: the original 3D code does).
-            largest: no id is larger. It makes room for so many nodes; without it there is room for as many as there are, and
-                to know that one must wait for the device.
+            background: make the background of each image a node too (PAPER: the original 3D code
+                does).
+            largest: no id is larger. It makes room for so many nodes; without it there is room for
+                as many as there are, and to know that one must wait for the device.
         """
         batch = len(label)
         first = torch.arange(batch, device=label.device)[:, None]
@@ -49,7 +55,11 @@ class Instances:
         room = largest + background if known else int(self.count.max())
         node = torch.where(wanted, wanted.cumsum(1) - 1 + room * first, batch * room).reshape(-1)
         self.index = node[key]
-        self.size = size.new_zeros(batch * room + 1).index_add_(0, node, size.reshape(-1))[:-1].reshape(batch, room)
+        self.size = (
+            size.new_zeros(batch * room + 1)
+            .index_add_(0, node, size.reshape(-1))[:-1]
+            .reshape(batch, room)
+        )
 
 
 def pool_instances(rows: Tensor, instances: Instances) -> Tensor:
@@ -83,7 +93,9 @@ def pool_windows(rows: Tensor, window: Sequence[int]) -> Tensor:
     for axis, width in enumerate(window, 1):
         before, sides = rows.shape[:axis], rows.shape[axis + 1 :]
         number = torch.arange(rows.shape[axis], device=rows.device) // width
-        member = (number == torch.arange(-(-rows.shape[axis] // width), device=rows.device)[:, None]).to(rows.dtype)
+        member = (
+            number == torch.arange(-(-rows.shape[axis] // width), device=rows.device)[:, None]
+        ).to(rows.dtype)
         mean = member / member.sum(1, keepdim=True)
         flat = rows.reshape(before.numel(), rows.shape[axis], sides.numel())
         rows = (mean @ flat).reshape(*before, len(mean), *sides)
@@ -97,12 +109,15 @@ def gram(rows: Tensor) -> Tensor:
         rows: (B, n, D).
 
     Returns:
-        (B, D, D). With G_M = gram(m) and G_D = gram(d), the mean over all pairs of `(m_p . d_q)^2` is `sum(G_M * G_D)`: relations
-        between two images never need the pixel-pair matrix.
+        (B, D, D). With G_M = gram(m) and G_D = gram(d), the mean over all pairs of `(m_p . d_q)^2`
+        is `sum(G_M * G_D)`: relations between two images never need the pixel-pair matrix.
     """
     return rows.transpose(1, 2) @ rows / rows.shape[1]
 
 
 def node_grams(nodes: Tensor, count: Tensor) -> Tensor:
-    """`gram` of the nodes of each image, of which `count` (B,) are not 0: (B, M, D) -> (B, D, D); zero without nodes."""
+    """`gram` of the nodes of each image, of which `count` (B,) are not 0: (B, M, D) -> (B, D, D).
+
+    Zero without nodes.
+    """
     return nodes.mT @ nodes / count.clamp(min=1)[:, None, None]

@@ -14,10 +14,13 @@ from gdlib.boxes import Box, relative
 STRIP = 2**13  # pixels; their vectors, and those of their neighbours, fit into the cache of a core
 
 
-def quantised_affinities(embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box) -> np.ndarray:
+def quantised_affinities(
+    embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box
+) -> np.ndarray:
     """Cosine affinities of a part of an image, as they are stored.
 
-    On a CPU in one pass, in strips that stay in the cache of a core and on as many cores as torch may use.
+    On a CPU in one pass, in strips that stay in the cache of a core and on as many cores as torch
+    may use.
 
     Args:
         embedding: (D, [Z,] Y, X) float32, raw.
@@ -25,13 +28,15 @@ def quantised_affinities(embedding: Tensor, offsets: Sequence[Sequence[int]], bo
         box: the part.
 
     Returns:
-        (K, *sides of the box) uint8, 255 a; 0 where a < 0 and where the neighbour is outside the embedding.
+        (K, *sides of the box) uint8, 255 a; 0 where a < 0 and where the neighbour is outside the
+        embedding.
     """
     if embedding.device.type != "cpu":
         return _affinities_on_device(embedding, offsets, box)
     vectors = embedding.numpy()
     shape = vectors.shape[1:]
-    unit = np.empty(vectors.shape, np.float32)  # times the root of 255, so that a product of two is what is stored
+    # times the root of 255, so that a product of two is what is stored
+    unit = np.empty(vectors.shape, np.float32)
     out = np.zeros((len(offsets), *(s.stop - s.start for s in box)), np.uint8)
 
     def normalise(strip: Box) -> None:
@@ -44,8 +49,12 @@ def quantised_affinities(embedding: Tensor, offsets: Sequence[Sequence[int]], bo
             sides = list(zip(strip, offset, shape, strict=True))
             here = tuple(slice(max(s.start, -d), min(s.stop, n - d)) for s, d, n in sides)
             if all(s.start < s.stop for s in here):
-                there = tuple(slice(s.start + d, s.stop + d) for s, d in zip(here, offset, strict=True))
-                product = np.einsum("c...,c...->...", unit[(slice(None), *here)], unit[(slice(None), *there)])
+                there = tuple(
+                    slice(s.start + d, s.stop + d) for s, d in zip(here, offset, strict=True)
+                )
+                product = np.einsum(
+                    "c...,c...->...", unit[(slice(None), *here)], unit[(slice(None), *there)]
+                )
                 np.maximum(product, 0, out=product)
                 product += 0.5  # what follows cuts off
                 out[(k, *relative(here, box))] = product
@@ -66,10 +75,13 @@ def _strips(box: Box) -> Iterator[Box]:
             yield (*(slice(z, z + 1) for z in section), cut, columns)
 
 
-def _affinities_on_device(embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box) -> np.ndarray:
+def _affinities_on_device(
+    embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box
+) -> np.ndarray:
     unit = kernels.unit(kernels.rows(embedding[None]))
     out = np.empty((len(offsets), *(s.stop - s.start for s in box)), np.uint8)
-    for k, offset in enumerate(offsets):  # one after the other: all at once would be the largest array of all
+    # one after the other: all at once would be the largest array of all
+    for k, offset in enumerate(offsets):
         out[k] = as_uint8(kernels.affinities(unit, [offset])[0, 0][box])
     return out
 

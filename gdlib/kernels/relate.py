@@ -7,13 +7,24 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gdlib.kernels import fused
-from gdlib.kernels.affinities import affinities, affinity_targets, balance, class_weights, inside, pairs_of, unit
+from gdlib.kernels.affinities import (
+    affinities,
+    affinity_targets,
+    balance,
+    class_weights,
+    inside,
+    pairs_of,
+    unit,
+)
 from gdlib.kernels.nodes import Instances, gram, numbered, pool_instances, pool_windows
 from gdlib.types import Offsets
 
 
 class Pairs:
-    """Pairs of pixels at some offsets: which are connected, and what each weighs; computed on first use, once."""
+    """Pairs of pixels at some offsets: which are connected, and what each weighs.
+
+    Computed on first use, once.
+    """
 
     def __init__(
         self,
@@ -58,14 +69,17 @@ class Pairs:
     @cached_property
     def compiled(self) -> tuple[Offsets, Tensor, Tensor, Tensor | None, bool]:
         """What compiled code wants to know of the pairs instead; see `native.pair_losses`."""
-        label, ignore = (None if x is None else x.contiguous() for x in (numbered(self.label).int(), self.ignore))
+        label, ignore = (
+            None if x is None else x.contiguous() for x in (numbered(self.label).int(), self.ignore)
+        )
         about = label, ignore, self.background_connected
         counts = fused.count_pairs(label, self.offsets, *about[1:])
         return self.offsets, class_weights(counts, self.per_offset), *about
 
 
 def pair_loss(affinity: Tensor, goal: Tensor | None = None, pairs: Pairs | None = None) -> Tensor:
-    """Weighted squared error of affinities, `1/(B P) sum_b sum_k sum_p w (a - g)^2`: mean over pixels, sum over offsets.
+    """Weighted squared error of affinities, `1/(B P) sum_b sum_k sum_p w (a - g)^2`: mean over
+    pixels, sum over offsets.
 
     Args:
         affinity: (B, K, [Z,] Y, X).
@@ -84,7 +98,8 @@ PAIR_LOSSES = ("labels", "balanced", "goal")
 def pair_losses(
     affinity: Tensor, goal: Tensor | None, pairs: Pairs | None, kinds: Sequence[str] = PAIR_LOSSES
 ) -> dict[str, Tensor]:
-    """Compute `pair_loss` of several kinds in one pass: to the `labels`, to the goal `balanced`, and to the `goal` alone.
+    """Compute `pair_loss` of several kinds in one pass: to the `labels`, to the goal `balanced`,
+    and to the `goal` alone.
 
     Args:
         affinity: (B, K, [Z,] Y, X).

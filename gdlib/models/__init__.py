@@ -12,12 +12,14 @@ The contract is `forward(image) -> Embedding` and six attributes of the class or
 | `halo` | pixels of context that a block needs on each side: what is farther does not change it; None if every pixel sees all |
 | `levels` | by name of a feature map its channels and its stride, in pixels per axis, from coarse to fine |
 
-A level is named by its stride within the plane: `stride8` is the last map whose pixels are 8 image pixels apart in y and x,
-that of the decoder where there is one. So networks of any two kinds can be compared at the levels that both have.
+A level is named by its stride within the plane: `stride8` is the last map whose pixels are 8 image
+pixels apart in y and x, that of the decoder where there is one. So networks of any two kinds can be
+compared at the levels that both have.
 
-So a block with legal sides that starts at a multiple of `divisor` and comes with `halo` pixels of context has the same values as
-in the whole image at once. For networks that pad, `halo` is the radius of the receptive field of each pixel; a pixel within
-a block of a network that does not may look beyond the nearer side of the block by more, but never beyond the `halo` of both.
+So a block with legal sides that starts at a multiple of `divisor` and comes with `halo` pixels of
+context has the same values as in the whole image at once. For networks that pad, `halo` is the
+radius of the receptive field of each pixel; a pixel within a block of a network that does not may
+look beyond the nearer side of the block by more, but never beyond the `halo` of both.
 """
 
 import copy
@@ -41,7 +43,8 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
 
     Args:
         name: which network.
-        options: keyword arguments of its class, e.g. `{"widths": [4, 8, 16, 32, 64], "in_channels": 1}`.
+        options: keyword arguments of its class, e.g. `{"widths": [4, 8, 16, 32, 64], "in_channels":
+            1}`.
     """
     return NETWORKS.make(name, **options)
 
@@ -49,10 +52,12 @@ def build(name: str, options: dict[str, Any]) -> nn.Module:
 def trained(path: Path | str, *needed: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of a weights file, and its header, in which there must be `needed` keys.
 
-    It starts at random before it gets its weights; the program's random numbers go on as if it had not.
+    It starts at random before it gets its weights; the program's random numbers go on as if it had
+    not.
 
     Raises:
-        DataError: the file cannot be used (see `io.load_weights`), or its parameters are not those of its network.
+        DataError: the file cannot be used (see `io.load_weights`), or its parameters are not those
+            of its network.
     """
     state, header = io.load_weights(path)
     io.check_header(path, header, ("model", "options", *needed))
@@ -61,33 +66,43 @@ def trained(path: Path | str, *needed: str) -> tuple[nn.Module, dict[str, Any]]:
             network = build(header["model"], header["options"])
         network.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as error:
-        cause = (str(error).splitlines()[1:] or [str(error)])[0].strip()  # torch says first that there are errors
+        # torch says first that there are errors
+        cause = (str(error).splitlines()[1:] or [str(error)])[0].strip()
         raise io.DataError(
-            f"{path}: it does not fit the network that its header names, {header['model']} {header['options']} "
+            f"{path}: it does not fit the network that its header names, {header['model']} "
+            f"{header['options']} "
             f"({cause[:200]}); get it again, or train again"
         ) from error
     channels = header.get("channels")
     if channels is not None and header["options"].get("in_channels", channels) != channels:
         raise io.DataError(
-            f"{path}: its network takes {header['options']['in_channels']} channel(s), and its header says {channels}; get it "
+            f"{path}: its network takes {header['options']['in_channels']} channel(s), and its "
+            f"header says {channels}; get it "
             "again, or train again"
         )
     if "offsets" in header and len(header["offsets"][0]) != network.ndim:
         raise io.DataError(
-            f"{path}: its network takes images with {network.ndim} axes, and its offsets have {len(header['offsets'][0])} "
+            f"{path}: its network takes images with {network.ndim} axes, and its offsets have "
+            f"{len(header['offsets'][0])} "
             "numbers; get it again, or train again"
         )
     return network, header
 
 
 def normed(convolution: nn.Module, activation: nn.Module | None = None) -> nn.Sequential:
-    """Return a convolution, its batch normalisation and an activation, named so that `folded` finds them."""
+    """Return a convolution, its batch normalisation and an activation, named so that `folded` finds
+    them.
+    """
     parts = {"convolve": convolution, "convolve_norm": nn.BatchNorm2d(convolution.out_channels)}
-    return nn.Sequential(OrderedDict(parts if activation is None else parts | {"activate": activation}))
+    return nn.Sequential(
+        OrderedDict(parts if activation is None else parts | {"activate": activation})
+    )
 
 
 def enlarged(x: Tensor, factor: int) -> Tensor:
-    """Return maps (B, C, Y, X) `factor` times as large, linear between the centres of pixels, which keep their places."""
+    """Return maps (B, C, Y, X) `factor` times as large, linear between the centres of pixels, which
+    keep their places.
+    """
     return F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
 
 
@@ -95,8 +110,8 @@ class Layer(NamedTuple):
     """A layer along one axis, as far as it matters which pixels it looks at.
 
     Attributes:
-        kernel: of a convolution or pool, padded by just so much that sides are divided by `stride`; where `up` is above 1, of a
-            transposed convolution.
+        kernel: of a convolution or pool, padded by just so much that sides are divided by `stride`;
+            where `up` is above 1, of a transposed convolution.
         stride: input pixels per output pixel.
         dilation: of the kernel.
         up: output pixels per input pixel; `stride` and `dilation` are 1 then.
@@ -109,18 +124,23 @@ class Layer(NamedTuple):
 
     @classmethod
     def linear(cls, factor: int) -> "Layer":
-        """Linear upsampling: each pixel looks at the two nearest centres, as in a transposed convolution of this kernel."""
+        """Linear upsampling: each pixel looks at the two nearest centres, as in a transposed
+        convolution of this kernel.
+        """
         return cls(2 * factor - factor % 2, up=factor)
 
 
 def radius(layers: Sequence[Layer]) -> int:
-    """Return how far a pixel sees along one axis, at the place within the product of all strides where that is farthest.
+    """Return how far a pixel sees along one axis, at the place within the product of all strides
+    where that is farthest.
 
     Args:
-        layers: from the image to the output; where ways through the network part, those of the way that sees most.
+        layers: from the image to the output; where ways through the network part, those of the way
+            that sees most.
     """
     pixels = range(math.prod(layer.stride for layer in layers))
-    first, last = list(pixels), list(pixels)  # of what each of these sees, layer by layer back to the image
+    # of what each of these sees, layer by layer back to the image
+    first, last = list(pixels), list(pixels)
     for kernel, stride, dilation, up in reversed(layers):
         if up > 1:
             padding = (kernel - up + 1) // 2
@@ -135,10 +155,12 @@ def radius(layers: Sequence[Layer]) -> int:
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """Return a copy for inference: the same function with every batch normalisation merged into its convolution.
+    """Return a copy for inference: the same function with every batch normalisation merged into its
+    convolution.
 
-    By the naming convention of this package, the normalisation of the convolution `x` is called `x_norm`. A normalisation of
-    something else, as of maps of several origins, stays; it is a multiplication and an addition.
+    By the naming convention of this package, the normalisation of the convolution `x` is called
+    `x_norm`. A normalisation of something else, as of maps of several origins, stays; it is a
+    multiplication and an addition.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for block in list(network.modules()):

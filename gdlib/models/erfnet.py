@@ -24,7 +24,9 @@ class Block(nn.Module):
             x = nn.Conv2d(channels, channels, (1, 3), padding=(0, d), dilation=(1, d), bias=False)
             return [y, nn.ReLU(inplace=True), normed(x, *activation)]
 
-        self.body = nn.Sequential(*pair(1, nn.ReLU(inplace=True)), *pair(dilation), nn.Dropout2d(dropout))
+        self.body = nn.Sequential(
+            *pair(1, nn.ReLU(inplace=True)), *pair(dilation), nn.Dropout2d(dropout)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + self.body(x)).relu()
@@ -32,7 +34,9 @@ class Block(nn.Module):
 
 def up(in_channels: int, out_channels: int) -> nn.Sequential:
     """Return a transposed convolution that doubles the sides."""
-    enlarge = nn.ConvTranspose2d(in_channels, out_channels, 3, 2, padding=1, output_padding=1, bias=False)
+    enlarge = nn.ConvTranspose2d(
+        in_channels, out_channels, 3, 2, padding=1, output_padding=1, bias=False
+    )
     return normed(enlarge, nn.ReLU(inplace=True))
 
 
@@ -42,12 +46,15 @@ class ERFNet(nn.Module):
     Args:
         in_channels: channels of the image.
         embedding_dim: length D of the pixel vectors.
-        dropout: probability that a block at 1/8 loses a channel; a tenth of it at 1/4 on the way down, none on the way up.
+        dropout: probability that a block at 1/8 loses a channel; a tenth of it at 1/4 on the way
+            down, none on the way up.
 
-    PAPER: left out are what the original carries without effect, a classifier of the encoder (2,064 parameters) and biases before
+    PAPER: left out are what the original carries without effect, a classifier of the encoder (2,064
+        parameters) and biases before
     batch normalisations (3,213).
 
-    Reference: Romera et al., ERFNet: efficient residual factorized ConvNet for real-time semantic segmentation, IEEE T-ITS
+    Reference: Romera et al., ERFNet: efficient residual factorized ConvNet for real-time semantic
+        segmentation, IEEE T-ITS
     19(1), 2018.
     """
 
@@ -56,7 +63,9 @@ class ERFNet(nn.Module):
     remainder = margin = (0, 0)
     levels = {"stride8": (128, (8, 8)), "stride4": (64, (4, 4)), "stride2": (16, (2, 2))}
 
-    def __init__(self, *, in_channels: Count = 1, embedding_dim: Count = 16, dropout: NotAll = 0.3) -> None:
+    def __init__(
+        self, *, in_channels: Count = 1, embedding_dim: Count = 16, dropout: NotAll = 0.3
+    ) -> None:
         super().__init__()
         self.down8 = nn.Sequential(
             Shrink(in_channels, 16, nn.ReLU(inplace=True)),
@@ -79,7 +88,9 @@ class ERFNet(nn.Module):
         return (radius([*down, *context, *up, Layer(2, up=2)]),) * 2
 
     def forward(self, x: Tensor) -> Embedding:
-        """Map images (B, C, Y, X), sides multiples of 8, to embedding and foreground of the same size."""
+        """Map images (B, C, Y, X), sides multiples of 8, to embedding and foreground of the same
+        size.
+        """
         eighth = self.down8(x)
         quarter = self.up4(eighth)
         half = self.up2(quarter)

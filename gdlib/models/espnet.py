@@ -23,9 +23,13 @@ def settled(channels: int) -> nn.Sequential:
 
 
 class Pyramid(nn.Module):
-    """Narrow, look through all dilations, and add these maps up from small to large, so that no grid remains."""
+    """Narrow, look through all dilations, and add these maps up from small to large, so that no
+    grid remains.
+    """
 
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, shortcut: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int = 1, shortcut: bool = False
+    ) -> None:
         super().__init__()
         n = out_channels // len(DILATIONS)
         kernel = 1 if stride == 1 else 3
@@ -52,7 +56,8 @@ class ESPNet(nn.Module):
         in_channels: channels of the image.
         embedding_dim: length D of the pixel vectors.
 
-    Reference: Mehta et al., ESPNet: efficient spatial pyramid of dilated convolutions for semantic segmentation, ECCV 2018.
+    Reference: Mehta et al., ESPNet: efficient spatial pyramid of dilated convolutions for semantic
+        segmentation, ECCV 2018.
     """
 
     ndim = 2
@@ -75,7 +80,9 @@ class ESPNet(nn.Module):
         self.up4 = nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2, bias=False)
         self.merge4 = nn.Sequential(settled(2 * WIDTH), Pyramid(2 * WIDTH, WIDTH))
         self.up2 = normed(nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2, bias=False), nn.PReLU(WIDTH))
-        self.merge2 = normed(nn.Conv2d(WIDTH + 16 + in_channels, WIDTH, 3, padding=1, bias=False), nn.PReLU(WIDTH))
+        self.merge2 = normed(
+            nn.Conv2d(WIDTH + 16 + in_channels, WIDTH, 3, padding=1, bias=False), nn.PReLU(WIDTH)
+        )
         self.embedding = nn.ConvTranspose2d(WIDTH, embedding_dim, 2, 2, bias=False)
         self.foreground = nn.ConvTranspose2d(WIDTH, 1, 2, 2)
 
@@ -83,12 +90,17 @@ class ESPNet(nn.Module):
     def halo(self) -> tuple[int, int]:
         """Radius of the receptive field."""
         widest = Layer(3, dilation=max(DILATIONS))
-        down = [Layer(3, 2), *(layer for n in BLOCKS.values() for layer in (Layer(3, 2), *[widest] * (n + 1)))]
+        down = [
+            Layer(3, 2),
+            *(layer for n in BLOCKS.values() for layer in (Layer(3, 2), *[widest] * (n + 1))),
+        ]
         up = [Layer(2, up=2), widest, Layer(2, up=2), Layer(3), Layer(2, up=2)]
         return (radius(down + up),) * 2
 
     def forward(self, x: Tensor) -> Embedding:
-        """Map images (B, C, Y, X), sides multiples of 8, to embedding and foreground of the same size."""
+        """Map images (B, C, Y, X), sides multiples of 8, to embedding and foreground of the same
+        size.
+        """
         image2 = F.avg_pool2d(x, 3, 2, padding=1)
         image4 = F.avg_pool2d(image2, 3, 2, padding=1)
         skip2 = self.settle2(torch.cat([self.stem(x), image2], 1))

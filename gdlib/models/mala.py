@@ -1,4 +1,6 @@
-"""MALA, a 3D U-Net of valid convolutions: the paper's EM teacher (widths 12-60-300-1500) and MALA-tiny (8-16-32-64)."""
+"""MALA, a 3D U-Net of valid convolutions: the paper's EM teacher (widths 12-60-300-1500) and
+MALA-tiny (8-16-32-64).
+"""
 
 from collections.abc import Sequence
 
@@ -25,7 +27,9 @@ class Pair(nn.Sequential):
 
 
 class Up(nn.Module):
-    """Enlarge each channel by a learned 1x3x3 pattern, mix channels linearly, append the centre of the skip."""
+    """Enlarge each channel by a learned 1x3x3 pattern, mix channels linearly, append the centre of
+    the skip.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -50,13 +54,16 @@ class MALA(nn.Module):
 
     Args:
         widths: channels at full resolution, 1/3, 1/9 and 1/27.
-        decoder: channels of the decoder at 1/9, 1/3 and full resolution; those of the encoder if left out.
+        decoder: channels of the decoder at 1/9, 1/3 and full resolution; those of the encoder if
+            left out.
         in_channels: channels of the image.
         embedding_dim: length D of the pixel vectors.
 
-    An image of 53 x 268 x 268 gives 25 x 56 x 56 voxels. Its levels are called conv8, conv11, conv14 and conv17 in the original.
+    An image of 53 x 268 x 268 gives 25 x 56 x 56 voxels. Its levels are called conv8, conv11,
+    conv14 and conv17 in the original.
 
-    Reference: Funke et al., Large scale image segmentation with structured loss based deep learning for connectome
+    Reference: Funke et al., Large scale image segmentation with structured loss based deep learning
+        for connectome
     reconstruction, IEEE TPAMI 41(7), 2019; arXiv 2401.06370 for the widths of both networks.
     """
 
@@ -94,7 +101,9 @@ class MALA(nn.Module):
         return {f"stride{s}": (n, (1, s, s)) for n, s in zip(channels, STRIDES, strict=True)}
 
     def forward(self, x: Tensor) -> Embedding:
-        """Map images (B, C, Z, Y, X) to embedding and foreground, 14 voxels smaller in z and 106 in y and x on each side."""
+        """Map images (B, C, Z, Y, X) to embedding and foreground, 14 voxels smaller in z and 106 in
+        y and x on each side.
+        """
         skips = []
         for pair in self.down:
             x = pair(x)

@@ -1,4 +1,6 @@
-"""Residual U-Net in 2D: the paper's teacher (widths 32-64-179-349-680) and its ResUNet-tiny student (4-8-16-32-64)."""
+"""Residual U-Net in 2D: the paper's teacher (widths 32-64-179-349-680) and its ResUNet-tiny student
+(4-8-16-32-64).
+"""
 
 from collections.abc import Sequence
 
@@ -21,7 +23,8 @@ LINEAR = {2: "bilinear", 3: "trilinear"}
 class ResidualBlock(nn.Module):
     """Two convolutions with batch normalisation, beside a projection shortcut of the same kernel.
 
-    The first convolution and the shortcut read the same input, so they are one convolution with twice the output channels:
+    The first convolution and the shortcut read the same input, so they are one convolution with
+    twice the output channels:
     the same parameters and the same function, in half the passes over memory.
     """
 
@@ -36,10 +39,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_tracing() and isinstance(self.enter_norm, nn.Identity):
-            # For an engine that merges convolutions with what follows them, but not with a split: a fifth less time.
+            # For an engine that merges convolutions with what follows them, but not with a split: a
+            # fifth less time.
             convolve = F.conv2d if self.enter.weight.ndim == 4 else F.conv3d
             halves = zip(self.enter.weight.chunk(2), self.enter.bias.chunk(2), strict=True)
-            main, shortcut = (convolve(x, weight, bias, padding=self.enter.padding) for weight, bias in halves)
+            main, shortcut = (
+                convolve(x, weight, bias, padding=self.enter.padding) for weight, bias in halves
+            )
         else:
             main, shortcut = self.enter_norm(self.enter(x)).chunk(2, dim=1)
         return F.relu(self.leave_norm(self.leave(F.relu(main))) + shortcut)
@@ -49,18 +55,23 @@ class ResUNet(nn.Module):
     """Residual U-Net with an embedding head and a foreground head.
 
     Args:
-        widths: channels of the stem and of the first block (both at full resolution), then of the blocks at 1/2, 1/4 and 1/8.
-            The output of the last block is pooled to 1/16 and starts the decoder; stem and last block are not skips.
-        in_channels: channels of the image. PAPER: the original repeats a grey image three times; one channel is the same
-            function with fewer weights.
+        widths: channels of the stem and of the first block (both at full resolution), then of the
+            blocks at 1/2, 1/4 and 1/8. The output of the last block is pooled to 1/16 and starts
+            the decoder; stem and last block are not skips.
+        in_channels: channels of the image. PAPER: the original repeats a grey image three times;
+            one channel is the same function with fewer weights.
         embedding_dim: length D of the pixel vectors.
-        pooled_skips: PAPER: concatenate the pooled map of the next lower resolution before upsampling, as the original does. Off:
-            the full map after upsampling, which has the same cost and parameters and keeps fine boundaries.
+        pooled_skips: PAPER: concatenate the pooled map of the next lower resolution before
+            upsampling, as the original does. Off: the full map after upsampling, which has the same
+            cost and parameters and keeps fine boundaries.
 
-    PAPER: the original upsamples with aligned corners, by a factor that depends on the size of the map. Here pixel centres
-    keep their places, so that the output moves with the image and large images can be computed block by block, exactly.
+    PAPER: the original upsamples with aligned corners, by a factor that depends on the size of the
+        map. Here pixel centres
+    keep their places, so that the output moves with the image and large images can be computed
+    block by block, exactly.
 
-    Reference: arXiv 2401.06370, ResUNet; foreground head: one 1x1 convolution, trained, because images in use come without
+    Reference: arXiv 2401.06370, ResUNet; foreground head: one 1x1 convolution, trained, because
+        images in use come without
     a ground-truth mask. PAPER: the original carries a deeper head that is never trained.
     """
 
@@ -109,10 +120,13 @@ class ResUNet(nn.Module):
 
         def layers(axis: int) -> list[Layer]:
             steps = [
-                (pool[axis], [Layer(kernel[axis])] * 2) for pool, kernel in zip(self.pools, self.kernels, strict=True)
+                (pool[axis], [Layer(kernel[axis])] * 2)
+                for pool, kernel in zip(self.pools, self.kernels, strict=True)
             ]
             down = [layer for pool, block in steps for layer in (*block, Layer(pool, pool))]
-            up = [layer for pool, block in reversed(steps) for layer in (Layer.linear(pool), *block)]
+            up = [
+                layer for pool, block in reversed(steps) for layer in (Layer.linear(pool), *block)
+            ]
             return [*steps[0][1], *down, *up]
 
         return tuple(radius(layers(axis)) for axis in range(self.ndim))
@@ -127,7 +141,9 @@ class ResUNet(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Embedding:
-        """Map images (B, C, [Z,] Y, X), sides multiples of `divisor`, to embedding and foreground of the same size."""
+        """Map images (B, C, [Z,] Y, X), sides multiples of `divisor`, to embedding and foreground
+        of the same size.
+        """
         x = self.stem(x)
         skips = []
         for block, pool in zip(self.down, self.pools, strict=True):
@@ -138,9 +154,16 @@ class ResUNet(nn.Module):
         for level, (block, pool) in enumerate(zip(self.up, reversed(self.pools), strict=True)):
             if level > 0 and self.pooled_skips:
                 x = torch.cat([x, skips[3 - level]], 1)
-            x = F.interpolate(x, scale_factor=[float(p) for p in pool], mode=LINEAR[self.ndim], align_corners=False)
+            x = F.interpolate(
+                x,
+                scale_factor=[float(p) for p in pool],
+                mode=LINEAR[self.ndim],
+                align_corners=False,
+            )
             if level > 0 and not self.pooled_skips:
                 x = torch.cat([x, skips[3 - level]], 1)
             x = block(x)
             features.append(x)
-        return Embedding(self.embedding(x), self.foreground(x), dict(zip(self.levels, features, strict=True)))
+        return Embedding(
+            self.embedding(x), self.foreground(x), dict(zip(self.levels, features, strict=True))
+        )

@@ -1,4 +1,6 @@
-"""Residual U-Net in 3D for anisotropic volumes: a modern alternative to MALA that pads, so that no context is lost."""
+"""Residual U-Net in 3D for anisotropic volumes: a modern alternative to MALA that pads, so that no
+context is lost.
+"""
 
 from gdlib.limits import Count
 from gdlib.models.resunet import ResUNet
@@ -9,8 +11,9 @@ __all__ = ["ResUNet3D"]
 class ResUNet3D(ResUNet):
     """`ResUNet` with a third axis, coarse in z.
 
-    At full resolution, where a voxel is several times as long in z as in y and x, convolutions stay within the section; they
-    are 3x3x3 below. Sections are pooled once, where voxels have become about isotropic.
+    At full resolution, where a voxel is several times as long in z as in y and x, convolutions stay
+    within the section; they are 3x3x3 below. Sections are pooled once, where voxels have become
+    about isotropic.
 
     Args:
         widths: see `ResUNet`.
@@ -18,7 +21,8 @@ class ResUNet3D(ResUNet):
         embedding_dim: see `ResUNet`.
         pooled_skips: see `ResUNet`.
 
-    Reference: Lee et al., Superhuman accuracy on the SNEMI3D connectomics challenge, arXiv 1706.00120, for in-plane
+    Reference: Lee et al., Superhuman accuracy on the SNEMI3D connectomics challenge, arXiv
+        1706.00120, for in-plane
     convolutions and pooling at the top.
     """
 
@@ -36,4 +40,9 @@ class ResUNet3D(ResUNet):
         embedding_dim: Count = 16,
         pooled_skips: bool = False,
     ) -> None:
-        super().__init__(widths=widths, in_channels=in_channels, embedding_dim=embedding_dim, pooled_skips=pooled_skips)
+        super().__init__(
+            widths=widths,
+            in_channels=in_channels,
+            embedding_dim=embedding_dim,
+            pooled_skips=pooled_skips,
+        )

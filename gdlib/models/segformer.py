@@ -1,4 +1,6 @@
-"""SegFormer, a 2D teacher of attention: every pixel sees the whole image, so an image is computed in one piece."""
+"""SegFormer, a 2D teacher of attention: every pixel sees the whole image, so an image is computed
+in one piece.
+"""
 
 from collections.abc import Sequence
 
@@ -28,7 +30,10 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Each token looks at a coarser map of all of them; without biases of keys, which would be without effect."""
+    """Each token looks at a coarser map of all of them.
+
+    Without biases of keys, which would be without effect.
+    """
 
     def __init__(self, dim: int, heads: int, reduction: int) -> None:
         super().__init__()
@@ -43,11 +48,16 @@ class Attention(nn.Module):
         coarse = x if self.reduce is None else self.settle(as_tokens(self.reduce(as_map(x, shape))))
         parts = (self.query(x), *self.key_value(coarse).chunk(2, 2))
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        return self.leave(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.leave(
+            F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )
 
 
 class Mix(nn.Module):
-    """Widen, filter each channel with its neighbours in the plane, narrow; the only place where tokens learn where they are."""
+    """Widen, filter each channel with its neighbours in the plane, narrow.
+
+    The only place where tokens learn where they are.
+    """
 
     def __init__(self, dim: int, expansion: int) -> None:
         super().__init__()
@@ -76,7 +86,9 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Overlapping patches become tokens, which pass through some blocks and become a map again."""
 
-    def __init__(self, in_channels: int, dim: int, kernel: int, stride: int, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, in_channels: int, dim: int, kernel: int, stride: int, blocks: Sequence[nn.Module]
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(in_channels, dim, kernel, stride, padding=kernel // 2)
         self.settle_patches, self.settle = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -104,10 +116,12 @@ class SegFormer(nn.Module):
 
     The first levels are those of the encoder; the decoder has one map, `stride4`.
 
-    PAPER: the original has a 1x1 convolution after each convolution within `Mix`, which doubles its parameters, and no
+    PAPER: the original has a 1x1 convolution after each convolution within `Mix`, which doubles its
+        parameters, and no
     normalisation in stages and decoder. This is SegFormer as published, without stochastic depth.
 
-    Reference: Xie et al., SegFormer: simple and efficient design for semantic segmentation with transformers, NeurIPS 2021; by
+    Reference: Xie et al., SegFormer: simple and efficient design for semantic segmentation with
+        transformers, NeurIPS 2021; by
     default B3.
     """
 
@@ -128,15 +142,23 @@ class SegFormer(nn.Module):
     ) -> None:
         super().__init__()
         if any(dim % count for dim, count in zip(dims, heads, strict=True)):
-            raise ValueError(f"segformer: dims {list(dims)} must be multiples of heads {list(heads)}")
+            raise ValueError(
+                f"segformer: dims {list(dims)} must be multiples of heads {list(heads)}"
+            )
         self.stages = nn.ModuleList()
         channels, patches = in_channels, ((7, 4), (3, 2), (3, 2), (3, 2))
-        for dim, depth, patch, *options in zip(dims, depths, patches, heads, REDUCTIONS, EXPANSIONS, strict=True):
-            self.stages.append(Stage(channels, dim, *patch, [Block(dim, *options) for _ in range(depth)]))
+        for dim, depth, patch, *options in zip(
+            dims, depths, patches, heads, REDUCTIONS, EXPANSIONS, strict=True
+        ):
+            self.stages.append(
+                Stage(channels, dim, *patch, [Block(dim, *options) for _ in range(depth)])
+            )
             channels = dim
         # Without biases: the normalisation after `fuse` takes them away.
         self.mix = nn.ModuleList(nn.Conv2d(dim, decoder_dim, 1, bias=False) for dim in dims)
-        self.fuse = normed(nn.Conv2d(4 * decoder_dim, decoder_dim, 1, bias=False), nn.ReLU(inplace=True))
+        self.fuse = normed(
+            nn.Conv2d(4 * decoder_dim, decoder_dim, 1, bias=False), nn.ReLU(inplace=True)
+        )
         self.embedding = nn.Conv2d(decoder_dim, embedding_dim, 1)
         self.foreground = nn.Conv2d(decoder_dim, 1, 1)
 
@@ -144,16 +166,26 @@ class SegFormer(nn.Module):
     def levels(self) -> dict[str, tuple[int, tuple[int, int]]]:
         """Channels and stride of the feature maps, from coarse to fine."""
         channels = [self.embedding.in_channels, *(mix.in_channels for mix in self.mix[1:])]
-        return {f"stride{s}": (n, (s, s)) for n, s in reversed(list(zip(channels, STRIDES, strict=True)))}
+        return {
+            f"stride{s}": (n, (s, s))
+            for n, s in reversed(list(zip(channels, STRIDES, strict=True)))
+        }
 
     def forward(self, x: Tensor) -> Embedding:
-        """Map images (B, C, Y, X), sides multiples of 32, to embedding and foreground of the same size."""
+        """Map images (B, C, Y, X), sides multiples of 32, to embedding and foreground of the same
+        size.
+        """
         maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
-        parts = [enlarged(mix(x), stride // 4) for mix, x, stride in zip(self.mix, maps, STRIDES, strict=True)]
+        parts = [
+            enlarged(mix(x), stride // 4)
+            for mix, x, stride in zip(self.mix, maps, STRIDES, strict=True)
+        ]
         quarter = self.fuse(torch.cat(parts, 1))
         features = dict(zip(self.levels, (*reversed(maps[1:]), quarter), strict=True))
-        embedding, foreground = (enlarged(head(quarter), 4) for head in (self.embedding, self.foreground))
+        embedding, foreground = (
+            enlarged(head(quarter), 4) for head in (self.embedding, self.foreground)
+        )
         return Embedding(embedding, foreground, features)

@@ -17,7 +17,8 @@ from gdlib.models import build
 from gdlib.predict.predictor import Predictor, legal_shape
 
 PATIENCE = 60_000  # ms
-SIZES = {2: (544, 544), 3: (32, 256, 256)}  # pixels of the image that operations are counted on, by number of axes
+# pixels of the image that operations are counted on, by number of axes
+SIZES = {2: (544, 544), 3: (32, 256, 256)}
 INTRODUCTION = """\
 # Networks of the catalogue
 
@@ -29,7 +30,9 @@ block needs to be exact. Levels: feature maps that terms can compare, with their
 
 
 def count_parameters(model: str, options: dict[str, Any]) -> dict[str, int]:
-    """Return the number of parameters: of the embedding network, of the foreground head, and together."""
+    """Return the number of parameters: of the embedding network, of the foreground head, and
+    together.
+    """
     with torch.device("meta"):
         network = build(model, options)
     total = sum(p.numel() for p in network.parameters())
@@ -38,7 +41,9 @@ def count_parameters(model: str, options: dict[str, Any]) -> dict[str, int]:
 
 
 def count_macs(model: str, options: dict[str, Any], shape: tuple[int, ...]) -> int:
-    """Return the multiply-accumulates of one image; half of the floating-point operations that torch counts.
+    """Return the multiply-accumulates of one image.
+
+    Half of the floating-point operations that torch counts.
 
     Args:
         model: registry name.
@@ -67,20 +72,27 @@ def network_table(networks: Iterable[tuple[str, str, str, str, dict[str, Any]]])
         shape = legal_shape(network, SIZES[network.ndim])
         giga = count_macs(model, options, shape) / math.prod(shape) / 1e3  # 10^9 per 10^6 pixels
         halo = " x ".join(map(str, network.halo)) if network.halo else "the whole image"
-        levels = ", ".join(f"{level} ({channels})" for level, (channels, _) in network.levels.items())
+        levels = ", ".join(
+            f"{level} ({channels})" for level, (channels, _) in network.levels.items()
+        )
         parameters = count_parameters(model, options)["total"]
         rows.append((name, title, role, model, f"{parameters:,}", f"{giga:.2f}", halo, levels))
     return INTRODUCTION + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _input_shape(network: nn.Module, shape: Sequence[int]) -> list[int]:
-    """What the network reads to make an output of at least this shape; the context of a block is not counted."""
+    """What the network reads to make an output of at least this shape.
+
+    The context of a block is not counted.
+    """
     return [n + 2 * m for n, m in zip(legal_shape(network, shape), network.margin, strict=True)]
 
 
 def _check_axes(model: str, network: nn.Module, shape: Sequence[int]) -> None:
     if len(shape) != network.ndim:
-        raise ValueError(f'network "{model}" takes images with {network.ndim} axes, not {tuple(shape)}')
+        raise ValueError(
+            f'network "{model}" takes images with {network.ndim} axes, not {tuple(shape)}'
+        )
 
 
 def profile(
@@ -93,10 +105,12 @@ def profile(
     engine: str = "auto",
     repeats: int = 10,
 ) -> dict[str, Any]:
-    """Measure one network on one image size, batch 1. Weights are random: they do not change the cost.
+    """Measure one network on one image size, batch 1.
 
-    An image that is larger than a block is predicted block by block, so that what counts is one block; `image_shape` says
-    which it was.
+    Weights are random: they do not change the cost.
+
+    An image that is larger than a block is predicted block by block, so that what counts is one
+    block; `image_shape` says which it was.
 
     Args:
         model: registry name.
@@ -105,19 +119,24 @@ def profile(
         device: name, or `auto`.
         precision: name of a torch type, or `auto`.
         engine: what runs it (see `gdlib.predict.engine`).
-        repeats: timed passes, after two that are not; fewer, but at least three, where they take longer than `PATIENCE`.
+        repeats: timed passes, after two that are not; fewer, but at least three, where they take
+            longer than `PATIENCE`.
 
     Returns:
-        `parameters`; `image_shape` and, for this shape, `macs`, `latency_ms` (median) and `latency_ms_p90` of the network
-        alone, from the normalised image to the embedding, and `peak_memory_mib` (of the device, whose peak is counted anew, or
-        the growth of the process on a CPU); device, engine, threads, precision.
+        `parameters`; `image_shape` and, for this shape, `macs`, `latency_ms` (median) and
+        `latency_ms_p90` of the network alone, from the normalised image to the embedding, and
+        `peak_memory_mib` (of the device, whose peak is counted anew, or the growth of the process
+        on a CPU); device, engine, threads, precision.
     """
     target = choose_device(device)
-    with torch.random.fork_rng([]):  # the program's random numbers go on as if nothing had been drawn
+    # the program's random numbers go on as if nothing had been drawn
+    with torch.random.fork_rng([]):
         network = build(model, options)
     _check_axes(model, network, shape)
     channels = options.get("in_channels", 1)
-    predictor = Predictor(network, {"channels": channels}, device=target, precision=precision, engine=engine)
+    predictor = Predictor(
+        network, {"channels": channels}, device=target, precision=precision, engine=engine
+    )
     shape = tuple(min(pair) for pair in zip(shape, predictor.block, strict=True))
     sides = (channels, *_input_shape(network, shape))
     image = torch.from_numpy(np.random.default_rng(0).random(sides, np.float32))
@@ -156,6 +175,8 @@ def profile(
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return "CPU"

@@ -1,8 +1,10 @@
-"""What runs a trained network: torch on any device, or OpenVINO on a CPU (`pip install "gdlib[fast]"`).
+"""What runs a trained network: torch on any device, or OpenVINO on a CPU (`pip install
+"gdlib[fast]"`).
 
-Both compute the same function, with the same weights and in the same precision. Processor time of one image of 272 x 352 pixels,
-or 16 x 96 x 96 voxels, relative to torch in float32, on one core of an Intel Xeon with matrix units (AMX) and, after the slash,
-of an AMD EPYC with AVX512-BF16 and none:
+Both compute the same function, with the same weights and in the same precision. Processor time of
+one image of 272 x 352 pixels, or 16 x 96 x 96 voxels, relative to torch in float32, on one core of
+an Intel Xeon with matrix units (AMX) and, after the slash, of an AMD EPYC with AVX512-BF16 and
+none:
 
 | network | torch float32 | torch bfloat16 | OpenVINO float32 | OpenVINO bfloat16 |
 |---|---:|---:|---:|---:|
@@ -12,13 +14,15 @@ of an AMD EPYC with AVX512-BF16 and none:
 | 3D ResUNet-tiny | 1 | 0.15 / 0.19 | 0.26 / 0.33 | 0.08 / 0.17 |
 | 3D ResUNet (8-128) | 1 | 0.22 / 0.35 | 0.54 / 0.63 | 0.11 / 0.32 |
 
-A step of training in bfloat16 takes 0.69 (ResUNet-tiny), 0.70 (MobileNetV2), 0.53 (ResUNet 16-256), 0.63 (3D ResUNet-tiny) and
-0.49 (3D ResUNet 8-128) of the time in float32 on that EPYC: `choose_precision` takes bfloat16 on both.
+A step of training in bfloat16 takes 0.69 (ResUNet-tiny), 0.70 (MobileNetV2), 0.53 (ResUNet 16-256),
+0.63 (3D ResUNet-tiny) and 0.49 (3D ResUNet 8-128) of the time in float32 on that EPYC:
+`choose_precision` takes bfloat16 on both.
 
-On the 20 validation images of BBBC039, bfloat16 in OpenVINO instead of float32 in torch moved AJI by -0.0004 and PQ by +0.0004.
-Hence the rule of `auto`: on a CPU OpenVINO where it is installed, else torch. To make a network ready takes it about a second.
-Measured too and left out: ONNX Runtime, slower than OpenVINO in float32, and `torch.compile`, which is slower in bfloat16, needs
-a compiler and compiles for half a minute.
+On the 20 validation images of BBBC039, bfloat16 in OpenVINO instead of float32 in torch moved AJI
+by -0.0004 and PQ by +0.0004. Hence the rule of `auto`: on a CPU OpenVINO where it is installed,
+else torch. To make a network ready takes it about a second. Measured too and left out: ONNX
+Runtime, slower than OpenVINO in float32, and `torch.compile`, which is slower in bfloat16, needs a
+compiler and compiles for half a minute.
 """
 
 import functools
@@ -35,23 +39,34 @@ from torch import Tensor, nn
 
 ENGINES = ("auto", "torch", "openvino")
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-TOLERANCE = 0.1  # relative error of the trial image; of bfloat16 it is below 0.01, of another function about 1
+# relative error of the trial image; of bfloat16 it is below 0.01, of another function about 1
+TOLERANCE = 0.1
 
-# (1, C, *sides) -> embedding (1, D, *sides), logit (1, 1, *sides), and the feature maps that were asked for
+# (1, C, *sides) -> embedding (1, D, *sides), logit (1, 1, *sides), and the feature maps that were
+# asked for
 Engine = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def choose_engine(name: str, device: torch.device) -> str:
-    """Return "torch" or "openvino"; `auto` takes what was measured to be the fastest of what is installed."""
+    """Return "torch" or "openvino".
+
+    `auto` takes what was measured to be the fastest of what is installed.
+    """
     if name not in ENGINES:
-        raise ValueError(f'there is no engine "{name}": choose {", ".join(ENGINES[:-1])} or {ENGINES[-1]}')
+        raise ValueError(
+            f'there is no engine "{name}": choose {", ".join(ENGINES[:-1])} or {ENGINES[-1]}'
+        )
     installed = importlib.util.find_spec("openvino") is not None
     if name == "openvino" and device.type != "cpu":
         raise ValueError(
-            f"the engine openvino runs on the CPU, not on {device}: choose --engine torch, or --device cpu"
+            f"the engine openvino runs on the CPU, not on {device}: choose --engine torch, or "
+            "--device cpu"
         )
     if name == "openvino" and not installed:
-        raise ValueError('the engine openvino is not installed: pip install "gdlib[fast]", or choose --engine torch')
+        raise ValueError(
+            'the engine openvino is not installed: pip install "gdlib[fast]", or '
+            "choose --engine torch"
+        )
     return "openvino" if name != "torch" and device.type == "cpu" and installed else "torch"
 
 
@@ -120,7 +135,8 @@ class _Maps(nn.Module):
 
 @functools.cache
 def _library() -> ModuleType:
-    # It would report to its makers that it was used; imported without this package it does not, and lacks nothing else.
+    # It would report to its makers that it was used; imported without this package it does not, and
+    # lacks nothing else.
     telemetry = "openvino_telemetry"
     hidden = sys.modules.setdefault(telemetry, None) is None
     try:
@@ -132,9 +148,10 @@ def _library() -> ModuleType:
 
 @functools.cache
 def _core() -> Any:
-    # One for the process. On processors with AMX a core brings its thread a stack for signal handlers and, when it goes,
-    # gives back the one of before, which may be that of a core that is gone: the next signal, the SIGTERM of a cluster
-    # for instance, would then end the process instead of being handled.
+    # One for the process. On processors with AMX a core brings its thread a stack for signal
+    # handlers and, when it goes, gives back the one of before, which may be that of a core that is
+    # gone: the next signal, the SIGTERM of a cluster for instance, would then end the process
+    # instead of being handled.
     return _library().Core()
 
 
@@ -144,14 +161,20 @@ def _openvino(maps: _Maps, channels: int, dtype: torch.dtype) -> Engine:
     def image(multiple: int) -> Tensor:
         sides = zip(network.divisor, network.remainder, network.margin, strict=True)
         generator = torch.Generator().manual_seed(0)
-        return torch.rand(1, channels, *(multiple * d + r + 2 * m for d, r, m in sides), generator=generator)
+        return torch.rand(
+            1, channels, *(multiple * d + r + 2 * m for d, r, m in sides), generator=generator
+        )
 
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: what depends on the size of the image is checked below
+        # of tracing: what depends on the size of the image is checked below
+        warnings.simplefilter("ignore")
         traced = torch.jit.trace(maps.eval(), image(2), check_trace=False)
         model = openvino.convert_model(traced, example_input=image(2))
     model.reshape([1, channels] + [-1] * network.ndim)
-    hints = {"INFERENCE_PRECISION_HINT": PRECISIONS[dtype], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    hints = {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
     compiled = _core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hints})
     request = compiled.create_infer_request()
 

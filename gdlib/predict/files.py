@@ -1,7 +1,9 @@
-"""Predictions of images of any size as files, with the memory of one block; what was killed goes on where it was.
+"""Predictions of images of any size as files, with the memory of one block.
 
-Finished blocks wait one after the other in a partial file. An HDF5 file would be no place for them: one that a killed
-process leaves behind may not be readable at all.
+What was killed goes on where it was.
+
+Finished blocks wait one after the other in a partial file. An HDF5 file would be no place for them:
+one that a killed process leaves behind may not be readable at all.
 """
 
 import hashlib
@@ -29,7 +31,8 @@ try:
 except ImportError:  # Windows: nothing keeps two processes from the same partial file there
     fcntl = None
 
-KEPT_PIXELS = 2**22  # of a volume, as many central sections as have so many voxels are kept as embeddings
+# of a volume, as many central sections as have so many voxels are kept as embeddings
+KEPT_PIXELS = 2**22
 CHUNK_PIXELS = 2**18  # largest piece of a prediction that is compressed at once
 
 
@@ -40,22 +43,26 @@ def predict_blocks(
     identity: str,
     kept: Mapping[str, Box] | None = None,
 ) -> Iterator[tuple[str, Box, Prediction]]:
-    """Predict images block by block into a partial file, and return an iterator that reads the blocks again from there.
+    """Predict images block by block into a partial file, and return an iterator that reads the
+    blocks again from there.
 
     Memory is that of one block. A run that was killed goes on after the last block it finished.
 
     Args:
         predictor: the network.
         images: by name, e.g. `predictor.source(dataset)`.
-        partial: file in which finished blocks wait, uncompressed; the caller removes it when it needs it no more.
+        partial: file in which finished blocks wait, uncompressed; the caller removes it when it
+            needs it no more.
         identity: says which weights and which data these are: a partial file of others is not used.
         kept: name -> box of which the embedding is wanted.
 
     Returns:
-        Name, box and prediction of each block, in the order of names and boxes; embeddings are float16 here.
+        Name, box and prediction of each block, in the order of names and boxes; embeddings are
+        float16 here.
 
     Raises:
-        DataError: an image has NaN or infinite pixels, or another process writes the same partial file.
+        DataError: an image has NaN or infinite pixels, or another process writes the same partial
+            file.
     """
     kept = kept or {}
 
@@ -78,7 +85,8 @@ def finish_blocks(
     partial: Path,
     identity: Sequence[str],
 ) -> Iterator[tuple[str, Box, list[np.ndarray]]]:
-    """Compute something of every block of some images, and return an iterator over it, as `predict_blocks` does.
+    """Compute something of every block of some images, and return an iterator over it, as
+    `predict_blocks` does.
 
     Args:
         predictor: the network.
@@ -99,7 +107,8 @@ def finish_blocks(
         writing: Future | None = None
         with (
             Progress(total=len(work), initial=done, unit="block", desc=title, leave=False) as bar,
-            ThreadPoolExecutor(1) as writer,  # one block goes to the disk while the next is predicted
+            # one block goes to the disk while the next is predicted
+            ThreadPoolExecutor(1) as writer,
         ):
             for name, box in work[done:]:
                 try:
@@ -124,7 +133,9 @@ def _append(file: BinaryIO, arrays: Sequence[np.ndarray]) -> None:
     os.fsync(file.fileno())  # what counts as finished must be there, even if the machine goes down
 
 
-def _read(partial: Path, work: Sequence[tuple[str, Box]], start: int) -> Iterator[tuple[str, Box, list[np.ndarray]]]:
+def _read(
+    partial: Path, work: Sequence[tuple[str, Box]], start: int
+) -> Iterator[tuple[str, Box, list[np.ndarray]]]:
     with open(partial, "rb") as file:
         file.seek(start)
         for name, box in work:
@@ -132,12 +143,17 @@ def _read(partial: Path, work: Sequence[tuple[str, Box]], start: int) -> Iterato
 
 
 def lock(file: BinaryIO) -> None:
-    """Keep other processes from a file, until it is closed; one that another process has is a `DataError`."""
+    """Keep other processes from a file, until it is closed.
+
+    One that another process has is a `DataError`.
+    """
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise io.DataError(f"{file.name}: another process is at work on it; wait for it, or stop it") from None
+        raise io.DataError(
+            f"{file.name}: another process is at work on it; wait for it, or stop it"
+        ) from None
 
 
 def _finished(file: BinaryIO, fingerprint: bytes) -> int:
@@ -164,11 +180,19 @@ def _load(file: BinaryIO) -> list[np.ndarray]:
     return [np.load(file, allow_pickle=False) for _ in range(count)]
 
 
-def _fingerprint(predictor: Predictor, images: Mapping[str, Source], identity: Sequence[str]) -> bytes:
-    """What all blocks of a partial file have in common; another weight, image, block or line of code is another file."""
+def _fingerprint(
+    predictor: Predictor, images: Mapping[str, Source], identity: Sequence[str]
+) -> bytes:
+    """What all blocks of a partial file have in common.
+
+    Another weight, image, block or line of code is another file.
+    """
     content = {
         "identity": list(identity),
-        "images": {name: [image.shape, str(image.array.dtype), image.normalisation] for name, image in images.items()},
+        "images": {
+            name: [image.shape, str(image.array.dtype), image.normalisation]
+            for name, image in images.items()
+        },
         "block": predictor.block,
         "offsets": predictor.header.get("offsets"),
         "made with": made_with(predictor),
@@ -177,7 +201,9 @@ def _fingerprint(predictor: Predictor, images: Mapping[str, Source], identity: S
 
 
 def made_with(predictor: Predictor) -> str:
-    """Return a digest of all that predictions depend on, but for images and weights: with another one, nothing goes on."""
+    """Return a digest of all that predictions depend on, but for images and weights: with another
+    one, nothing goes on.
+    """
     content = {
         "precision": str(predictor.dtype),
         "device": predictor.device.type,
@@ -195,20 +221,26 @@ def file_identity(path: Path | str) -> str:
 
 
 def predict_split(
-    predictor: Predictor, data: Path | str, out: Path | str, *, weights_sha256: str, keep_embeddings: int = 0
+    predictor: Predictor,
+    data: Path | str,
+    out: Path | str,
+    *,
+    weights_sha256: str,
+    keep_embeddings: int = 0,
 ) -> None:
     """Predict every sample of a split and write the predictions file, with the memory of one block.
 
-    Finished blocks wait in `.<name of out>.partial` beside it, so that the same call goes on where a killed one was; the file
-    itself appears when it is complete.
+    Finished blocks wait in `.<name of out>.partial` beside it, so that the same call goes on where
+    a killed one was; the file itself appears when it is complete.
 
     Args:
         predictor: the network.
         data: samples `.h5`.
         out: predictions `.h5`.
         weights_sha256: of the weights file, kept as an attribute.
-        keep_embeddings: for so many samples, the first by name, the embedding is kept too (float16), for figures; of a
-            volume some central sections. Its attribute `origin` says where it begins.
+        keep_embeddings: for so many samples, the first by name, the embedding is kept too
+            (float16), for figures; of a volume some central sections. Its attribute `origin` says
+            where it begins.
     """
     out = Path(out)
     partial = out.with_name(f".{out.name}.partial")
@@ -217,7 +249,9 @@ def predict_split(
         images = {}
         for name in sorted(samples):
             if f"{name}/image" not in samples:
-                raise io.DataError(f'{data}: "{name}" has no image, so this is not a samples file; give one')
+                raise io.DataError(
+                    f'{data}: "{name}" has no image, so this is not a samples file; give one'
+                )
             try:
                 images[name] = predictor.source(samples[name]["image"])
             except io.DataError as error:
@@ -229,7 +263,9 @@ def predict_split(
         with io.create_h5(out, **attrs) as file:
             for name, box, part in blocks:
                 if name not in file:
-                    _create(file.create_group(name), predictor, images[name].shape, part, kept.get(name))
+                    _create(
+                        file.create_group(name), predictor, images[name].shape, part, kept.get(name)
+                    )
                 file[name]["affinity"][(slice(None), *box)] = part.affinity
                 file[name]["foreground"][box] = part.foreground
                 if part.embedding is not None and part.embedding.size:
@@ -248,9 +284,15 @@ def _central(shape: tuple[int, ...]) -> Box:
 
 
 def _create(
-    group: h5py.Group, predictor: Predictor, shape: tuple[int, ...], part: Prediction, kept: Box | None
+    group: h5py.Group,
+    predictor: Predictor,
+    shape: tuple[int, ...],
+    part: Prediction,
+    kept: Box | None,
 ) -> None:
-    """Make the datasets of one image, in chunks that fit its blocks: each is then compressed once."""
+    """Make the datasets of one image, in chunks that fit its blocks: each is then compressed
+    once.
+    """
     sides = list(predictor.block_sides(shape))
     while math.prod(sides) > CHUNK_PIXELS and any(n % 2 == 0 for n in sides):
         largest = max(n for n in sides if n % 2 == 0)
@@ -258,7 +300,10 @@ def _create(
     options = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "track_times": False}
 
     def create(name: str, shape: Sequence[int], dtype: type) -> None:
-        chunks = tuple(min(pair) for pair in zip((1,) * (len(shape) - len(sides)) + tuple(sides), shape, strict=True))
+        chunks = tuple(
+            min(pair)
+            for pair in zip((1,) * (len(shape) - len(sides)) + tuple(sides), shape, strict=True)
+        )
         group.create_dataset(name, shape, dtype, chunks=chunks, **options)
 
     create("affinity", (len(part.affinity), *shape), np.uint8)

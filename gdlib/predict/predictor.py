@@ -1,11 +1,14 @@
-"""From an image of any size to affinities and foreground, block by block, exactly as if it had been computed at once.
+"""From an image of any size to affinities and foreground, block by block, exactly as if it had been
+computed at once.
 
-An output pixel depends on the image within the `halo` of the network, and the output moves along when the image is moved by
-multiples of its `divisor`. So a block that starts at such a multiple and is computed with a halo of real context has the
-values of the whole image inside, and what was cut off spoils nothing. For the affinities of a block, the embedding is
-computed as far beyond it as the offsets reach. Nothing is blended, there are no seams, and memory depends on the block alone.
+An output pixel depends on the image within the `halo` of the network, and the output moves along
+when the image is moved by multiples of its `divisor`. So a block that starts at such a multiple and
+is computed with a halo of real context has the values of the whole image inside, and what was cut
+off spoils nothing. For the affinities of a block, the embedding is computed as far beyond it as the
+offsets reach. Nothing is blended, there are no seams, and memory depends on the block alone.
 
-A network in which every pixel sees all others, `halo` None, has no such blocks: it takes each image in one piece.
+A network in which every pixel sees all others, `halo` None, has no such blocks: it takes each image
+in one piece.
 """
 
 import itertools
@@ -31,11 +34,14 @@ from gdlib.models import folded, trained
 from gdlib.predict.engine import Engine, choose_engine, make_engine
 from gdlib.types import Prediction
 
-BLOCK = {2: (1024, 1024), 3: (32, 256, 256)}  # pixels; larger ones waste less on context, where there is memory
+# pixels; larger ones waste less on context, where there is memory
+BLOCK = {2: (1024, 1024), 3: (32, 256, 256)}
 
 
 def legal_shape(network: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the smallest output sides `k * divisor + remainder` of a network that are at least these."""
+    """Return the smallest output sides `k * divisor + remainder` of a network that are at least
+    these.
+    """
     return tuple(
         -(-max(n - r, 0 if r else 1) // d) * d + r
         for n, d, r in zip(shape, network.divisor, network.remainder, strict=True)
@@ -46,26 +52,39 @@ class Source:
     """An image that is read and normalised in parts.
 
     Args:
-        array: (C, [Z,] Y, X), an array, or a dataset on disk that is read by slices; such a dataset may also be ([Z,] Y, X)
-            where C is 1. Other axes may be there if they are of one pixel.
+        array: (C, [Z,] Y, X), an array, or a dataset on disk that is read by slices; such a dataset
+            may also be ([Z,] Y, X) where C is 1. Other axes may be there if they are of one pixel.
         channels: C that the network wants.
         ndim: number of axes that the network wants.
         normalisation: keyword arguments of `intensity_range`; the range is that of the whole image.
     """
 
     def __init__(
-        self, array: np.ndarray | h5py.Dataset, channels: int, ndim: int, normalisation: Mapping[str, float]
+        self,
+        array: np.ndarray | h5py.Dataset,
+        channels: int,
+        ndim: int,
+        normalisation: Mapping[str, float],
     ) -> None:
         shape = tuple(array.shape)
         if isinstance(array, np.ndarray):
             seen = fitted(array, ndim, leading=1)
         else:
             seen = View(array, kept_axes(shape, ndim + (channels > 1)), channel=channels == 1)
-        if seen.ndim != ndim + 1 or seen.shape[0] != channels or 0 in shape or array.dtype.kind not in "buif":
-            read_as = f", read as {shape[0]} channel(s) of {len(shape) - 1} axes," * isinstance(array, np.ndarray)
+        if (
+            seen.ndim != ndim + 1
+            or seen.shape[0] != channels
+            or 0 in shape
+            or array.dtype.kind not in "buif"
+        ):
+            read_as = f", read as {shape[0]} channel(s) of {len(shape) - 1} axes," * isinstance(
+                array, np.ndarray
+            )
             raise io.DataError(
-                f"an image of shape {shape}{read_as} and type {array.dtype} does not fit this network, which wants "
-                f"real numbers, {channels} channel(s) and {ndim} axes of at least one pixel; convert the image or choose "
+                f"an image of shape {shape}{read_as} and type {array.dtype} does not fit this "
+                "network, which wants "
+                f"real numbers, {channels} channel(s) and {ndim} axes of at least one pixel; "
+                "convert the image or choose "
                 f"another model{SECTIONS * (channels == 1 and ndim == 3)}"
             )
         array, shape = seen, seen.shape
@@ -79,8 +98,13 @@ class Source:
         return intensity_range(self.array, **self.normalisation)
 
     def read(self, starts: Sequence[int], stops: Sequence[int]) -> np.ndarray:
-        """Return a box (C, *sides) float32, normalised; beyond its borders the image is mirrored, as often as needed."""
-        indices = [_mirror(np.arange(a, b), n) for a, b, n in zip(starts, stops, self.shape, strict=True)]
+        """Return a box (C, *sides) float32, normalised.
+
+        Beyond its borders the image is mirrored, as often as needed.
+        """
+        indices = [
+            _mirror(np.arange(a, b), n) for a, b, n in zip(starts, stops, self.shape, strict=True)
+        ]
         inside = tuple(slice(int(i.min()), int(i.max()) + 1) for i in indices)
         image = self.array[(slice(None), *inside)]
         for axis, (index, part) in enumerate(zip(indices, inside, strict=True), start=1):
@@ -107,9 +131,11 @@ class Predictor:
         header: of its weights file: channels, offsets, normalisation.
         device: name, or `auto`.
         precision: name of a torch type, or `auto`.
-        engine: what runs the network, a key of `engine.ENGINES`; it is made ready at the first image.
-        block: largest sides, in pixels, that are predicted in one pass (one number, or one per axis); the context comes on
-            top. The result does not depend on it. `BLOCK` if left out; without a limit where an image is taken in one piece.
+        engine: what runs the network, a key of `engine.ENGINES`; it is made ready at the first
+            image.
+        block: largest sides, in pixels, that are predicted in one pass (one number, or one per
+            axis); the context comes on top. The result does not depend on it. `BLOCK` if left out;
+            without a limit where an image is taken in one piece.
         levels: names of the feature maps that `features` returns, as far as the network has them.
     """
 
@@ -134,13 +160,23 @@ class Predictor:
         ndim = network.ndim
         if block is not None and network.halo is None:
             raise ValueError(
-                "in this network every pixel sees the whole image, so that there are no blocks to compute one by one: leave the "
+                "in this network every pixel sees the whole image, so that there are no blocks to "
+                "compute one by one: leave the "
                 "block out, or choose another network for images that do not fit into memory"
             )
         default = (sys.maxsize,) * ndim if network.halo is None else BLOCK[ndim]
-        sides = default if block is None else (block,) * ndim if isinstance(block, int) else tuple(block)
+        sides = (
+            default
+            if block is None
+            else (block,) * ndim
+            if isinstance(block, int)
+            else tuple(block)
+        )
         if len(sides) != ndim or min(sides) < 1:
-            raise ValueError(f"a block of {sides} pixels does not fit this network: give one side, or {ndim}, above 0")
+            raise ValueError(
+                f"a block of {sides} pixels does not fit this network: give one side, "
+                f"or {ndim}, above 0"
+            )
         self.block = sides
         self.is_default = block is None
 
@@ -150,12 +186,16 @@ class Predictor:
         network, header = trained(weights, *io.HEADER)
         return cls(network, header, engine=engine, **kwargs)
 
-    def __call__(self, image: np.ndarray | h5py.Dataset, *, keep_embedding: bool = False) -> Prediction:
+    def __call__(
+        self, image: np.ndarray | h5py.Dataset, *, keep_embedding: bool = False
+    ) -> Prediction:
         """Predict one image.
 
         Args:
-            image: (C, [Z,] Y, X), intensities as recorded; an array, or a dataset on disk (see `Source`).
-            keep_embedding: return the embedding too, which is D times four times as large as an image of 8 bits.
+            image: (C, [Z,] Y, X), intensities as recorded; an array, or a dataset on disk (see
+                `Source`).
+            keep_embedding: return the embedding too, which is D times four times as large as an
+                image of 8 bits.
 
         Raises:
             DataError: for an image that the network cannot take.
@@ -163,16 +203,23 @@ class Predictor:
         source = self.source(image)
         everything = tuple(slice(0, n) for n in source.shape)
         kept = everything if keep_embedding else None
-        return assembled(source.shape, ((box, self.predict(source, box, kept)) for box in self.blocks(source.shape)))
+        return assembled(
+            source.shape,
+            ((box, self.predict(source, box, kept)) for box in self.blocks(source.shape)),
+        )
 
     def source(self, image: np.ndarray | h5py.Dataset) -> Source:
         """Return an image as this network sees it; for the arguments see `__call__`."""
-        return Source(image, self.header["channels"], self.network.ndim, self.header["normalisation"])
+        return Source(
+            image, self.header["channels"], self.network.ndim, self.header["normalisation"]
+        )
 
     def block_sides(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the sides of the blocks an image is cut into, nearly equal and multiples of the network's divisor.
+        """Return the sides of the blocks an image is cut into, nearly equal and multiples of the
+        network's divisor.
 
-        Where nobody chose a block, an image no larger than one with its context is one block: it takes no more memory.
+        Where nobody chose a block, an image no larger than one with its context is one block: it
+        takes no more memory.
         """
         halo = self.network.halo or (0,) * len(self.block)
         padded = [side + 2 * h for side, h in zip(self.block, halo, strict=True)]
@@ -193,15 +240,20 @@ class Predictor:
         return list(itertools.product(*cuts))
 
     def largest_pass(self, shape: Sequence[int], sides: Sequence[int]) -> tuple[int, ...]:
-        """Return the sides of what the network reads at most at once, in an image that is predicted in parts of these sides."""
+        """Return the sides of what the network reads at most at once, in an image that is predicted
+        in parts of these sides.
+        """
         network = self.network
         whole = legal_shape(network, shape)
         if network.halo is not None:
             spans = (max(0, *o) - min(0, *o) for o in zip(*self.header["offsets"], strict=True))
             context = (
-                2 * (h - m) + d - 1 for h, m, d in zip(network.halo, network.margin, network.divisor, strict=True)
+                2 * (h - m) + d - 1
+                for h, m, d in zip(network.halo, network.margin, network.divisor, strict=True)
             )
-            part = legal_shape(network, [sum(lengths) for lengths in zip(sides, spans, context, strict=True)])
+            part = legal_shape(
+                network, [sum(lengths) for lengths in zip(sides, spans, context, strict=True)]
+            )
             whole = [min(pair) for pair in zip(whole, part, strict=True)]
         return tuple(n + 2 * m for n, m in zip(whole, network.margin, strict=True))
 
@@ -226,12 +278,16 @@ class Predictor:
         affinity = quantised_affinities(embedding, offsets, inner)
         wanted = None
         if kept is not None:
-            wanted = embedding[(slice(None), *relative(intersection(box, kept), reach))].cpu().numpy()
+            wanted = (
+                embedding[(slice(None), *relative(intersection(box, kept), reach))].cpu().numpy()
+            )
         return Prediction(affinity, as_uint8(foreground[inner].sigmoid()), wanted)
 
     @torch.inference_mode()
     def embed(self, source: Source, box: Box) -> tuple[Tensor, Tensor]:
-        """Return embedding (D, *sides) and foreground logit (*sides) of one part of an image, float32, on the device."""
+        """Return embedding (D, *sides) and foreground logit (*sides) of one part of an image,
+        float32, on the device.
+        """
         (embedding, foreground, *_), frame = self._around(source, box)
         inner = relative(box, frame)
         return embedding[(slice(None), *inner)], foreground[(0, *inner)]
@@ -241,21 +297,29 @@ class Predictor:
         """Return those voxels of the feature maps that cover one part of an image.
 
         Returns:
-            For each of `levels` (C, *sides) float32 on the device, which voxels of the map of the whole image these are, and at
-            which pixel of the image the first voxel of that map begins: at 0, or before.
+            For each of `levels` (C, *sides) float32 on the device, which voxels of the map of the
+            whole image these are, and at which pixel of the image the first voxel of that map
+            begins: at 0, or before.
         """
         (_, _, *maps), frame = self._around(source, box)
         found = {}
         for level, feature in zip(self.levels, maps, strict=True):
             strides = self.network.levels[level][1]
-            # Map and output have one centre; all frames start at multiples of the stride, and so have one corner.
-            begin = [(f.stop - f.start - s * m) // 2 for f, s, m in zip(frame, strides, feature.shape[1:], strict=True)]
+            # Map and output have one centre; all frames start at multiples of the stride, and so
+            # have one corner.
+            begin = [
+                (f.stop - f.start - s * m) // 2
+                for f, s, m in zip(frame, strides, feature.shape[1:], strict=True)
+            ]
             corner = tuple(-(-b % s) for b, s in zip(begin, strides, strict=True))
             voxels = tuple(
                 slice((part.start - c) // s, (part.stop - 1 - c) // s + 1)
                 for part, c, s in zip(box, corner, strides, strict=True)
             )
-            first = [(f.start + b - c) // s for f, b, c, s in zip(frame, begin, corner, strides, strict=True)]
+            first = [
+                (f.start + b - c) // s
+                for f, b, c, s in zip(frame, begin, corner, strides, strict=True)
+            ]
             inner = (slice(v.start - k, v.stop - k) for v, k in zip(voxels, first, strict=True))
             found[level] = feature[(slice(None), *inner)], voxels, corner
         return found
@@ -269,9 +333,15 @@ class Predictor:
         whole = legal_shape(network, source.shape)
         halo = network.halo or source.shape  # None: all there is
         context = [h - m for h, m in zip(halo, network.margin, strict=True)]
-        # All cuts are where the network may be cut; a side on the border of the image is what the network makes of it.
-        starts = [max(0, s.start - c) // d * d for s, c, d in zip(box, context, network.divisor, strict=True)]
-        sides = legal_shape(network, [s.stop + c - a for s, c, a in zip(box, context, starts, strict=True)])
+        # All cuts are where the network may be cut; a side on the border of the image is what the
+        # network makes of it.
+        starts = [
+            max(0, s.start - c) // d * d
+            for s, c, d in zip(box, context, network.divisor, strict=True)
+        ]
+        sides = legal_shape(
+            network, [s.stop + c - a for s, c, a in zip(box, context, starts, strict=True)]
+        )
         stops = [min(a + side, n) for a, side, n in zip(starts, sides, whole, strict=True)]
         image = source.read(
             [a - m for a, m in zip(starts, network.margin, strict=True)],
@@ -282,20 +352,30 @@ class Predictor:
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return embedding, foreground logit and `levels` of a normalised image (C, *sides) whose sides the network can take."""
+        """Return embedding, foreground logit and `levels` of a normalised image (C, *sides) whose
+        sides the network can take.
+        """
         return tuple(part[0] for part in self.run(image[None]))
 
     @cached_property
     def run(self) -> Engine:
         """The network, ready to run."""
         self.engine, run = make_engine(
-            self.wanted_engine, self.network, self.header["channels"], self.device, self.dtype, self.levels
+            self.wanted_engine,
+            self.network,
+            self.header["channels"],
+            self.device,
+            self.dtype,
+            self.levels,
         )
         return run
 
 
 def assembled(shape: Sequence[int], parts: Iterable[tuple[Box, Prediction]]) -> Prediction:
-    """Put the blocks of an image together; where blocks have an embedding, it is of the whole block."""
+    """Put the blocks of an image together.
+
+    Where blocks have an embedding, it is of the whole block.
+    """
     out: dict[str, np.ndarray] = {}
     for box, part in parts:
         for name, array in vars(part).items():

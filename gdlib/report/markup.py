@@ -15,7 +15,10 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table, ready to be written in any language. Rows are grouped by rules; a row of one cell is the title of a block."""
+    """A table, ready to be written in any language. Rows are grouped by rules.
+
+    A row of one cell is the title of a block.
+    """
 
     key: str
     caption: str
@@ -62,7 +65,9 @@ def markdown(sections: Sections) -> str:
             lines.append(["---"] * table.names + ["---:"] * (len(table.header) - table.names))
             for row in (row for group in table.groups for row in group):
                 cells = [f"**{_markdown(c.text)}**" if c.bold else _markdown(c.text) for c in row]
-                lines.append(cells if len(row) > 1 else [f"*{cells[0]}*", *[""] * (len(table.header) - 1)])
+                lines.append(
+                    cells if len(row) > 1 else [f"*{cells[0]}*", *[""] * (len(table.header) - 1)]
+                )
             parts.append(_markdown(table.caption))
             parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
             if table.notes:
@@ -85,20 +90,27 @@ pre { font: 13px/1.4 ui-monospace, monospace; overflow-x: auto }
 
 
 def html(sections: Sections) -> str:
-    """Return sections of tables as the body of a page; captions stand above their table, notes below it."""
+    """Return sections of tables as the body of a page.
+
+    Captions stand above their table, notes below it.
+    """
     parts = []
     for heading, tables in sections:
         parts.append(f"<h2>{escape(heading)}</h2>")
         for table in tables:
             kinds = ["name"] * table.names + ["number"] * (len(table.header) - table.names)
             heads = "".join(
-                f'<th class="{kind}">{escape(text)}</th>' for kind, text in zip(kinds, table.header, strict=True)
+                f'<th class="{kind}">{escape(text)}</th>'
+                for kind, text in zip(kinds, table.header, strict=True)
             )
             bodies = "".join(
-                "<tbody>" + "\n".join(_html_row(row, kinds) for row in group) + "</tbody>" for group in table.groups
+                "<tbody>" + "\n".join(_html_row(row, kinds) for row in group) + "</tbody>"
+                for group in table.groups
             )
             parts.append(f"<p>{escape(table.caption)}</p>")
-            parts.append(f'<div class="wide"><table><thead><tr>{heads}</tr></thead>{bodies}</table></div>')
+            parts.append(
+                f'<div class="wide"><table><thead><tr>{heads}</tr></thead>{bodies}</table></div>'
+            )
             parts += [f'<p class="note">{escape(" ".join(table.notes))}</p>'] if table.notes else []
     return "\n".join(parts)
 
@@ -108,7 +120,11 @@ def _html_row(row: list[Cell], kinds: list[str]) -> str:
         return f'<tr><td class="block" colspan="{len(kinds)}">{escape(row[0].text)}</td></tr>'
     texts = [escape(cell.text) for cell in row]
     texts = [f"<b>{text}</b>" if cell.bold else text for text, cell in zip(texts, row, strict=True)]
-    return "<tr>" + "".join(f'<td class="{k}">{t}</td>' for k, t in zip(kinds, texts, strict=True)) + "</tr>"
+    return (
+        "<tr>"
+        + "".join(f'<td class="{k}">{t}</td>' for k, t in zip(kinds, texts, strict=True))
+        + "</tr>"
+    )
 
 
 def page(title: str, body: str) -> str:

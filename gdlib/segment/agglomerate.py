@@ -18,29 +18,39 @@ from gdlib.types import Offsets
 def by_waterz(
     affinity: np.ndarray, foreground: np.ndarray, offsets: Offsets, *, foreground_threshold: float
 ) -> Callable[..., np.ndarray]:
-    """Funke et al., Large Scale Image Segmentation with Structured Loss Based Deep Learning, IEEE TPAMI 41(7), 2019.
+    """Funke et al., Large Scale Image Segmentation with Structured Loss Based Deep Learning, IEEE
+    TPAMI 41(7), 2019.
 
-    PAPER: the original sorts the pairs into 256 bins of affinity and joins those of one bin in any order. Here the
+    PAPER: the original sorts the pairs into 256 bins of affinity and joins those of one bin in any
+        order. Here the
     order is exact, which costs no measurable time.
     """
     try:
         import waterz
     except ModuleNotFoundError:
         raise ValueError(
-            'the segmenter "waterz" needs the package waterz: pip install "gdlib[em]", or choose another segmenter'
+            'the segmenter "waterz" needs the package waterz: pip install "gdlib[em]", or choose '
+            "another segmenter"
         ) from None
     ndim = foreground.ndim
     near = as_float(affinity[:ndim])
     fragments = _fragments(near, as_float(foreground) >= foreground_threshold)
     volume = (1,) * (3 - ndim) + fragments.shape
-    near = np.concatenate([np.zeros((3 - ndim, *fragments.shape), np.float32), near]).reshape(3, *volume)
+    near = np.concatenate([np.zeros((3 - ndim, *fragments.shape), np.float32), near]).reshape(
+        3, *volume
+    )
     with _silence():
-        # Joins all that touch, and tells the order: every threshold is then a look-up. It writes into the fragments.
+        # Joins all that touch, and tells the order: every threshold is then a look-up. It writes
+        # into the fragments.
         ((_, history),) = waterz.agglomerate(
-            near, [2.0], fragments=fragments.astype(np.uint64).reshape(volume), return_merge_history=True
+            near,
+            [2.0],
+            fragments=fragments.astype(np.uint64).reshape(volume),
+            return_merge_history=True,
         )
     pairs = np.array([(merge["a"], merge["b"]) for merge in history], np.int64).reshape(-1, 2)
-    # waterz stops at the first score that is too high, even if rounding has put a lower one behind it.
+    # waterz stops at the first score that is too high, even if rounding has put a lower one behind
+    # it.
     scores = np.maximum.accumulate(np.array([merge["score"] for merge in history], np.float32))
     count = int(fragments.max(initial=0)) + 1
 
@@ -55,12 +65,14 @@ def by_waterz(
 def by_multicut(
     affinity: np.ndarray, foreground: np.ndarray, offsets: Offsets, *, foreground_threshold: float
 ) -> Callable[..., np.ndarray]:
-    """Beier et al., Multicut brings automated neurite segmentation closer to human performance, Nature Methods 14, 2017.
+    """Beier et al., Multicut brings automated neurite segmentation closer to human performance,
+    Nature Methods 14, 2017.
 
-    An edge of mean affinity a and n pixels costs n / max n (log(a / (1 - a)) + log((1 - beta) / beta)) to cut. Solved by
-    joining the most attractive pairs first (Keuper et al., ICCV 2015).
-    PAPER: the original goes on from there with Kernighan-Lin. On 20 x 448 x 448 voxels with noise, 88,000 fragments, that
-    lowered the cost by 0.1 %, moved VOI by less than 0.002, upwards, and took 7 to 17 times longer (Intel Xeon).
+    An edge of mean affinity a and n pixels costs n / max n (log(a / (1 - a)) + log((1 - beta) /
+    beta)) to cut. Solved by joining the most attractive pairs first (Keuper et al., ICCV 2015).
+    PAPER: the original goes on from there with Kernighan-Lin. On 20 x 448 x 448 voxels with noise,
+    88,000 fragments, that lowered the cost by 0.1 %, moved VOI by less than 0.002, upwards, and
+    took 7 to 17 times longer (Intel Xeon).
     """
     near = as_float(affinity[: foreground.ndim])
     fragments = _fragments(near, as_float(foreground) >= foreground_threshold)
@@ -82,12 +94,16 @@ def by_multicut(
 
 
 def _fragments(near: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Cut every section into pieces that are each a part of one object, by a watershed on a map of the boundaries.
+    """Cut every section into pieces that are each a part of one object, by a watershed on a map of
+    the boundaries.
 
-    The seeds are where the distance to a boundary is highest. What no seed reaches stays background.
+    The seeds are where the distance to a boundary is highest. What no seed reaches stays
+    background.
 
-    PAPER: the original sees of each pixel's edges along an axis only the one before it, and of two touching objects thus
-    but one side of their boundary, so that fragments spill over it: with affinities without error it joins such objects.
+    PAPER: the original sees of each pixel's edges along an axis only the one before it, and of two
+        touching objects thus
+    but one side of their boundary, so that fragments spill over it: with affinities without error
+    it joins such objects.
 
     Args:
         near: (n, [Z,] Y, X) affinities of nearest neighbours.
@@ -106,7 +122,9 @@ def _fragments(near: np.ndarray, mask: np.ndarray) -> np.ndarray:
         interior = (height < 0.5) & inside
         peaks = interior
         if not interior.all():  # else there is nothing to be far from
-            peaks = interior & local_maxima(bic.distance.distance_transform(interior), connectivity=1)
+            peaks = interior & local_maxima(
+                bic.distance.distance_transform(interior), connectivity=1
+            )
         seeds = bic.segmentation.label(peaks, connectivity=1).astype(np.uint32)
         out[:] = bic.segmentation.watershed(height, seeds, mask=inside)
         out[out > 0] += count
@@ -115,7 +133,10 @@ def _fragments(near: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _weaker_edge(near: np.ndarray, axis: int) -> np.ndarray:
-    """Return for every pixel the lower affinity of the two along an axis; edges that leave the image do not count."""
+    """Return for every pixel the lower affinity of the two along an axis.
+
+    Edges that leave the image do not count.
+    """
     before = np.moveaxis(near[axis], axis, 0).copy()
     before[0] = 1
     weaker = before.copy()
@@ -135,7 +156,9 @@ _PRINTING = threading.Lock()
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Drop what is printed: by Python, and by compiled code, which knows the file descriptor alone."""
+    """Drop what is printed: by Python, and by compiled code, which knows the file descriptor
+    alone.
+    """
     with _PRINTING, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         printed = os.dup(1)
         os.dup2(nowhere.fileno(), 1)

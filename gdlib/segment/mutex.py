@@ -1,7 +1,8 @@
 """The mutex watershed: Wolf et al., The Mutex Watershed, ECCV 2018 (numpy only).
 
-Affinities as networks give them here have 256 levels, and edges of few levels need no sorting: they are counted, and visited
-level by level, in time that grows with their number. Others are left to bioimage-cpp, which sorts. The result is the same.
+Affinities as networks give them here have 256 levels, and edges of few levels need no sorting: they
+are counted, and visited level by level, in time that grows with their number. Others are left to
+bioimage-cpp, which sorts. The result is the same.
 """
 
 from collections.abc import Sequence
@@ -16,31 +17,42 @@ MOST_PIXELS = 2**31  # of what is counted: a segment's size has 31 bits
 
 
 def mutex_watershed(
-    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int = 1, exponent: float = 1.0
+    affinity: np.ndarray,
+    mask: np.ndarray,
+    offsets: Sequence[Sequence[int]],
+    stride: int = 1,
+    exponent: float = 1.0,
 ) -> np.ndarray:
     """Visit all edges, the strongest first: short ones attract with a, long ones repel with 1 - a.
 
-    Edges that leave the mask do not count. Of equal ones, those of the first channel come first, and in it those of the first
-    pixel.
+    Edges that leave the mask do not count. Of equal ones, those of the first channel come first,
+    and in it those of the first pixel.
 
     Args:
-        affinity: (K, [Z,] Y, X), uint8 in [0, 255] or float in [0, 1]; the first n channels (n = number of axes) attract.
+        affinity: (K, [Z,] Y, X), uint8 in [0, 255] or float in [0, 1]; the first n channels (n =
+            number of axes) attract.
         mask: ([Z,] Y, X) boolean, what to partition.
         offsets: K displacements in array order.
-        stride: repulsive edges count at every so many pixels of the last two axes, from where the mask begins.
+        stride: repulsive edges count at every so many pixels of the last two axes, from where the
+            mask begins.
         exponent: power of the affinities that attract.
 
     Returns:
-        ([Z,] Y, X) int64, numbers above 0 that grow in the order in which segments are met, 0 outside of the mask.
+        ([Z,] Y, X) int64, numbers above 0 that grow in the order in which segments are met, 0
+        outside of the mask.
 
     Raises:
-        ValueError: a stride or exponent out of range, or shapes that do not fit: compiled code would not notice.
+        ValueError: a stride or exponent out of range, or shapes that do not fit: compiled code
+            would not notice.
     """
     stride = limits.checked("stride", limits.Stride, stride)
     exponent = limits.checked("exponent", limits.Positive, exponent)
-    if (len(offsets), *mask.shape) != affinity.shape or {len(offset) for offset in offsets} != {mask.ndim}:
+    if (len(offsets), *mask.shape) != affinity.shape or {len(offset) for offset in offsets} != {
+        mask.ndim
+    }:
         raise ValueError(
-            f"affinities of shape {affinity.shape} do not fit {len(offsets)} offsets {list(map(list, offsets))} and a mask of "
+            f"affinities of shape {affinity.shape} do not fit {len(offsets)} offsets "
+            f"{list(map(list, offsets))} and a mask of "
             f"shape {mask.shape}"
         )
     box = next(iter(find_objects(mask.view(np.uint8))), None)
@@ -49,14 +61,20 @@ def mutex_watershed(
         counted = jit.ENABLED and affinity.dtype == np.uint8 and mask[box].size < MOST_PIXELS
         partition = _by_counting if counted else _by_sorting
         try:
-            label[box] = partition(affinity[(slice(None), *box)], mask[box], offsets, stride, exponent)
+            label[box] = partition(
+                affinity[(slice(None), *box)], mask[box], offsets, stride, exponent
+            )
         except MemoryError:
-            raise MemoryError(f"the mutex watershed of {' x '.join(map(str, mask[box].shape))} pixels") from None
+            raise MemoryError(
+                f"the mutex watershed of {' x '.join(map(str, mask[box].shape))} pixels"
+            ) from None
     return label
 
 
 def memory(ndim: int, channels: int, *, stride: int = 1, **_: float) -> float:
-    """Return how many bytes per pixel it takes besides what it is given, if all pixels are foreground (measured)."""
+    """Return how many bytes per pixel it takes besides what it is given, if all pixels are
+    foreground (measured).
+    """
     edges = ndim + (channels - ndim) / stride**2  # of a pixel
     least = 100  # of what gives away small segments
     return max(least, 44 + 9 * edges)
@@ -64,7 +82,9 @@ def memory(ndim: int, channels: int, *, stride: int = 1, **_: float) -> float:
 
 def as_float(array: np.ndarray) -> np.ndarray:
     """Return a new float32 array in [0, 1] of one that may be uint8."""
-    return np.divide(array, np.float32(255)) if array.dtype == np.uint8 else array.astype(np.float32)
+    return (
+        np.divide(array, np.float32(255)) if array.dtype == np.uint8 else array.astype(np.float32)
+    )
 
 
 def _weights(affinity: np.ndarray, attractive: int, exponent: float) -> np.ndarray:
@@ -77,7 +97,11 @@ def _weights(affinity: np.ndarray, attractive: int, exponent: float) -> np.ndarr
 
 
 def _by_sorting(
-    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int, exponent: float
+    affinity: np.ndarray,
+    mask: np.ndarray,
+    offsets: Sequence[Sequence[int]],
+    stride: int,
+    exponent: float,
 ) -> np.ndarray:
     weight = _weights(affinity, mask.ndim, exponent)
     strides = (1,) * (mask.ndim - 2) + (stride,) * 2
@@ -85,7 +109,11 @@ def _by_sorting(
 
 
 def _by_counting(
-    affinity: np.ndarray, mask: np.ndarray, offsets: Sequence[Sequence[int]], stride: int, exponent: float
+    affinity: np.ndarray,
+    mask: np.ndarray,
+    offsets: Sequence[Sequence[int]],
+    stride: int,
+    exponent: float,
 ) -> np.ndarray:
     levels = np.arange(256, dtype=np.uint8)
     weight = _weights(np.stack([levels, levels]), 1, exponent)
@@ -191,14 +219,19 @@ def _watershed(affinity, mask, offsets, strides, turns, attractive):
 
 @jit.part
 def _bin_edges(affinity, mask, offset, stride, bins, place, edges):
-    """Count the edges of a channel in their bins; or put them where `place` says, if there is room for them."""
+    """Count the edges of a channel in their bins.
+
+    Or put them where `place` says, if there is room for them.
+    """
     depth, height, width = mask.shape
     dz, dy, dx = offset
     start, end = (max(0, -dx) + stride - 1) // stride * stride, min(width, width - dx)
     if start >= end:
         return
     for z in range(max(0, -dz), min(depth, depth - dz)):
-        for y in range((max(0, -dy) + stride - 1) // stride * stride, min(height, height - dy), stride):
+        for y in range(
+            (max(0, -dy) + stride - 1) // stride * stride, min(height, height - dy), stride
+        ):
             here = mask[z, y, start:end:stride]
             there = mask[z + dz, y + dy, start + dx : end + dx : stride]
             level = affinity[z, y, start:end:stride]

@@ -1,4 +1,6 @@
-"""What there is to choose of every segmenter: ranges, defaults, and what tuning tries. Starts without numpy.
+"""What there is to choose of every segmenter: ranges, defaults, and what tuning tries.
+
+Starts without numpy.
 
 What each parameter does is said in `gdlib.segment.segmenters.segment`.
 """
@@ -23,20 +25,34 @@ class Parameter(NamedTuple):
     values: dict[int, tuple[Any, tuple]]
 
 
-# In 3D everything is foreground unless tuning finds otherwise: in most volumes the objects fill the whole image.
-_FOREGROUND = Parameter(limits.Share, {2: (0.5, (0.3, 0.4, 0.5, 0.6, 0.7)), 3: (0.0, (0.0, 0.3, 0.5, 0.7))})
+# In 3D everything is foreground unless tuning finds otherwise: in most volumes the objects fill the
+# whole image.
+_FOREGROUND = Parameter(
+    limits.Share, {2: (0.5, (0.3, 0.4, 0.5, 0.6, 0.7)), 3: (0.0, (0.0, 0.3, 0.5, 0.7))}
+)
 _SMALL = {
-    "min_fragment": Parameter(limits.Whole, {2: (20, (10, 20, 40, 80, 160)), 3: (50, (0, 50, 200, 1000, 4000))}),
-    "min_size": Parameter(limits.Whole, {2: (20, (10, 20, 30, 40, 60)), 3: (50, (0, 50, 200, 1000, 4000))}),
+    "min_fragment": Parameter(
+        limits.Whole, {2: (20, (10, 20, 40, 80, 160)), 3: (50, (0, 50, 200, 1000, 4000))}
+    ),
+    "min_size": Parameter(
+        limits.Whole, {2: (20, (10, 20, 30, 40, 60)), 3: (50, (0, 50, 200, 1000, 4000))}
+    ),
 }
 _EXPONENT = Parameter(limits.Positive, {2: (1.0, (1.0, 2.0, 4.0, 8.0)), 3: (1.0, (1.0, 2.0))})
 _STRIDE = Parameter(limits.Stride, {2: (1, (1, 2, 4, 8)), 3: (4, (4, 8))})
-_THRESHOLD = Parameter(limits.Share, dict.fromkeys((2, 3), (0.5, tuple(k / 20 for k in range(1, 20)))))
+_THRESHOLD = Parameter(
+    limits.Share, dict.fromkeys((2, 3), (0.5, tuple(k / 20 for k in range(1, 20))))
+)
 _BETA = Parameter(limits.Inside, dict.fromkeys((2, 3), (0.5, tuple(k / 10 for k in range(1, 10)))))
 
 # By segmenter; tuned in this order.
 PARAMETERS: dict[str, dict[str, Parameter]] = {
-    "mutex_watershed": {"foreground_threshold": _FOREGROUND, "stride": _STRIDE, "exponent": _EXPONENT} | _SMALL,
+    "mutex_watershed": {
+        "foreground_threshold": _FOREGROUND,
+        "stride": _STRIDE,
+        "exponent": _EXPONENT,
+    }
+    | _SMALL,
     "waterz": {"foreground_threshold": _FOREGROUND, "threshold": _THRESHOLD} | _SMALL,
     "multicut": {"foreground_threshold": _FOREGROUND, "beta": _BETA} | _SMALL,
     "mutex_watershed_masked": {"stride": _STRIDE, "exponent": _EXPONENT} | _SMALL,
@@ -80,7 +96,10 @@ def checked(segmenter: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     for name in parameters:
         if name not in kinds:
             raise ValueError(f'{segmenter} has no parameter "{name}": {nearest(name, list(kinds))}')
-    return {name: limits.checked(f"{name} of {segmenter}", kinds[name], value) for name, value in parameters.items()}
+    return {
+        name: limits.checked(f"{name} of {segmenter}", kinds[name], value)
+        for name, value in parameters.items()
+    }
 
 
 def is_masked(segmenter: str) -> bool:
@@ -93,23 +112,30 @@ def check_offsets(segmenter: str, offsets: Sequence[Sequence[int]]) -> None:
     ndim = len(offsets[0])
     if len(offsets) < ndim:
         raise ValueError(
-            f"the first {ndim} offsets are attractive, one for each axis, but there are {len(offsets)}; add more"
+            f"the first {ndim} offsets are attractive, one for each axis, but there are "
+            f"{len(offsets)}; add more"
         )
     wanted = [[-int(i == axis) for i in range(ndim)] for axis in range(ndim)]
     first = [list(offset) for offset in offsets[:ndim]]
     if segmenter in ("waterz", "multicut") and first != wanted:
-        raise ValueError(f"{segmenter} needs affinities whose first offsets are {wanted}, but they are {first}")
+        raise ValueError(
+            f"{segmenter} needs affinities whose first offsets are {wanted}, but they are {first}"
+        )
 
 
 def main_segmenter(header: Mapping[str, Any]) -> str:
-    """Return the segmenter that weights were chosen with; the order of `segmentation` is lost in their file."""
+    """Return the segmenter that weights were chosen with.
+
+    The order of `segmentation` is lost in their file.
+    """
     return header.get("run", {}).get("segmenters", list(header["segmentation"]))[0]
 
 
 def chosen(
     weights: Path | str, header: Mapping[str, Any], segmenter: str | None, given: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Choose how to segment images without ground truth: as the weights were tuned, but for what is given.
+    """Choose how to segment images without ground truth: as the weights were tuned, but for what is
+    given.
 
     Args:
         weights: file of the weights, for messages.
@@ -118,10 +144,12 @@ def chosen(
         given: parameters.
 
     Returns:
-        The segmenter, and all its parameters; those that were neither tuned nor given have their default.
+        The segmenter, and all its parameters; those that were neither tuned nor given have their
+        default.
 
     Raises:
-        ValueError: one sentence on a segmenter that cannot be used, an unknown name, or a value outside of its range.
+        ValueError: one sentence on a segmenter that cannot be used, an unknown name, or a value
+            outside of its range.
     """
     tuned = header["segmentation"]
     segmenter = segmenter or main_segmenter(header)
@@ -129,12 +157,15 @@ def chosen(
     if is_masked(segmenter):
         usable = ", ".join(name for name in tuned if not is_masked(name)) or "mutex_watershed"
         raise ValueError(
-            f"{segmenter} needs the foreground of a ground truth, which an image that is to be segmented does not have; "
+            f"{segmenter} needs the foreground of a ground truth, which an image that is to be "
+            "segmented does not have; "
             f"choose {usable}"
         )
     own = checked(segmenter, given)
     try:
-        stored = checked(segmenter, {key: v for key, v in tuned.get(segmenter, {}).items() if key not in own})
+        stored = checked(
+            segmenter, {key: v for key, v in tuned.get(segmenter, {}).items() if key not in own}
+        )
     except ValueError as error:
         raise ValueError(f"{weights}: {error}; give another value, or other weights") from None
     return segmenter, valid | stored | own
@@ -142,5 +173,7 @@ def chosen(
 
 def _of(segmenter: str) -> dict[str, Parameter]:
     if segmenter not in PARAMETERS:
-        raise ValueError(f'there is no segmenter "{segmenter}"; choose one of {", ".join(PARAMETERS)}')
+        raise ValueError(
+            f'there is no segmenter "{segmenter}"; choose one of {", ".join(PARAMETERS)}'
+        )
     return PARAMETERS[segmenter]

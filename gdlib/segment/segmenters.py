@@ -1,4 +1,5 @@
-"""From affinities to instances (numpy only, 2D and 3D): the segmenters, and how their parameters are chosen.
+"""From affinities to instances (numpy only, 2D and 3D): the segmenters, and how their parameters
+are chosen.
 
 | segmenter | what it does | what is left to choose |
 |---|---|---|
@@ -7,12 +8,14 @@
 | `multicut` | cuts the graph of touching fragments where this costs least | what an edge of affinity 1/2 costs: `beta` |
 | `mutex_watershed_masked` | the mutex watershed, told by the ground truth what is foreground | |
 
-`waterz` and `multicut` use the affinities of nearest neighbours only, and start from the same fragments: a watershed in
-every section, in 2D the one there is. All partition the foreground alone; a `foreground_threshold` of 0 makes everything
-foreground, as it should be where objects fill the whole image. A segmenter whose name ends in `_masked` gets the foreground of
-the ground truth in place of the predicted one, as the Leaf Segmentation Challenge hands it out; it judges how objects are told
-apart, and cannot be used on images without ground truth. A new segmenter is one function, one entry of `SEGMENTERS` at the end
-of this file, and one of `PARAMETERS` in `gdlib/segment/parameters.py`.
+`waterz` and `multicut` use the affinities of nearest neighbours only, and start from the same
+fragments: a watershed in every section, in 2D the one there is. All partition the foreground alone;
+a `foreground_threshold` of 0 makes everything foreground, as it should be where objects fill the
+whole image. A segmenter whose name ends in `_masked` gets the foreground of the ground truth in
+place of the predicted one, as the Leaf Segmentation Challenge hands it out; it judges how objects
+are told apart, and cannot be used on images without ground truth. A new segmenter is one function,
+one entry of `SEGMENTERS` at the end of this file, and one of `PARAMETERS` in
+`gdlib/segment/parameters.py`.
 """
 
 import inspect
@@ -42,40 +45,48 @@ def segment(
     """Partition the foreground into instances.
 
     Args:
-        affinity: (K, [Z,] Y, X), uint8 in [0, 255] or float in [0, 1]; the first n channels (n = number of axes) attract.
-        foreground: ([Z,] Y, X), same type, probability of "belongs to an object"; for a masked segmenter of any type, the truth,
-            0 outside of all objects.
+        affinity: (K, [Z,] Y, X), uint8 in [0, 255] or float in [0, 1]; the first n channels (n =
+            number of axes) attract.
+        foreground: ([Z,] Y, X), same type, probability of "belongs to an object"; for a masked
+            segmenter of any type, the truth, 0 outside of all objects.
         offsets: K displacements in array order.
         segmenter: a key of `SEGMENTERS`.
         parameters: of the segmenter; those left out have the values of `defaults`. They are
             `foreground_threshold`: pixels with at least this probability are partitioned;
             `min_fragment`: smaller segments go to the neighbours that they touch, in pixels;
-            `min_size`: segments that are still smaller are removed, in pixels;
-            `stride` (mutex_watershed): use repulsive edges only at every so many pixels of the last two axes, above 1 is
-            faster and splits less; `exponent` (mutex_watershed): power of the affinities that attract, above 1 joins less;
-            `threshold` (waterz): fragments are joined while 1 - mean affinity is below it;
-            `beta` (multicut): in (0, 1), above 0.5 splits more.
+            `min_size`: segments that are still smaller are removed, in pixels; `stride`
+            (mutex_watershed): use repulsive edges only at every so many pixels of the last two
+            axes, above 1 is faster and splits less; `exponent` (mutex_watershed): power of the
+            affinities that attract, above 1 joins less; `threshold` (waterz): fragments are joined
+            while 1 - mean affinity is below it; `beta` (multicut): in (0, 1), above 0.5 splits
+            more.
 
     Returns:
         ([Z,] Y, X) uint32, consecutive from 1, 0 = background.
 
     Raises:
-        ValueError: an unknown segmenter or parameter, a value outside of its range (see `gdlib.segment.parameters`), offsets it cannot
-            use, or its package is not installed.
+        ValueError: an unknown segmenter or parameter, a value outside of its range (see
+            `gdlib.segment.parameters`), offsets it cannot use, or its package is not installed.
     """
     parameters = defaults(segmenter, foreground.ndim) | checked(segmenter, parameters)
     return Prepared(affinity, foreground, offsets, segmenter)(**parameters)
 
 
 def used(segmenter: str, offsets: Offsets) -> Offsets:
-    """Return those offsets whose affinities a segmenter looks at: waterz and multicut, those of nearest neighbours alone."""
+    """Return those offsets whose affinities a segmenter looks at: waterz and multicut, those of
+    nearest neighbours alone.
+    """
     return offsets if segmenter.startswith("mutex_watershed") else offsets[: len(offsets[0])]
 
 
 class Prepared:
-    """One prediction, to be segmented again and again: what the changed parameters do not touch is kept."""
+    """One prediction, to be segmented again and again: what the changed parameters do not touch is
+    kept.
+    """
 
-    def __init__(self, affinity: np.ndarray, foreground: np.ndarray, offsets: Offsets, segmenter: str) -> None:
+    def __init__(
+        self, affinity: np.ndarray, foreground: np.ndarray, offsets: Offsets, segmenter: str
+    ) -> None:
         check_offsets(segmenter, offsets)
         self.prediction = affinity, foreground, offsets
         self.prepare = SEGMENTERS[segmenter].prepare
@@ -93,13 +104,16 @@ class Prepared:
 
 
 def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.ndarray:
-    """Give segments below `min_fragment` to touching larger ones, then remove what is below `min_size`."""
+    """Give segments below `min_fragment` to touching larger ones, then remove what is below
+    `min_size`.
+    """
     size = np.bincount(label.ravel())
     small = size < min_fragment
     small[:1] = False
     if small.any():
         kept = np.where(small[label], 0, label).astype(np.int32)
-        # Flooding without relief reaches exactly the small segments that are connected to a kept one.
+        # Flooding without relief reaches exactly the small segments that are connected to a kept
+        # one.
         flooded = watershed(np.zeros(label.shape, np.uint8), kept, mask=label > 0)
         label = np.where(flooded > 0, flooded, label)
         size = np.bincount(label.ravel())
@@ -118,7 +132,9 @@ def _mutex_watershed(
     exponent: float,
 ) -> Callable[[], np.ndarray]:
     """Wolf et al., The Mutex Watershed, ECCV 2018."""
-    label = mutex_watershed(affinity, as_float(foreground) >= foreground_threshold, offsets, stride, exponent)
+    label = mutex_watershed(
+        affinity, as_float(foreground) >= foreground_threshold, offsets, stride, exponent
+    )
     return lambda: label
 
 
@@ -127,21 +143,27 @@ def _mutex_watershed_masked(
 ) -> Callable[[], np.ndarray]:
     """Partition where the truth has objects."""
     return _mutex_watershed(
-        affinity, foreground > 0, offsets, foreground_threshold=1.0, stride=stride, exponent=exponent
+        affinity,
+        foreground > 0,
+        offsets,
+        foreground_threshold=1.0,
+        stride=stride,
+        exponent=exponent,
     )
 
 
 @dataclass(frozen=True)
 class Segmenter:
-    """One way from affinities to instances, in two stages: tuning repeats the slow one only where it must.
+    """One way from affinities to instances, in two stages: tuning repeats the slow one only where
+    it must.
 
     Attributes:
         title: as printed.
-        prepare: takes affinity, foreground and offsets as `segment` does, and by keyword the parameters that make it work
-            again; returns a function of the other parameters, without `min_fragment` and `min_size`, that returns the label
-            ([Z,] Y, X) int64.
-        memory: takes the number of axes and of channels, and by keyword the parameters; returns how many bytes per pixel it takes
-            besides the prediction, where all pixels are foreground.
+        prepare: takes affinity, foreground and offsets as `segment` does, and by keyword the
+            parameters that make it work again; returns a function of the other parameters, without
+            `min_fragment` and `min_size`, that returns the label ([Z,] Y, X) int64.
+        memory: takes the number of axes and of channels, and by keyword the parameters; returns how
+            many bytes per pixel it takes besides the prediction, where all pixels are foreground.
     """
 
     title: str

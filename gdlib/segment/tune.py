@@ -26,8 +26,8 @@ def tune(
         predictions: (affinity, foreground) of each image.
         labels: ground truth of each image.
         offsets: of the affinities.
-        metric: what to optimise, a key of `metrics.METRICS`, by its `scores.worth`: the mean over the images with objects,
-            and what was found in those without.
+        metric: what to optimise, a key of `metrics.METRICS`, by its `scores.worth`: the mean over
+            the images with objects, and what was found in those without.
         segmenter: a key of `SEGMENTERS`.
         ignores: pixels of each image that do not count, or None where all count.
 
@@ -60,16 +60,26 @@ def score(
     segmenter: str = "mutex_watershed",
     ignores: Sequence[np.ndarray | None] | None = None,
 ) -> dict[str, float]:
-    """Scores of images together (`scores.mean`) for one choice of parameters; those left out have their default."""
+    """Scores of images together (`scores.mean`) for one choice of parameters.
+
+    Those left out have their default.
+    """
     parameters = defaults(segmenter, labels[0].ndim) | checked(segmenter, parameters)
-    return _mean_scores(_images(predictions, labels, offsets, segmenter), labels, ignores, parameters)
+    return _mean_scores(
+        _images(predictions, labels, offsets, segmenter), labels, ignores, parameters
+    )
 
 
 def _images(
-    predictions: Sequence[Prediction], labels: Sequence[np.ndarray], offsets: Offsets, segmenter: str
+    predictions: Sequence[Prediction],
+    labels: Sequence[np.ndarray],
+    offsets: Offsets,
+    segmenter: str,
 ) -> Iterator[Prepared]:
     for (affinity, foreground), label in zip(predictions, labels, strict=True):
-        yield Prepared(affinity, label > 0 if is_masked(segmenter) else foreground, offsets, segmenter)
+        yield Prepared(
+            affinity, label > 0 if is_masked(segmenter) else foreground, offsets, segmenter
+        )
 
 
 def _mean_scores(

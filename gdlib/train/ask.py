@@ -1,19 +1,21 @@
 """Ask a teacher once about every training image, as a whole, and keep what it says: its maps.
 
-A study is a grid of students that learn from one teacher, at each step from small cuts of images, enlarged, deformed, turned.
-The teacher is not asked about these: it sees each image once, as it is and with all its context, by the code that predicts test
-images, and `gdlib.data.patches` cuts image, label and maps at the same places. What changes a student's image alone, as
-brightness, blur and noise, the teacher has not seen: it says what it says of the clean image.
+A study is a grid of students that learn from one teacher, at each step from small cuts of images,
+enlarged, deformed, turned. The teacher is not asked about these: it sees each image once, as it is
+and with all its context, by the code that predicts test images, and `gdlib.data.patches` cuts
+image, label and maps at the same places. What changes a student's image alone, as brightness, blur
+and noise, the teacher has not seen: it says what it says of the clean image.
 
-A file has by sample, in float16 and with the vector last, so that the vectors of a patch lie together,
+A file has by sample, in float16 and with the vector last, so that the vectors of a patch lie
+together,
 
 | array | content |
 |---|---|
 | `embedding` and `foreground` | ([Z,] Y, X, D) raw vectors and ([Z,] Y, X, 1) logits of all pixels; or |
 | a level, e.g. `stride8` | ([z,] y, x, C), a feature map; its attribute `corner` is the pixel at which the first voxel begins |
 
-and the attributes `teacher` and `samples`, SHA-256 of both files, `parts`, the arrays of each sample, and `levels`, all that the
-teacher has: by name the channels and the stride.
+and the attributes `teacher` and `samples`, SHA-256 of both files, `parts`, the arrays of each
+sample, and `levels`, all that the teacher has: by name the channels and the stride.
 """
 
 import math
@@ -32,7 +34,8 @@ from gdlib.models import trained
 from gdlib.predict.files import finish_blocks
 from gdlib.predict.predictor import Predictor, legal_shape
 
-CHUNK = {2: (64, 64), 3: (8, 32, 32)}  # voxels that are stored together: a patch has several times as many
+# voxels that are stored together: a patch has several times as many
+CHUNK = {2: (64, 64), 3: (8, 32, 32)}
 
 
 def ask(
@@ -46,20 +49,24 @@ def ask(
     engine: str = "auto",
     device: str = "auto",
 ) -> None:
-    """Write the maps of a teacher; an asking that was killed goes on where it was, as `gdlib.predict.files.predict_split` does.
+    """Write the maps of a teacher.
+
+    An asking that was killed goes on where it was, as `gdlib.predict.files.predict_split` does.
 
     Args:
         teacher: its weights.
         samples: `.h5` of the images.
         out: `.h5`, see above.
-        level: name of a feature map, in place of embedding and foreground; of a teacher that does not have it nothing is written.
+        level: name of a feature map, in place of embedding and foreground; of a teacher that does
+            not have it nothing is written.
         block: see `Predictor`; so are the others.
         precision: of the arithmetic.
         engine: what runs the network.
         device: name, or `auto`.
 
     Raises:
-        gdlib.io.DataError: the disk has no room for it, or a value of the teacher is too large for half precision.
+        gdlib.io.DataError: the disk has no room for it, or a value of the teacher is too large for
+            half precision.
     """
     out, levels = Path(out), () if level is None else (level,)
     options = {"block": block, "precision": precision, "engine": engine, "device": device}
@@ -67,7 +74,12 @@ def ask(
     predictor = Predictor(network, header, levels=levels, **options)
     parts = ["embedding", "foreground"] if level is None else list(predictor.levels)
     known = {name: [channels, list(stride)] for name, (channels, stride) in network.levels.items()}
-    about = {"teacher": io.sha256(teacher), "samples": io.sha256(samples), "parts": parts, "levels": known}
+    about = {
+        "teacher": io.sha256(teacher),
+        "samples": io.sha256(samples),
+        "parts": parts,
+        "levels": known,
+    }
     partial = out.with_name(f".{out.name}.partial")
     with io.open_h5(samples) as file:
         images = {name: predictor.source(file[name]["image"]) for name in sorted(file) if parts}
@@ -80,7 +92,9 @@ def ask(
             ((feature, voxels, corner),) = predictor.features(images[name], box).values()
             return [_half(feature), np.array([[v.start, v.stop] for v in voxels]), np.array(corner)]
 
-        blocks = finish_blocks(predictor, images, compute, partial, [about["teacher"], about["samples"], *parts])
+        blocks = finish_blocks(
+            predictor, images, compute, partial, [about["teacher"], about["samples"], *parts]
+        )
         with io.create_h5(out, **about) as maps:
             for name, box, arrays in blocks:
                 group, shape, attrs = maps.require_group(name), images[name].shape, {}
@@ -97,30 +111,53 @@ def ask(
 
 
 def _make(group: h5py.Group, part: str, shape: Sequence[int]) -> h5py.Dataset:
-    """Make room for vectors, (*sides, C); not compressed, as patches are read at every step, but with checksums."""
+    """Make room for vectors, (*sides, C).
+
+    Not compressed, as patches are read at every step, but with checksums.
+    """
     chunks = (*map(min, CHUNK[len(shape) - 1], shape), shape[-1])
-    return group.create_dataset(part, shape, np.float16, chunks=chunks, fletcher32=True, track_times=False)
+    return group.create_dataset(
+        part, shape, np.float16, chunks=chunks, fletcher32=True, track_times=False
+    )
 
 
 def _half(maps: Tensor) -> np.ndarray:
     """Maps (C, *sides) as they are stored, (*sides, C) float16."""
     half = maps.movedim(0, -1).half().contiguous().cpu()
     if not torch.isfinite(half).all():
-        raise io.DataError("the teacher says values that are too large for half precision; choose `teacher: online`")
+        raise io.DataError(
+            "the teacher says values that are too large for half precision; choose "
+            "`teacher: online`"
+        )
     return half.numpy()
 
 
-def _say_size(predictor: Predictor, shapes: list[tuple[int, ...]], parts: list[str], out: Path) -> None:
+def _say_size(
+    predictor: Predictor, shapes: list[tuple[int, ...]], parts: list[str], out: Path
+) -> None:
     """Say how much the maps take of the disk, and raise if it is not there."""
     network, size = predictor.network, 0
     if predictor.levels:
         channels, stride = network.levels[predictor.levels[0]]
-        size = 2 * channels * sum(math.prod(-(-n // s) for n, s in zip(shape, stride, strict=True)) for shape in shapes)
+        size = (
+            2
+            * channels
+            * sum(
+                math.prod(-(-n // s) for n, s in zip(shape, stride, strict=True))
+                for shape in shapes
+            )
+        )
     elif parts:
-        sides = [n + 2 * m for n, m in zip(legal_shape(network, [1] * network.ndim), network.margin, strict=True)]
+        sides = [
+            n + 2 * m
+            for n, m in zip(legal_shape(network, [1] * network.ndim), network.margin, strict=True)
+        ]
         embedding, _ = predictor.forward(torch.zeros(predictor.header["channels"], *sides))
         size = 2 * (len(embedding) + 1) * sum(map(math.prod, shapes))
-    said = f"{' and '.join(parts) or 'nothing'} of {len(shapes)} images: {size / 1e6:,.1f} MB, twice as much while it is made"
+    said = (
+        f"{' and '.join(parts) or 'nothing'} of {len(shapes)} images: {size / 1e6:,.1f} MB, "
+        "twice as much while it is made"
+    )
     print(said, flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(out.parent).free < 2 * size:

@@ -1,4 +1,6 @@
-"""The one training loop, for teachers and students, in 2D and 3D: a teacher is a run without distillation terms."""
+"""The one training loop, for teachers and students, in 2D and 3D: a teacher is a run without
+distillation terms.
+"""
 
 import contextlib
 import copy
@@ -29,7 +31,8 @@ from gdlib.types import Batch
 
 HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
 DRAWING = ("cuda", "mps", "xpu")  # devices with random numbers of their own
-LOG_EVERY = 10  # steps; losses are averaged over them, so that nothing waits for the device at every step
+# steps; losses are averaged over them, so that nothing waits for the device at every step
+LOG_EVERY = 10
 
 
 class Interrupted(Exception):
@@ -51,27 +54,33 @@ def fit(
     max_seconds: float = math.inf,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Train one network and write its weights; in several processes at once where `torchrun` started them.
+    """Train one network and write its weights.
 
-    It may run in any thread and leaves the program as it was: it handles no signals, and torch's random numbers go on after it as
-    if it had not been. While it runs nobody else should draw them: what drops channels at random would not repeat.
+    In several processes at once where `torchrun` started them.
+
+    It may run in any thread and leaves the program as it was: it handles no signals, and torch's
+    random numbers go on after it as if it had not been. While it runs nobody else should draw them:
+    what drops channels at random would not repeat.
 
     Args:
         spec: what to train and how.
         train: samples `.h5` to learn from.
-        val: samples `.h5` for validation while training, the choice of the best weights and of the segmentation parameters.
+        val: samples `.h5` for validation while training, the choice of the best weights and of the
+            segmentation parameters.
         weights: where the best weights go, with all that is needed to use them in the header.
         last: where the weights of the last step go.
         history: CSV with every loss and validation metric.
         state: folder of `resume.pt`; emptied when training is complete.
         teacher: weights of the teacher, if a term needs one and the recipe asks it online.
-        maps: files of `gdlib.train.ask.ask`, if a term needs a teacher and the recipe takes its maps.
+        maps: files of `gdlib.train.ask.ask`, if a term needs a teacher and the recipe takes its
+            maps.
         device: name, or `auto`.
         max_seconds: stop and save the state after this time.
         stop: asked after every step whether to do so, e.g. the `is_set` of a `threading.Event`.
 
     Returns:
-        Mean validation metrics of the best weights, with the first segmenter; nothing in processes that do not validate.
+        Mean validation metrics of the best weights, with the first segmenter; nothing in processes
+        that do not validate.
 
     Raises:
         Interrupted: it was told to stop, or `max_seconds` are over.
@@ -80,7 +89,8 @@ def fit(
         recipe, alone, leader = spec.recipe, processes.world() == 1, processes.rank() == 0
         if recipe.accumulate % processes.world():
             raise ValueError(
-                f"{processes.world()} processes share the batches of a step: make accumulate, which is {recipe.accumulate}, a "
+                f"{processes.world()} processes share the batches of a step: make accumulate, "
+                f"which is {recipe.accumulate}, a "
                 "multiple of that, with a smaller batch_size if the step shall stay the same"
             )
         # Validation first: a file that cannot be used must not cost a training.
@@ -88,7 +98,12 @@ def fit(
         known = TeacherMaps(maps, train) if maps else None
         trainer = _Trainer(spec, known or teacher, target)
         sampler = PatchSampler(
-            train, **spec.drawing, margin=trainer.margin, device=target, maps=known, levels=trainer.levels
+            train,
+            **spec.drawing,
+            margin=trainer.margin,
+            device=target,
+            maps=known,
+            levels=trainer.levels,
         )
         if judge is not None:
             judge.normalisation = sampler.normalisation
@@ -99,26 +114,38 @@ def fit(
 
         deadline = time.monotonic() + max_seconds
         name = f"{spec.network}/{spec.method}/seed{spec.seed}"
-        bar = Progress(total=recipe.steps, initial=trainer.step, unit="step", desc=name, disable=not leader)
+        bar = Progress(
+            total=recipe.steps, initial=trainer.step, unit="step", desc=name, disable=not leader
+        )
         with bar:
-            bar.say(f"training on {_device_name(target)} in {str(trainer.dtype).removeprefix('torch.')}")
+            bar.say(
+                f"training on {_device_name(target)} in {str(trainer.dtype).removeprefix('torch.')}"
+            )
             while trainer.step < recipe.steps:
                 trainer.advance(sampler.batch(number) for number in trainer.batches())
                 bar.update()
                 if trainer.step % LOG_EVERY == 0 or trainer.step == recipe.steps:
                     bar.set_postfix(loss=f"{trainer.flush_losses():.4f}")
-                if leader and (trainer.step % recipe.validate_every == 0 or trainer.step == recipe.steps):
+                if leader and (
+                    trainer.step % recipe.validate_every == 0 or trainer.step == recipe.steps
+                ):
                     trainer.consider(judge(trainer.deployed))
                     reached = f"{recipe.selection} {trainer.last_scores[recipe.selection]:.4f}"
                     best = ", the best so far" * (trainer.best_step == trainer.step)
                     bar.say(f"step {trainer.step}: validation {reached}{best}")
-                # Several processes must agree, for which they wait for their devices: not at every step.
+                # Several processes must agree, for which they wait for their devices: not at every
+                # step.
                 asked = alone or trainer.step % LOG_EVERY == 0
                 asked = asked and processes.any_of(stop() or time.monotonic() > deadline, target)
-                if leader and (asked or (trainer.step % recipe.save_every == 0 and trainer.step < recipe.steps)):
+                if leader and (
+                    asked or (trainer.step % recipe.save_every == 0 and trainer.step < recipe.steps)
+                ):
                     trainer.save(resume, fingerprint)
                 if asked:
-                    said = f"stopped after step {trainer.step} of {recipe.steps}; the same command goes on from there"
+                    said = (
+                        f"stopped after step {trainer.step} of {recipe.steps}; the same command "
+                        "goes on from there"
+                    )
                     bar.say(said)
                     raise Interrupted(said)
         if not leader:
@@ -141,7 +168,9 @@ def fit(
         main = {spec.segmenters[0]: trainer.last_scores}
         io.save_weights(last, final, header | {"step": recipe.steps, "validation": main})
         io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
-        print(f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted")
+        print(
+            f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted"
+        )
         io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
         resume.unlink(missing_ok=True)
         return scores[spec.segmenters[0]]
@@ -150,25 +179,36 @@ def fit(
 class _Trainer:
     """Everything that changes while training, so that it can be saved and taken back as a whole."""
 
-    def __init__(self, spec: RunSpec, teacher: TeacherMaps | Path | str | None, device: torch.device) -> None:
+    def __init__(
+        self, spec: RunSpec, teacher: TeacherMaps | Path | str | None, device: torch.device
+    ) -> None:
         recipe = spec.recipe
         _seed(spec.seed, device)
         self.spec = spec
         self.device = device
         self.dtype = choose_precision(recipe.precision, device)
         student = build(spec.model, spec.options)
-        terms = [(t.name, t.weight, build_term(t.term, t.memory, t.options)) for t in spec.all_terms]
-        frozen = _teacher(teacher, spec) if any(term.needs_teacher for _, _, term in terms) else None
+        terms = [
+            (t.name, t.weight, build_term(t.term, t.memory, t.options)) for t in spec.all_terms
+        ]
+        frozen = (
+            _teacher(teacher, spec) if any(term.needs_teacher for _, _, term in terms) else None
+        )
         networks = [student] if frozen is None or isinstance(frozen, Asked) else [student, frozen]
         self.levels = _sides_of_maps(spec) if isinstance(frozen, Asked) else {}
         for network in networks:
             _check_patch(network, spec)
-        self.margin = [max(sides) for sides in zip(*(network.margin for network in networks), strict=True)]
+        self.margin = [
+            max(sides) for sides in zip(*(network.margin for network in networks), strict=True)
+        ]
         if (
             processes.world() > 1
         ):  # running statistics are averaged over processes, and forget as much per batch as in one
             for module in student.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+                if (
+                    isinstance(module, nn.modules.batchnorm._BatchNorm)
+                    and module.momentum is not None
+                ):
                     module.momentum = 1 - (1 - module.momentum) ** processes.world()
         bank = MemoryBank(**recipe.bank.model_dump(), seed=spec.seed)
         targets = spec.targets.model_dump(exclude={"border"})
@@ -178,7 +218,9 @@ class _Trainer:
             self.layout = torch.contiguous_format
         levels = [t.level for t in spec.all_terms]
         together = recipe.accumulate // processes.world()
-        self.distiller = Distiller(student, frozen, terms, spec.offsets, bank, targets, levels, together).to(device)
+        self.distiller = Distiller(
+            student, frozen, terms, spec.offsets, bank, targets, levels, together
+        ).to(device)
         for network in networks:
             network.to(memory_format=self.layout)
             if recipe.compile:  # copies, as those that validate and are kept, are not
@@ -206,13 +248,16 @@ class _Trainer:
     def batches(self) -> range:
         """Numbers of the batches of the next step that are this process's."""
         first = self.step * self.spec.recipe.accumulate
-        return range(first + processes.rank(), first + self.spec.recipe.accumulate, processes.world())
+        return range(
+            first + processes.rank(), first + self.spec.recipe.accumulate, processes.world()
+        )
 
     def advance(self, batches: Iterator[Batch]) -> None:
         """Make one optimizer step over some batches."""
         start = time.perf_counter()
         recipe = self.spec.recipe
-        if processes.world() > 1:  # networks that drop channels at random must not drop the same ones in all processes
+        # networks that drop channels at random must not drop the same ones in all processes
+        if processes.world() > 1:
             _seed(self.spec.seed * 1_000_003 + self.batches().start, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, recipe)
@@ -222,13 +267,18 @@ class _Trainer:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 total, losses = self.distiller(batch, number)
             self.scaler.scale(total / recipe.accumulate).backward()
-            for name, value in {"loss": total, **{f"loss/{n}": v for n, v in losses.items()}}.items():
+            for name, value in {
+                "loss": total,
+                **{f"loss/{n}": v for n, v in losses.items()},
+            }.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach()
             for name, count in self.distiller.entries.items():
                 self._sums[name] = self._sums.get(name, 0) + count
             self._count += 1
         processes.add([p.grad for p in self.learnable if p.grad is not None])
-        processes.add([b for b in self.distiller.student.buffers() if b.is_floating_point()], mean=True)
+        processes.add(
+            [b for b in self.distiller.student.buffers() if b.is_floating_point()], mean=True
+        )
         if recipe.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.learnable, recipe.clip)
@@ -248,24 +298,38 @@ class _Trainer:
         self._sums, self._count = {}, 0
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
-                f"the loss became {means['loss']} before step {self.step}: lower recipes.*.optimizer.lr or a method's weight"
+                f"the loss became {means['loss']} before step {self.step}: lower "
+                "recipes.*.optimizer.lr or a method's weight"
             )
         recipe, met = self.spec.recipe, {name for _, _, name, value in self.history if value}
-        if (self.step * recipe.accumulate - count) * recipe.batch_size >= recipe.bank.capacity:  # it was full before
-            check_entries({name: mean for name, mean in means.items() if name not in met}, recipe.bank.capacity)
+        # it was full before
+        if (self.step * recipe.accumulate - count) * recipe.batch_size >= recipe.bank.capacity:
+            check_entries(
+                {name: mean for name, mean in means.items() if name not in met},
+                recipe.bank.capacity,
+            )
         self.history += [(self.step, "train", name, value) for name, value in means.items()]
-        self.history.append((self.step, "train", "lr", learning_rate(self.step - 1, self.spec.recipe)))
+        self.history.append(
+            (self.step, "train", "lr", learning_rate(self.step - 1, self.spec.recipe))
+        )
         return means["loss"]
 
     def consider(self, scores: dict[str, float]) -> None:
         """Take note of a validation, and keep the weights if they are the best so far."""
         metric = self.spec.recipe.selection
         self.last_scores = scores
-        self.history += [(self.step, "val", name, scores[name]) for name in dict.fromkeys((metric, *HISTORY_METRICS))]
+        self.history += [
+            (self.step, "val", name, scores[name])
+            for name in dict.fromkeys((metric, *HISTORY_METRICS))
+        ]
         self.history += [(self.step, "val", name, scores[name]) for name in FALSE if name in scores]
-        if not self.best_scores or is_better(metric, worth(scores, metric), worth(self.best_scores, metric)):
+        if not self.best_scores or is_better(
+            metric, worth(scores, metric), worth(self.best_scores, metric)
+        ):
             self.best_scores, self.best_step = scores, self.step
-            self.best_state = {name: tensor.clone() for name, tensor in self.deployed.state_dict().items()}
+            self.best_state = {
+                name: tensor.clone() for name, tensor in self.deployed.state_dict().items()
+            }
 
     def _state(self) -> dict[str, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler]:
         parts = {
@@ -279,7 +343,17 @@ class _Trainer:
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    _PLAIN = ("step", "seconds", "history", "best_state", "best_step", "best_scores", "last_scores", "_sums", "_count")
+    _PLAIN = (
+        "step",
+        "seconds",
+        "history",
+        "best_state",
+        "best_step",
+        "best_scores",
+        "last_scores",
+        "_sums",
+        "_count",
+    )
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write everything that is needed to go on with the same next losses."""
@@ -298,7 +372,10 @@ class _Trainer:
             print(f"{error}; training starts anew", flush=True)
             return
         if content.get("fingerprint") != fingerprint:
-            print(f"{path}: belongs to another configuration, data or code; training starts anew", flush=True)
+            print(
+                f"{path}: belongs to another configuration, data or code; training starts anew",
+                flush=True,
+            )
             return
         for name, part in self._state().items():
             part.load_state_dict(content[name])
@@ -306,13 +383,19 @@ class _Trainer:
             setattr(self, name, content[name])
         torch.set_rng_state(content["rng"].cpu())
         if self.device.type in DRAWING:
-            torch.get_device_module(self.device).set_rng_state(content["rng_device"].cpu(), self.device)
+            torch.get_device_module(self.device).set_rng_state(
+                content["rng_device"].cpu(), self.device
+            )
         print(f"resumed after step {self.step}", flush=True)
 
 
 def _own_random_numbers(device: torch.device) -> contextlib.AbstractContextManager:
-    """Networks draw from torch's generators, of the CPU and of the device: give them back as they were."""
-    return torch.random.fork_rng([device] if device.type in DRAWING else [], device_type=device.type)
+    """Networks draw from torch's generators, of the CPU and of the device: give them back as they
+    were.
+    """
+    return torch.random.fork_rng(
+        [device] if device.type in DRAWING else [], device_type=device.type
+    )
 
 
 def _seed(number: int, device: torch.device) -> None:
@@ -326,7 +409,9 @@ def _seed(number: int, device: torch.device) -> None:
 def _check_patch(network: nn.Module, spec: RunSpec) -> None:
     """Raise unless the network can make an output of the size of the patch."""
     sides = zip(spec.patch, network.divisor, network.remainder, strict=False)
-    if len(spec.patch) != network.ndim or any((side - remainder) % divisor for side, divisor, remainder in sides):
+    if len(spec.patch) != network.ndim or any(
+        (side - remainder) % divisor for side, divisor, remainder in sides
+    ):
         plus = f" plus {tuple(network.remainder)}" if any(network.remainder) else ""
         raise ValueError(
             f'a patch {spec.patch} does not fit "{spec.network}" or its teacher: '
@@ -335,15 +420,19 @@ def _check_patch(network: nn.Module, spec: RunSpec) -> None:
 
 
 def decay(step: int, ema: float) -> float:
-    """Share of the average that stays at a step, counted from 0: less at first, or the random start would be a part of it."""
+    """Share of the average that stays at a step, counted from 0: less at first, or the random start
+    would be a part of it.
+    """
     return min(ema, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Move weights and running statistics to `decay` times themselves plus the rest of the network's; whole numbers jump.
+    """Move weights and running statistics to `decay` times themselves plus the rest of the
+    network's; whole numbers jump.
 
-    As `torch.optim.swa_utils.AveragedModel` does, which waits for the device to know whether it is the first time.
+    As `torch.optim.swa_utils.AveragedModel` does, which waits for the device to know whether it is
+    the first time.
     """
     pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
     mine, theirs = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
@@ -354,7 +443,9 @@ def follow(average: nn.Module, network: nn.Module, decay: float) -> None:
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Learning rate of a step (counted from 0): linear warm-up, then constant or half a cosine down to 0."""
+    """Learning rate of a step (counted from 0): linear warm-up, then constant or half a cosine down
+    to 0.
+    """
     lr = recipe.optimizer.lr
     if step < recipe.warmup:
         return lr * (step + 1) / recipe.warmup
@@ -371,21 +462,29 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
 
 
 def _teacher(source: TeacherMaps | Path | str | None, spec: RunSpec) -> nn.Module:
-    """A frozen teacher of the kind that the recipe says: one that was asked before, or one to be asked at every step."""
+    """A frozen teacher of the kind that the recipe says: one that was asked before, or one to be
+    asked at every step.
+    """
     if spec.recipe.teacher == "maps":
         if not isinstance(source, TeacherMaps):
             raise ValueError(
-                f'method "{spec.method}" learns from the maps of a teacher: give them (`gdlib step ask` makes them), or its '
+                f'method "{spec.method}" learns from the maps of a teacher: give them (`gdlib step '
+                "ask` makes them), or its "
                 "weights with `teacher: online` in the recipe"
             )
         return Asked(source.levels)
     if source is None or isinstance(source, TeacherMaps):
-        raise ValueError(f'method "{spec.method}" learns from a teacher that is asked online: give its weights')
+        raise ValueError(
+            f'method "{spec.method}" learns from a teacher that is asked online: give its weights'
+        )
     return _load_teacher(source, spec)
 
 
 def _sides_of_maps(spec: RunSpec) -> dict[str, tuple[int, ...]]:
-    """Sides of the feature maps that a student has of a patch; found out without computing anything."""
+    """Sides of the feature maps that a student has of a patch.
+
+    Found out without computing anything.
+    """
     with torch.device("meta"), torch.no_grad():
         student = build(spec.model, spec.options).eval()
         sides = [n + 2 * m for n, m in zip(spec.patch, student.margin, strict=True)]
@@ -396,14 +495,16 @@ def _sides_of_maps(spec: RunSpec) -> dict[str, tuple[int, ...]]:
 def _load_teacher(path: Path | str, spec: RunSpec) -> nn.Module:
     network, header = trained(path, "channels", "normalisation")
     mine = spec.model_dump(mode="json", include={"channels", "normalisation"})
-    # What was learned from the images may differ: both see images as this run does, and those with objects are the same.
+    # What was learned from the images may differ: both see images as this run does, and those with
+    # objects are the same.
     theirs = {"channels": header["channels"], "normalisation": header["normalisation"]}
     for one in (mine, theirs):
         one["normalisation"] = {key: one["normalisation"][key] for key in ("lower", "upper")}
     for key in mine:
         if theirs[key] != mine[key]:
             raise io.DataError(
-                f"{path}: the teacher was trained with {key} {theirs[key]}, this run uses {mine[key]}; make them equal"
+                f"{path}: the teacher was trained with {key} {theirs[key]}, this run uses "
+                f"{mine[key]}; make them equal"
             )
     return folded(network)
 

@@ -1,4 +1,6 @@
-"""Validation: how good a network is on images that it does not learn from, and how its output is best made into objects."""
+"""Validation: how good a network is on images that it does not learn from, and how its output is
+best made into objects.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,16 @@ from gdlib.segment.tune import score, tune
 
 
 class Judge:
-    """Scores a network on the validation split by the real metric, through the real inference and segmentation."""
+    """Scores a network on the validation split by the real metric, through the real inference and
+    segmentation.
+    """
 
     def __init__(self, spec: RunSpec, path: Path | str, device: torch.device) -> None:
         self.spec = spec
         self.device = device
-        self.normalisation: dict[str, Any] = spec.normalisation.model_dump(include={"lower", "upper"})
+        self.normalisation: dict[str, Any] = spec.normalisation.model_dump(
+            include={"lower", "upper"}
+        )
         self.samples = list(io.read_samples(path))
         if not self.samples:
             raise io.DataError(f"{path}: there is no validation image; check the split lists")
@@ -28,9 +34,13 @@ class Judge:
         for sample in self.samples:
             parts[_has_objects(sample)].append(sample)
         if not parts[True]:
-            raise io.DataError(f"{path}: no validation image has an object; move images with objects into this split")
+            raise io.DataError(
+                f"{path}: no validation image has an object; move images with "
+                "objects into this split"
+            )
         count = min(spec.recipe.validate_images, len(self.samples))
-        empty = min(-(-count * len(parts[False]) // len(self.samples)), count - 1)  # their share, rounded up
+        # their share, rounded up
+        empty = min(-(-count * len(parts[False]) // len(self.samples)), count - 1)
         self.some = [*_spread(parts[True], count - empty), *_spread(parts[False], empty)]
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
@@ -39,9 +49,13 @@ class Judge:
         parameters = defaults(segmenter, len(self.spec.patch))
         predictions = self._predict(network, self.some)
         labels, ignores = [s.label for s in self.some], [s.ignore for s in self.some]
-        return score(predictions, labels, self.spec.offsets, parameters, segmenter=segmenter, ignores=ignores)
+        return score(
+            predictions, labels, self.spec.offsets, parameters, segmenter=segmenter, ignores=ignores
+        )
 
-    def tune(self, network: nn.Module) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+    def tune(
+        self, network: nn.Module
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
         """Choose the parameters of every segmenter on the whole split.
 
         Returns:
@@ -51,16 +65,27 @@ class Judge:
         labels, ignores = [s.label for s in self.samples], [s.ignore for s in self.samples]
         chosen = {
             segmenter: tune(
-                predictions, labels, self.spec.offsets, self.spec.recipe.selection, segmenter=segmenter, ignores=ignores
+                predictions,
+                labels,
+                self.spec.offsets,
+                self.spec.recipe.selection,
+                segmenter=segmenter,
+                ignores=ignores,
             )
             for segmenter in self.spec.segmenters
         }
-        return {name: c[0] for name, c in chosen.items()}, {name: c[1] for name, c in chosen.items()}
+        return {name: c[0] for name, c in chosen.items()}, {
+            name: c[1] for name, c in chosen.items()
+        }
 
-    def _predict(self, network: nn.Module, samples: list[io.Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _predict(
+        self, network: nn.Module, samples: list[io.Sample]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         header = self.spec.model_dump(mode="json", include={"channels", "offsets"})
         header["normalisation"] = self.normalisation
-        predictor = Predictor(network, header, device=self.device, precision=self.spec.recipe.precision)
+        predictor = Predictor(
+            network, header, device=self.device, precision=self.spec.recipe.precision
+        )
         out = []
         for sample in samples:
             prediction = predictor(sample.image)
@@ -73,6 +98,8 @@ def _has_objects(sample: io.Sample) -> bool:
 
 
 def _spread(samples: list[io.Sample], count: int) -> list[io.Sample]:
-    """Choose at most so many, spread over the list: neighbours in a list are often neighbours in the well plate."""
+    """Choose at most so many, spread over the list: neighbours in a list are often neighbours in
+    the well plate.
+    """
     count = min(count, len(samples))
     return [samples[i] for i in np.linspace(0, len(samples) - 1, count).round().astype(int)]

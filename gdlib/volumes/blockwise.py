@@ -1,4 +1,5 @@
-"""Volumes that no machine holds: every block is a job of its own, and blocks are joined where they overlap.
+"""Volumes that no machine holds: every block is a job of its own, and blocks are joined where they
+overlap.
 
 | step | once per | reads | writes | holds in memory |
 |---|---|---|---|---|
@@ -10,13 +11,15 @@
 | relabel | block | its labels | `labels/<block>.h5` | the block |
 | join | volume | the labels of all blocks, as they are compressed | `labels.h5` | a chunk |
 
-Predictions of a block are those of the whole volume (see `gdlib.predict.predictor`), so only the cuts of the segmentation can differ
-from what one piece would give. Segments of neighbouring blocks that are the same region where both look attract each other, by
-the area in which they cross the face; segments of one block that touch repel each other, by the area in which they do: that
-block saw a boundary there. Objects are what the multicut of this graph makes of it: one block that joins two neurons by
-mistake does not join what all others keep apart. `min_fragment` is applied in blocks, to segments that no block border cuts,
-`min_size` to whole objects. Nothing depends on the order in which jobs run, all files are written atomically, and each says for
-which plan and settings it was made: a stale one is an error, never a part of a result.
+Predictions of a block are those of the whole volume (see `gdlib.predict.predictor`), so only the
+cuts of the segmentation can differ from what one piece would give. Segments of neighbouring blocks
+that are the same region where both look attract each other, by the area in which they cross the
+face; segments of one block that touch repel each other, by the area in which they do: that block
+saw a boundary there. Objects are what the multicut of this graph makes of it: one block that joins
+two neurons by mistake does not join what all others keep apart. `min_fragment` is applied in
+blocks, to segments that no block border cuts, `min_size` to whole objects. Nothing depends on the
+order in which jobs run, all files are written atomically, and each says for which plan and settings
+it was made: a stale one is an error, never a part of a result.
 """
 
 import contextlib
@@ -46,7 +49,8 @@ SLAB = 2**24  # pixels of a volume that are in memory at once when it is written
 
 
 def plan(image: str, weights: Path, out: Path, *, block: Sequence[int], segmenter: str) -> None:
-    """Write what all predictions have in common: the grid, the intensities of the whole volume, the network.
+    """Write what all predictions have in common: the grid, the intensities of the whole volume, the
+    network.
 
     Args:
         image: `volume.h5:dataset`, ([Z,] Y, X) or (C, [Z,] Y, X).
@@ -62,7 +66,8 @@ def plan(image: str, weights: Path, out: Path, *, block: Sequence[int], segmente
     predictor = Predictor.load(weights, device="cpu")
     if predictor.network.halo is None:
         raise ValueError(
-            f"{weights}: every pixel of this network sees the whole image, so it cannot be cut; choose another"
+            f"{weights}: every pixel of this network sees the whole image, so it cannot be cut; "
+            "choose another"
         )
     with open_volume(image) as volume:
         try:
@@ -100,9 +105,16 @@ def planned(predictor: Any, source: Any, block: Sequence[int], segmenter: str) -
 
 
 def predict(
-    plan: Mapping[str, Any], name: str, weights: Path, out: Path, *, device: str = "auto", passes: Any = None
+    plan: Mapping[str, Any],
+    name: str,
+    weights: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    passes: Any = None,
 ) -> None:
-    """Predict a block: `affinity` (K, [Z,] Y, X) and `foreground` ([Z,] Y, X), uint8, as of the whole volume.
+    """Predict a block: `affinity` (K, [Z,] Y, X) and `foreground` ([Z,] Y, X), uint8, as of the
+    whole volume.
 
     Args:
         plan: content of `plan.json`.
@@ -121,20 +133,29 @@ def predict(
     with open_volume(plan["image"]) as volume:
         status = Path(volume.file.filename).stat()
         if [status.st_size, status.st_mtime_ns] != plan["identity"]:
-            raise io.DataError(f"{plan['image']}: the file has changed since the plan was made; make the plan again")
+            raise io.DataError(
+                f"{plan['image']}: the file has changed since the plan was made; "
+                "make the plan again"
+            )
         source = predictor.source(volume)
         source.range = tuple(np.array(plan["range"], working_type(volume.dtype)))
         predict_with(predictor, source, plan, name, out)
 
 
-def predict_with(predictor: Any, source: Any, plan: Mapping[str, Any], name: str, out: Path) -> None:
-    """Predict a block, see `predict`, with a predictor that has the offsets of the plan, and an open image with its range."""
+def predict_with(
+    predictor: Any, source: Any, plan: Mapping[str, Any], name: str, out: Path
+) -> None:
+    """Predict a block, see `predict`, with a predictor that has the offsets of the plan, and an
+    open image with its range.
+    """
     from gdlib.predict.predictor import assembled
 
     core = _grid(plan).core(name)
     sides = tuple(s.stop - s.start for s in core)
     try:
-        parts = ((box, predictor.predict(source, _moved(box, core))) for box in predictor.blocks(sides))
+        parts = (
+            (box, predictor.predict(source, _moved(box, core))) for box in predictor.blocks(sides)
+        )
         prediction = assembled(sides, parts)
     except io.DataError as error:
         raise io.DataError(f"{plan['image']}: block {name}: {error}") from None
@@ -144,11 +165,14 @@ def predict_with(predictor: Any, source: Any, plan: Mapping[str, Any], name: str
         io.put(file, "foreground", prediction.foreground, block)
 
 
-def segment(plan: Mapping[str, Any], name: str, predictions: Path, out: Path, settings: Mapping[str, Any]) -> None:
+def segment(
+    plan: Mapping[str, Any], name: str, predictions: Path, out: Path, settings: Mapping[str, Any]
+) -> None:
     """Segment a block with its overlap.
 
-    Writes `label` uint32, consecutive, of the block with its overlap; of the block's own pixels `size`, how many each label
-    has, and `contacts` (n, 3): two labels, and the area in which they touch.
+    Writes `label` uint32, consecutive, of the block with its overlap; of the block's own pixels
+    `size`, how many each label has, and `contacts` (n, 3): two labels, and the area in which they
+    touch.
 
     Args:
         plan: content of `plan.json`.
@@ -160,7 +184,10 @@ def segment(plan: Mapping[str, Any], name: str, predictions: Path, out: Path, se
     grid = _grid(plan, settings["overlap"])
     around, core = grid.around(name), grid.core(name)
     sides = tuple(s.stop - s.start for s in around)
-    affinity, foreground = np.empty((len(plan["offsets"]), *sides), np.uint8), np.empty(sides, np.uint8)
+    affinity, foreground = (
+        np.empty((len(plan["offsets"]), *sides), np.uint8),
+        np.empty(sides, np.uint8),
+    )
     for other in grid.touching(name):
         theirs = grid.core(other)
         shared = _common(around, theirs)
@@ -172,7 +199,9 @@ def segment(plan: Mapping[str, Any], name: str, predictions: Path, out: Path, se
     parameters = dict(settings["parameters"])
     min_fragment = parameters.pop("min_fragment", 0)
     parameters |= {"min_size": 0, "min_fragment": 0}
-    label = segmenters.segment(affinity, foreground, plan["offsets"], plan["segmenter"], **parameters)
+    label = segmenters.segment(
+        affinity, foreground, plan["offsets"], plan["segmenter"], **parameters
+    )
     del affinity, foreground
     cut = [(s.start > 0, s.stop < n) for s, n in zip(around, grid.shape, strict=True)]
     label = _without_fragments(label, min_fragment, cut)
@@ -185,8 +214,12 @@ def segment(plan: Mapping[str, Any], name: str, predictions: Path, out: Path, se
         file["contacts"] = contacts(own)
 
 
-def _without_fragments(label: np.ndarray, min_fragment: int, cut: Sequence[tuple[bool, bool]]) -> np.ndarray:
-    """Give segments below `min_fragment` to touching larger ones, but for those that may go on beyond the cuts."""
+def _without_fragments(
+    label: np.ndarray, min_fragment: int, cut: Sequence[tuple[bool, bool]]
+) -> np.ndarray:
+    """Give segments below `min_fragment` to touching larger ones, but for those that may go on
+    beyond the cuts.
+    """
     small = np.bincount(label.ravel()) < min_fragment
     small[:1] = False
     for axis, ends in enumerate(cut):
@@ -202,11 +235,15 @@ def _without_fragments(label: np.ndarray, min_fragment: int, cut: Sequence[tuple
 
 
 def contacts(label: np.ndarray) -> np.ndarray:
-    """Return which segments touch: (n, 3) int64, the smaller label, the larger one, and how many pairs of pixels do."""
+    """Return which segments touch: (n, 3) int64, the smaller label, the larger one, and how many
+    pairs of pixels do.
+    """
     found = [np.empty(0, np.int64)]
     count = int(label.max(initial=0)) + 1
     for axis in range(label.ndim):
-        before, after = (np.moveaxis(label, axis, 0)[part] for part in (slice(None, -1), slice(1, None)))
+        before, after = (
+            np.moveaxis(label, axis, 0)[part] for part in (slice(None, -1), slice(1, None))
+        )
         touching = (before != after) & (before > 0) & (after > 0)
         u, v = before[touching].astype(np.int64), after[touching].astype(np.int64)
         found.append(np.minimum(u, v) * count + np.maximum(u, v))
@@ -214,7 +251,9 @@ def contacts(label: np.ndarray) -> np.ndarray:
     return np.stack([code // count, code % count, area], 1)
 
 
-def match(plan: Mapping[str, Any], name: str, segments: Path, out: Path, overlap: Sequence[int]) -> None:
+def match(
+    plan: Mapping[str, Any], name: str, segments: Path, out: Path, overlap: Sequence[int]
+) -> None:
     """Find which segments of a block and of the next one along each axis are the same object.
 
     Writes a dataset `<axis>` for each, as `same` returns it.
@@ -236,9 +275,9 @@ def match(plan: Mapping[str, Any], name: str, segments: Path, out: Path, overlap
 def same(a: np.ndarray, b: np.ndarray, axis: int, face: int) -> np.ndarray:
     """Return the pairs of labels that are the same region in two segmentations of one place.
 
-    Labels are compared piece by piece, a piece being what is connected here: an object that leaves a block twice and is one
-    only beyond has two pieces. Two pieces are the same if more than half of the smaller one is common, and count if they
-    cross the face.
+    Labels are compared piece by piece, a piece being what is connected here: an object that leaves
+    a block twice and is one only beyond has two pieces. Two pieces are the same if more than half
+    of the smaller one is common, and count if they cross the face.
 
     Args:
         a: ([Z,] Y, X) uint32, labels of one block, 0 = background.
@@ -257,13 +296,17 @@ def same(a: np.ndarray, b: np.ndarray, axis: int, face: int) -> np.ndarray:
     planes = (np.searchsorted(codes, both.take(k, axis).ravel()) for k in (face - 1, face))
     area = np.minimum(*(np.bincount(plane, minlength=len(codes)) for plane in planes))
     found = (codes > 0) & (area > 0) & (2 * common > smaller)
-    return np.stack([a.ravel()[first[found]], b.ravel()[first[found]], area[found]], 1).astype(np.int64)
+    return np.stack([a.ravel()[first[found]], b.ravel()[first[found]], area[found]], 1).astype(
+        np.int64
+    )
 
 
 def number(plan: Mapping[str, Any], segments: Path, matches: Path, out: Path, min_size: int) -> int:
-    """Give every segment of every block the number of its object, and return how many objects there are.
+    """Give every segment of every block the number of its object, and return how many objects there
+    are.
 
-    Writes `number` uint32, all labels of all blocks one after the other, and `start` int64, where a block's begin.
+    Writes `number` uint32, all labels of all blocks one after the other, and `start` int64, where a
+    block's begin.
 
     Args:
         plan: content of `plan.json`.
@@ -286,9 +329,12 @@ def number(plan: Mapping[str, Any], segments: Path, matches: Path, out: Path, mi
             for axis, other in grid.following(name).items():
                 pairs.append(file[str(axis)][()] + [start[name], start[other], 0])
     attracted = np.concatenate(pairs)
-    linked = coo_array((np.ones(len(attracted), bool), attracted[:, :2].T), shape=(size.size, size.size))
+    linked = coo_array(
+        (np.ones(len(attracted), bool), attracted[:, :2].T), shape=(size.size, size.size)
+    )
     group = connected_components(linked, directed=False)[1]
-    # What is not linked stays apart anyway: only contacts inside of a group matter, and they are few.
+    # What is not linked stays apart anyway: only contacts inside of a group matter, and they are
+    # few.
     pairs = [np.empty((0, 3), np.int64)]
     for name in grid.names:
         with _opened(segments / f"{name}.h5", made_for) as file:
@@ -297,7 +343,9 @@ def number(plan: Mapping[str, Any], segments: Path, matches: Path, out: Path, mi
     group = _divided(group, attracted, np.concatenate(pairs))
     kept = np.bincount(group, weights=size) >= max(1, min_size)
     if (count := int(kept.sum())) >= 2**32:
-        raise ValueError(f"{count} objects are more than 32-bit labels can tell apart; raise min_size")
+        raise ValueError(
+            f"{count} objects are more than 32-bit labels can tell apart; raise min_size"
+        )
     with io.create_h5(out, made_for=made_for, objects=count) as file:
         io.put(file, "number", np.where(kept, np.cumsum(kept), 0).astype(np.uint32)[group])
         io.put(file, "start", np.array(list(start.values()), np.int64))
@@ -305,7 +353,9 @@ def number(plan: Mapping[str, Any], segments: Path, matches: Path, out: Path, mi
 
 
 def _divided(group: np.ndarray, attracted: np.ndarray, repelled: np.ndarray) -> np.ndarray:
-    """Divide the groups in which segments repel each other, by a multicut (greedy additive, Keuper et al., ICCV 2015)."""
+    """Divide the groups in which segments repel each other, by a multicut (greedy additive, Keuper
+    et al., ICCV 2015).
+    """
     doubtful = np.zeros(len(group), bool)
     doubtful[group[repelled[:, 0]]] = True  # groups
     edges = np.concatenate([attracted[doubtful[group[attracted[:, 0]]]], repelled * [1, 1, -1]])
@@ -317,16 +367,25 @@ def _divided(group: np.ndarray, attracted: np.ndarray, repelled: np.ndarray) -> 
         len(nodes), np.stack([code // len(nodes), code % len(nodes)], 1).astype(np.uint64)
     )
     cost = np.bincount(index, weights=edges[:, 2])
-    parts = bic.graph.multicut.GreedyAdditiveMulticut().optimize(bic.graph.multicut.MulticutObjective(graph, cost))
+    parts = bic.graph.multicut.GreedyAdditiveMulticut().optimize(
+        bic.graph.multicut.MulticutObjective(graph, cost)
+    )
     group = group.copy()
     group[nodes] = len(group) + np.asarray(parts).astype(np.int64)
     return np.unique(group, return_inverse=True)[1]
 
 
 def relabel(
-    plan: Mapping[str, Any], name: str, segments: Path, numbers: Path, out: Path, overlap: Sequence[int]
+    plan: Mapping[str, Any],
+    name: str,
+    segments: Path,
+    numbers: Path,
+    out: Path,
+    overlap: Sequence[int],
 ) -> None:
-    """Write the block's part of the result: `label` uint32, its own pixels, in the chunks of the whole."""
+    """Write the block's part of the result: `label` uint32, its own pixels, in the chunks of the
+    whole.
+    """
     grid = _grid(plan, overlap)
     with _opened(segments / f"{name}.h5") as file:
         made_for = file.attrs["made_for"]
@@ -338,11 +397,15 @@ def relabel(
     with io.create_h5(out, made_for=made_for) as file:
         # Without a limit along its axes, the array may be smaller than a chunk.
         unlimited = (None,) * label.ndim
-        file.create_dataset("label", data=label, chunks=grid.chunk, maxshape=unlimited, **COMPRESSION)
+        file.create_dataset(
+            "label", data=label, chunks=grid.chunk, maxshape=unlimited, **COMPRESSION
+        )
 
 
 def join(plan: Mapping[str, Any], labels: Path, out: Path, about: Mapping[str, Any]) -> None:
-    """Put all blocks into one file, whose dataset is called as that of the image; chunks are copied as they are.
+    """Put all blocks into one file, whose dataset is called as that of the image.
+
+    Chunks are copied as they are.
 
     Args:
         plan: content of `plan.json`.
@@ -358,7 +421,9 @@ def join(plan: Mapping[str, Any], labels: Path, out: Path, about: Mapping[str, A
 
 
 def gathered(plan: Mapping[str, Any], labels: Path, file: h5py.File, name: str) -> h5py.Dataset:
-    """Make a dataset of all relabelled blocks in an open file, whose chunks are copied as they are."""
+    """Make a dataset of all relabelled blocks in an open file, whose chunks are copied as they
+    are.
+    """
     grid = _grid(plan)
     label = file.create_dataset(name, grid.shape, np.uint32, chunks=grid.chunk, **COMPRESSION)
     made_for = None
@@ -383,7 +448,10 @@ def tiles(plan: Mapping[str, Any], labels: Path, tile: Sequence[int]) -> Iterato
     section = rows * columns if len(grid.shape) == 3 else columns
     thickness = max(1, min(grid.chunk[0], SLAB // section)) if len(grid.shape) == 3 else tile[0]
     for start in range(0, grid.shape[0], thickness):
-        slab = (slice(start, min(start + thickness, grid.shape[0])), *(slice(0, n) for n in grid.shape[1:]))
+        slab = (
+            slice(start, min(start + thickness, grid.shape[0])),
+            *(slice(0, n) for n in grid.shape[1:]),
+        )
         label = np.empty([s.stop - s.start for s in slab], np.uint32)
         for name in grid.names:
             core = grid.core(name)
@@ -392,12 +460,16 @@ def tiles(plan: Mapping[str, Any], labels: Path, tile: Sequence[int]) -> Iterato
                 with _opened(labels / f"{name}.h5") as file:
                     label[_inside(shared, slab)] = file["label"][_inside(shared, core)]
         for image in label.reshape(-1, *label.shape[-2:]):
-            for y, x in itertools.product(*(range(0, n, side) for n, side in zip(image.shape, tile, strict=True))):
+            for y, x in itertools.product(
+                *(range(0, n, side) for n, side in zip(image.shape, tile, strict=True))
+            ):
                 yield image[y : y + tile[0], x : x + tile[1]]
 
 
 def _grid(plan: Mapping[str, Any], overlap: Sequence[int] | None = None) -> Grid:
-    return Grid(tuple(plan["shape"]), tuple(plan["block"]), tuple(overlap or [0] * len(plan["shape"])))
+    return Grid(
+        tuple(plan["shape"]), tuple(plan["block"]), tuple(overlap or [0] * len(plan["shape"]))
+    )
 
 
 def _fingerprint(*content: Any) -> str:
@@ -410,21 +482,28 @@ def _opened(path: Path, made_for: str | None = None) -> Iterator[h5py.File]:
     with io.open_h5(path) as file:
         if (found := file.attrs.get("made_for")) is None or made_for not in (None, found):
             raise io.DataError(
-                f"{path}: it was made for another plan or with other settings; move it away and make it again"
+                f"{path}: it was made for another plan or with other settings; move it away and "
+                "make it again"
             )
         yield file
 
 
 def _moved(box: Box, frame: Box) -> Box:
     """Return where a box is that is given as seen from the corner of another."""
-    return tuple(slice(s.start + f.start, s.stop + f.start) for s, f in zip(box, frame, strict=True))
+    return tuple(
+        slice(s.start + f.start, s.stop + f.start) for s, f in zip(box, frame, strict=True)
+    )
 
 
 def _inside(box: Sequence[slice], frame: Box) -> Box:
     """Return a box as seen from the corner of another."""
-    return tuple(slice(s.start - f.start, s.stop - f.start) for s, f in zip(box, frame, strict=True))
+    return tuple(
+        slice(s.start - f.start, s.stop - f.start) for s, f in zip(box, frame, strict=True)
+    )
 
 
 def _common(box: Box, other: Box) -> Box:
     """Return what two boxes share; where that is nothing, a side ends before it begins."""
-    return tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, other, strict=True))
+    return tuple(
+        slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, other, strict=True)
+    )

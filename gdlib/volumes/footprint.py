@@ -1,4 +1,5 @@
-"""What an image will need of memory, before anything is computed, and how it is cut into blocks where that is too much.
+"""What an image will need of memory, before anything is computed, and how it is cut into blocks
+where that is too much.
 
 | part | bytes |
 |---|---|
@@ -7,8 +8,9 @@
 | the prediction | one for each affinity and for the foreground, per pixel |
 | the segmentation | per pixel, as measured for each segmenter with all pixels foreground (`Segmenter.memory`) |
 
-It is what is needed at most, but for predictions that are little more than noise. Where objects fill a fifth of an image, a
-third is enough. In blocks (see `gdlib.volumes.blockwise`), a block is predicted while another one, with its overlap, is segmented.
+It is what is needed at most, but for predictions that are little more than noise. Where objects
+fill a fifth of an image, a third is enough. In blocks (see `gdlib.volumes.blockwise`), a block is
+predicted while another one, with its overlap, is segmented.
 """
 
 import copy
@@ -30,10 +32,12 @@ from gdlib.volumes import grid
 from gdlib.volumes.grid import Grid
 from gdlib.volumes.memory import GIB
 
-# How much of the tensors that are alive an engine holds, by axes: what was measured in float32 over the networks of the
-# catalogue is between half and 1.25 times as much. Both keep some in an order of their own, and share others.
+# How much of the tensors that are alive an engine holds, by axes: what was measured in float32 over
+# the networks of the catalogue is between half and 1.25 times as much. Both keep some in an order
+# of their own, and share others.
 HELD = {"torch": {2: 1.4, 3: 1.0}, "openvino": {2: 1.75, 3: 0.75}}
-TRIAL = {2: (128, 128), 3: (8, 32, 32)}  # pixels of an image on which tensors are counted; they grow with it
+# pixels of an image on which tensors are counted; they grow with it
+TRIAL = {2: (128, 128), 3: (8, 32, 32)}
 SMALLEST_PASS = {2: (128, 128), 3: (8, 64, 64)}  # pixels; smaller ones compute little but context
 
 
@@ -56,18 +60,27 @@ class Choice:
     def sentence(self, budget: int) -> str:
         """Say what is needed, what there is, and what is done about it."""
         if self.grid is None:
-            return f"needs up to {gib(self.need)} GiB of memory, and {gib(budget)} may be used: it is segmented in one piece"
+            return (
+                f"needs up to {gib(self.need)} GiB of memory, and {gib(budget)} may be used: it "
+                "is segmented in one piece"
+            )
         sides = "x".join(map(str, self.grid.sides))
         return (
-            f"in one piece it would need up to {gib(self.whole)} GiB of memory, and {gib(budget)} may be used (--memory): it is "
-            f"segmented in {len(self.grid.names)} blocks of {sides} pixels, which need up to {gib(self.need)}"
+            f"in one piece it would need up to {gib(self.whole)} GiB of memory, and {gib(budget)} "
+            "may be used (--memory): it is "
+            f"segmented in {len(self.grid.names)} blocks of {sides} pixels, which need up to "
+            f"{gib(self.need)}"
         )
 
 
 def is_large(predictor: Predictor, shape: Sequence[int]) -> bool:
-    """Is an image larger than what goes through the network at once, so that it matters what it needs?"""
+    """Is an image larger than what goes through the network at once, so that it matters what it
+    needs?
+    """
     halo = predictor.network.halo or (0,) * len(shape)
-    return math.prod(shape) > math.prod(side + 2 * h for side, h in zip(BLOCK[len(shape)], halo, strict=True))
+    return math.prod(shape) > math.prod(
+        side + 2 * h for side, h in zip(BLOCK[len(shape)], halo, strict=True)
+    )
 
 
 def choose(
@@ -80,7 +93,8 @@ def choose(
     budget: int,
     before: Sequence[int] | None = None,
 ) -> Choice:
-    """Take an image in one piece where that fits, else in the blocks and passes that compute the fewest pixels twice.
+    """Take an image in one piece where that fits, else in the blocks and passes that compute the
+    fewest pixels twice.
 
     Args:
         predictor: of the image; its passes may become smaller where nobody chose them.
@@ -89,7 +103,8 @@ def choose(
         parameters: of it.
         held: bytes that the process has.
         budget: bytes that it may have.
-        before: largest sides of a block of a run that was stopped; it goes on in blocks, in those if they fit.
+        before: largest sides of a block of a run that was stopped; it goes on in blocks, in those
+            if they fit.
 
     Raises:
         ValueError: it does not fit in any way; one sentence.
@@ -104,11 +119,14 @@ def choose(
     told = f"in one piece it needs up to {gib(whole)} GiB of memory, and {gib(budget)} may be used"
     if predictor.network.halo is None:
         raise ValueError(
-            f"{told}; in this network every pixel sees the whole image, so that there are no blocks: choose another network, a "
+            f"{told}; in this network every pixel sees the whole image, so that there are no "
+            "blocks: choose another network, a "
             "machine with more memory, or a larger --memory to try all the same"
         )
     found = []
-    passes = _halved(predictor.block, SMALLEST_PASS[ndim]) if predictor.is_default else [predictor.block]
+    passes = (
+        _halved(predictor.block, SMALLEST_PASS[ndim]) if predictor.is_default else [predictor.block]
+    )
     overlap = grid.OVERLAP[ndim]
     before = tuple(before) if before else None
     blocks = [before] if before else []
@@ -117,19 +135,22 @@ def choose(
         smaller = copy.copy(predictor)  # it shares the network
         smaller.block, smaller.is_default = sides, predictor.is_default and sides == predictor.block
         cut = Grid(tuple(shape), block, overlap)
-        around = [min(n, side + 2 * o) for n, side, o in zip(shape, cut.sides, overlap, strict=True)]
+        around = [
+            min(n, side + 2 * o) for n, side, o in zip(shape, cut.sides, overlap, strict=True)
+        ]
         network = traced.memory(smaller, shape, cut.sides)
         need = held + network + int(channels * math.prod(cut.sides) + per_pixel * math.prod(around))
         largest = smaller.largest_pass(shape, smaller.block_sides(cut.sides))
-        twice = math.prod(largest) / math.prod(smaller.block_sides(cut.sides)) + math.prod(around) / math.prod(
-            cut.sides
-        )
+        twice = math.prod(largest) / math.prod(smaller.block_sides(cut.sides)) + math.prod(
+            around
+        ) / math.prod(cut.sides)
         found.append((block != before, twice, need, Choice(smaller, whole, need, cut)))
     fitting = [entry for entry in found if entry[2] <= budget]
     if not fitting:
         least = min(entry[2] for entry in found)
         raise ValueError(
-            f"{told}; in blocks it is {gib(least)} at least: choose a machine with more memory, or a larger --memory to try all "
+            f"{told}; in blocks it is {gib(least)} at least: choose a machine with more memory, or "
+            "a larger --memory to try all "
             "the same"
         )
     return min(fitting, key=lambda entry: entry[:2])[-1]
@@ -146,7 +167,9 @@ def _halved(sides: Sequence[int], smallest: Sequence[int]) -> Iterator[tuple[int
         yield tuple(sides)
         if all(side <= least for side, least in zip(sides, smallest, strict=True)):
             return
-        sides = [min(side, max(least, side // 2)) for side, least in zip(sides, smallest, strict=True)]
+        sides = [
+            min(side, max(least, side // 2)) for side, least in zip(sides, smallest, strict=True)
+        ]
 
 
 class _Pass:
@@ -163,24 +186,38 @@ class _Pass:
             inner = legal_shape(network, TRIAL[len(shape)])
             sides, where = [n + 2 * m for n, m in zip(inner, network.margin, strict=True)], "cpu"
         peak, dimension = live_bytes(network, channels, sides, where)
-        held = HELD[predictor.engine][len(shape)] * predictor.dtype.itemsize / 4 * peak / math.prod(sides)
-        # Vectors in float32, and once more at unit length: torch has given back what it held by then, but for a copy. Then the
-        # image as it is read and normalised.
-        self.per_pixel = held + 8 * dimension if predictor.engine == "openvino" else max(held, 12 * dimension)
+        held = (
+            HELD[predictor.engine][len(shape)]
+            * predictor.dtype.itemsize
+            / 4
+            * peak
+            / math.prod(sides)
+        )
+        # Vectors in float32, and once more at unit length: torch has given back what it held by
+        # then, but for a copy. Then the image as it is read and normalised.
+        self.per_pixel = (
+            held + 8 * dimension if predictor.engine == "openvino" else max(held, 12 * dimension)
+        )
         self.per_pixel += 32 * channels
 
     def memory(self, predictor: Predictor, shape: Sequence[int], part: Sequence[int]) -> int:
-        return int(self.per_pixel * math.prod(predictor.largest_pass(shape, predictor.block_sides(part))))
+        return int(
+            self.per_pixel * math.prod(predictor.largest_pass(shape, predictor.block_sides(part)))
+        )
 
 
-def live_bytes(network: nn.Module, channels: int, sides: Sequence[int], device: str) -> tuple[int, int]:
-    """Return how many bytes of tensors are alive at once in a pass, the image among them, and the length of pixel vectors.
+def live_bytes(
+    network: nn.Module, channels: int, sides: Sequence[int], device: str
+) -> tuple[int, int]:
+    """Return how many bytes of tensors are alive at once in a pass, the image among them, and the
+    length of pixel vectors.
 
     Args:
         network: of which a copy is run.
         channels: of its image.
         sides: ([Z,] Y, X) of the image, in pixels; there must be a way to cut it so.
-        device: `cpu`, or `meta`, where nothing is computed, so that an image of any size is no matter.
+        device: `cpu`, or `meta`, where nothing is computed, so that an image of any size is no
+            matter.
     """
     network = copy.deepcopy(network).to(device)
     with torch.inference_mode(), torch.device(device), _Living() as living:
@@ -196,10 +233,15 @@ class _Living(TorchDispatchMode):
         self.size = self.peak = 0
         self.known: weakref.WeakSet = weakref.WeakSet()
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (storage := tensor.untyped_storage()) not in self.known
+            ):
                 self.known.add(storage)
                 self.size += storage.nbytes()
                 self.peak = max(self.peak, self.size)

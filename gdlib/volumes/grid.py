@@ -1,4 +1,7 @@
-"""How a volume is cut into blocks, and what its user may choose; see `gdlib.volumes.blockwise`. Starts without torch."""
+"""How a volume is cut into blocks, and what its user may choose; see `gdlib.volumes.blockwise`.
+
+Starts without torch.
+"""
 
 import itertools
 from collections.abc import Mapping
@@ -29,7 +32,8 @@ class Grid:
 
     Attributes:
         shape: of the volume.
-        block: largest sides of a block; blocks are nearly equal, and multiples of a chunk but for the last ones.
+        block: largest sides of a block; blocks are nearly equal, and multiples of a chunk but for
+            the last ones.
         overlap: how far beyond its own pixels a block is segmented.
     """
 
@@ -41,15 +45,20 @@ class Grid:
         sides = tuple[Count, ...]
         for name, kind in (("shape", sides), ("block", sides), ("overlap", tuple[Whole, ...])):
             checked(name, kind, getattr(self, name))
-        if len(self.shape) not in CHUNK or not len(self.shape) == len(self.block) == len(self.overlap):
+        if len(self.shape) not in CHUNK or not len(self.shape) == len(self.block) == len(
+            self.overlap
+        ):
             raise ValueError(
-                f"shape {self.shape}, block {self.block} and overlap {self.overlap} must have 2 or 3 axes, the same"
+                f"shape {self.shape}, block {self.block} and overlap {self.overlap} must have 2 or "
+                "3 axes, the same"
             )
 
     @property
     def chunk(self) -> tuple[int, ...]:
         """Sides of the pieces in which labels are stored."""
-        return tuple(min(sides) for sides in zip(CHUNK[len(self.shape)], self.block, self.shape, strict=True))
+        return tuple(
+            min(sides) for sides in zip(CHUNK[len(self.shape)], self.block, self.shape, strict=True)
+        )
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -69,7 +78,10 @@ class Grid:
     def core(self, name: str) -> Box:
         """Return the pixels that are the block's own; together the blocks have each pixel once."""
         place = self._place(name)
-        return tuple(slice(k * s, min((k + 1) * s, n)) for k, s, n in zip(place, self.sides, self.shape, strict=True))
+        return tuple(
+            slice(k * s, min((k + 1) * s, n))
+            for k, s, n in zip(place, self.sides, self.shape, strict=True)
+        )
 
     def around(self, name: str) -> Box:
         """Return the block with its overlap."""
@@ -79,9 +91,13 @@ class Grid:
         )
 
     def touching(self, name: str) -> list[str]:
-        """Return the blocks whose own pixels are in the block with its overlap; it is one of them."""
+        """Return the blocks whose own pixels are in the block with its overlap.
+
+        It is one of them.
+        """
         ranges = (
-            range(s.start // side, -(-s.stop // side)) for s, side in zip(self.around(name), self.sides, strict=True)
+            range(s.start // side, -(-s.stop // side))
+            for s, side in zip(self.around(name), self.sides, strict=True)
         )
         return ["-".join(map(str, place)) for place in itertools.product(*ranges)]
 
@@ -98,7 +114,9 @@ class Grid:
     def _place(self, name: str) -> list[int]:
         try:
             place = [int(part) for part in name.split("-")]
-            inside = all(0 <= k * s < n for k, s, n in zip(place, self.sides, self.shape, strict=True))
+            inside = all(
+                0 <= k * s < n for k, s, n in zip(place, self.sides, self.shape, strict=True)
+            )
         except ValueError:
             inside = False
         if not inside:
@@ -110,12 +128,13 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Complete and check what the user wants of the workflow, before anything runs.
 
     Args:
-        config: `input` (`volume.h5:dataset`), `model` (weights file) and `out` (folder); if wanted `block` and `overlap`
-            (sides, e.g. 64x512x512), `segmenter`, and `parameters` of it (name -> value).
+        config: `input` (`volume.h5:dataset`), `model` (weights file) and `out` (folder); if wanted
+            `block` and `overlap` (sides, e.g. 64x512x512), `segmenter`, and `parameters` of it
+            (name -> value).
 
     Returns:
-        The same keys with `grid`, and the input's `file`; segmenter and parameters as tuned with the weights but for what was
-        given.
+        The same keys with `grid`, and the input's `file`; segmenter and parameters as tuned with
+        the weights but for what was given.
 
     Raises:
         ValueError: one sentence on what is wrong.
@@ -126,12 +145,14 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in KEYS[:3]:
         if not config.get(key):
             raise ValueError(
-                f"config: {key} is missing; say --config input=volume.h5:dataset model=weights.safetensors out=folder"
+                f"config: {key} is missing; say --config input=volume.h5:dataset "
+                "model=weights.safetensors out=folder"
             )
     config = {**config, **{key: expanded(str(config[key])) for key in KEYS[:3]}}
     if split_h5_path(config["input"])[0].suffix.lower() not in HDF5_SUFFIXES:
         raise io.DataError(
-            f"{config['input']}: blocks can be read from an HDF5 file alone; copy the image into one (see docs/volumes.md)"
+            f"{config['input']}: blocks can be read from an HDF5 file alone; copy the image into "
+            "one (see docs/volumes.md)"
         )
     header = io.read_header(config["model"])
     io.check_header(config["model"], header, ("channels", "offsets", "segmentation"))
@@ -141,8 +162,14 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
     wanted = ndim + (header["channels"] > 1)
     sides = tuple(shape[axis] for axis in kept_axes(shape, wanted))
     if len(sides) != wanted or 0 in sides:
-        raise io.DataError(f"{config['input']}: its shape is {shape}, but the network is for images with {ndim} axes")
-    mine = {"labels.h5": outputs.has_attributes("weights_sha256"), "plan.json": outputs.has_keys("weights_sha256")}
+        raise io.DataError(
+            f"{config['input']}: its shape is {shape}, but the network is for "
+            f"images with {ndim} axes"
+        )
+    mine = {
+        "labels.h5": outputs.has_attributes("weights_sha256"),
+        "plan.json": outputs.has_keys("weights_sha256"),
+    }
     written = [outputs.Output(Path(config["out"], name), test) for name, test in mine.items()]
     outputs.check(written, [file, config["model"]], overwrite=None, option="out")
     grid = Grid(
@@ -150,7 +177,9 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
         _sides("block", config.get("block", BLOCK[ndim]), ndim),
         _sides("overlap", config.get("overlap", OVERLAP[ndim]), ndim),
     )
-    segmenter, parameters = chosen(config["model"], header, config.get("segmenter"), config.get("parameters") or {})
+    segmenter, parameters = chosen(
+        config["model"], header, config.get("segmenter"), config.get("parameters") or {}
+    )
     return {**config, "file": file, "grid": grid, "segmenter": segmenter, "parameters": parameters}
 
 
@@ -162,5 +191,8 @@ def _sides(name: str, value: Any, ndim: int) -> tuple[int, ...]:
         sides = []
     sides = sides * ndim if len(sides) == 1 else sides
     if len(sides) != ndim or min(sides) < 1:
-        raise ValueError(f"config: {name}: {value} is not one side, or {ndim} as in {'x'.join(map(str, BLOCK[ndim]))}")
+        raise ValueError(
+            f"config: {name}: {value} is not one side, or {ndim} as in "
+            f"{'x'.join(map(str, BLOCK[ndim]))}"
+        )
     return tuple(sides)

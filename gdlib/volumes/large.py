@@ -1,8 +1,9 @@
-"""One image that memory does not hold, in one process: the steps of `gdlib.volumes.blockwise`, one block after the other.
+"""One image that memory does not hold, in one process: the steps of `gdlib.volumes.blockwise`, one
+block after the other.
 
-Finished blocks wait as files in a folder beside the result, so that what was stopped goes on there. A block is segmented as soon
-as those around it are predicted, while the network is at work on the next one; predictions that no block needs any more are
-deleted.
+Finished blocks wait as files in a folder beside the result, so that what was stopped goes on there.
+A block is segmented as soon as those around it are predicted, while the network is at work on the
+next one; predictions that no block needs any more are deleted.
 """
 
 import json
@@ -40,7 +41,8 @@ def segment_in_blocks(
         choice: how it is cut; see `gdlib.volumes.footprint`.
         source: the image.
         image: its path, with the dataset of an HDF5 file.
-        folder: of finished blocks; it is deleted in the end. One of other images, weights or versions is begun anew.
+        folder: of finished blocks; it is deleted in the end. One of other images, weights or
+            versions is begun anew.
         write: takes the plan and the folder of relabelled blocks, and writes the result.
         identity: says which file the image is.
         weights_sha256: of the network.
@@ -48,7 +50,8 @@ def segment_in_blocks(
         parameters: of it.
 
     Raises:
-        DataError: the image has NaN or infinite pixels, the disk is too small, or another process works in the folder.
+        DataError: the image has NaN or infinite pixels, the disk is too small, or another process
+            works in the folder.
     """
     predictor, grid = choice.predictor, choice.grid
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,9 @@ def segment_in_blocks(
         _check_space(folder, choice, len(plan["offsets"]) + 1, image)
         predictor.header = {**predictor.header, "offsets": plan["offsets"]}
         _segments(predictor, source, plan, settings, grid, folder)
-        segments, matches, numbers, labels = (folder / name for name in ("segments", "matches", "numbers.h5", "labels"))
+        segments, matches, numbers, labels = (
+            folder / name for name in ("segments", "matches", "numbers.h5", "labels")
+        )
         for name in grid.names:
             if not (matches / f"{name}.h5").exists():
                 blockwise.match(plan, name, segments, matches / f"{name}.h5", grid.overlap)
@@ -90,8 +95,15 @@ def _begin(folder: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]) -
     """Delete what was made for another plan, or with other settings."""
     made = {"plan.json": plan, "settings.json": settings}
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in made.items()}
-    same = {name: (folder / name).exists() and (folder / name).read_text() == text for name, text in texts.items()}
-    stale = ["segments", "matches", "labels"] if same["plan.json"] else ["predictions", "segments", "matches", "labels"]
+    same = {
+        name: (folder / name).exists() and (folder / name).read_text() == text
+        for name, text in texts.items()
+    }
+    stale = (
+        ["segments", "matches", "labels"]
+        if same["plan.json"]
+        else ["predictions", "segments", "matches", "labels"]
+    )
     if not all(same.values()):
         for name in stale:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -100,9 +112,11 @@ def _begin(folder: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]) -
 
 
 def _check_space(folder: Path, choice: Choice, maps: int, image: str) -> None:
-    """Raise `DataError` if the disk is too small for what waits there: two layers of predicted blocks, and labels.
+    """Raise `DataError` if the disk is too small for what waits there: two layers of predicted
+    blocks, and labels.
 
-    Predictions become less than half as large when they are compressed, labels less than a byte per pixel.
+    Predictions become less than half as large when they are compressed, labels less than a byte per
+    pixel.
     """
     shape, sides = choice.grid.shape, choice.grid.sides
     held = min(shape[0], 2 * sides[0]) * math.prod(shape[1:])
@@ -110,12 +124,15 @@ def _check_space(folder: Path, choice: Choice, maps: int, image: str) -> None:
     there = sum(path.stat().st_size for path in folder.rglob("*.h5"))
     if needed > (free := shutil.disk_usage(folder).free + there):
         raise io.DataError(
-            f"{image}: in blocks it needs about {gib(needed)} GiB of disk in {folder.parent} until it is done, and {gib(free)} "
+            f"{image}: in blocks it needs about {gib(needed)} GiB of disk in {folder.parent} until "
+            f"it is done, and {gib(free)} "
             "are free there; free some, or choose another folder for --out"
         )
 
 
-def _segments(predictor: Predictor, source: Source, plan: dict, settings: dict, grid: Grid, folder: Path) -> None:
+def _segments(
+    predictor: Predictor, source: Source, plan: dict, settings: dict, grid: Grid, folder: Path
+) -> None:
     """Predict and segment all blocks that are not there."""
     predictions, segments = folder / "predictions", folder / "segments"
     waiting = [name for name in grid.names if not (segments / f"{name}.h5").exists()]
@@ -132,7 +149,9 @@ def _segments(predictor: Predictor, source: Source, plan: dict, settings: dict, 
 
     title = folder.stem.lstrip(".")
     with (
-        Progress(total=len(grid.names), initial=len(done), unit="block", desc=title, leave=False) as bar,
+        Progress(
+            total=len(grid.names), initial=len(done), unit="block", desc=title, leave=False
+        ) as bar,
         ThreadPoolExecutor(1) as other,
     ):
         finishing: Future | None = None

@@ -29,8 +29,9 @@ def resident() -> int:
 def available(root: Path = Path("/")) -> int | None:
     """Return how many bytes this process may take on top of what it has.
 
-    That is the least of what the machine has free (of a machine that does not tell, half of what it has), what is left of the
-    limits of all control groups that it is in, as SLURM and containers set them, and of the limit of addresses (`ulimit -v`).
+    That is the least of what the machine has free (of a machine that does not tell, half of what it
+    has), what is left of the limits of all control groups that it is in, as SLURM and containers
+    set them, and of the limit of addresses (`ulimit -v`).
 
     Args:
         root: of the files in which Linux tells.
@@ -52,13 +53,18 @@ def available(root: Path = Path("/")) -> int | None:
 
 
 def budget() -> int | None:
-    """Return how many bytes this process should have at most, with what it has already; None where nothing is known."""
+    """Return how many bytes this process should have at most, with what it has already.
+
+    None where nothing is known.
+    """
     free = available()
     return None if free is None else resident() + int(SHARE * free)
 
 
 def _group_limits(root: Path) -> Iterator[int]:
-    """Yield what is left of the limits of the control groups of this process, and of those around them."""
+    """Yield what is left of the limits of the control groups of this process, and of those around
+    them.
+    """
     for line in (_text(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
@@ -68,13 +74,24 @@ def _group_limits(root: Path) -> Iterator[int]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        place = Path(path.strip("/"))  # in a container, it may be that of the host: the outermost one is then its own
+        # in a container, it may be that of the host: the outermost one is then its own
+        place = Path(path.strip("/"))
         for group in (place, *place.parents):
             limit, used = (_text(root / mount / group / name) for name in names[:2])
-            if limit is None or used is None or not limit.strip().isdecimal() or int(limit) >= UNLIMITED:
+            if (
+                limit is None
+                or used is None
+                or not limit.strip().isdecimal()
+                or int(limit) >= UNLIMITED
+            ):
                 continue
-            # What was read from files and can be read again counts as used until somebody wants its place.
-            cached = re.search(rf"^{names[2]} (\d+)", _text(root / mount / group / "memory.stat") or "", re.MULTILINE)
+            # What was read from files and can be read again counts as used until somebody wants its
+            # place.
+            cached = re.search(
+                rf"^{names[2]} (\d+)",
+                _text(root / mount / group / "memory.stat") or "",
+                re.MULTILINE,
+            )
             yield int(limit) - int(used) + (int(cached[1]) if cached else 0)
 
 

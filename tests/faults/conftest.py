@@ -22,7 +22,9 @@ def reference(repository, tmp_path_factory) -> Study:
     """Return the undisturbed study, with its `output`."""
     study = Study(repository, tmp_path_factory.mktemp("reference"))
     study.output = study.finish()
-    assert {"summary.csv", "weights.safetensors", "metrics.csv"} <= {Path(name).name for name in study.exact()}
+    assert {"summary.csv", "weights.safetensors", "metrics.csv"} <= {
+        Path(name).name for name in study.exact()
+    }
     return study
 
 
@@ -34,7 +36,8 @@ def fresh(repository, tmp_path_factory) -> Study:
 
 @pytest.fixture
 def finished(reference, tmp_path_factory) -> Study:
-    """Return a finished study to spoil, as far from the code as the first, or all of it would run again."""
+    """Return a finished study to spoil, as far from the code as the first, or all of it would run
+    again."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(reference.folder, folder, dirs_exist_ok=True)
     return Study(reference.repository, folder)

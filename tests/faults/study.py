@@ -26,7 +26,11 @@ STUDY = {
     "datasets": {
         DATA: {
             "source": "nuclei_phantom",
-            "options": {"size": [64, 64], "count": [5, 10], "images": {"train": 4, "val": 1, "test": 2}},
+            "options": {
+                "size": [64, 64],
+                "count": [5, 10],
+                "images": {"train": 4, "val": 1, "test": 2},
+            },
             "offsets": [[-1, 0], [0, -1], [-3, 0], [0, -3], [-9, 0], [0, -9]],
             "patch": [32, 32],
         }
@@ -59,20 +63,44 @@ class Study:
 
     def command(self, *targets: str, cores: int = 2, options: tuple[str, ...] = ()) -> list[str]:
         """Return the command that makes targets, all by default."""
-        # Jobs of one thread: those of several wait for each other where something else needs the cores.
-        command = [SNAKEMAKE, "--directory", self.folder, "--cores", cores, "--max-threads", 1, *options]
-        return [*map(str, command), "--configfile", str(self.folder / "overlay.yaml"), "--", *targets]
+        # Jobs of one thread: those of several wait for each other where something else needs the
+        # cores.
+        command = [
+            SNAKEMAKE,
+            "--directory",
+            self.folder,
+            "--cores",
+            cores,
+            "--max-threads",
+            1,
+            *options,
+        ]
+        return [
+            *map(str, command),
+            "--configfile",
+            str(self.folder / "overlay.yaml"),
+            "--",
+            *targets,
+        ]
 
     def run(self, *targets: str, before: tuple[str, ...] = (), **how) -> tuple[int, str]:
         """Run to the end; return exit status and output."""
         command = [*before, *self.command(*targets, **how)]
         done = subprocess.run(
-            command, cwd=self.repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE
+            command,
+            cwd=self.repository,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
         )
         return done.returncode, done.stdout
 
     def finish(self, *targets: str) -> str:
-        """Run to the end, which must be a good one; what a killed Snakemake left locked is unlocked, as it asks for."""
+        """Run to the end, which must be a good one.
+
+        What a killed Snakemake left locked is unlocked, as it asks for.
+        """
         if self.locked():
             status, output = self.run(options=("--unlock",))
             assert status == 0, output
@@ -85,11 +113,22 @@ class Study:
         return any((self.folder / ".snakemake" / "locks").glob("*"))
 
     def exact(self) -> dict[str, bytes]:
-        """Return the content of all files that must be equal each time, by name; hidden ones are nobody's result."""
+        """Return the content of all files that must be equal each time, by name.
+
+        Hidden ones are nobody's result.
+        """
         files = [path for part in ("data", "results") for path in (self.folder / part).rglob("*")]
         relative = {path.relative_to(self.folder): path for path in files if path.suffix in EXACT}
-        shown = {name: path for name, path in relative.items() if not any(p.startswith(".") for p in name.parts)}
-        return {str(name): path.read_bytes() for name, path in shown.items() if "state" not in name.parts}
+        shown = {
+            name: path
+            for name, path in relative.items()
+            if not any(p.startswith(".") for p in name.parts)
+        }
+        return {
+            str(name): path.read_bytes()
+            for name, path in shown.items()
+            if "state" not in name.parts
+        }
 
     def hidden(self) -> list[str]:
         """Return the names of unfinished files."""
@@ -101,14 +140,17 @@ class Study:
         return (self.folder / "logs" / "faults" / f"{name}.log").read_text()
 
     def jobs(self, output: str) -> dict[str, tuple[str, float]]:
-        """Return rule and duration in seconds of every job, by its message, from what Snakemake printed."""
+        """Return rule and duration in seconds of every job, by its message, from what Snakemake
+        printed."""
         found, started, now = {}, {}, 0.0
         for line in output.splitlines():
             if match := re.fullmatch(r"\[(\w{3} \w{3} .*\d{4})\]", line):
                 now = datetime.strptime(match[1], "%a %b %d %H:%M:%S %Y").timestamp()
             elif match := re.fullmatch(r"Job (\d+): (.*)", line):
                 started[match[1]] = (match[2], now)
-            elif (match := re.fullmatch(r"Finished jobid: (\d+) \(Rule: (\w+)\)", line)) and match[1] in started:
+            elif (match := re.fullmatch(r"Finished jobid: (\d+) \(Rule: (\w+)\)", line)) and match[
+                1
+            ] in started:
                 message, start = started[match[1]]
                 found[message] = (match[2], now - start)
         return found
@@ -137,9 +179,12 @@ class Running:
         return self.file.read_text()
 
     def wait_until(self, condition, seconds: float = PATIENCE) -> bool:
-        """Wait for a condition; return whether it came true before the end of the process or of the time."""
+        """Wait for a condition; return whether it came true before the end of the process or of the
+        time."""
         until = time.monotonic() + seconds
-        while not (true := condition()) and self.process.poll() is None and time.monotonic() < until:
+        while (
+            not (true := condition()) and self.process.poll() is None and time.monotonic() < until
+        ):
             time.sleep(0.003)
         return bool(true)
 
@@ -159,7 +204,10 @@ class Running:
 
 
 def assert_whole(study: Study, reference: Study) -> None:
-    """Every file that is there under its name is complete; of those that can be compared, the right one."""
+    """Every file that is there under its name is complete.
+
+    Of those that can be compared, the right one.
+    """
     right = reference.exact()
     for name, content in study.exact().items():
         assert content == right[name], name
@@ -170,7 +218,10 @@ def assert_whole(study: Study, reference: Study) -> None:
 
 
 def assert_same_end(study: Study, reference: Study) -> None:
-    """The study ended as the undisturbed one: every number, every weight; and nothing is left to do."""
+    """The study ended as the undisturbed one: every number, every weight.
+
+    And nothing is left to do.
+    """
     assert study.exact() == reference.exact()
     assert_whole(study, reference)
     assert study.hidden() == []

@@ -1,6 +1,8 @@
-"""What goes wrong on real machines, done to a real study: afterwards it ends as if nothing had happened.
+"""What goes wrong on real machines, done to a real study: afterwards it ends as if nothing had
+happened.
 
-`make test-faults`; minutes. GDLIB_FAULTS_SEED chooses other moments (default 0), GDLIB_FAULTS_ROUNDS more of them (default 1).
+`make test-faults`; minutes. GDLIB_FAULTS_SEED chooses other moments (default 0),
+GDLIB_FAULTS_ROUNDS more of them (default 1).
 """
 
 import os
@@ -43,11 +45,19 @@ def unfinished(study: Study) -> bool:
 
 
 def test_kill_9_at_random_moments_of_every_rule(fresh, reference):
-    """All processes at once, again and again, in every rule of the study: at any moment, or while a file is written."""
+    """All processes at once, again and again, in every rule of the study: at any moment, or while a
+    file is written."""
     rng = random.Random(int(os.environ.get("GDLIB_FAULTS_SEED", "0")))
     jobs = reference.jobs(reference.output)
     rules = list(dict.fromkeys(rule for rule, _ in jobs.values()))
-    assert {"prepare", "train_teacher", "ask_teacher", "train_student", "predict", "segment"} <= set(rules)
+    assert {
+        "prepare",
+        "train_teacher",
+        "ask_teacher",
+        "train_student",
+        "predict",
+        "segment",
+    } <= set(rules)
     assert {"evaluate", "profile", "summarize", "figure_panel"} <= set(rules)
     reached = dict.fromkeys(rules, 0)
     for rule in rules * int(os.environ.get("GDLIB_FAULTS_ROUNDS", "1")):
@@ -55,14 +65,18 @@ def test_kill_9_at_random_moments_of_every_rule(fresh, reference):
         longest = max(seconds for name, seconds in jobs.values() if name == rule)
         if fresh.locked():
             assert fresh.run(options=("--unlock",))[0] == 0
-        with Running(fresh, options=("--forcerun", rule)) as running:  # it may be done by now: jobs run side by side
-            if running.wait_until(lambda lines=lines: any(line in running.output for line in lines)):
+        # it may be done by now: jobs run side by side
+        with Running(fresh, options=("--forcerun", rule)) as running:
+            if running.wait_until(
+                lambda lines=lines: any(line in running.output for line in lines)
+            ):
                 moment, while_writing = rng.uniform(0, 1.1 * longest), rng.random() < 0.5
                 running.wait_until(lambda w=while_writing: w and unfinished(fresh), moment)
                 reached[rule] += running.process.poll() is None
             running.kill()
         assert_whole(fresh, reference)
-    assert sum(map(bool, reached.values())) > len(rules) / 2, reached  # in others the moment came too late
+    # in others the moment came too late
+    assert sum(map(bool, reached.values())) > len(rules) / 2, reached
     fresh.finish()
     assert_same_end(fresh, reference)
 
@@ -80,7 +94,10 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk, repository, reference):
-    """Again and again some space is left; each time it runs out, more is made and the same command given again."""
+    """Again and again some space is left.
+
+    Each time it runs out, more is made and the same command given again.
+    """
     rng = random.Random(int(os.environ.get("GDLIB_FAULTS_SEED", "0")))
     study, filler = Study(repository, small_disk / "study"), small_disk / "filler"
     failed, told = 0, []
@@ -91,7 +108,9 @@ def test_a_full_disk(small_disk, repository, reference):
         status, output = study.run()
         failed += status != 0
         told += re.findall(
-            r"^gdlib: error: (\S+): cannot be written \(no space left on device\); free some", output, re.M
+            r"^gdlib: error: (\S+): cannot be written \(no space left on device\); free some",
+            output,
+            re.M,
         )
         assert_whole(study, reference)
         filler.unlink()
@@ -106,7 +125,7 @@ def test_a_full_disk(small_disk, repository, reference):
 
 DAMAGE = {
     "samples cut off": (
-        f"data/{DATA}/train.h5", lambda path: path.write_bytes(path.read_bytes()[:-5000]), "not a readable HDF5 file",
+        f"data/{DATA}/train.h5", lambda path: path.write_bytes(path.read_bytes()[:-5000]), "not a readable " "HDF5 file",
         TEACHER_WEIGHTS,
     ),
     "a bit of the samples": (
@@ -130,7 +149,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_file(what, finished, reference):
-    """Nothing is made of it; the message says what to delete, and with that the study ends as it would have."""
+    """Nothing is made of it; the message says what to delete, and with that the study ends as it
+    would have."""
     name, spoil, cause, made_of_it = DAMAGE[what]
     spoil(finished.folder / name)
     (finished.folder / made_of_it).unlink()
@@ -150,7 +170,8 @@ def test_a_damaged_file(what, finished, reference):
 
 
 def test_a_damaged_image_of_ones_own(fresh):
-    """The same for what no rule can make again: all about the image is told, and nothing is prepared of the others."""
+    """The same for what no rule can make again: all about the image is told, and nothing is
+    prepared of the others."""
     for kind in ("images", "labels"):
         (fresh.folder / "raw" / "mine" / kind).mkdir(parents=True)
         for i in range(10):
@@ -158,16 +179,21 @@ def test_a_damaged_image_of_ones_own(fresh):
             Image.fromarray(array).save(fresh.folder / "raw" / "mine" / kind / f"{i}.png")
     mine = {"source": "folder", "folder": "mine", "offsets": [[-1, 0], [0, -1]], "patch": [32, 32]}
     study = STUDY["studies"]["faults"] | {"datasets": ["mine"]}
-    overlay = STUDY | {"datasets": {"mine": mine}, "studies": {"faults": study}, "raw_folders": ["raw"]}
+    overlay = STUDY | {
+        "datasets": {"mine": mine},
+        "studies": {"faults": study},
+        "raw_folders": ["raw"],
+    }
     (fresh.folder / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     image = fresh.folder / "raw" / "mine" / "images" / "3.png"
     whole = image.read_bytes()
     image.write_bytes(whole[:-200])
     status, output = fresh.run("data/mine/train.h5")
     assert status != 0
-    assert any(line.startswith("gdlib: error:") and "3.png" in line and ";" in line for line in output.splitlines()), (
-        output
-    )
+    assert any(
+        line.startswith("gdlib: error:") and "3.png" in line and ";" in line
+        for line in output.splitlines()
+    ), output
     assert not list((fresh.folder / "data").rglob("*.h5"))
     image.write_bytes(whole)
     fresh.finish("data/mine/train.h5")
@@ -175,13 +201,15 @@ def test_a_damaged_image_of_ones_own(fresh):
 
 
 def interrupted(study: Study) -> str:
-    """Stop the study by SIGTERM to all its processes while the teacher is trained, as a cluster does; return what it said."""
+    """Stop the study by SIGTERM to all its processes while the teacher is trained, as a cluster
+    does; return what it said."""
     with Running(study, TEACHER_WEIGHTS) as running:
         assert running.wait_until((study.folder / STATE).exists), running.output
         status = running.kill(signal.SIGTERM)
         output = running.output
     assert status != 0
-    assert "stopped after step" in output  # of the log, which is shown when the training has saved itself
+    # of the log, which is shown when the training has saved itself
+    assert "stopped after step" in output
     assert "the same command goes on from there" in output
     assert (study.folder / STATE).exists()
     assert not (study.folder / TEACHER_WEIGHTS).exists()
@@ -218,7 +246,8 @@ def test_a_damaged_state(what, fresh, reference):
 
 
 def test_a_stale_lock(finished, reference):
-    """What a killed Snakemake leaves: the next says what to do, and changes nothing until it is done."""
+    """What a killed Snakemake leaves: the next says what to do, and changes nothing until it is
+    done."""
     (finished.folder / SUMMARY).unlink()
     with Running(finished) as running:
         assert running.wait_until(lambda: ": Summarize the study" in running.output), running.output
@@ -232,7 +261,8 @@ def test_a_stale_lock(finished, reference):
     assert_same_end(finished, reference)
 
 
-UNPRIVILEGED = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override")  # which root alone needs
+# which root alone needs
+UNPRIVILEGED = ("setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override")
 
 
 def closes(folder: Path, before: tuple[str, ...]) -> bool:
@@ -240,7 +270,9 @@ def closes(folder: Path, before: tuple[str, ...]) -> bool:
     folder.mkdir()
     folder.chmod(0o555)
     try:
-        return subprocess.run([*before, "touch", folder / "file"], capture_output=True).returncode != 0
+        return (
+            subprocess.run([*before, "touch", folder / "file"], capture_output=True).returncode != 0
+        )
     except FileNotFoundError:
         return False
 
@@ -261,7 +293,9 @@ def test_a_folder_that_cannot_be_written(which, finished, reference, tmp_path):
     finally:
         folder.chmod(0o755)
     assert status != 0
-    assert output.splitlines()[-1].startswith(f"{which}: this folder cannot be written; make it writable, or ")
+    assert output.splitlines()[-1].startswith(
+        f"{which}: this folder cannot be written; make it writable, or "
+    )
     assert "Traceback" not in output
     finished.finish()
     assert_same_end(finished, reference)

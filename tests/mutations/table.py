@@ -1,4 +1,5 @@
-"""Faults of one line that the tests must notice: what the code would be with a slip that is easily made; see `faults.toml`."""
+"""Faults of one line that the tests must notice: what the code would be with a slip that is easily
+made; see `faults.toml`."""
 
 import shlex
 import tomllib
@@ -30,4 +31,6 @@ class Fault(NamedTuple):
 
 
 _TABLE = tomllib.loads((Path(__file__).parent / "faults.toml").read_text())
-FAULTS = [Fault(name, file, **slip) for file, slips in _TABLE.items() for name, slip in slips.items()]
+FAULTS = [
+    Fault(name, file, **slip) for file, slips in _TABLE.items() for name, slip in slips.items()
+]

@@ -1,6 +1,9 @@
-"""An environment for machines without internet, as docs/cluster.md makes it; without torch, which is large.
+"""An environment for machines without internet, as docs/cluster.md makes it.
 
-Wheels are fetched for a Python that need not be the one that fetches them, and installed with every index switched off.
+Without torch, which is large.
+
+Wheels are fetched for a Python that need not be the one that fetches them, and installed with every
+index switched off.
 """
 
 import os
@@ -19,7 +22,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run(*command, **environment):
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -43,16 +48,34 @@ def test_an_environment_from_a_folder_of_wheels(version, tmp_path):
     assert " ".join(platforms) in DOCUMENTED
     extras = PROJECT["optional-dependencies"]
     declared = map(
-        Requirement, PROJECT["dependencies"] + extras["em"] + extras["fast"] + extras["workflow"] + extras["slurm"]
+        Requirement,
+        PROJECT["dependencies"]
+        + extras["em"]
+        + extras["fast"]
+        + extras["workflow"]
+        + extras["slurm"],
     )
     wanted = [str(requirement) for requirement in declared if requirement.name != "torch"]
     pip = (sys.executable, "-m", "pip")
     run(*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ".", "connection_pool==0.0.3")
-    only = ["--python-version", version, "--only-binary=:all:", "--find-links", wheels, "-c", "constraints.txt"]
+    only = [
+        "--python-version",
+        version,
+        "--only-binary=:all:",
+        "--find-links",
+        wheels,
+        "-c",
+        "constraints.txt",
+    ]
     run(*pip, "download", "--dest", wheels, *platforms, *only, *wanted)
 
     run(target, "-m", "venv", tmp_path / "venv")
-    off = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_INDEX_URL": "", "PIP_EXTRA_INDEX_URL": ""}
+    off = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": "",
+        "PIP_INDEX_URL": "",
+        "PIP_EXTRA_INDEX_URL": "",
+    }
     install = (tmp_path / "venv/bin/pip", "install", "--no-index", "--find-links", wheels)
     run(*install, "-c", "constraints.txt", *wanted, **off)
     run(*install, "--no-deps", "gdlib", **off)

@@ -1,7 +1,10 @@
-"""A study through a real SLURM, and what happens to studies on clusters; in the end the files are those of a local run.
+"""A study through a real SLURM, and what happens to studies on clusters.
 
-`make test-slurm` runs this, plain pytest does not. SLURM_LOCAL names a program that gives a cluster for the time of the tests
-(`up`, `env`, `restart-ctld`, `down --purge`); without it, the cluster of this machine is used as profiles/slurm describes it.
+In the end the files are those of a local run.
+
+`make test-slurm` runs this, plain pytest does not. SLURM_LOCAL names a program that gives a cluster
+for the time of the tests (`up`, `env`, `restart-ctld`, `down --purge`); without it, the cluster of
+this machine is used as profiles/slurm describes it.
 """
 
 import os
@@ -31,18 +34,33 @@ STUDY = {
     "students": [STUDENT],
     "methods": ["none", "grd"],
     "seeds": [0],
-    "teacher_recipe": {"steps": 200, "batch_size": 4, "patch": [64, 64], "validate_every": 100, "save_every": 10},
-    "student_recipe": {"steps": 20, "batch_size": 4, "patch": [64, 64], "validate_every": 10, "save_every": 10},
+    "teacher_recipe": {
+        "steps": 200,
+        "batch_size": 4,
+        "patch": [64, 64],
+        "validate_every": 100,
+        "save_every": 10,
+    },
+    "student_recipe": {
+        "steps": 20,
+        "batch_size": 4,
+        "patch": [64, 64],
+        "validate_every": 10,
+        "save_every": 10,
+    },
 }
 NETWORK_RULES = ("train_teacher", "train_student", "ask_teacher", "predict", "profile")
-# Sums of floats depend on the number of threads, and a SLURM job may get another one than a local job.
+# Sums of floats depend on the number of threads, and a SLURM job may get another one than a local
+# job.
 THREADS = ["--set-threads", *(f"{rule}=1" for rule in NETWORK_RULES)]
 MINUTES = 60.0
 PATIENCE = 30 * MINUTES  # a run that takes longer hangs
 
 
 def output_of(*command, **options):
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, **options).stdout
+    return subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, check=True, **options
+    ).stdout
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +68,10 @@ def cluster():
     """Environment in which `sbatch` works."""
     program = os.environ.get("SLURM_LOCAL")
     if not program:
-        if shutil.which("sinfo") is None or subprocess.run(["sinfo"], capture_output=True).returncode:
+        if (
+            shutil.which("sinfo") is None
+            or subprocess.run(["sinfo"], capture_output=True).returncode
+        ):
             pytest.skip("there is no SLURM here, and SLURM_LOCAL names no program that starts one")
         yield dict(os.environ)
         return
@@ -72,7 +93,10 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory):
-    """A copy, because jobs read the workflow while somebody may edit it; with the study above in its catalogue."""
+    """A copy, because jobs read the workflow while somebody may edit it.
+
+    With the study above in its catalogue.
+    """
     folder = tmp_path_factory.mktemp("repository")
     unneeded = lambda path, names: [n for n in names if Path(path) == ROOT and n not in PARTS]  # noqa: E731
     shutil.copytree(ROOT, folder, ignore=unneeded, dirs_exist_ok=True)
@@ -86,7 +110,16 @@ def repository(tmp_path_factory):
 def local(repository, tmp_path_factory):
     """Folder of the study, made on this machine without a cluster."""
     folder = tmp_path_factory.mktemp("local")
-    command = [SNAKEMAKE, "--directory", folder, "--cores", "all", *THREADS, "--config", "study=slurm"]
+    command = [
+        SNAKEMAKE,
+        "--directory",
+        folder,
+        "--cores",
+        "all",
+        *THREADS,
+        "--config",
+        "study=slurm",
+    ]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -98,9 +131,12 @@ class Study:
     def __init__(self, folder, repository, environment, local):
         self.folder, self.repository, self.environment = folder, repository, environment
         self.processes = []
-        for name in ("data", "logs/prepare", ".snakemake/metadata"):  # what is not to be made here is there
+        # what is not to be made here is there
+        for name in ("data", "logs/prepare", ".snakemake/metadata"):
             shutil.copytree(local / name, folder / name)
-        self.profile = yaml.safe_load((repository / "profiles" / "slurm" / "config.yaml").read_text())
+        self.profile = yaml.safe_load(
+            (repository / "profiles" / "slurm" / "config.yaml").read_text()
+        )
         self.profile |= {"slurm-init-seconds-before-status-checks": 5, "latency-wait": 20}
         if subprocess.run(["sacct"], env=environment, capture_output=True).returncode:
             self.profile["slurm-status-command"] = "squeue"
@@ -111,7 +147,8 @@ class Study:
         rules[rule] = rules.get(rule, {}) | resources
 
     def start(self, *arguments):
-        """Start Snakemake; return the process, whose output goes on in the file `output` of its own number."""
+        """Start Snakemake; return the process, whose output goes on in the file `output` of its own
+        number."""
         own = self.folder / "profile"
         own.mkdir(exist_ok=True)
         (own / "config.yaml").write_text(yaml.safe_dump(self.profile))
@@ -144,12 +181,26 @@ class Study:
         return said
 
     def jobs(self, *fields):
-        """One line for every SLURM job of this study: name of the rule with its wildcards, then these fields of squeue."""
-        names = set(re.findall(r"SLURM run ID: (\S+)", "".join(p.output.read_text() for p in self.processes)))
+        """One line for every SLURM job of this study: name of the rule with its wildcards, then
+        these fields of squeue."""
+        names = set(
+            re.findall(
+                r"SLURM run ID: (\S+)", "".join(p.output.read_text() for p in self.processes)
+            )
+        )
         if not names:
             return []
         form = ",".join(f"{field}:200|" for field in ("comment", *fields))
-        command = ["squeue", "--noheader", "--states=all", "--sort=i", "--name", ",".join(names), "-O", form]
+        command = [
+            "squeue",
+            "--noheader",
+            "--states=all",
+            "--sort=i",
+            "--name",
+            ",".join(names),
+            "-O",
+            form,
+        ]
         lines = output_of(*command, env=self.environment).splitlines()
         return [[part.strip() for part in line.split("|")[:-1]] for line in lines]
 
@@ -174,7 +225,9 @@ def wait_for(what, condition, process):
     """Return the first true value of a condition, while Snakemake runs."""
     end = time.monotonic() + PATIENCE
     while not (found := condition()):
-        assert process.poll() is None, f"{what}: Snakemake ended before\n{process.output.read_text()}"
+        assert process.poll() is None, (
+            f"{what}: Snakemake ended before\n{process.output.read_text()}"
+        )
         assert time.monotonic() < end, f"{what}: not in time\n{process.output.read_text()}"
         time.sleep(0.1)
     return found
@@ -203,13 +256,18 @@ def test_a_study_survives_the_controller_a_second_start_and_too_little_memory(st
     assert "--unlock" in refused
 
     def at_once():
-        queued = str([rule for rule, state in study.jobs("state") if state in ("PENDING", "RUNNING")])
+        queued = str(
+            [rule for rule, state in study.jobs("state") if state in ("PENDING", "RUNNING")]
+        )
         return "train_teacher" in queued and "train_student" in queued
 
     wait_for("two jobs with GPUs", at_once, first)
     if "SLURM_LOCAL" in os.environ:
-        subprocess.run([os.environ["SLURM_LOCAL"], "restart-ctld"], env=study.environment, check=True)
-        # A controller that comes back while jobs begin may count its node's GPUs wrongly until it is told to look again.
+        subprocess.run(
+            [os.environ["SLURM_LOCAL"], "restart-ctld"], env=study.environment, check=True
+        )
+        # A controller that comes back while jobs begin may count its node's GPUs wrongly until it
+        # is told to look again.
         subprocess.run(["scontrol", "reconfigure"], env=study.environment, check=True)
     study.finish(first)
 
@@ -217,16 +275,23 @@ def test_a_study_survives_the_controller_a_second_start_and_too_little_memory(st
         assert_equal(study.folder, local, pattern)
     jobs = study.jobs("state", "partition", "tres-per-job", "minmemory")
     names = {job[0] for job in jobs}
-    assert f"rule_train_student_wildcards_{DATA}_{STUDENT}_grd_0" in names  # what `squeue -O comment` says
+    # what `squeue -O comment` says
+    assert f"rule_train_student_wildcards_{DATA}_{STUDENT}_grd_0" in names
     asked = [job[-1] for job in jobs if "train_teacher" in job[0]]
     assert asked[0] == "300M"
     assert 1 < len(asked) == len(set(asked))
     for rule, _, partition, devices, _ in jobs:
         runs_network = any(name in rule for name in NETWORK_RULES)
-        assert ("gpu" in devices, partition == "gpu") == (runs_network, runs_network), (rule, partition, devices)
-    # An attempt may fail, the teacher's for want of memory, any while the controller is away; the next one does not.
+        assert ("gpu" in devices, partition == "gpu") == (runs_network, runs_network), (
+            rule,
+            partition,
+            devices,
+        )
+    # An attempt may fail, the teacher's for want of memory, any while the controller is away; the
+    # next one does not.
     assert {rule: job[0] for rule, *job in jobs} == dict.fromkeys(names, "COMPLETED")
-    assert len([job for job in jobs if "judge" in job[0]]) < 3  # three pairs of small jobs, at most four together
+    # three pairs of small jobs, at most four together
+    assert len([job for job in jobs if "judge" in job[0]]) < 3
 
 
 def test_a_job_killed_at_its_time_limit_goes_on_from_its_checkpoint(study, local):
@@ -235,9 +300,12 @@ def test_a_job_killed_at_its_time_limit_goes_on_from_its_checkpoint(study, local
     state = study.folder / STATE
     wait_for("a checkpoint", state.exists, snakemake)
     commands = [
-        line for line in output_of("ps", "-eww", "-o", "args").splitlines() if f"--state {Path(STATE).parent}" in line
+        line
+        for line in output_of("ps", "-eww", "-o", "args").splitlines()
+        if f"--state {Path(STATE).parent}" in line
     ]
-    assert any("--max-seconds 54" in command for command in commands)  # it would stop by itself, a little before
+    # it would stop by itself, a little before
+    assert any("--max-seconds 54" in command for command in commands)
     (number,) = [number for _, number in study.jobs("jobid")]
     # It does nothing any more until SLURM wakes it up to end it.
     subprocess.run(["scancel", "--signal=STOP", number], env=study.environment, check=True)
@@ -256,7 +324,8 @@ def test_snakemake_is_killed_and_started_again(study, local):
     wait_for("a checkpoint", (study.folder / STATE).exists, killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert "--unlock" in study.finish(study.start(target), code=1)  # the job is still there, perhaps Snakemake too
+    # the job is still there, perhaps Snakemake too
+    assert "--unlock" in study.finish(study.start(target), code=1)
     study.finish(study.start("--unlock"))
     study.finish(study.start(target))
     assert_equal(study.folder, local, f"{DATA}/{TEACHER}/teacher/seed0/*.safetensors")

@@ -6,4 +6,6 @@ from gdlib.report.tables import validation
 
 sys.stdout = sys.stderr = open(snakemake.log[0], "w", buffering=1)  # noqa: SIM115
 
-validation.write(snakemake.input.weights, **dict(snakemake.output.items()), **dict(snakemake.params.items()))
+validation.write(
+    snakemake.input.weights, **dict(snakemake.output.items()), **dict(snakemake.params.items())
+)

@@ -1,15 +1,19 @@
-"""Own data: a folder with `images/` and `labels/`, PNG, TIFF or HDF5, one label file per image file and of equal name.
+"""Own data: a folder with `images/` and `labels/`, PNG, TIFF or HDF5, one label file per image file
+and of equal name.
 
-A label file holds one integer per pixel: 0 = background, any other number = one instance; masks and classes can be split
-into their regions. The endings may differ, `a.png` goes with `a.tif`; capitals count, but not how an accent is stored.
-Grey and colour images, 2D or 3D; axes in the order z, y, x. The voxel size is the attribute `resolution` (nm) or
-`element_size_um` of the arrays of an HDF5 file, or an option. Files of other kinds are listed as not read.
+A label file holds one integer per pixel: 0 = background, any other number = one instance; masks and
+classes can be split into their regions. The endings may differ, `a.png` goes with `a.tif`; capitals
+count, but not how an accent is stored. Grey and colour images, 2D or 3D; axes in the order z, y, x.
+The voxel size is the attribute `resolution` (nm) or `element_size_um` of the arrays of an HDF5
+file, or an option. Files of other kinds are listed as not read.
 
-Splits: if `train.txt`, `val.txt` and `test.txt` lie beside the two folders, they say which images (one name per line, in
-UTF-8, or UTF-16 with a mark) go where, and an image on no list is left out. Otherwise the SHA-256 of its name puts each
-image at a place between 0 and 1: below `test_fraction` is test, the next `val_fraction` is val, the rest train. An image
-never moves because others are added or removed. The one exception is for very few images: a split that would stay empty
-borrows, from the largest split, the image whose place is nearest to its own range, until an image of its own arrives.
+Splits: if `train.txt`, `val.txt` and `test.txt` lie beside the two folders, they say which images
+    (one name per line, in
+UTF-8, or UTF-16 with a mark) go where, and an image on no list is left out. Otherwise the SHA-256
+of its name puts each image at a place between 0 and 1: below `test_fraction` is test, the next
+`val_fraction` is val, the rest train. An image never moves because others are added or removed. The
+one exception is for very few images: a split that would stay empty borrows, from the largest split,
+the image whose place is nearest to its own range, until an image of its own arrives.
 """
 
 import contextlib
@@ -56,14 +60,17 @@ def folder(
 
     Args:
         root: folder with `images` and `labels`, and split lists if wanted.
-        channels: of every image; only needed where a file does not say which axis its channels are on.
+        channels: of every image; only needed where a file does not say which axis its channels are
+            on.
         val_fraction: expected part of the images for validation; unused with split lists.
         test_fraction: expected part of the images for testing; unused with split lists.
-        image_dataset: path of the image inside HDF5 files, e.g. `volumes/raw`; not needed where they hold one array.
+        image_dataset: path of the image inside HDF5 files, e.g. `volumes/raw`; not needed where
+            they hold one array.
         label_dataset: the same for labels.
-        label_regions: true makes each connected region of equal numbers an object, for masks of 0 and 255 and for classes;
-            objects that touch become one, regions that touch at corners only are two. false says that a number is an object
-            however many regions it has. If nothing is said, labels that look like masks or classes are refused.
+        label_regions: true makes each connected region of equal numbers an object, for masks of 0
+            and 255 and for classes; objects that touch become one, regions that touch at corners
+            only are two. false says that a number is an object however many regions it has. If
+            nothing is said, labels that look like masks or classes are refused.
         voxel_size_nm: one number per axis ([Z,] Y, X), instead of what HDF5 files say.
 
     Returns:
@@ -73,26 +80,39 @@ def folder(
     images, labels = find_files(root / "images"), find_files(root / "labels")
     for name in sorted(images.keys() - labels.keys()):
         hint = spelt(name, labels)
-        raise DataError(f"{images[name]}: this image has no label{hint}; add labels/{name}.tif or remove the image")
+        raise DataError(
+            f"{images[name]}: this image has no label{hint}; add labels/{name}.tif or "
+            "remove the image"
+        )
     for name in sorted(labels.keys() - images.keys()):
         hint = spelt(name, images)
-        raise DataError(f"{labels[name]}: this label has no image{hint}; add images/{name}.tif or remove the label")
+        raise DataError(
+            f"{labels[name]}: this label has no image{hint}; add images/{name}.tif or "
+            "remove the label"
+        )
     lists = [root / f"{split}.txt" for split in SPLITS]
     for path in root.iterdir():
         if path not in lists and path.name.lower() in [other.name for other in lists]:
-            raise DataError(f"{path}: split lists are called {', '.join(other.name for other in lists)}; rename it")
+            raise DataError(
+                f"{path}: split lists are called "
+                f"{', '.join(other.name for other in lists)}; rename it"
+            )
     if any(path.exists() for path in lists):
         for path in lists:
             if not path.exists():
                 raise DataError(
-                    f"{path}: the split list is missing; add it, one name per line, or remove the others too"
+                    f"{path}: the split list is missing; add it, one name per line, or remove the "
+                    "others too"
                 )
         split_names = {path.stem: read_list(path) for path in lists}
         for path in lists:
             for name in split_names[path.stem]:
                 if name not in images:
                     hint = spelt(name, images)
-                    raise DataError(f'{path}: there is no image "{name}"{hint}; correct the name or add the image')
+                    raise DataError(
+                        f'{path}: there is no image "{name}"{hint}; correct the name '
+                        "or add the image"
+                    )
     else:
         split_names = _split(list(images), val_fraction, test_fraction)
     return {
@@ -134,7 +154,9 @@ def _read(
 def _stored_size(*files: tuple[Path, str | None]) -> list[float] | None:
     """Return the voxel size that the HDF5 files among these say."""
     with contextlib.ExitStack() as stack:
-        opened = (open_volume(path, name) for path, name in files if path.suffix.lower() in HDF5_SUFFIXES)
+        opened = (
+            open_volume(path, name) for path, name in files if path.suffix.lower() in HDF5_SUFFIXES
+        )
         return voxel_size(*(stack.enter_context(volume) for volume in opened))
 
 
@@ -142,18 +164,33 @@ def _split(names: list[str], val_fraction: float, test_fraction: float) -> dict[
     """Split names by their hash; the module docstring has the rule."""
     if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
         raise DataError(
-            f"val_fraction {val_fraction} and test_fraction {test_fraction} leave a split without images; "
+            f"val_fraction {val_fraction} and test_fraction {test_fraction} leave a split without "
+            "images; "
             "both must be above 0 and their sum below 1"
         )
     if len(names) < len(SPLITS):
-        raise DataError(f"there are {len(names)} images, but train, val and test need at least one each; add images")
-    place = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48 for name in names}
+        raise DataError(
+            f"there are {len(names)} images, but train, val and test need at least one "
+            "each; add images"
+        )
+    place = {
+        name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+        for name in names
+    }
     borders = {"test": (0.0, test_fraction), "val": (test_fraction, test_fraction + val_fraction)}
     borders["train"] = (test_fraction + val_fraction, 1.0)
-    split_names = {split: [n for n in names if borders[split][0] <= place[n] < borders[split][1]] for split in SPLITS}
+    split_names = {
+        split: [n for n in names if borders[split][0] <= place[n] < borders[split][1]]
+        for split in SPLITS
+    }
     for split, own in split_names.items():
         if not own:
             largest = max(split_names.values(), key=len)
-            own.append(min(largest, key=lambda name: min(abs(place[name] - border) for border in borders[split])))
+            own.append(
+                min(
+                    largest,
+                    key=lambda name: min(abs(place[name] - border) for border in borders[split]),
+                )
+            )
             largest.remove(own[0])
     return split_names

@@ -1,4 +1,7 @@
-"""Several datasets as one: their prepared images together, split by split; an image is then called `<dataset>-<name>`."""
+"""Several datasets as one: their prepared images together, split by split.
+
+An image is then called `<dataset>-<name>`.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,10 +1,14 @@
-"""Synthetic rosettes of leaves in colour with exact labels, made by gdlib from random numbers; CC0 1.0, no image went into it.
+"""Synthetic rosettes of leaves in colour with exact labels, made by gdlib from random numbers.
 
-Made to look like CVPPP A1 and to be hard where real images are hard: leaves of one colour that lie on each other, from a few
-to thousands of pixels, on stalks of a few pixels, over soil on which moss is green too. The youngest leaf is the smallest, in
-the middle and on top. A leaf that others cut in two stays one instance.
+CC0 1.0, no image went into it.
 
-Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are made.
+Made to look like CVPPP A1 and to be hard where real images are hard: leaves of one colour that lie
+on each other, from a few to thousands of pixels, on stalks of a few pixels, over soil on which moss
+is green too. The youngest leaf is the smallest, in the middle and on top. A leaf that others cut in
+two stays one instance.
+
+Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are
+    made.
 """
 
 from collections.abc import Sequence
@@ -17,7 +21,17 @@ from scipy.ndimage import gaussian_filter, shift
 from gdlib.data.files import Splits, merge_masks
 from gdlib.data.sources._phantom import phantom_splits, smooth_noise, uneven_light
 from gdlib.io import Sample
-from gdlib.limits import Count, CountFromTo, FromTo, NotAll, NotNegative, PerSplit, Positive, Seed, Share
+from gdlib.limits import (
+    Count,
+    CountFromTo,
+    FromTo,
+    NotAll,
+    NotNegative,
+    PerSplit,
+    Positive,
+    Seed,
+    Share,
+)
 
 __all__ = ["leaves_phantom"]
 
@@ -55,7 +69,8 @@ def leaves_phantom(
         images: split -> number of images.
         seed: of all images.
         count: fewest and most leaves; those of which too little would be seen are left out.
-        radius: smallest and largest plant, as the length of its oldest leaves relative to the shorter side of the image.
+        radius: smallest and largest plant, as the length of its oldest leaves relative to the
+            shorter side of the image.
         smallest: length of the youngest leaf relative to the oldest.
         crowding: width of the leaves relative to a natural one; more means more overlap.
         stalk: part of a leaf's length that is its stalk.
@@ -63,22 +78,28 @@ def leaves_phantom(
         colour: relative standard deviation of the brightness from leaf to leaf.
         shadow: part of the light that is missing right below a leaf.
         moss: part of the soil that is green; its darkness varies.
-        illumination: relative fall of the light from the brightest place of the field to its far side.
+        illumination: relative fall of the light from the brightest place of the field to its far
+            side.
         blur: standard deviation of the optical point spread, pixels.
         noise: standard deviation, grey values.
 
     Returns:
-        For each split the samples: image (3, Y, X) uint8, label (Y, X), numbered from the oldest leaf to the youngest.
+        For each split the samples: image (3, Y, X) uint8, label (Y, X), numbered from the oldest
+        leaf to the youngest.
     """
 
     def make(rng: np.random.Generator, name: str) -> Sample:
-        leaves = _plant(rng, size, rng.integers(*count, endpoint=True), radius, smallest, crowding, stalk, bend)
+        leaves = _plant(
+            rng, size, rng.integers(*count, endpoint=True), radius, smallest, crowding, stalk, bend
+        )
         canvas = _soil(rng, size, moss)
         for leaf in leaves:
             canvas = _paint(rng, canvas, leaf, colour, shadow)
         label, _ = merge_masks((leaf.mask for leaf in leaves), size, "last")
         light = gaussian_filter(canvas * uneven_light(rng, size, illumination), (0, blur, blur))
-        image = np.clip(np.rint(light + noise * rng.standard_normal(light.shape)), 0, 255).astype(np.uint8)
+        image = np.clip(np.rint(light + noise * rng.standard_normal(light.shape)), 0, 255).astype(
+            np.uint8
+        )
         return Sample(name, image, label, attrs={"source": "leaves_phantom"})
 
     return phantom_splits("leaves_phantom", "images", images, seed, make)
@@ -104,7 +125,10 @@ def _plant(
     stalk: float,
     bend: float,
 ) -> list[_Leaf]:
-    """Let leaves grow around the middle of the field; return those that can be seen, the oldest first."""
+    """Let leaves grow around the middle of the field.
+
+    Return those that can be seen, the oldest first.
+    """
     centre = np.array(size) * rng.uniform(0.45, 0.55, 2)
     longest = min(size) * rng.uniform(*radius)
     first = rng.uniform(0, 2 * np.pi)
@@ -115,7 +139,9 @@ def _plant(
         length = longest * (smallest + (1 - smallest) * age**0.8) * rng.lognormal(0, 0.12)
         angle = first + number * GOLDEN + rng.normal(0, 0.2)
         # Young leaves hardly have a stalk.
-        leaf = _leaf(rng, size, centre, angle, age, length, crowding, stalk * (0.3 + 0.7 * age), bend)
+        leaf = _leaf(
+            rng, size, centre, angle, age, length, crowding, stalk * (0.3 + 0.7 * age), bend
+        )
         if (leaf.mask & ~covered).sum() >= MIN_AREA:
             leaves.append(leaf)
             covered |= leaf.mask
@@ -139,10 +165,16 @@ def _leaf(
     across = (x[None] * np.sin(angle) - y[:, None] * np.cos(angle)) / length
     across = across - rng.normal(0, bend) * along * np.abs(along)
     place = np.clip((along - stalk) / (1 - stalk), 0, 1)  # 0 where the blade begins, 1 at the tip
-    blade = crowding * (1 - stalk) * rng.uniform(0.26, 0.36) * 1.6 * place**0.75 * (1 - place) ** 0.45
+    blade = (
+        crowding * (1 - stalk) * rng.uniform(0.26, 0.36) * 1.6 * place**0.75 * (1 - place) ** 0.45
+    )
     half = np.maximum(blade, np.where(along < 1 - 0.5 * (1 - stalk), max(0.018, 1.2 / length), 0))
     return _Leaf(
-        (np.abs(across) < half) & (along > 0) & (along < 1), along, across / np.maximum(half, 1e-6), age, length
+        (np.abs(across) < half) & (along > 0) & (along < 1),
+        along,
+        across / np.maximum(half, 1e-6),
+        age,
+        length,
     )
 
 
@@ -155,7 +187,9 @@ def _soil(rng: np.random.Generator, size: Sequence[int], moss: float) -> np.ndar
     return np.clip(out + 70 * np.clip(fleck - 2.6, 0, 1), 8, 255)
 
 
-def _paint(rng: np.random.Generator, canvas: np.ndarray, leaf: _Leaf, colour: float, shadow: float) -> np.ndarray:
+def _paint(
+    rng: np.random.Generator, canvas: np.ndarray, leaf: _Leaf, colour: float, shadow: float
+) -> np.ndarray:
     """Return the canvas (3, Y, X) with a leaf on it that shades what is below."""
     height = 1.5 + 0.02 * leaf.length
     below = shift(gaussian_filter(leaf.mask.astype(float), height), (height, 0.6 * height), order=1)
@@ -163,7 +197,18 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, leaf: _Leaf, colour: fl
     (vein,) = smooth_noise(rng, leaf.mask.shape, 1.2)
     rib = np.exp(-((leaf.across / 0.12) ** 2))
     veins = np.cos(2 * np.pi * (7 * leaf.along - 1.5 * np.abs(leaf.across)))
-    light = 1 + rng.normal(0, colour) + rng.normal(0, 0.12) * leaf.across + rng.normal(0.05, 0.1) * (leaf.along - 0.5)
-    light = light + 0.13 * rib + 0.03 * veins + 0.03 * vein - 0.2 * np.clip(np.abs(leaf.across), 0, 1) ** 6
+    light = (
+        1
+        + rng.normal(0, colour)
+        + rng.normal(0, 0.12) * leaf.across
+        + rng.normal(0.05, 0.1) * (leaf.along - 0.5)
+    )
+    light = (
+        light
+        + 0.13 * rib
+        + 0.03 * veins
+        + 0.03 * vein
+        - 0.2 * np.clip(np.abs(leaf.across), 0, 1) ** 6
+    )
     base = np.array(YOUNG) * (1 - leaf.age) + np.array(OLD) * leaf.age + rng.normal(0, 5, 3)
     return np.where(leaf.mask, base[:, None, None] * light, canvas)

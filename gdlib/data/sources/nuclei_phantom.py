@@ -1,10 +1,13 @@
-"""Synthetic fluorescence nuclei with exact labels, made by gdlib from random numbers; CC0 1.0, no image went into it.
+"""Synthetic fluorescence nuclei with exact labels, made by gdlib from random numbers.
 
-Made to look like BBBC039 and to be hard where real images are hard: nuclei in touching clusters, overlapping in
-projection, with faint borders between them. Light adds up where nuclei overlap; the label there is the nucleus on top
-(the later one).
+CC0 1.0, no image went into it.
 
-Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are made.
+Made to look like BBBC039 and to be hard where real images are hard: nuclei in touching clusters,
+overlapping in projection, with faint borders between them. Light adds up where nuclei overlap; the
+label there is the nucleus on top (the later one).
+
+Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are
+    made.
 """
 
 from collections.abc import Sequence
@@ -22,7 +25,8 @@ from gdlib.limits import Count, CountFromTo, FromTo, NotNegative, PerSplit, Posi
 __all__ = ["nuclei_phantom"]
 
 IMAGES = {"train": 64, "val": 16, "test": 32}
-MIN_AREA = 40  # pixels; what overlap or the image border leaves of a nucleus below that is not labelled
+# pixels; what overlap or the image border leaves of a nucleus below that is not labelled
+MIN_AREA = 40
 OFFSET = 110  # camera counts without light
 TRIES = 8  # positions tried for a nucleus before it is left out
 
@@ -58,23 +62,30 @@ def nuclei_phantom(
         count: fewest and most nuclei per 256 x 256 pixels; those that find no place are left out.
         touching: probability that a nucleus is put against an earlier one.
         overlap: largest part of its area that a nucleus may share with those below it.
-        irregularity: relative amplitude of the outline's Fourier terms 2 to 5; higher terms are weaker.
+        irregularity: relative amplitude of the outline's Fourier terms 2 to 5; higher terms are
+            weaker.
         texture: relative standard deviation of the brightness within a nucleus.
         brightness: typical nucleus over background, counts.
         dim: fraction of nuclei with 15 to 40 % of the brightness.
-        illumination: relative fall of the light from the brightest place of the field to its far side.
+        illumination: relative fall of the light from the brightest place of the field to its far
+            side.
         haze: strength of light from out of focus: wide halos and unlabelled nuclei above and below.
         blur: standard deviation of the optical point spread, pixels.
         gain: counts per photo-electron; more means more photon noise.
         read_noise: standard deviation, counts.
 
     Returns:
-        For each split the samples: image (1, Y, X) uint16, label (Y, X), every instance one 4-connected region.
+        For each split the samples: image (1, Y, X) uint16, label (Y, X), every instance one
+        4-connected region.
     """
 
     def make(rng: np.random.Generator, name: str) -> Sample:
-        light, far, label = _scene(rng, size, radius, count, touching, overlap, irregularity, texture, brightness, dim)
-        light = gaussian_filter(light, blur) + gaussian_filter(haze * (light + far), 10 * blur, truncate=2.5)
+        light, far, label = _scene(
+            rng, size, radius, count, touching, overlap, irregularity, texture, brightness, dim
+        )
+        light = gaussian_filter(light, blur) + gaussian_filter(
+            haze * (light + far), 10 * blur, truncate=2.5
+        )
         image = _camera(rng, light * uneven_light(rng, size, illumination), gain, read_noise)
         return Sample(name, image[None], label, attrs={"source": "nuclei_phantom"})
 
@@ -93,7 +104,9 @@ def _scene(
     brightness: float,
     dim: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put nuclei into a field; return their light, that of unlabelled ones out of focus, and the labels, all (Y, X)."""
+    """Put nuclei into a field; return their light, that of unlabelled ones out of focus, and the
+    labels, all (Y, X).
+    """
     margin = int(2.5 * radius[1]) + 2  # so that no window reaches over the canvas
     shape = (size[0] + 2 * margin, size[1] + 2 * margin)
     light, far, label = np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int32)
@@ -103,7 +116,11 @@ def _scene(
     placed: list[tuple[np.ndarray, np.ndarray]] = []
     wanted = round(rng.uniform(*count) * size[0] * size[1] / 256**2)
     for number in range(1, wanted + 1):
-        level = brightness * rng.lognormal(0, 0.25) * (rng.uniform(0.15, 0.4) if rng.random() < dim else 1)
+        level = (
+            brightness
+            * rng.lognormal(0, 0.25)
+            * (rng.uniform(0.15, 0.4) if rng.random() < dim else 1)
+        )
         mean_radius = rng.uniform(*radius)
         if rng.random() < 0.03:  # condensed: small and bright
             mean_radius, level = 0.6 * mean_radius, 2.5 * level
@@ -134,18 +151,25 @@ def _scene(
 
 
 def _outline(rng: np.random.Generator, radius: float, irregularity: float) -> np.ndarray:
-    """Return the distance from centre to border at 128 angles: an ellipse times a smooth closed curve."""
+    """Return the distance from centre to border at 128 angles: an ellipse times a smooth closed
+    curve.
+    """
     angle = np.linspace(0, 2 * np.pi, 128, endpoint=False)
     stretch, turn = np.sqrt(rng.uniform(1, 2)), rng.uniform(0, np.pi)
     ellipse = radius / np.hypot(np.cos(angle - turn) / stretch, np.sin(angle - turn) * stretch)
     order = np.arange(2, 6)[:, None]
-    amplitude, phase = rng.normal(0, 2 * irregularity / order**1.5), rng.uniform(0, 2 * np.pi, order.shape)
+    amplitude, phase = (
+        rng.normal(0, 2 * irregularity / order**1.5),
+        rng.uniform(0, 2 * np.pi, order.shape),
+    )
     waves = amplitude * np.cos(order * angle + phase)
     return ellipse * np.clip(1 + waves.sum(0), 0.6, 1.5)
 
 
 def _render(outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return brightness (1 in the middle, falling to 0 at the border) and mask of a nucleus in a square around it."""
+    """Return brightness (1 in the middle, falling to 0 at the border) and mask of a nucleus in a
+    square around it.
+    """
     half = int(outline.max()) + 1
     y, x = np.mgrid[-half : half + 1, -half : half + 1]
     angle = np.arctan2(y, x) % (2 * np.pi) * (len(outline) / (2 * np.pi))
@@ -155,9 +179,15 @@ def _render(outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _beside(
-    rng: np.random.Generator, centre: np.ndarray, outline: np.ndarray, new: np.ndarray, overlap: float
+    rng: np.random.Generator,
+    centre: np.ndarray,
+    outline: np.ndarray,
+    new: np.ndarray,
+    overlap: float,
 ) -> np.ndarray:
-    """Return a centre (y, x) at which a new outline is 1 pixel apart from one that is there, touches or overlaps it."""
+    """Return a centre (y, x) at which a new outline is 1 pixel apart from one that is there,
+    touches or overlaps it.
+    """
     step = rng.integers(len(outline))
     angle = step * 2 * np.pi / len(outline)
     depth = rng.uniform(-1, 2 * overlap * new.mean())
@@ -166,7 +196,10 @@ def _beside(
 
 
 def _largest_regions(label: np.ndarray) -> np.ndarray:
-    """Keep the largest 4-connected region of each label, if it has `MIN_AREA` pixels; number the labels 1, 2, ..."""
+    """Keep the largest 4-connected region of each label, if it has `MIN_AREA` pixels.
+
+    Number the labels 1, 2, ...
+    """
     regions = connected_regions(label, background=0, connectivity=1)
     area = np.bincount(regions.ravel())
     owner = np.zeros_like(area)
@@ -179,8 +212,12 @@ def _largest_regions(label: np.ndarray) -> np.ndarray:
     return number[regions]
 
 
-def _camera(rng: np.random.Generator, light: np.ndarray, gain: float, read_noise: float) -> np.ndarray:
+def _camera(
+    rng: np.random.Generator, light: np.ndarray, gain: float, read_noise: float
+) -> np.ndarray:
     """Return 12-bit counts in uint16 of an expected `light` (Y, X) in counts."""
     background = 40  # medium and unbound dye, counts
-    counts = gain * rng.poisson((light + background) / gain) + rng.normal(OFFSET, read_noise, light.shape)
+    counts = gain * rng.poisson((light + background) / gain) + rng.normal(
+        OFFSET, read_noise, light.shape
+    )
     return np.clip(np.rint(counts), 0, 4095).astype(np.uint16)

@@ -1,10 +1,14 @@
-"""Synthetic worms in bright field with exact labels, made by gdlib from random numbers; CC0 1.0, no image went into it.
+"""Synthetic worms in bright field with exact labels, made by gdlib from random numbers.
 
-Made to look like BBBC010 and to be hard where real images are hard: thin worms that curl, touch and cross, in a well that is
-bright in one place and black outside. Worms absorb light, so that they are darkest where they cross; to which of two worms
-such a pixel belongs cannot be seen, and by default it is ignored, as in the source `celegans`.
+CC0 1.0, no image went into it.
 
-Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are made.
+Made to look like BBBC010 and to be hard where real images are hard: thin worms that curl, touch and
+cross, in a well that is bright in one place and black outside. Worms absorb light, so that they are
+darkest where they cross; to which of two worms such a pixel belongs cannot be seen, and by default
+it is ignored, as in the source `celegans`.
+
+Splits: sample `i` of a split depends on (options, seed, split, i) alone, not on how many images are
+    made.
 """
 
 from collections.abc import Sequence
@@ -62,18 +66,21 @@ def worms_phantom(
         curled: probability that most worms of an image live and curl; else most are straight.
         crossing: probability that a worm is put across or against an earlier one.
         shared: largest part of its area that a worm may share with earlier ones.
-        overlap: what becomes of pixels of several worms: `"ignore"`, or they go to the `"first"` or `"last"`.
+        overlap: what becomes of pixels of several worms: `"ignore"`, or they go to the `"first"` or
+            `"last"`.
         well: side of the well relative to the image's; outside it is dark.
         absorption: part of the light that the darkest places of a worm take.
         texture: relative standard deviation of the absorption within a worm.
         dirt: specks on the glass per 256 x 256 pixels, sharp and blurred.
         brightness: of the well at its brightest place, counts.
-        illumination: relative fall of the light from the brightest place of the field to its far side.
+        illumination: relative fall of the light from the brightest place of the field to its far
+            side.
         blur: standard deviation of the optical point spread, pixels.
         noise: standard deviation at full brightness, counts; it grows with the root of the light.
 
     Returns:
-        For each split the samples: image (1, Y, X) uint16, label (Y, X), `ignore` where worms overlap.
+        For each split the samples: image (1, Y, X) uint16, label (Y, X), `ignore` where worms
+        overlap.
     """
 
     def make(rng: np.random.Generator, name: str) -> Sample:
@@ -81,12 +88,16 @@ def worms_phantom(
         per_area = size[0] * size[1] / 256**2
         light = np.exp(-_dirt(rng, size, rng.poisson(dirt * per_area)))
         wanted = max(1, round(rng.uniform(*count) * per_area))
-        worms = _worms(rng, inside > 0.5, wanted, length, width, rng.random() < curled, crossing, shared)
+        worms = _worms(
+            rng, inside > 0.5, wanted, length, width, rng.random() < curled, crossing, shared
+        )
         for depth in worms:
             light *= 1 - absorption * _density(rng, depth, texture)
         label, ignore = merge_masks((depth > 0 for depth in worms), size, overlap)
         light = gaussian_filter(light * inside, blur) * uneven_light(rng, size, illumination)
-        counts = DARK + brightness * light + noise * np.sqrt(light + 0.01) * rng.standard_normal(size)
+        counts = (
+            DARK + brightness * light + noise * np.sqrt(light + 0.01) * rng.standard_normal(size)
+        )
         image = np.clip(np.rint(counts), 0, 65535).astype(np.uint16)
         return Sample(name, image[None], label, ignore=ignore, attrs={"source": "worms_phantom"})
 
@@ -104,10 +115,18 @@ def _well(rng: np.random.Generator, size: Sequence[int], side: float) -> np.ndar
 def _dirt(rng: np.random.Generator, size: Sequence[int], count: int) -> np.ndarray:
     """Return the optical density (Y, X) of specks, most of them faint and out of focus."""
     out = np.zeros(size)
-    for radius, strength in zip(np.exp(rng.uniform(0, 1.6, count)), rng.exponential(1.0, count), strict=True):
+    for radius, strength in zip(
+        np.exp(rng.uniform(0, 1.6, count)), rng.exponential(1.0, count), strict=True
+    ):
         speck = np.zeros(size)
         speck[tuple(rng.integers(0, size))] = 1
-        out += strength * (0.25 if radius > 1.5 else 1.0) * gaussian_filter(speck, radius) * radius**2 * 3
+        out += (
+            strength
+            * (0.25 if radius > 1.5 else 1.0)
+            * gaussian_filter(speck, radius)
+            * radius**2
+            * 3
+        )
     return out
 
 
@@ -142,7 +161,11 @@ def _worms(
                 target = rng.uniform(0, inside.shape)
             line = line + target - anchor
             y, x = np.rint(line).astype(int).T
-            if line.min() < 0 or (line.max(0) > np.subtract(inside.shape, 1)).any() or not inside[y, x].all():
+            if (
+                line.min() < 0
+                or (line.max(0) > np.subtract(inside.shape, 1)).any()
+                or not inside[y, x].all()
+            ):
                 continue
             depth = _body(line, thickness, inside.shape)
             if taken[depth > 0].mean() <= shared:
@@ -154,22 +177,33 @@ def _worms(
 
 
 def _centre_line(rng: np.random.Generator, length: float, curl: bool) -> np.ndarray:
-    """Return the points (P, 2) of a curve of this length: nearly straight, or bent in one to two waves or into a ring."""
+    """Return the points (P, 2) of a curve of this length: nearly straight, or bent in one to two
+    waves or into a ring.
+    """
     part = np.linspace(0, 1, round(length / STEP))
-    bend = rng.normal(0, 0.35) + rng.normal(0, 0.3) * np.cos(np.pi * part + rng.uniform(0, 2 * np.pi))
+    bend = rng.normal(0, 0.35) + rng.normal(0, 0.3) * np.cos(
+        np.pi * part + rng.uniform(0, 2 * np.pi)
+    )
     if curl:
         wave = rng.uniform(0.5, 1.6)
         bend = (
-            bend + rng.normal(0, 1.3) + rng.normal(0, 4.0) * np.sin(2 * np.pi * wave * part + rng.uniform(0, 2 * np.pi))
+            bend
+            + rng.normal(0, 1.3)
+            + rng.normal(0, 4.0) * np.sin(2 * np.pi * wave * part + rng.uniform(0, 2 * np.pi))
         )
     angle = rng.uniform(0, 2 * np.pi) + np.cumsum(bend) / len(part)
     return STEP * np.cumsum(np.stack([np.sin(angle), np.cos(angle)], 1), 0)
 
 
 def _body(line: np.ndarray, thickness: float, shape: Sequence[int]) -> np.ndarray:
-    """Return the depth (Y, X) of a worm around its centre line: blunt at the head, pointed at the tail."""
+    """Return the depth (Y, X) of a worm around its centre line: blunt at the head, pointed at the
+    tail.
+    """
     part = np.linspace(0, 1, len(line))
-    radius = thickness / 2 * np.minimum(1, np.minimum((part / 0.25) ** 0.6, ((1 - part) / 0.45) ** 0.8)) + 0.3
+    radius = (
+        thickness / 2 * np.minimum(1, np.minimum((part / 0.25) ** 0.6, ((1 - part) / 0.45) ** 0.8))
+        + 0.3
+    )
     low = np.maximum(line.min(0) - thickness, 0).astype(int)
     high = np.minimum(line.max(0) + thickness + 1, shape).astype(int)
     y, x = np.mgrid[low[0] : high[0], low[1] : high[1]]
@@ -182,7 +216,9 @@ def _body(line: np.ndarray, thickness: float, shape: Sequence[int]) -> np.ndarra
 
 
 def _density(rng: np.random.Generator, depth: np.ndarray, texture: float) -> np.ndarray:
-    """Return how much of the absorption a worm of this depth (Y, X) has in each pixel: dark borders, granular within."""
+    """Return how much of the absorption a worm of this depth (Y, X) has in each pixel: dark
+    borders, granular within.
+    """
     fine, coarse = smooth_noise(rng, depth.shape, 0.8, 3.0)
     wall = np.exp(-(((depth - 0.25) / 0.2) ** 2))
     body = rng.uniform(0.55, 0.85) * np.clip(depth / 0.3, 0, 1) * (1 + texture * (fine + coarse))

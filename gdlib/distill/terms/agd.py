@@ -1,4 +1,6 @@
-"""AGD, affinity graph distillation: the student's pixel affinities follow the teacher's, within and between images."""
+"""AGD, affinity graph distillation: the student's pixel affinities follow the teacher's, within and
+between images.
+"""
 
 from torch import Tensor
 
@@ -13,34 +15,43 @@ __all__ = ["AGD"]
 def agd_inter_loss(difference: Tensor, memory: Tensor) -> Tensor:
     """Inter-image AGD, `mean_b mean_l mean_(q in memory l, p) (m_q . s_p - m_q . t_p)^2`.
 
-    With the mean Gram matrix G of the memory vectors and D = s - t this is `mean_b sum(G * gram(D_b))`: exact, at full
-    resolution, in O(P D^2) instead of O(P^2 D).
+    With the mean Gram matrix G of the memory vectors and D = s - t this is `mean_b sum(G *
+    gram(D_b))`: exact, at full resolution, in O(P D^2) instead of O(P^2 D).
 
     Args:
         difference: (B, D, D) `ops.gram` of the student's unit vectors minus the teacher's.
         memory: (D, D), mean over the sampled images of `ops.gram` of their unit vectors.
 
-    Reference: arXiv 2401.06370, L_AGD^inter. PAPER: the original code sums over the batch and, on most datasets, over the 12
+    Reference: arXiv 2401.06370, L_AGD^inter. PAPER: the original code sums over the batch and, on
+        most datasets, over the 12
     memory images; with our mean its weight 1 is 24 on those datasets (batch 2), and 4 on CVPPP.
     """
     return (difference * memory).sum((1, 2)).mean()
 
 
 class AGD(Term):
-    """Affinity graph distillation: within an image, `ops.pair_loss` of the student's affinities to the teacher's.
+    """Affinity graph distillation: within an image, `ops.pair_loss` of the student's affinities to
+    the teacher's.
 
     Args:
         memory: compare with images of the memory bank instead of within the image.
         balanced: weigh connected and separated pairs like the supervised loss does (intra only).
-        wrap_around: PAPER: also distil the pairs that `torch.roll` makes across opposite borders, as the original 2D code does.
-        pool: PAPER: average-pool the unit vectors over windows of this side before they are compared between images, as the
-            original code does (7); 1 compares all pixels, as the paper's formula does.
+        wrap_around: PAPER: also distil the pairs that `torch.roll` makes across opposite borders,
+            as the original 2D code does.
+        pool: PAPER: average-pool the unit vectors over windows of this side before they are
+            compared between images, as the original code does (7); 1 compares all pixels, as the
+            paper's formula does.
 
     Reference: arXiv 2401.06370, L_AGD^intra and L_AGD^inter.
     """
 
     def __init__(
-        self, *, memory: bool = False, balanced: bool = False, wrap_around: bool = False, pool: Count = 1
+        self,
+        *,
+        memory: bool = False,
+        balanced: bool = False,
+        wrap_around: bool = False,
+        pool: Count = 1,
     ) -> None:
         super().__init__(memory)
         self.balanced = balanced
@@ -52,10 +63,16 @@ class AGD(Term):
             self.uses = () if wrap_around else ("balanced" if balanced else "goal",)
 
     def _gram(self, view: View, other: View | None = None) -> Tensor:
-        """(B, D, D) second moments of the unit vectors, pooled if asked, or of what they are more than those of another view."""
+        """(B, D, D) second moments of the unit vectors, pooled if asked, or of what they are more
+        than those of another view.
+        """
         if self.pool == 1:
             return view.gram(other)
-        means = view.means(self.pool) if other is None else view.means(self.pool) - other.means(self.pool)
+        means = (
+            view.means(self.pool)
+            if other is None
+            else view.means(self.pool) - other.means(self.pool)
+        )
         return kernels.gram(means.flatten(1, -2))
 
     def record(self, teacher: View) -> dict[str, Tensor]:
@@ -67,8 +84,14 @@ class AGD(Term):
         if self.memory:
             check_comparable(student.rows, teacher.rows)
             gram = mean_record(memory, f"agd_gram_{self.pool}")
-            return student.rows.sum() * 0 if gram is None else agd_inter_loss(self._gram(student, teacher), gram)
+            return (
+                student.rows.sum() * 0
+                if gram is None
+                else agd_inter_loss(self._gram(student, teacher), gram)
+            )
         if self.wrap_around:
-            wrapped = (kernels.affinities_wrapped(view.unit, truth.offsets) for view in (student, teacher))
+            wrapped = (
+                kernels.affinities_wrapped(view.unit, truth.offsets) for view in (student, teacher)
+            )
             return kernels.pair_losses(*wrapped, None, ["goal"])["goal"]
         return student.pair_loss("balanced" if self.balanced else "goal", teacher)

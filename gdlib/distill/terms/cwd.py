@@ -1,4 +1,6 @@
-"""CWD, channel-wise distillation: every channel is a distribution over the pixels, and follows the teacher's."""
+"""CWD, channel-wise distillation: every channel is a distribution over the pixels, and follows the
+teacher's.
+"""
 
 from torch import Tensor
 
@@ -9,14 +11,17 @@ __all__ = ["CWD"]
 
 
 def channel_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """`T^2 KL(q^T || q^S)` with `q = softmax(f / T)` over the pixels of a channel; mean over images and channels.
+    """`T^2 KL(q^T || q^S)` with `q = softmax(f / T)` over the pixels of a channel.
+
+    Mean over images and channels.
 
     Args:
         student: (B, [Z,] Y, X, D).
         teacher: same shape, no gradient.
         temperature: T; 4 is the paper's for feature maps.
 
-    Reference: Shu et al., Channel-wise knowledge distillation for dense prediction, ICCV 2021, Kullback-Leibler
+    Reference: Shu et al., Channel-wise knowledge distillation for dense prediction, ICCV 2021,
+        Kullback-Leibler
     divergence of channels.
     """
     student, teacher = ((x / temperature).flatten(1, -2).log_softmax(1) for x in (student, teacher))

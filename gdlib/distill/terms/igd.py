@@ -1,4 +1,6 @@
-"""IGD, instance graph distillation: nodes are mean embeddings of instances, edges their cosine similarities."""
+"""IGD, instance graph distillation: nodes are mean embeddings of instances, edges their cosine
+similarities.
+"""
 
 from typing import Literal
 
@@ -19,7 +21,8 @@ def node_loss(student: Tensor, teacher: Tensor, count: Tensor, power: int = 2) -
         student: (B, M, D) nodes, 0 where an image has fewer than M.
         teacher: likewise, no gradient.
         count: (B,) nodes of each image; one without instances counts as 0.
-        power: 2 is the paper's formula. PAPER: the original code takes the norm without the square, power 1.
+        power: 2 is the paper's formula. PAPER: the original code takes the norm without the square,
+            power 1.
     """
     squared = (student - teacher).square().sum(2)
     if power == 1:  # the root has no gradient at 0
@@ -28,12 +31,15 @@ def node_loss(student: Tensor, teacher: Tensor, count: Tensor, power: int = 2) -
 
 
 def edge_loss(student: Tensor, teacher: Tensor, count: Tensor) -> Tensor:
-    """`mean_b 1/N_b^2 sum_ij (s_i . s_j - t_i . t_j)^2` over all pairs of instances of the same image.
+    """`mean_b 1/N_b^2 sum_ij (s_i . s_j - t_i .
 
-    With D = S - T the matrix of differences is `D S^T + T D^T`, and its squared norm, by Gram matrices over the vector dimension,
-    `<D^T D, S^T S + T^T T> + 2 <D^T T, (D^T S)^T>`. Nodes that are 0 add nothing. Where student and teacher agree every part is
-    small, so that float32 is enough: the difference of `||S^T S||^2`, `2 ||S^T T||^2` and `||T^T T||^2` would need float64, which
-    Apple's GPUs do not have.
+    T_j)^2` over all pairs of instances of the same image.
+
+    With D = S - T the matrix of differences is `D S^T + T D^T`, and its squared norm, by Gram
+    matrices over the vector dimension, `<D^T D, S^T S + T^T T> + 2 <D^T T, (D^T S)^T>`. Nodes that
+    are 0 add nothing. Where student and teacher agree every part is small, so that float32 is
+    enough: the difference of `||S^T S||^2`, `2 ||S^T T||^2` and `||T^T T||^2` would need float64,
+    which Apple's GPUs do not have.
 
     Args:
         student: (B, M, D) nodes of length one, 0 where an image has fewer than M.
@@ -50,15 +56,19 @@ def edge_loss(student: Tensor, teacher: Tensor, count: Tensor) -> Tensor:
 
 
 def edge_inter_loss(student: Tensor, teacher: Tensor, count: Tensor, memory_gram: Tensor) -> Tensor:
-    """`mean_b mean_l mean_(i, j) (s_i . y_lj - t_i . y_lj)^2` with the teacher nodes y_l of each sampled memory image l.
+    """`mean_b mean_l mean_(i, j) (s_i . y_lj - t_i .
+
+    Y_lj)^2` with the teacher nodes y_l of each sampled memory image l.
 
     Args:
         student: (B, M, D) nodes of length one, 0 where an image has fewer than M.
         teacher: likewise, no gradient.
         count: (B,) nodes of each image.
-        memory_gram: (D, D) mean over l of `1/K_l sum_j y_lj y_lj^T`, or (B, D, D) with a weight per image in it.
+        memory_gram: (D, D) mean over l of `1/K_l sum_j y_lj y_lj^T`, or (B, D, D) with a weight per
+            image in it.
 
-    Reference: arXiv 2401.06370, inter-image L_edge; both graphs are compared with the teacher's memory.
+    Reference: arXiv 2401.06370, inter-image L_edge; both graphs are compared with the teacher's
+        memory.
     """
     return (kernels.node_grams(student - teacher, count) * memory_gram).sum((1, 2)).mean()
 
@@ -71,10 +81,11 @@ class IGD(Term):
         memory: compare with nodes of the memory bank (edges only) instead of within the image.
         power: exponent of the node distance; see `node_loss`.
         background: PAPER: make the background a node too, as the original 3D code does.
-        detach_norm: PAPER: treat the norm in the cosine of an edge as a constant, as the original code does; same value, other
-            gradient.
-        accumulate: PAPER: weigh the sampled memory images as the original code does, whose node list grows inside its loop: the
-            l-th image gets `2 N_b / (N_b + sum_(k<l) K_k)` instead of 1.
+        detach_norm: PAPER: treat the norm in the cosine of an edge as a constant, as the original
+            code does; same value, other gradient.
+        accumulate: PAPER: weigh the sampled memory images as the original code does, whose node
+            list grows inside its loop: the l-th image gets `2 N_b / (N_b + sum_(k<l) K_k)` instead
+            of 1.
     """
 
     apart = ({"part": "nodes", "memory": True},)  # nodes of other images are other objects
@@ -92,7 +103,8 @@ class IGD(Term):
         super().__init__(memory)
         if part not in ("nodes", "edges") or (part == "nodes" and memory) or power not in (1, 2):
             raise ValueError(
-                f'igd: part "{part}" with memory {memory} and power {power}: part is "nodes" (within the image only; '
+                f'igd: part "{part}" with memory {memory} and power {power}: part is "nodes" '
+                "(within the image only; "
                 'power 1 or 2) or "edges"'
             )
         self.part = part

@@ -1,4 +1,6 @@
-"""ReKD, knowledge review: each level of the teacher teaches all levels of the student that are as coarse or coarser."""
+"""ReKD, knowledge review: each level of the teacher teaches all levels of the student that are as
+coarse or coarser.
+"""
 
 from collections.abc import Sequence
 
@@ -31,16 +33,21 @@ class Fusion(nn.Module):
 
     def __init__(self, ndim: int, channels: int, middle: int, goal: int, coarsest: bool) -> None:
         super().__init__()
-        self.reduce = nn.Sequential(CONVOLUTION[ndim](channels, middle, 1, bias=False), NORM[ndim](middle))
+        self.reduce = nn.Sequential(
+            CONVOLUTION[ndim](channels, middle, 1, bias=False), NORM[ndim](middle)
+        )
         self.attention = None if coarsest else CONVOLUTION[ndim](2 * middle, 2, 1)
-        self.expand = nn.Sequential(CONVOLUTION[ndim](middle, goal, 3, padding=1, bias=False), NORM[ndim](goal))
+        self.expand = nn.Sequential(
+            CONVOLUTION[ndim](middle, goal, 3, padding=1, bias=False), NORM[ndim](goal)
+        )
 
     def forward(self, x: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the map to be compared with the teacher's, and the one for the next finer level.
 
         Args:
             x: (B, channels, [Z,] Y, X).
-            coarser: (B, middle, ...) of the next coarser level; it covers the same part of the image.
+            coarser: (B, middle, ...) of the next coarser level; it covers the same part of the
+                image.
         """
         x = self.reduce(x)
         if coarser is not None:
@@ -51,15 +58,18 @@ class Fusion(nn.Module):
 
 
 def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of maps, and of the maps averaged to 4, 2 and 1 voxels per axis, weighted 1, 1/2, 1/4, 1/8.
+    """Mean squared error of maps, and of the maps averaged to 4, 2 and 1 voxels per axis, weighted
+    1, 1/2, 1/4, 1/8.
 
-    The weights are divided by their sum. A resolution that the map does not exceed along any axis is left out.
+    The weights are divided by their sum. A resolution that the map does not exceed along any axis
+    is left out.
 
     Args:
         student: (B, C, [Z,] Y, X).
         teacher: same shape, no gradient.
 
-    Reference: Chen et al., CVPR 2021, hierarchical context loss, figure 3b; the weights are those of the authors' code.
+    Reference: Chen et al., CVPR 2021, hierarchical context loss, figure 3b; the weights are those
+        of the authors' code.
     """
     shape, weight = student.shape[2:], 1.0
     total, weights = F.mse_loss(student, teacher), 1.0
@@ -67,20 +77,25 @@ def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
         if max(shape) > side:
             weight /= 2
             small = [min(side, n) for n in shape]
-            total = total + weight * F.mse_loss(*(POOL[len(shape)](x, small) for x in (student, teacher)))
+            total = total + weight * F.mse_loss(
+                *(POOL[len(shape)](x, small) for x in (student, teacher))
+            )
             weights += weight
     return total / weights
 
 
 class ReKD(Term):
-    """Sum over levels of the `context_loss` between the teacher's map and the student's, fused with all coarser ones.
+    """Sum over levels of the `context_loss` between the teacher's map and the student's, fused with
+    all coarser ones.
 
-    PAPER: the original reviews the stages of an encoder, from the last back to the first; here the levels are those of the
-    decoder where there is one, from coarse to fine, and `middle` is at most 64 instead of 512, which suits small students.
+    PAPER: the original reviews the stages of an encoder, from the last back to the first; here the
+        levels are those of the
+    decoder where there is one, from coarse to fine, and `middle` is at most 64 instead of 512,
+    which suits small students.
 
     Args:
-        levels: feature maps from coarse to fine; used are those that both networks have. At stride 1 the learned modules would
-            cost more than the student.
+        levels: feature maps from coarse to fine; used are those that both networks have. At stride
+            1 the learned modules would cost more than the student.
         middle: most channels that go from level to level.
     """
 
@@ -101,11 +116,16 @@ class ReKD(Term):
         mine, goals = student.levels, teacher.levels
         common = [n for n in self.levels if n in mine and n in goals and mine[n][1] == goals[n][1]]
         if not common:
-            raise ValueError(f"rekd: student and teacher have no level in common among {', '.join(self.levels)}")
+            raise ValueError(
+                f"rekd: student and teacher have no level in common among {', '.join(self.levels)}"
+            )
         self.strides = {name: mine[name][1] for name in common}
         middle = min(self.middle, mine[common[0]][0])
         self.fusions = nn.ModuleDict(
-            {n: Fusion(student.ndim, mine[n][0], middle, goals[n][0], n == common[0]) for n in common}
+            {
+                n: Fusion(student.ndim, mine[n][0], middle, goals[n][0], n == common[0])
+                for n in common
+            }
         )
 
     def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:

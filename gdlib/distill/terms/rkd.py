@@ -1,4 +1,6 @@
-"""RKD, relational distillation: distances and angles between the images of a batch are those that the teacher sees."""
+"""RKD, relational distillation: distances and angles between the images of a batch are those that
+the teacher sees.
+"""
 
 import math
 
@@ -14,18 +16,21 @@ __all__ = ["RKD"]
 
 
 def distances(x: Tensor) -> Tensor:
-    """`|x_i - x_j|` over its mean over all ordered pairs of different images: (B, B), 0 of an image with itself.
+    """`|x_i - x_j|` over its mean over all ordered pairs of different images: (B, B), 0 of an image
+    with itself.
 
     Args:
         x: (B, D), a vector per image.
     """
     squared = (x[:, None] - x[None]).square().sum(-1)
-    length = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)  # the root has no gradient at 0
+    # the root has no gradient at 0
+    length = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
     return length / (length.sum() / max(1, len(x) * (len(x) - 1))).clamp(min=1e-12)
 
 
 def angles(x: Tensor) -> Tensor:
-    """Cosine of the angle at `x_j` between `x_i` and `x_k`: (B, B, B), 0 where two of the three images are the same.
+    """Cosine of the angle at `x_j` between `x_i` and `x_k`: (B, B, B), 0 where two of the three
+    images are the same.
 
     Args:
         x: (B, D), a vector per image.
@@ -34,12 +39,15 @@ def angles(x: Tensor) -> Tensor:
     different = ~(same[:, :, None] | same[:, None, :] | same[None])
     difference = x[:, None] - x[None]
     # Equal vectors have no direction, and get no gradient.
-    towards = kernels.unit(torch.where((difference != 0).any(-1, keepdim=True), difference, 0.0))  # [i, j] from j to i
+    # [i, j] from j to i
+    towards = kernels.unit(torch.where((difference != 0).any(-1, keepdim=True), difference, 0.0))
     return torch.einsum("ijd,kjd->ijk", towards, towards) * different
 
 
 def huber_mean(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean Huber loss (1/2 d^2 up to d = 1, linear beyond) of relations of different images; a differentiable 0 of none.
+    """Mean Huber loss (1/2 d^2 up to d = 1, linear beyond) of relations of different images.
+
+    A differentiable 0 of none.
 
     Args:
         student: (B, B), or (B, B, B), 0 where images are not different.
@@ -50,15 +58,19 @@ def huber_mean(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class RKD(Term):
-    """Weighted `huber_mean` of `distances` and `angles`; the vector of an image is the mean over its pixels.
+    """Weighted `huber_mean` of `distances` and `angles`.
 
-    Of one image it is a differentiable 0. Two images have one distance, which over its own mean is 1, so that is 0 too.
+    The vector of an image is the mean over its pixels.
+
+    Of one image it is a differentiable 0. Two images have one distance, which over its own mean is
+    1, so that is 0 too.
 
     Args:
         distance: weight of the distances.
         angle: weight of the angles.
 
-    Reference: Park et al., Relational knowledge distillation, CVPR 2019, distance-wise and angle-wise loss, and
+    Reference: Park et al., Relational knowledge distillation, CVPR 2019, distance-wise and
+        angle-wise loss, and
     the ratio of their weights.
     """
 

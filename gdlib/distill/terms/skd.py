@@ -1,4 +1,6 @@
-"""SKD, structured distillation: any two places of an image are as similar for the student as for the teacher."""
+"""SKD, structured distillation: any two places of an image are as similar for the student as for
+the teacher.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,10 +29,12 @@ def pairwise_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """`mean_b 1/n^2 sum_ij (s_i . s_j - t_i . t_j)^2`.
 
     Args:
-        student: (B, n, C) unit vectors; the n x n similarities are made, so n should be some hundreds.
+        student: (B, n, C) unit vectors; the n x n similarities are made, so n should be some
+            hundreds.
         teacher: (B, n, C'), likewise, no gradient.
 
-    Reference: Liu et al., Structured knowledge distillation for semantic segmentation, CVPR 2019, pair-wise part.
+    Reference: Liu et al., Structured knowledge distillation for semantic segmentation, CVPR 2019,
+        pair-wise part.
     """
     student, teacher = (x @ x.transpose(1, 2) for x in (student, teacher))
     return (student - teacher).square().mean()
@@ -39,7 +43,8 @@ def pairwise_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class SKD(Term):
     """`pairwise_loss` of `places` at a level.
 
-    PAPER: of the three parts of structured distillation this is the pair-wise one. The pixel-wise part is the term `response`;
+    PAPER: of the three parts of structured distillation this is the pair-wise one. The pixel-wise
+        part is the term `response`;
     the adversarial one, a discriminator that is trained along, is left out.
 
     Args:

@@ -1,4 +1,6 @@
-"""Weighted affinity loss against the ground truth: the whole loss of a teacher, and the base of every student."""
+"""Weighted affinity loss against the ground truth: the whole loss of a teacher, and the base of
+every student.
+"""
 
 from torch import Tensor
 

@@ -1,4 +1,6 @@
-"""Figures of numbers: methods against each other, ablations, accuracy against cost, training curves."""
+"""Figures of numbers: methods against each other, ablations, accuracy against cost, training
+curves.
+"""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -50,13 +52,14 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
     """Draw every method as mean, standard deviation and single seeds, one panel per metric.
 
     Args:
-        metrics: columns `io.METRIC_COLUMNS`, one dataset; only its main segmenter, the first, is shown, and no ablation.
+        metrics: columns `io.METRIC_COLUMNS`, one dataset; only its main segmenter, the first, is
+            shown, and no ablation.
         keys: metrics to show.
         titles: of networks and methods.
 
     Returns:
-        The figure, one column wide (one page with several students or long titles). Lines mark the teachers and the student
-        without distillation. Axes need not start at zero.
+        The figure, one column wide (one page with several students or long titles). Lines mark the
+        teachers and the student without distillation. Axes need not start at zero.
     """
     metrics = _shown(metrics)
     require(metrics, keys)
@@ -66,7 +69,9 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
     lines_of = dict(zip(networks, (REFERENCE["linestyle"], *OTHERS), strict=False))
     teachers = {n: REFERENCE | {"linestyle": lines_of.get(n, OTHERS[-1])} for n in networks}
     students = list(dict.fromkeys(network for network, method, _ in values if method != TEACHER))
-    rows = list(dict.fromkeys((network, method) for network, method, _ in values if method != TEACHER))
+    rows = list(
+        dict.fromkeys((network, method) for network, method, _ in values if method != TEACHER)
+    )
     rows.sort(key=lambda row: (students.index(row[0]), row[1] != NONE))  # stable
     space = 1.1 if len(students) > 1 else 0  # room for the name of a student above its methods
     place = {row: k + space * (1 + students.index(row[0])) for k, row in enumerate(rows)}
@@ -76,16 +81,27 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
     columns = min(most, len(keys))
     lines = -(-len(keys) // columns)
     with mpl.rc_context(STYLE):
-        figure = new_figure(width, lines * (0.145 * (bottom + 1) + 0.4) + 0.13 * -(-4 // columns) + 0.1)
+        figure = new_figure(
+            width, lines * (0.145 * (bottom + 1) + 0.4) + 0.13 * -(-4 // columns) + 0.1
+        )
         axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
         for axis, key in zip(axes.flat, keys, strict=False):
             for network, line in teachers.items():
-                axis.axvline(values[network, TEACHER, key].mean(), color=look[TEACHER].colour, **line)
+                axis.axvline(
+                    values[network, TEACHER, key].mean(), color=look[TEACHER].colour, **line
+                )
             for (student, method), y in place.items():
                 points = values.get((student, method, key), np.empty(0))
                 if method == NONE and points.size:
                     last = max(other for row, other in place.items() if row[0] == student)
-                    axis.vlines(points.mean(), y - 0.4, last + 0.4, look[NONE].colour, linewidth=0.8, zorder=1)
+                    axis.vlines(
+                        points.mean(),
+                        y - 0.4,
+                        last + 0.4,
+                        look[NONE].colour,
+                        linewidth=0.8,
+                        zorder=1,
+                    )
                 _dot(axis, points, y, look[method])
             axis.set_title(metric_title(key), pad=4)
             axis.set_ylim(bottom + 0.6, -0.6)
@@ -106,10 +122,24 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
         handles = _seed_handles(several)
         for network, line in teachers.items():
             name = textwrap.shorten(title(network, titles), 22, placeholder=" …")
-            handles.append(Line2D([], [], color=look[TEACHER].colour, **line, label=f"{look[TEACHER].title}, {name}"))
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    color=look[TEACHER].colour,
+                    **line,
+                    label=f"{look[TEACHER].title}, {name}",
+                )
+            )
         if NONE in look:
             handles.append(
-                Line2D([], [], color=look[NONE].colour, linewidth=0.8, label=f"{look[NONE].title}, no distillation")
+                Line2D(
+                    [],
+                    [],
+                    color=look[NONE].colour,
+                    linewidth=0.8,
+                    label=f"{look[NONE].title}, no distillation",
+                )
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.5)
     return figure
@@ -118,23 +148,29 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
 def _seed_handles(several: bool) -> list[Line2D]:
     if not several:
         return [_handle(Look("one seed", DARK))]
-    return [_handle(Look("mean ± std over seeds", DARK), linestyle="-"), _handle(Look("one seed", DARK), **SEED)]
+    return [
+        _handle(Look("mean ± std over seeds", DARK), linestyle="-"),
+        _handle(Look("one seed", DARK), **SEED),
+    ]
 
 
-def ablation(metrics: pd.DataFrame, name: str, base: str, keys: Sequence[str], titles: Titles = None) -> Figure:
+def ablation(
+    metrics: pd.DataFrame, name: str, base: str, keys: Sequence[str], titles: Titles = None
+) -> Figure:
     """Draw metrics against the values of one setting of a method.
 
     Args:
-        metrics: columns `io.METRIC_COLUMNS`, one dataset; only its main segmenter, the first, is shown.
+        metrics: columns `io.METRIC_COLUMNS`, one dataset; only its main segmenter, the first, is
+            shown.
         name: of the ablation: its methods are called `name=value`.
         base: the method whose setting it is.
         keys: metrics to show.
         titles: of networks, methods and the ablation.
 
     Returns:
-        The figure, one page wide: a row per student, a panel per metric, values at equal distances. Lines mark the student
-        without distillation and the method as it is in the catalogue, with a band of one standard deviation; the teacher,
-        which may be far away, is a number.
+        The figure, one page wide: a row per student, a panel per metric, values at equal distances.
+        Lines mark the student without distillation and the method as it is in the catalogue, with a
+        band of one standard deviation; the teacher, which may be far away, is a number.
     """
     metrics = _main_segmenter(metrics)
     require(metrics, keys)
@@ -157,11 +193,19 @@ def ablation(metrics: pd.DataFrame, name: str, base: str, keys: Sequence[str], t
             for axis, key in zip(row, keys, strict=True):
                 for method in (NONE, base):
                     _level(axis, values.get((student, method, key), np.empty(0)), look[method])
-                points = [values.get((student, method, key), np.array([np.nan])) for method in found]
+                points = [
+                    values.get((student, method, key), np.array([np.nan])) for method in found
+                ]
                 means = np.array([one.mean() for one in points])
                 spread = [one.std(ddof=1) if one.size > 1 else 0.0 for one in points]
                 axis.errorbar(
-                    place, means, spread, linestyle="-" if ordered else "none", color=DARK, linewidth=1, zorder=3
+                    place,
+                    means,
+                    spread,
+                    linestyle="-" if ordered else "none",
+                    color=DARK,
+                    linewidth=1,
+                    zorder=3,
                 )
                 axis.plot(place, means, zorder=4, **_marker(Look("", DARK)))
                 for x, one in zip(place, points, strict=True):
@@ -217,7 +261,9 @@ def _dot(axis: Axes, points: np.ndarray, y: float, look: Look) -> None:
     """Draw mean, standard deviation and single seeds on one line."""
     if points.size > 1:
         spread = points.std(ddof=1)
-        axis.plot([points.mean() - spread, points.mean() + spread], [y, y], color=look.colour, linewidth=1)
+        axis.plot(
+            [points.mean() - spread, points.mean() + spread], [y, y], color=look.colour, linewidth=1
+        )
         # Below the line, so that the mean does not hide them.
         axis.plot(points, np.full(points.size, y + 0.34), **_seed_marker(look))
     if points.size:
@@ -225,29 +271,38 @@ def _dot(axis: Axes, points: np.ndarray, y: float, look: Look) -> None:
 
 
 def tradeoff(
-    metrics: pd.DataFrame, profiles: Mapping[str, Mapping[str, Any]], key: str, titles: Titles = None
+    metrics: pd.DataFrame,
+    profiles: Mapping[str, Mapping[str, Any]],
+    key: str,
+    titles: Titles = None,
 ) -> Figure:
     """Draw accuracy against the number of parameters and against latency.
 
     Args:
-        metrics: columns `io.METRIC_COLUMNS`, one dataset; only its main segmenter, the first, is shown, and no ablation.
+        metrics: columns `io.METRIC_COLUMNS`, one dataset; only its main segmenter, the first, is
+            shown, and no ablation.
         profiles: network to profile.
         key: metric of the vertical axis.
         titles: of networks and methods.
 
     Returns:
-        The figure, one page wide. Methods of one student cost the same: they stand around a line at that cost.
+        The figure, one page wide. Methods of one student cost the same: they stand around a line at
+        that cost.
     """
     metrics = _shown(metrics)
     require(metrics, [key])
     look = looks(metrics["method"], titles)
     values = {
-        (network, method): points for (network, method, one), points in _seed_values(metrics).items() if one == key
+        (network, method): points
+        for (network, method, one), points in _seed_values(metrics).items()
+        if one == key
     }
     teacher = next((network for network, method in values if method == TEACHER), None)
     networks = list(dict.fromkeys(network for network, _ in values))
     if missing := [network for network in networks if network not in profiles]:
-        raise io.DataError(f"there is no profile of {', '.join(missing)}; give one for every network")
+        raise io.DataError(
+            f"there is no profile of {', '.join(missing)}; give one for every network"
+        )
     with mpl.rc_context(STYLE):
         columns = 1 + len(look) // 25  # of the legend
         figure = new_figure(PAGE, max(2.2, 0.14 * -(-len(look) // columns) + 0.35))
@@ -255,15 +310,25 @@ def tradeoff(
         for axis, (name, factor, label, fewer, more) in zip(axes, COSTS, strict=True):
             cost = {network: factor * profiles[network][name] for network in networks}
             for rank, network in enumerate(sorted(networks, key=cost.__getitem__)):
-                dots = sorted((points.mean(), method) for (other, method), points in values.items() if other == network)
+                dots = sorted(
+                    (points.mean(), method)
+                    for (other, method), points in values.items()
+                    if other == network
+                )
                 ends = dots[0][0], dots[-1][0]
                 axis.vlines(cost[network], *ends, color="#cccccc", linewidth=0.8, zorder=1)
                 lanes = min(len(dots), 2 if len(dots) < 10 else 4)
                 for k, (mean, method) in enumerate(dots):
-                    # Neighbours in value step aside, so that all are seen; the line is where they belong.
+                    # Neighbours in value step aside, so that all are seen; the line is where they
+                    # belong.
                     step = (k % lanes - (lanes - 1) / 2) * 4.5 / 72
                     shift = ScaledTranslation(step, 0, figure.dpi_scale_trans)
-                    axis.plot(cost[network], mean, transform=axis.transData + shift, **_marker(look[method]))
+                    axis.plot(
+                        cost[network],
+                        mean,
+                        transform=axis.transData + shift,
+                        **_marker(look[method]),
+                    )
                 text = title(network, titles)
                 if teacher and network != teacher:
                     ratio = cost[teacher] / cost[network]
@@ -287,28 +352,37 @@ def tradeoff(
         axes[0].set_ylabel(metric_title(key))
         setting = measured_on(profiles[network] for network in networks)
         figure.supxlabel(f"one image of {setting}", fontsize=6, color="#666666")
-        figure.legend(handles=[_handle(one) for one in look.values()], loc="outside right upper", ncols=columns)
+        figure.legend(
+            handles=[_handle(one) for one in look.values()],
+            loc="outside right upper",
+            ncols=columns,
+        )
     return figure
 
 
 def curves(history: pd.DataFrame, key: str, titles: Titles = None) -> Figure:
-    """Draw training loss and validation metric against steps: mean over seeds and, as a band, standard deviation.
+    """Draw training loss and validation metric against steps: mean over seeds and, as a band,
+    standard deviation.
 
     Args:
-        history: columns network, method, seed and `io.HISTORY_COLUMNS`, one dataset. What was learned from other teachers than
-            the first is not shown, nor are ablations.
+        history: columns network, method, seed and `io.HISTORY_COLUMNS`, one dataset. What was
+            learned from other teachers than the first is not shown, nor are ablations.
         key: validation metric.
         titles: of networks and methods.
 
     Returns:
-        The figure, one row per student, wider for many methods. The loss is the sum of the terms that all methods share, so
-        that methods can be compared; a line marks the first teacher's best validation.
+        The figure, one row per student, wider for many methods. The loss is the sum of the terms
+        that all methods share, so that methods can be compared; a line marks the first teacher's
+        best validation.
     """
-    history = history[[not (ablation_of(method) or named_teacher(method)) for method in history["method"]]]
+    history = history[
+        [not (ablation_of(method) or named_teacher(method)) for method in history["method"]]
+    ]
     look = looks(history["method"], titles)
     students = history[history["method"] != TEACHER]
     names = [
-        set(run["name"]) for _, run in students[students["split"] == "train"].groupby(["network", "method", "seed"])
+        set(run["name"])
+        for _, run in students[students["split"] == "train"].groupby(["network", "method", "seed"])
     ]
     shared = {name for name in set.intersection(*names) if name.startswith("loss/")}
     chosen = shared or {"loss"}
@@ -323,12 +397,24 @@ def curves(history: pd.DataFrame, key: str, titles: Titles = None) -> Figure:
         for (left, right), network in zip(axes, networks, strict=True):
             runs = students[students["network"] == network]
             at = ["method", "seed", "step"]
-            losses = runs[(runs["split"] == "train") & runs["name"].isin(chosen)].groupby(at, sort=False)["value"].sum()
-            scores = runs[(runs["split"] == "val") & (runs["name"] == key)].groupby(at, sort=False)["value"].mean()
+            losses = (
+                runs[(runs["split"] == "train") & runs["name"].isin(chosen)]
+                .groupby(at, sort=False)["value"]
+                .sum()
+            )
+            scores = (
+                runs[(runs["split"] == "val") & (runs["name"] == key)]
+                .groupby(at, sort=False)["value"]
+                .mean()
+            )
             _bands(left, losses, look)
             _bands(right, scores, look)
             if len(teacher):
-                best = teacher.groupby("seed")["value"].agg("max" if METRICS[key].better == "higher" else "min").mean()
+                best = (
+                    teacher.groupby("seed")["value"]
+                    .agg("max" if METRICS[key].better == "higher" else "min")
+                    .mean()
+                )
                 right.axhline(best, color=look[TEACHER].colour, **REFERENCE)
             if losses.min() > 0 and losses.max() > 5 * losses.min():
                 left.set_yscale("log")
@@ -350,7 +436,14 @@ def _bands(axis: Axes, values: pd.Series, look: Mapping[str, Look]) -> None:
         mean, std = table.mean(axis=1), table.std(axis=1)
         axis.plot(table.index, mean, color=look[method].colour, linestyle=look[method].line)
         if table.shape[1] > 1:
-            axis.fill_between(table.index, mean - std, mean + std, color=look[method].colour, alpha=0.13, linewidth=0)
+            axis.fill_between(
+                table.index,
+                mean - std,
+                mean + std,
+                color=look[method].colour,
+                alpha=0.13,
+                linewidth=0,
+            )
     axis.set_xlabel("optimizer step")
 
 
@@ -362,9 +455,19 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _marker(look: Look) -> dict[str, Any]:
-    marker = {"linestyle": "none", "color": look.colour, "marker": look.marker, "markersize": 4.6} | EDGE
+    marker = {
+        "linestyle": "none",
+        "color": look.colour,
+        "marker": look.marker,
+        "markersize": 4.6,
+    } | EDGE
     if look.hollow:
-        marker |= {"markersize": 4, "markerfacecolor": "white", "markeredgecolor": look.colour, "markeredgewidth": 0.9}
+        marker |= {
+            "markersize": 4,
+            "markerfacecolor": "white",
+            "markeredgecolor": look.colour,
+            "markeredgewidth": 0.9,
+        }
     return marker
 
 
@@ -383,5 +486,7 @@ def _shown(metrics: pd.DataFrame) -> pd.DataFrame:
 
 def _main_segmenter(metrics: pd.DataFrame) -> pd.DataFrame:
     if metrics["dataset"].nunique() != 1:
-        raise io.DataError(f"a figure shows one dataset, not {', '.join(metrics['dataset'].unique())}")
+        raise io.DataError(
+            f"a figure shows one dataset, not {', '.join(metrics['dataset'].unique())}"
+        )
     return metrics[metrics["segmenter"] == metrics["segmenter"].iloc[0]]

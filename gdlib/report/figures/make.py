@@ -24,7 +24,8 @@ def draw(figure: str, inputs: Files, params: Params, outputs: Sequence[Path | st
     Args:
         figure: a name of `FIGURES`.
         inputs: files by name, see the functions of this module.
-        params: options by name; all figures take `titles` (of networks and methods, may be left out) and `dpi`.
+        params: options by name; all figures take `titles` (of networks and methods, may be left
+            out) and `dpi`.
         outputs: paths that end in .png, .pdf or .svg.
     """
     drawn = FIGURES[figure](inputs, params)
@@ -39,7 +40,8 @@ def read_histories(paths: Sequence[Path | str], runs: Sequence[Sequence[Any]]) -
         frame = pd.read_csv(path, dtype={"step": int, "value": float}, keep_default_na=False)
         if tuple(frame.columns) != io.HISTORY_COLUMNS:
             raise io.DataError(
-                f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(io.HISTORY_COLUMNS)}; train this run again"
+                f"{path}: the columns are {', '.join(frame.columns)}, not "
+                f"{', '.join(io.HISTORY_COLUMNS)}; train this run again"
             )
         frames.append(frame.assign(network=network, method=method, seed=seed))
     return pd.concat(frames, ignore_index=True)
@@ -51,44 +53,66 @@ def _methods(inputs: Files, params: Params) -> Figure:
 
 
 def _ablation(inputs: Files, params: Params) -> Figure:
-    """Inputs: metrics (list). Params: ablation (its name), base (method), metrics (list of keys)."""
+    """Inputs: metrics (list). Params: ablation (its name), base (method), metrics (list of
+    keys).
+    """
     metrics = read_metrics(inputs["metrics"])
-    return charts.ablation(metrics, params["ablation"], params["base"], params["metrics"], params.get("titles"))
+    return charts.ablation(
+        metrics, params["ablation"], params["base"], params["metrics"], params.get("titles")
+    )
 
 
 def _tradeoff(inputs: Files, params: Params) -> Figure:
     """Inputs: metrics (list), profiles (list, one per network). Params: metric."""
-    profiles = {network: profile for (_, network), profile in read_profiles(inputs["profiles"]).items()}
-    return charts.tradeoff(read_metrics(inputs["metrics"]), profiles, params["metric"], params.get("titles"))
+    profiles = {
+        network: profile for (_, network), profile in read_profiles(inputs["profiles"]).items()
+    }
+    return charts.tradeoff(
+        read_metrics(inputs["metrics"]), profiles, params["metric"], params.get("titles")
+    )
 
 
 def _curves(inputs: Files, params: Params) -> Figure:
     """Inputs: histories (list). Params: runs (for each its network, method, seed), metric."""
-    return charts.curves(read_histories(inputs["histories"], params["runs"]), params["metric"], params.get("titles"))
+    return charts.curves(
+        read_histories(inputs["histories"], params["runs"]), params["metric"], params.get("titles")
+    )
 
 
 def _panel(inputs: Files, params: Params) -> Figure:
-    """Inputs: data, segmentations (list). Params: methods (one per segmentation), metric, sample (number), crop."""
+    """Inputs: data, segmentations (list).
+
+    Params: methods (one per segmentation), metric, sample (number), crop.
+    """
     sample, segmentations = _segmented(inputs, params)
     draw = sections.panel if sample.label.ndim == 3 else pictures.panel
     return draw(sample, segmentations, params["metric"], params.get("titles"), params.get("crop"))
 
 
 def _neurons(inputs: Files, params: Params) -> Figure:
-    """Inputs: data (volumes), segmentations (list). Params: methods (one per segmentation), sample (number)."""
+    """Inputs: data (volumes), segmentations (list).
+
+    Params: methods (one per segmentation), sample (number).
+    """
     sample, segmentations = _segmented(inputs, params)
     if sample.label.ndim != 3:
-        raise io.DataError(f"{inputs['data']}: these are no volumes; neurons can be drawn in 3D only")
+        raise io.DataError(
+            f"{inputs['data']}: these are no volumes; neurons can be drawn in 3D only"
+        )
     return neurons.neurons(sample, segmentations, params.get("titles"))
 
 
 def _embeddings(inputs: Files, params: Params) -> Figure:
-    """Inputs: data, predictions (list). Params: methods (one per prediction), sample (number of those kept), crop."""
+    """Inputs: data, predictions (list).
+
+    Params: methods (one per prediction), sample (number of those kept), crop.
+    """
     kept = io.read_attrs(inputs["predictions"][0])["kept"]
     number = params.get("sample", 0)
     if number >= len(kept):
         raise io.DataError(
-            f"{inputs['predictions'][0]}: embeddings of {len(kept)} samples were kept, there is no number {number}; "
+            f"{inputs['predictions'][0]}: embeddings of {len(kept)} samples were kept, there is no "
+            f"number {number}; "
             "change plot.panel_sample"
         )
     sample = next(io.read_samples(inputs["data"], [kept[number]]))
@@ -98,13 +122,20 @@ def _embeddings(inputs: Files, params: Params) -> Figure:
         with io.open_h5(path) as file:
             # Of a volume a part may have been kept; its first voxel is noted.
             origin = file[sample.id]["embedding"].attrs.get("origin", np.zeros(sample.label.ndim))
-        parts.add(tuple((int(o), int(o) + n) for o, n in zip(origin, vectors[method].shape[1:], strict=True)))
+        parts.add(
+            tuple(
+                (int(o), int(o) + n) for o, n in zip(origin, vectors[method].shape[1:], strict=True)
+            )
+        )
     if len(parts) > 1:
         raise io.DataError(
-            f"{inputs['predictions'][0]}: other predictions kept another part of {sample.id}; predict again"
+            f"{inputs['predictions'][0]}: other predictions kept another part of {sample.id}; "
+            "predict again"
         )
     part = tuple(slice(*ends) for ends in parts.pop())
-    sample = replace(sample, image=sample.image[(slice(None), *part)], label=sample.label[part], ignore=None)
+    sample = replace(
+        sample, image=sample.image[(slice(None), *part)], label=sample.label[part], ignore=None
+    )
     return pictures.embeddings(sample, vectors, params.get("titles"), params.get("crop"))
 
 
@@ -113,7 +144,8 @@ def _segmented(inputs: Files, params: Params) -> tuple[io.Sample, dict[str, np.n
     ids, number = io.sample_ids(inputs["data"]), params.get("sample", 0)
     if number >= len(ids):
         raise io.DataError(
-            f"{inputs['data']}: there are {len(ids)} samples, there is no number {number}; change plot.panel_sample"
+            f"{inputs['data']}: there are {len(ids)} samples, there is no number {number}; change "
+            "plot.panel_sample"
         )
     sample = next(io.read_samples(inputs["data"], [ids[number]]))
     files = zip(params["methods"], inputs["segmentations"], strict=True)

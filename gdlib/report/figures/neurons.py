@@ -19,7 +19,8 @@ from gdlib.report.figures.sections import counted, partners, voxel_size
 from gdlib.report.figures.style import PAGE, STYLE, Titles, new_figure, title
 from gdlib.report.figures.surfaces import Surface, render, surface, view
 
-# The object itself, then what is joined to it, the largest first; the last colour is for all that follow.
+# The object itself, then what is joined to it, the largest first; the last colour is for all that
+# follow.
 COLOURS = (
     *("#3b76c4", "#e8853a", "#4da167", "#9b6bb3", "#d1495b", "#e3b23c"),
     *("#3fb5b5", "#8d6a4f", "#e07bb0", "#6f7d2c", "#565656"),
@@ -32,7 +33,9 @@ WIDTH = 440  # of a drawing in pixels
 TALLEST = 1.25  # height of a drawing over its width
 
 
-def neurons(sample: io.Sample, segmentations: Mapping[str, np.ndarray], titles: Titles = None) -> Figure:
+def neurons(
+    sample: io.Sample, segmentations: Mapping[str, np.ndarray], titles: Titles = None
+) -> Figure:
     """Draw two objects in space, beside the segments that hold most of them.
 
     Args:
@@ -41,33 +44,47 @@ def neurons(sample: io.Sample, segmentations: Mapping[str, np.ndarray], titles: 
         titles: of methods.
 
     Returns:
-        The figure, one page wide. First row: the students' segment with most voxels of objects other than its first, and this
-        first object; second row: of the ten largest other objects, the one whose segments fit best (mean IoU of the students).
-        A segment has the colours of the objects it joins; grey is what it lacks of the object of its row. An object is
-        joined, and drawn, if the segment holds more than a tenth of it, or if it is more than a tenth of the segment.
+        The figure, one page wide. First row: the students' segment with most voxels of objects
+        other than its first, and this first object; second row: of the ten largest other objects,
+        the one whose segments fit best (mean IoU of the students). A segment has the colours of the
+        objects it joins; grey is what it lacks of the object of its row. An object is joined, and
+        drawn, if the segment holds more than a tenth of it, or if it is more than a tenth of the
+        segment.
     """
     label, tables = counted(sample, segmentations)
     voxel = voxel_size(sample)
     boxes = ndimage.find_objects(label)
-    judged = [tables[method] for method in segmentations if method != TEACHER] or list(tables.values())
+    judged = [tables[method] for method in segmentations if method != TEACHER] or list(
+        tables.values()
+    )
     chosen = _examples(judged)
     if not chosen:
-        raise io.DataError(f'sample "{sample.id}" has no objects to draw; choose another with plot.panel_sample')
-    scenes = [_scene(neuron, label, segmentations, tables, boxes, voxel) for neuron in chosen.values()]
+        raise io.DataError(
+            f'sample "{sample.id}" has no objects to draw; choose another with plot.panel_sample'
+        )
+    scenes = [
+        _scene(neuron, label, segmentations, tables, boxes, voxel) for neuron in chosen.values()
+    ]
     columns = 1 + len(segmentations)
     with mpl.rc_context(STYLE):
         side = (PAGE - 0.15) / columns - 0.04
-        heights = [max(image.shape[0] / image.shape[1] for image in scene.images) for scene in scenes]
+        heights = [
+            max(image.shape[0] / image.shape[1] for image in scene.images) for scene in scenes
+        ]
         figure = new_figure(PAGE, side * sum(heights) + 0.2 + 0.2 * len(scenes))
         axes = figure.subplots(len(scenes), columns, squeeze=False, height_ratios=heights)
         names = ["ground truth", *(title(method, titles) for method in segmentations)]
         for line, reason, scene in zip(axes, chosen, scenes, strict=True):
             for axis, name, image, text in zip(line, names, scene.images, scene.texts, strict=True):
                 show(axis, image, name if scene is scenes[0] else "")
-                axis.add_collection(LineCollection(scene.edges, colors="#c4c4c4", linewidths=0.5, zorder=-1))
+                axis.add_collection(
+                    LineCollection(scene.edges, colors="#c4c4c4", linewidths=0.5, zorder=-1)
+                )
                 axis.set_xlabel(text, labelpad=2)
             line[0].set_ylabel(reason, labelpad=3)
-            scale_bar(line[0], scene.pixel if pixel_size(sample) else None, image.shape[:2], "black")
+            scale_bar(
+                line[0], scene.pixel if pixel_size(sample) else None, image.shape[:2], "black"
+            )
     return figure
 
 
@@ -95,7 +112,9 @@ def _scene(
         for other, count in joined.items():
             weights[other] = weights.get(other, 0) + count
     order = [neuron, *sorted(weights, key=lambda other: -weights[other])]
-    colours = {one: np.array(to_rgb(COLOURS[min(k, len(COLOURS) - 1)])) for k, one in enumerate(order)}
+    colours = {
+        one: np.array(to_rgb(COLOURS[min(k, len(COLOURS) - 1)])) for k, one in enumerate(order)
+    }
     union = [boxes[one - 1] for one in order]
     start = np.array([[b[k].start for k in range(3)] for b in union]).min(axis=0) * voxel
     stop = np.array([[b[k].stop for k in range(3)] for b in union]).max(axis=0) * voxel
@@ -103,7 +122,9 @@ def _scene(
 
     def part(one: int, mask: np.ndarray) -> Surface:
         found = surface(mask, voxel, cell)
-        return found._replace(points=found.points + [s.start * v for s, v in zip(boxes[one - 1], voxel, strict=True)])
+        return found._replace(
+            points=found.points + [s.start * v for s, v in zip(boxes[one - 1], voxel, strict=True)]
+        )
 
     own = label[boxes[neuron - 1]] == neuron
     pieces = [[(part(neuron, own), colours[neuron])]]
@@ -112,9 +133,15 @@ def _scene(
         drawn = []
         for one in (neuron, *joined):
             mask = label[boxes[one - 1]] == one
-            inside = mask & (segmentations[method][boxes[one - 1]] == segment) if segment else np.zeros_like(mask)
-            # What a segment lacks along membranes is no error to be seen: it takes in what is within a few voxels.
-            reach = [2 * RIM + 1 if v < 2 * min(voxel) else 1 for v in voxel]  # a section is more than a border
+            inside = (
+                mask & (segmentations[method][boxes[one - 1]] == segment)
+                if segment
+                else np.zeros_like(mask)
+            )
+            # What a segment lacks along membranes is no error to be seen: it takes in what is
+            # within a few voxels.
+            # a section is more than a border
+            reach = [2 * RIM + 1 if v < 2 * min(voxel) else 1 for v in voxel]
             inside = ndimage.maximum_filter(inside, reach) & mask
             drawn.append((part(one, inside), colours[one]))
             if one == neuron and (mask & ~inside).any():
@@ -124,15 +151,23 @@ def _scene(
         texts.append(f"{100 * share:.0f} % of it{more}" if segment else "missed")
 
     everything = np.concatenate([s.points for drawn in pieces for s, _ in drawn])
-    axes = max((view(azimuth) for azimuth in range(15, 360, 30)), key=lambda a: _area(everything @ a[:2].T, 4 * cell))
+    axes = max(
+        (view(azimuth) for azimuth in range(15, 360, 30)),
+        key=lambda a: _area(everything @ a[:2].T, 4 * cell),
+    )
     corners = np.array(list(itertools.product(*zip(start, stop, strict=True))))
     flat = corners @ axes[:2].T
     (left, bottom), (right, top) = flat.min(axis=0), flat.max(axis=0)
     margin = 0.02 * (right - left) + max(0, (top - bottom) / TALLEST - (right - left)) / 2
-    frame = (left - margin, right + margin, bottom - 0.06 * (top - bottom), top + cell)  # room for a scale bar
+    # room for a scale bar
+    frame = (left - margin, right + margin, bottom - 0.06 * (top - bottom), top + cell)
     pixel = (frame[1] - frame[0]) / WIDTH
     images = [render(drawn, axes, frame, pixel, cell) for drawn in pieces]
-    ends = [(a, b) for a, b in itertools.combinations(range(8), 2) if (corners[a] != corners[b]).sum() == 1]
+    ends = [
+        (a, b)
+        for a, b in itertools.combinations(range(8), 2)
+        if (corners[a] != corners[b]).sum() == 1
+    ]
     screen = (flat - [frame[0], frame[3]]) / [pixel, -pixel] - 0.5
     return Scene(images, texts, screen[np.array(ends)], pixel)
 
@@ -143,15 +178,24 @@ def _area(points: np.ndarray, side: float) -> int:
 
 
 def _held(table: Overlaps, neuron: int) -> tuple[int, dict[int, int], float]:
-    """Return the segment that holds most of an object, the other objects it joins with their voxels, and its share."""
+    """Return the segment that holds most of an object, the other objects it joins with their
+    voxels, and its share.
+    """
     i, j, shared = table.pairs[:3]
     at = int(np.searchsorted(table.label_ids, neuron))
     segment = partners(table)[0][at]
     here = j == segment
     least = JOINED * np.minimum(table.label_sizes[i], shared[here].sum())
-    joined = {int(table.label_ids[i[k]]): int(shared[k]) for k in np.flatnonzero(here & (shared > least) & (i != at))}
+    joined = {
+        int(table.label_ids[i[k]]): int(shared[k])
+        for k in np.flatnonzero(here & (shared > least) & (i != at))
+    }
     share = shared[here & (i == at)].sum() / table.label_sizes[at]
-    return int(table.segmentation_ids[segment]), dict(sorted(joined.items(), key=lambda item: -item[1])), float(share)
+    return (
+        int(table.segmentation_ids[segment]),
+        dict(sorted(joined.items(), key=lambda item: -item[1])),
+        float(share),
+    )
 
 
 def _examples(tables: list[Overlaps]) -> dict[str, int]:

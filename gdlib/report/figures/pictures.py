@@ -1,4 +1,6 @@
-"""Figures of images: segmentations with their errors, and embeddings as colours (of volumes too)."""
+"""Figures of images: segmentations with their errors, and embeddings as colours (of volumes
+too).
+"""
 
 import colorsys
 from collections.abc import Mapping
@@ -17,8 +19,15 @@ from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS, errors, evaluate, overlaps
 from gdlib.report.figures.style import PAGE, STYLE, Titles, new_figure, title
 
-# Bright, for dark images; they differ in lightness too, for readers who see fewer hues. Drawn in this order.
-STATUS = {"correct": "#e6e6e6", "spurious": "#ffe119", "split": "#ff6fe0", "merged": "#1fb4ff", "missed": "#ff5a1f"}
+# Bright, for dark images; they differ in lightness too, for readers who see fewer hues. Drawn in
+# this order.
+STATUS = {
+    "correct": "#e6e6e6",
+    "spurious": "#ffe119",
+    "split": "#ff6fe0",
+    "merged": "#1fb4ff",
+    "missed": "#ff5a1f",
+}
 DASHES = (0, (2, 1))
 Box = tuple[slice, ...]
 
@@ -37,14 +46,21 @@ def panel(
         segmentations: method to label (Y, X), in the order of the panels.
         key: metric to print below each, of the whole image even where only a part is shown.
         titles: of methods.
-        crop: side of the part to show, in pixels, where the students differ most; the whole image if left out.
+        crop: side of the part to show, in pixels, where the students differ most; the whole image
+            if left out.
 
     Returns:
         The figure, one page wide.
     """
-    status = {m: _status(sample.label, segmentation, sample.ignore) for m, segmentation in segmentations.items()}
-    wrong = [_wrong(sample.label, segmentations[m], status[m]) for m in segmentations if m != TEACHER]
-    # Where students differ; if they do not, where they err; if they do not either, where the objects are.
+    status = {
+        m: _status(sample.label, segmentation, sample.ignore)
+        for m, segmentation in segmentations.items()
+    }
+    wrong = [
+        _wrong(sample.label, segmentations[m], status[m]) for m in segmentations if m != TEACHER
+    ]
+    # Where students differ; if they do not, where they err; if they do not either, where the
+    # objects are.
     choices = [np.std(wrong, axis=0), np.mean(wrong, axis=0)] if wrong else []
     box = window(next((choice for choice in choices if choice.any()), sample.label > 0), crop)
     image, label = grey(sample.image)[box], sample.label[box]
@@ -54,7 +70,9 @@ def panel(
         for axis, (method, segmentation) in zip(axes[2:], segmentations.items(), strict=True):
             show(axis, 0.75 * image, title(method, titles))
             axis.set_xlabel(
-                f"{METRICS[key].title} {evaluate(sample.label, segmentation, sample.ignore)[key]:.3f}", labelpad=3
+                f"{METRICS[key].title} "
+                f"{evaluate(sample.label, segmentation, sample.ignore)[key]:.3f}",
+                labelpad=3,
             )
             for name, colour in STATUS.items():
                 source = label if name == "missed" else segmentation[box]
@@ -63,28 +81,47 @@ def panel(
                     tint = np.zeros((*shown.shape, 4))
                     tint[shown > 0] = (*to_rgb(colour), 0.3)
                     axis.imshow(tint, interpolation="nearest")
-                outline(axis, shown, colour, 0.5 if name == "correct" else 1.1, DASHES if name == "missed" else "solid")
+                outline(
+                    axis,
+                    shown,
+                    colour,
+                    0.5 if name == "correct" else 1.1,
+                    DASHES if name == "missed" else "solid",
+                )
         handles = []
         for name, colour in STATUS.items():
-            look = (1.0, "#9a9a9a") if name == "correct" else (2.2, colour)  # near-white lines need to be seen on paper
+            # near-white lines need to be seen on paper
+            look = (1.0, "#9a9a9a") if name == "correct" else (2.2, colour)
             line = DASHES if name == "missed" else "-"
-            handles.append(Line2D([], [], linewidth=look[0], color=look[1], linestyle=line, label=name))
+            handles.append(
+                Line2D([], [], linewidth=look[0], color=look[1], linestyle=line, label=name)
+            )
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.8, columnspacing=1.6
+            handles=handles,
+            loc="outside lower center",
+            ncols=len(handles),
+            handlelength=1.8,
+            columnspacing=1.6,
         )
     return figure
 
 
 def embeddings(
-    sample: io.Sample, vectors: Mapping[str, np.ndarray], titles: Titles = None, crop: int | None = None
+    sample: io.Sample,
+    vectors: Mapping[str, np.ndarray],
+    titles: Titles = None,
+    crop: int | None = None,
 ) -> Figure:
     """Draw image, ground truth and embeddings as colours.
 
     Args:
-        sample: image (C, [Z,] Y, X) and label ([Z,] Y, X); of a volume, the slice with most foreground is shown.
-        vectors: method to embedding (D, [Z,] Y, X), in the order of the panels; colours are aligned to the first.
+        sample: image (C, [Z,] Y, X) and label ([Z,] Y, X); of a volume, the slice with most
+            foreground is shown.
+        vectors: method to embedding (D, [Z,] Y, X), in the order of the panels; colours are aligned
+            to the first.
         titles: of methods.
-        crop: side of the part to show, in pixels, where objects are most crowded; the whole image if left out.
+        crop: side of the part to show, in pixels, where objects are most crowded; the whole image
+            if left out.
 
     Returns:
         The figure, one page wide.
@@ -92,10 +129,13 @@ def embeddings(
     for method, vector in vectors.items():
         if vector.shape[1:] != sample.label.shape:
             raise io.DataError(
-                f'the embedding of "{method}" has shape {vector.shape}, the image {sample.label.shape}; predict again'
+                f'the embedding of "{method}" has shape {vector.shape}, the image '
+                f"{sample.label.shape}; predict again"
             )
     plane = _plane(sample.label)
-    colours = embedding_colours({method: vector[(slice(None), *plane)] for method, vector in vectors.items()})
+    colours = embedding_colours(
+        {method: vector[(slice(None), *plane)] for method, vector in vectors.items()}
+    )
     label = sample.label[plane]
     touching = (ndimage.maximum_filter(label, 3) != label) & (label > 0)
     box = window(touching if touching.any() else label > 0, crop)
@@ -110,9 +150,9 @@ def embeddings(
 def embedding_colours(vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Turn embeddings into colours that can be compared.
 
-    Vectors get unit length, as the affinities see them. The first three principal components of each network, with unit
-    variance, are rotated onto those of the first network (orthogonal Procrustes over all pixels) and become red, green, blue
-    between their 1st and 99th percentiles.
+    Vectors get unit length, as the affinities see them. The first three principal components of
+    each network, with unit variance, are rotated onto those of the first network (orthogonal
+    Procrustes over all pixels) and become red, green, blue between their 1st and 99th percentiles.
 
     Args:
         vectors: name to embedding (D, [Z,] Y, X); all of the same image, D may differ.
@@ -127,9 +167,11 @@ def embedding_colours(vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
         rows -= rows.mean(axis=0)
         variances, axes = np.linalg.eigh(rows.T @ rows / len(rows))
         axes, variances = axes[:, ::-1][:, :3], variances[::-1][:3]
-        axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])  # eigenvectors have no sign
+        # eigenvectors have no sign
+        axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
         scores = np.zeros((len(rows), 3))
-        # A component without variance (D < 3, dead channels) stays 0 instead of showing amplified rounding.
+        # A component without variance (D < 3, dead channels) stays 0 instead of showing amplified
+        # rounding.
         scores[:, : len(variances)] = (
             rows @ axes * np.where(variances > 1e-10, 1 / np.sqrt(np.maximum(variances, 1e-10)), 0)
         )
@@ -144,12 +186,18 @@ def embedding_colours(vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def window(interest: np.ndarray, side: int | None) -> Box:
-    """Return a square of a plane, centred on where `interest` (Y, X) is densest, moved inside; all of it without `side`."""
+    """Return a square of a plane, centred on where `interest` (Y, X) is densest, moved inside.
+
+    All of it without `side`.
+    """
     if side is None:
         return tuple(slice(0, n) for n in interest.shape)
     density = ndimage.gaussian_filter(interest.astype(float), side / 4, mode="constant")
     centre = np.unravel_index(density.argmax(), density.shape)
-    starts = [min(max(int(c) - side // 2, 0), max(n - side, 0)) for c, n in zip(centre, interest.shape, strict=True)]
+    starts = [
+        min(max(int(c) - side // 2, 0), max(n - side, 0))
+        for c, n in zip(centre, interest.shape, strict=True)
+    ]
     return tuple(slice(s, min(s + side, n)) for s, n in zip(starts, interest.shape, strict=True))
 
 
@@ -158,12 +206,15 @@ def instance_colours(label: np.ndarray) -> np.ndarray:
     ids, places = np.unique(label, return_inverse=True)
     # Hues in steps of the golden ratio: neighbours in the list of ids are far apart.
     table = [
-        (0, 0, 0) if i == 0 else colorsys.hsv_to_rgb(0.618034 * k % 1, 0.75, 1.0) for k, i in enumerate(ids.tolist())
+        (0, 0, 0) if i == 0 else colorsys.hsv_to_rgb(0.618034 * k % 1, 0.75, 1.0)
+        for k, i in enumerate(ids.tolist())
     ]
     return np.array(table)[places.reshape(label.shape)]
 
 
-def outline(axis: Axes, label: np.ndarray, colour: str, width: float, dashes: str | tuple = "solid") -> None:
+def outline(
+    axis: Axes, label: np.ndarray, colour: str, width: float, dashes: str | tuple = "solid"
+) -> None:
     """Draw the outlines of the objects of a plane, each for itself where they touch."""
     ids, dense = np.unique(label, return_inverse=True)
     dense = dense.reshape(label.shape) + (ids[0] != 0)
@@ -171,12 +222,18 @@ def outline(axis: Axes, label: np.ndarray, colour: str, width: float, dashes: st
         if box is not None:
             mask = np.pad(dense[box] == k, 1)  # so that outlines close at the edge of the image
             y, x = (np.arange(s.start - 1, s.stop + 1) for s in box)
-            drawn = axis.contour(x, y, mask, [0.5], colors=colour, linewidths=width, linestyles=[dashes])
+            drawn = axis.contour(
+                x, y, mask, [0.5], colors=colour, linewidths=width, linestyles=[dashes]
+            )
             drawn.set_in_layout(False)
 
 
-def _status(label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None = None) -> dict[str, list[int]]:
-    """Sort segmentation ids (for `missed`: label ids) by what went wrong with them, each into one group."""
+def _status(
+    label: np.ndarray, segmentation: np.ndarray, ignore: np.ndarray | None = None
+) -> dict[str, list[int]]:
+    """Sort segmentation ids (for `missed`: label ids) by what went wrong with them, each into one
+    group.
+    """
     wrong = errors(label, segmentation, ignore=ignore)
     table = overlaps(label, segmentation, ignore)
     i, j, intersection = table.pairs[:3]
@@ -205,14 +262,23 @@ def _plane(label: np.ndarray) -> tuple[int, ...]:
 
 
 def grey(image: np.ndarray) -> np.ndarray:
-    """(C, Y, X) to (Y, X, 3) in [0, 1], as seen: three channels are colours, others are averaged."""
+    """(C, Y, X) to (Y, X, 3) in [0, 1], as seen: three channels are colours, others are
+    averaged.
+    """
     low, high = np.percentile(image, (0.5, 99.8), axis=(1, 2), keepdims=True)
     scaled = np.clip((image - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return np.moveaxis(scaled if len(image) == 3 else np.repeat(scaled.mean(axis=0, keepdims=True), 3, axis=0), 0, -1)
+    return np.moveaxis(
+        scaled if len(image) == 3 else np.repeat(scaled.mean(axis=0, keepdims=True), 3, axis=0),
+        0,
+        -1,
+    )
 
 
 def _canvas(count: int, shape: tuple[int, ...], below: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """Return a figure with `count` panels of a shape; `below` is room for text under the panels, in inches."""
+    """Return a figure with `count` panels of a shape.
+
+    `below` is room for text under the panels, in inches.
+    """
     columns = count if count <= 6 else -(-count // 2)
     rows = -(-count // columns)
     side = PAGE / columns
@@ -246,23 +312,51 @@ def _show_sample(axes: list[Axes], sample: io.Sample, plane: tuple[int, ...], bo
 
 def pixel_size(sample: io.Sample) -> float | None:
     """Return the side of a pixel along x in nm, None if it is not known."""
-    return float(np.ravel(sample.attrs["voxel_size_nm"])[-1]) if "voxel_size_nm" in sample.attrs else None
+    return (
+        float(np.ravel(sample.attrs["voxel_size_nm"])[-1])
+        if "voxel_size_nm" in sample.attrs
+        else None
+    )
 
 
 def scale_bar(
-    axis: Axes, nm: float | None, shape: tuple[int, ...], colour: str = "white", effects: list | None = None
+    axis: Axes,
+    nm: float | None,
+    shape: tuple[int, ...],
+    colour: str = "white",
+    effects: list | None = None,
 ) -> None:
-    """Draw a bar of a round length of about a quarter of the width of an image, whose pixels are `nm` wide if that is known."""
+    """Draw a bar of a round length of about a quarter of the width of an image, whose pixels are
+    `nm` wide if that is known.
+    """
     if nm is None:
         return
     pixel = nm / 1000  # µm
     length = max(
-        (n * 10.0**e for e in range(-3, 5) for n in (1, 2, 5) if n * 10.0**e <= 0.3 * shape[1] * pixel), default=None
+        (
+            n * 10.0**e
+            for e in range(-3, 5)
+            for n in (1, 2, 5)
+            if n * 10.0**e <= 0.3 * shape[1] * pixel
+        ),
+        default=None,
     )
     if length is not None:
         y, x = 0.94 * shape[0], 0.05 * shape[1]
         axis.plot(
-            [x, x + length / pixel], [y, y], color=colour, linewidth=2, solid_capstyle="butt", path_effects=effects
+            [x, x + length / pixel],
+            [y, y],
+            color=colour,
+            linewidth=2,
+            solid_capstyle="butt",
+            path_effects=effects,
         )
         around = withStroke(linewidth=1.5, foreground="black" if colour == "white" else "white")
-        axis.text(x, y - 0.03 * shape[0], f"{length:g} µm", color=colour, fontsize=6.5, path_effects=[around])
+        axis.text(
+            x,
+            y - 0.03 * shape[0],
+            f"{length:g} µm",
+            color=colour,
+            fontsize=6.5,
+            path_effects=[around],
+        )

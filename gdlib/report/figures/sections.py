@@ -14,7 +14,16 @@ from matplotlib.patheffects import withStroke
 from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS, Overlaps, overlaps
-from gdlib.report.figures.pictures import STATUS, Box, grey, outline, pixel_size, scale_bar, show, window
+from gdlib.report.figures.pictures import (
+    STATUS,
+    Box,
+    grey,
+    outline,
+    pixel_size,
+    scale_bar,
+    show,
+    window,
+)
 from gdlib.report.figures.style import PAGE, STYLE, Titles, new_figure, title
 
 MISTAKES = {  # 1, 2 and 3 in `mistakes`
@@ -35,21 +44,25 @@ def panel(
     """Draw a section and a cut across the sections, with segmentations and their mistakes.
 
     Args:
-        sample: image (C, Z, Y, X) and label (Z, Y, X); voxels are cubes if there is no attribute `voxel_size_nm`.
+        sample: image (C, Z, Y, X) and label (Z, Y, X); voxels are cubes if there is no attribute
+            `voxel_size_nm`.
         segmentations: method to label (Z, Y, X), in the order of the columns.
         key: metric to print below each, of the whole volume.
         titles: of methods.
         crop: side of the part of the section to show, in voxels; the whole section if left out.
 
     Returns:
-        The figure, one page wide. Section, part and cut are those where the students differ most; the cut is half as deep as
-        it is wide. A segment has the colour of the object that it holds most of, a paler one if another holds more of that.
+        The figure, one page wide. Section, part and cut are those where the students differ most;
+        the cut is half as deep as it is wide. A segment has the colour of the object that it holds
+        most of, a paler one if another holds more of that.
     """
     label, tables = counted(sample, segmentations)
     students = [method for method in segmentations if method != TEACHER]
 
     def wrong(section: int) -> np.ndarray:
-        return np.array([mistakes(label[section], segmentations[m][section], tables[m]) > 0 for m in students])
+        return np.array(
+            [mistakes(label[section], segmentations[m][section], tables[m]) > 0 for m in students]
+        )
 
     section, box, row = _place(label, wrong if students else None, crop)
     z, y, x = voxel_size(sample)
@@ -88,7 +101,9 @@ def panel(
                 axis, kind = axes[2 + k, column], mistakes(truth, found, tables[method])
                 shown = 0.25 + 0.6 * image
                 for value, mistake in enumerate(MISTAKES, start=1):
-                    shown[kind == value] = 0.25 * image[kind == value] + 0.75 * np.array(to_rgb(STATUS[mistake]))
+                    shown[kind == value] = 0.25 * image[kind == value] + 0.75 * np.array(
+                        to_rgb(STATUS[mistake])
+                    )
                 show(axis, shown, "", aspect)
                 outline(axis, truth, "white", 0.3)
                 if column == 2:
@@ -96,14 +111,21 @@ def panel(
                                            rotation=90, ha="right", va="center", ma="center")  # fmt: skip
                     beside.set_in_layout(False)  # there is room
                 if k:
-                    axis.set_xlabel(f"{METRICS[key].title} {METRICS[key].compute(tables[method]):.3f}", labelpad=3)
+                    axis.set_xlabel(
+                        f"{METRICS[key].title} {METRICS[key].compute(tables[method]):.3f}",
+                        labelpad=3,
+                    )
         for axis in axes[2:, :2].flat:
             axis.remove()
         free = figure.add_subplot(axes[0, 0].get_gridspec()[2:, :2])
         free.set_axis_off()
-        texts = {mistake: textwrap.fill(f"{mistake}: {text}", 32) for mistake, text in MISTAKES.items()}
+        texts = {
+            mistake: textwrap.fill(f"{mistake}: {text}", 32) for mistake, text in MISTAKES.items()
+        }
         handles = [Patch(color=STATUS[mistake], label=text) for mistake, text in texts.items()]
-        free.legend(handles=handles, loc="center", handlelength=1.2, labelspacing=0.9).set_in_layout(False)
+        free.legend(
+            handles=handles, loc="center", handlelength=1.2, labelspacing=0.9
+        ).set_in_layout(False)
     return figure
 
 
@@ -112,10 +134,15 @@ def voxel_size(sample: io.Sample) -> tuple[float, ...]:
     return tuple(map(float, sample.attrs.get("voxel_size_nm", (1, 1, 1))))
 
 
-def counted(sample: io.Sample, segmentations: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, Overlaps]]:
+def counted(
+    sample: io.Sample, segmentations: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, Overlaps]]:
     """Return the label without what is ignored, and how every segmentation overlaps with it."""
     label = sample.label if sample.ignore is None else np.where(sample.ignore, 0, sample.label)
-    return label, {method: overlaps(sample.label, found, sample.ignore) for method, found in segmentations.items()}
+    return label, {
+        method: overlaps(sample.label, found, sample.ignore)
+        for method, found in segmentations.items()
+    }
 
 
 def mistakes(label: np.ndarray, segmentation: np.ndarray, table: Overlaps) -> np.ndarray:
@@ -129,8 +156,9 @@ def mistakes(label: np.ndarray, segmentation: np.ndarray, table: Overlaps) -> np
         table: of the whole volume, which says what holds most of what.
 
     Returns:
-        uint8 of the same shape: 2 (merged) where the segment holds more of another object; else 1 (split) where another
-        segment holds more of the object; 3 (missed) where there is no segment; else 0.
+        uint8 of the same shape: 2 (merged) where the segment holds more of another object; else 1
+        (split) where another segment holds more of the object; 3 (missed) where there is no
+        segment; else 0.
     """
     of_object, of_segment = partners(table)
     i, j = _positions(table.label_ids, label), _positions(table.segmentation_ids, segmentation)
@@ -143,11 +171,18 @@ def mistakes(label: np.ndarray, segmentation: np.ndarray, table: Overlaps) -> np
 def palette(count: int) -> np.ndarray:
     """Return (count + 1, 3): a colour for each id, neighbours far apart; background black."""
     tones = ((0.75, 1.0), (0.5, 1.0), (0.85, 0.8))
-    return np.array([(0, 0, 0), *(colorsys.hsv_to_rgb(0.618034 * k % 1, *tones[k % 3]) for k in range(count))])
+    return np.array(
+        [(0, 0, 0), *(colorsys.hsv_to_rgb(0.618034 * k % 1, *tones[k % 3]) for k in range(count))]
+    )
 
 
-def _place(label: np.ndarray, wrong: Callable[[int], np.ndarray] | None, crop: int | None) -> tuple[int, Box, int]:
-    """Return the section, the part of it and the row where students differ; if they do not, err; or else, objects are."""
+def _place(
+    label: np.ndarray, wrong: Callable[[int], np.ndarray] | None, crop: int | None
+) -> tuple[int, Box, int]:
+    """Return the section, the part of it and the row where students differ; if they do not, err.
+
+    Or else, objects are.
+    """
 
     def interest(section: int) -> list[np.ndarray]:
         masks = None if wrong is None else wrong(section)
@@ -163,24 +198,35 @@ def _place(label: np.ndarray, wrong: Callable[[int], np.ndarray] | None, crop: i
 
 
 def partners(table: Overlaps) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every object the segment that holds most of it, and the converse, as positions; 0 = none."""
+    """Return for every object the segment that holds most of it, and the converse, as positions.
+
+    0 = none.
+    """
     i, j, shared = table.pairs[:3]
     order = np.argsort(shared, kind="stable")  # of several values for one place, the last stays
-    of_object, of_segment = np.zeros(table.label_ids.size, np.int64), np.zeros(table.segmentation_ids.size, np.int64)
+    of_object, of_segment = (
+        np.zeros(table.label_ids.size, np.int64),
+        np.zeros(table.segmentation_ids.size, np.int64),
+    )
     of_object[i[order]] = j[order]
     of_segment[j[order]] = i[order]
     return of_object, of_segment
 
 
 def _positions(ids: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Return the position of every id of a part in the sorted `ids`; of those that are not there, 0."""
+    """Return the position of every id of a part in the sorted `ids`.
+
+    Of those that are not there, 0.
+    """
     places = np.zeros(max(int(ids[-1]), int(part.max(initial=0))) + 1, np.int64)
     places[ids] = np.arange(ids.size)
     return places[part]
 
 
 def _colours_of(table: Overlaps, colours: np.ndarray, highest: int) -> np.ndarray:
-    """Return (highest + 1, 3): every segment in the colour of its object, paler if it is not the object's first."""
+    """Return (highest + 1, 3): every segment in the colour of its object, paler if it is not the
+    object's first.
+    """
     of_object, of_segment = partners(table)
     own = colours[table.label_ids[of_segment].astype(int)]
     own[of_segment == 0] = 0.6  # in no object

@@ -51,8 +51,8 @@ class Look(NamedTuple):
     hollow: bool = False
 
 
-# Colours of Okabe and Ito (told apart with every kind of colour vision). A hue is a family of methods; its intra and inter
-# halves differ in lightness, marker and dashes too.
+# Colours of Okabe and Ito (told apart with every kind of colour vision). A hue is a family of
+# methods; its intra and inter halves differ in lightness, marker and dashes too.
 METHODS = {
     TEACHER: Look("teacher", "#000000", "D", "--"),
     NONE: Look("student", "#7a7a7a"),
@@ -79,7 +79,8 @@ METHODS = {
     "rekd": Look("ReKD", "#C51B7D", "8"),
     "biskd": Look("BISKD", "#4B4E9F", "*"),
 }
-NAMES = {  # of what is no method: segmenters (waterz and multicut are their own titles) and trivial baselines
+# of what is no method: segmenters (waterz and multicut are their own titles) and trivial baselines
+NAMES = {
     "mutex_watershed": "mutex watershed",
     "mutex_watershed_masked": "mutex watershed in the true foreground",
     "one_segment": "one segment",
@@ -110,7 +111,9 @@ def ablation_of(method: str) -> str:
 
 
 def looks(methods: Iterable[str], titles: Titles = None) -> dict[str, Look]:
-    """Return the look of every method; unknown ones are shown by their name, in spare colours by order of appearance.
+    """Return the look of every method.
+
+    Unknown ones are shown by their name, in spare colours by order of appearance.
 
     What was learned from another teacher looks like its method, but hollow.
     """
@@ -127,7 +130,9 @@ def looks(methods: Iterable[str], titles: Titles = None) -> dict[str, Look]:
 
 
 def title(name: str, titles: Titles = None) -> str:
-    """Return the title of a dataset, network, method, segmenter, baseline or ablation; else the name as it is.
+    """Return the title of a dataset, network, method, segmenter, baseline or ablation.
+
+    Else the name as it is.
 
     >>> title("agd_intra"), title("resunet_tiny", {"resunet_tiny": "ResUNet-tiny"}), title("mine", {"mine": ""})
     ('AGD intra', 'ResUNet-tiny', 'mine')
@@ -160,7 +165,9 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, stem: Path | str, formats: Iterable[str] = ("png", "pdf"), dpi: int = 200) -> list[Path]:
+def save(
+    figure: Figure, stem: Path | str, formats: Iterable[str] = ("png", "pdf"), dpi: int = 200
+) -> list[Path]:
     """Write a figure to `stem.format` for every format, atomically and without time stamps.
 
     Args:

@@ -1,7 +1,8 @@
 """Shaded pictures of objects in space, with numpy and scipy alone.
 
-A surface is a cloud of points with normals, taken from a smoothed mask. Every point becomes a small square of pixels, the
-nearest one wins, and light falls on what is left. All vectors are (z, y, x) in nm.
+A surface is a cloud of points with normals, taken from a smoothed mask. Every point becomes a small
+square of pixels, the nearest one wins, and light falls on what is left. All vectors are (z, y, x)
+in nm.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-LIGHT = np.array([-0.45, 0.6, -0.66])  # direction to it along right, up, away: upper left, behind the reader
+# direction to it along right, up, away: upper left, behind the reader
+LIGHT = np.array([-0.45, 0.6, -0.66])
 
 
 class Surface(NamedTuple):
@@ -33,12 +35,15 @@ def surface(mask: np.ndarray, voxel: tuple[float, ...], cell: float) -> Surface:
         cell: about the distance of neighbouring points in nm, the finest detail that is kept.
 
     Returns:
-        Points in nm from the outer corner of the first voxel. Objects that reach the border of the mask are closed there.
+        Points in nm from the outer corner of the first voxel. Objects that reach the border of the
+        mask are closed there.
     """
     step = np.maximum(np.round(cell / np.array(voxel)), 1).astype(int)  # voxels per block
     repeat = np.maximum(np.round(np.array(voxel) * step / cell), 1).astype(int)  # cells per block
     size = np.array(voxel) * step / repeat  # of a cell
-    field = np.pad(mask, [(2 * s, 2 * s + -n % s) for n, s in zip(mask.shape, step, strict=True)]).astype(np.float32)
+    field = np.pad(
+        mask, [(2 * s, 2 * s + -n % s) for n, s in zip(mask.shape, step, strict=True)]
+    ).astype(np.float32)
     for axis in range(3):
         blocks = field.shape[axis] // step[axis]
         shape = (*field.shape[:axis], blocks, step[axis], *field.shape[axis + 1 :])
@@ -51,17 +56,21 @@ def surface(mask: np.ndarray, voxel: tuple[float, ...], cell: float) -> Surface:
         here, there = np.moveaxis(border, axis, 0)[1:-1], np.moveaxis(inside, axis, 0)
         here |= ~(there[:-2] & there[2:])
     at = np.argwhere(inside & border)  # never at the rim of the array, which was padded
-    slope = np.stack([field[tuple((at + e).T)] - field[tuple((at - e).T)] for e in np.eye(3, dtype=int)], axis=1) / (
-        2 * size
-    )
+    slope = np.stack(
+        [field[tuple((at + e).T)] - field[tuple((at - e).T)] for e in np.eye(3, dtype=int)], axis=1
+    ) / (2 * size)
     steep = np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-12)
     normals = -slope / steep
-    out = (field[tuple(at.T)][:, None] - 0.5) / steep  # to where the field is a half, between the cells
-    return Surface((at + 0.5) * size - 2 * step * voxel + normals * np.minimum(out, size.min()), normals)
+    # to where the field is a half, between the cells
+    out = (field[tuple(at.T)][:, None] - 0.5) / steep
+    return Surface(
+        (at + 0.5) * size - 2 * step * voxel + normals * np.minimum(out, size.min()), normals
+    )
 
 
 def view(azimuth: float, elevation: float = 25.0) -> np.ndarray:
-    """Return how the reader looks at a volume: down at an angle, with the first section on top and nothing mirrored.
+    """Return how the reader looks at a volume: down at an angle, with the first section on top and
+    nothing mirrored.
 
     Args:
         azimuth: of the axis right, in degrees from x to y.
@@ -80,7 +89,11 @@ def view(azimuth: float, elevation: float = 25.0) -> np.ndarray:
 
 
 def render(
-    surfaces: list[tuple[Surface, np.ndarray]], axes: np.ndarray, frame: tuple[float, ...], pixel: float, cell: float
+    surfaces: list[tuple[Surface, np.ndarray]],
+    axes: np.ndarray,
+    frame: tuple[float, ...],
+    pixel: float,
+    cell: float,
 ) -> np.ndarray:
     """Draw surfaces as they are seen from far away.
 
@@ -99,16 +112,21 @@ def render(
     shape = 2 * int(np.ceil((top - bottom) / pixel)), 2 * int(np.ceil((right - left) / pixel))
     points = np.concatenate([one.points for one, _ in surfaces]) @ axes.T
     normals = np.concatenate([one.normals for one, _ in surfaces]) @ axes.T
-    colours = np.repeat([colour for _, colour in surfaces], [len(one.points) for one, _ in surfaces], axis=0)
+    colours = np.repeat(
+        [colour for _, colour in surfaces], [len(one.points) for one, _ in surfaces], axis=0
+    )
     front = np.flatnonzero(normals[:, 2] < 0)
-    front = front[np.argsort(-points[front, 2], kind="stable")]  # the nearest last: what is drawn last stays
+    # the nearest last: what is drawn last stays
+    front = front[np.argsort(-points[front, 2], kind="stable")]
     half = int(np.ceil(0.9 * cell / fine))  # no holes, whatever the slope
     square = np.arange(-half, half + 1)
     column = np.floor((points[front, 0, None] - left) / fine + square).astype(int)[:, None, :]
     row = np.floor((top - points[front, 1, None]) / fine + square).astype(int)[:, :, None]
     valid = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
     nearest, depth = np.full(shape, -1), np.zeros(shape)
-    nearest.ravel()[(row * shape[1] + column)[valid]] = np.broadcast_to(front[:, None, None], valid.shape)[valid]
+    nearest.ravel()[(row * shape[1] + column)[valid]] = np.broadcast_to(
+        front[:, None, None], valid.shape
+    )[valid]
     seen = ndimage.minimum_filter(nearest >= 0, len(square))  # squares stand out over the edge
     out = np.zeros((*shape, 4))
     if seen.any():

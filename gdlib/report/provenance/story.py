@@ -1,4 +1,6 @@
-"""How a study came about, for a colleague who was not there: its configuration, data, time and provenance as pages."""
+"""How a study came about, for a colleague who was not there: its configuration, data, time and
+provenance as pages.
+"""
 
 import json
 from collections.abc import Mapping
@@ -46,7 +48,10 @@ def write(
 
 def configuration_page(found: Mapping[str, Any]) -> str:
     """Return what the study was told to do, with every default written out."""
-    return f"<h2>Configuration of {escape(found['study'])}</h2><pre>{escape(found['configuration'])}</pre>"
+    return (
+        "<h2>Configuration of "
+        f"{escape(found['study'])}</h2><pre>{escape(found['configuration'])}</pre>"
+    )
 
 
 def data_page(found: Mapping[str, Any], titles: Titles) -> str:
@@ -61,11 +66,14 @@ def data_page(found: Mapping[str, Any], titles: Titles) -> str:
             for split, one in splits.items()
         ]  # fmt: skip
         caption = (
-            f"{about.get('provenance', '')} Source {about.get('source', 'unknown')}{f' ({options})' * bool(options)}."
+            f"{about.get('provenance', '')} Source "
+            f"{about.get('source', 'unknown')}{f' ({options})' * bool(options)}."
         )
         header = ["split", "images", "objects", "types", "SHA-256 of the content"]
         notes = [f"Warning: {sentence}." for sentence in about.get("warnings", [])]
-        sections.append((title(dataset, titles), [Table(dataset, caption, header, [rows], notes, names=1)]))
+        sections.append(
+            (title(dataset, titles), [Table(dataset, caption, header, [rows], notes, names=1)])
+        )
     return markup.html(sections)
 
 
@@ -83,7 +91,9 @@ STEPS = {
 
 
 def time_page(found: Mapping[str, Any], titles: Titles) -> str:
-    """Return a table with the jobs of every step, by dataset: how many, how long, and how much memory."""
+    """Return a table with the jobs of every step, by dataset: how many, how long, and how much
+    memory.
+    """
     jobs = found["jobs"]
     total = sum(job["seconds"] for job in jobs)
     sections = []
@@ -99,10 +109,14 @@ def time_page(found: Mapping[str, Any], titles: Titles) -> str:
                 rows.append([Cell(text) for text in (*texts, f"{most:.0f}" if most else "–")])
         header = ["step", "share of all time", "jobs", "time", "longest job", "memory (MiB)"]
         caption = f"{duration(sum(job['seconds'] for job in of_dataset))} in jobs."
-        sections.append((title(dataset, titles), [Table(dataset, caption, header, [rows], [], names=2)]))
+        sections.append(
+            (title(dataset, titles), [Table(dataset, caption, header, [rows], [], names=2)])
+        )
     note = (
-        f"<p>{duration(total)} in {len(jobs)} jobs, added up; jobs that ran side by side took less time together. Of a job that "
-        "was stopped and went on, the last part is counted. Tables and figures are left out: they take seconds.</p>"
+        f"<p>{duration(total)} in {len(jobs)} jobs, added up; jobs that ran side by side took less "
+        "time together. Of a job that "
+        "was stopped and went on, the last part is counted. Tables and figures are left out: they "
+        "take seconds.</p>"
     )
     return note + markup.html(sections)
 
@@ -126,10 +140,20 @@ def provenance_page(found: Mapping[str, Any], titles: Titles) -> str:
     facts = {
         "written": found["written"],
         "code": f"commit {code['commit']}; SHA-256 of gdlib {code['sha256']}",
-        "software of the tables": ", ".join(f"{name} {version}" for name, version in found["software"].items()),
-        "machine of the tables": f"{machine['processor']}, {machine['cores']} cores, {machine['system']}",
+        "software of the tables": ", ".join(
+            f"{name} {version}" for name, version in found["software"].items()
+        ),
+        "machine of the tables": f"{machine['processor']}, {machine['cores']} cores, "
+        f"{machine['system']}",
     }
-    table = Table("facts", "", ["", ""], [[[Cell(key), Cell(value)] for key, value in facts.items()]], [], names=2)
+    table = Table(
+        "facts",
+        "",
+        ["", ""],
+        [[[Cell(key), Cell(value)] for key, value in facts.items()]],
+        [],
+        names=2,
+    )
     sections = [("Code, software, machine", [table])]
     for dataset in found["data"]:
         rows = [
@@ -139,19 +163,35 @@ def provenance_page(found: Mapping[str, Any], titles: Titles) -> str:
                 Cell(str(run["seed"])),
                 Cell("given" if run["weights"]["given"] else str(run["step"] or "–")),
                 Cell(", ".join(filter(None, (run["device"], run["precision"]))) or "–"),
-                Cell(", ".join(f"{name} {run[name]}" for name in ("torch", "gdlib") if run[name]) or "–"),
+                Cell(
+                    ", ".join(f"{name} {run[name]}" for name in ("torch", "gdlib") if run[name])
+                    or "–"
+                ),
                 Cell((run["configuration_sha256"] or "–")[:12]),
                 Cell((run["weights"]["sha256"] or "no longer there")[:15]),
             ]
             for run in found["runs"].values()
             if run["dataset"] == dataset
         ]
-        header = ["network", "method", "seed", "best step", "trained on", "versions", "configuration", "weights"]
-        sections.append((f"Runs on {title(dataset, titles)}", [Table(dataset, "", header, [rows], [], names=8)]))
+        header = [
+            "network",
+            "method",
+            "seed",
+            "best step",
+            "trained on",
+            "versions",
+            "configuration",
+            "weights",
+        ]
+        sections.append(
+            (f"Runs on {title(dataset, titles)}", [Table(dataset, "", header, [rows], [], names=8)])
+        )
     problems = "".join(f"<li>{escape(problem)}</li>" for problem in found["problems"])
     note = (
-        "Configuration, weights: the beginning of the SHA-256; all of it is in provenance.json, which also names the runs behind "
-        "every row of the tables. The configuration of a run is in the header of its weights: gdlib info --json."
+        "Configuration, weights: the beginning of the SHA-256; all of it is in provenance.json, "
+        "which also names the runs behind "
+        "every row of the tables. The configuration of a run is in the header of its weights: "
+        "gdlib info --json."
     )
     return (
         (f"<h2>Problems</h2><ul>{problems}</ul>" if problems else "")

@@ -1,4 +1,6 @@
-"""The tables of the paper, with our numbers and beside them what is known of the paper's own (`paper.toml`)."""
+"""The tables of the paper, with our numbers and beside them what is known of the paper's own
+(`paper.toml`).
+"""
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,13 +71,15 @@ def paper_tables(
         paper: as `read_paper` returns it.
 
     Returns:
-        For every dataset its title and its table, and one of images without objects if there are any. Rows: the teacher, then
-        for every student what the paper has (empty where we have not run it) and our other methods but for ablations. Another
-        teacher has rows of its own below.
+        For every dataset its title and its table, and one of images without objects if there are
+        any. Rows: the teacher, then for every student what the paper has (empty where we have not
+        run it) and our other methods but for ablations. Another teacher has rows of its own below.
     """
     paper = paper or read_paper()
     out = []
-    for known, dataset in ((known, ours) for known, layout in paper["dataset"].items() for ours in layout["ours"]):
+    for known, dataset in (
+        (known, ours) for known, layout in paper["dataset"].items() for ours in layout["ours"]
+    ):
         layout, runs = paper["dataset"][known], metrics[metrics["dataset"] == dataset]
         if len(runs) == 0:
             continue
@@ -92,7 +96,10 @@ def paper_tables(
 
 
 def _table(runs: pd.DataFrame, main: str, known: str, titles: Titles, paper: Paper) -> Table:
-    """Lay out the table of one dataset, which the paper's file calls `known`; the caption is left to the caller."""
+    """Lay out the table of one dataset, which the paper's file calls `known`.
+
+    The caption is left to the caller.
+    """
     layout = paper["dataset"][known]
     keys = layout["metrics"]
     said = {
@@ -119,12 +126,21 @@ def _table(runs: pd.DataFrame, main: str, known: str, titles: Titles, paper: Pap
             for method in methods:
                 own = method.partition("@")[0] == paper["methods"][-1]
                 plus = "+ " * (method not in (TEACHER, NONE)) + "ours: " * own
-                cells = [Cell("" if group else title(student, titles)), Cell(plus + title(method, titles))]
+                cells = [
+                    Cell("" if group else title(student, titles)),
+                    Cell(plus + title(method, titles)),
+                ]
                 for key, cell in zip(keys, ours.get(method, [Cell("")] * len(keys)), strict=True):
-                    cells += [cell, _said(said, (student, method, key, "mean"), segmenter, digits[key])]
+                    cells += [
+                        cell,
+                        _said(said, (student, method, key, "mean"), segmenter, digits[key]),
+                    ]
                 at, share = (segmenter, student, method), (student, method, main, "gap_closed")
                 pair = paired.loc[at] if at in paired.index else None
-                cells += [Cell("") if pair is None else gap_cell(pair), _said(said, share, segmenter)]
+                cells += [
+                    Cell("") if pair is None else gap_cell(pair),
+                    _said(said, share, segmenter),
+                ]
                 cells += [Cell("")] * len(tests) if pair is None else p_cells(pair, tests)
                 group.append([*cells, Cell(str(counts[at]) if at in counts.index else "")])
             groups.append(heading + group)
@@ -135,17 +151,30 @@ def _table(runs: pd.DataFrame, main: str, known: str, titles: Titles, paper: Pap
         "Bold: best of each block of rows.",
     ]
     if len(paired):
-        notes.append(f"Gap in {name} closed: Δ {name} / (teacher − student), with the teacher above.")
-    notes += notes_on(runs, f"Δ {name}: difference to the student without distillation" * (len(paired) > 0))
+        notes.append(
+            f"Gap in {name} closed: Δ {name} / (teacher − student), with the teacher above."
+        )
+    notes += notes_on(
+        runs, f"Δ {name}: difference to the student without distillation" * (len(paired) > 0)
+    )
     notes += gap_notes(runs, main, groups)
-    notes += [f"{OF_ANY} Our source does not say with which segmenter."] * any(OF_ANY in text for text in cells)
+    notes += [f"{OF_ANY} Our source does not say with which segmenter."] * any(
+        OF_ANY in text for text in cells
+    )
     return Table(
-        f"{runs['dataset'].iloc[0]}-paper", "", header, groups, [*notes, *_statements(known, titles, paper)], names=2
+        f"{runs['dataset'].iloc[0]}-paper",
+        "",
+        header,
+        groups,
+        [*notes, *_statements(known, titles, paper)],
+        names=2,
     )
 
 
 def _blocks(runs: pd.DataFrame, known: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return networks and their methods, one block of rows each: every teacher, followed by the students that learn from it."""
+    """Return networks and their methods, one block of rows each: every teacher, followed by the
+    students that learn from it.
+    """
     teachers = list(runs[runs["method"] == TEACHER]["network"].unique())
     students = runs[runs["method"] != TEACHER]
     out = []
@@ -155,29 +184,43 @@ def _blocks(runs: pd.DataFrame, known: Sequence[str]) -> list[tuple[str, list[st
             present = list(of_student["method"].unique())
             end = f"@{teacher}" if number else ""
             listed = [f"{method}{end}" for method in known]
-            others = [m for m in present if named_teacher(m) == end[1:] and m not in (NONE, *listed)]
+            others = [
+                m for m in present if named_teacher(m) == end[1:] and m not in (NONE, *listed)
+            ]
             if not number or any(named_teacher(m) == teacher for m in present):
                 out.append((student, [NONE, *listed, *others]))
     return out
 
 
-def _said(said: Mapping[tuple, float], what: tuple, segmenter: str, digits: int | None = None) -> Cell:
+def _said(
+    said: Mapping[tuple, float], what: tuple, segmenter: str, digits: int | None = None
+) -> Cell:
     """Return the paper's number, a share as a percentage; nothing where it is not known."""
     for of, mark in ((segmenter, ""), (None, OF_ANY)):
         if (value := said.get((*what, of))) is not None:
-            return Cell((f"{100 * value:.1f} %" if digits is None else markup.number(value, digits=digits)) + mark)
+            return Cell(
+                (f"{100 * value:.1f} %" if digits is None else markup.number(value, digits=digits))
+                + mark
+            )
     return Cell("")
 
 
 def _statements(known: str, titles: Titles, paper: Paper) -> list[str]:
-    """Return what the paper says in words: its shares, with their networks, and remarks on the dataset."""
+    """Return what the paper says in words: its shares, with their networks, and remarks on the
+    dataset.
+    """
     shares = [
-        f"The paper reports that ours closes {100 * v['value']:.1f} % of the gap in {METRICS[v['metric']].title} "
+        f"The paper reports that ours closes {100 * v['value']:.1f} % of the gap in "
+        f"{METRICS[v['metric']].title} "
         f"for {title(v['student'], titles)} ({v['source']})."
         for v in paper.get("value", ())
         if v["dataset"] == known and v["quantity"] == "gap_closed"
     ]
-    return [*shares, *paper["dataset"][known].get("remarks", ()), *paper.get("remarks", {}).values()]
+    return [
+        *shares,
+        *paper["dataset"][known].get("remarks", ()),
+        *paper.get("remarks", {}).values(),
+    ]
 
 
 def write(
@@ -211,7 +254,8 @@ def write(
         **layout,
     )
     heading = (
-        f"# Tables of the paper\n\n{paper['title']}. Our numbers, and beside them what is known to us of the paper's."
+        f"# Tables of the paper\n\n{paper['title']}. Our numbers, and beside them what is known to "
+        "us of the paper's."
     )
     io.write_text(markdown, f"{heading}\n\n{markup.markdown(found)}")
     io.write_text(tex, markup.tex(found))

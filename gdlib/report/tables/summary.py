@@ -1,7 +1,8 @@
 """Numbers behind every table and figure: means over images and seeds, and paired comparisons.
 
-A value of a run is its mean over images; `std` is the sample standard deviation of that over seeds, i.e. what another seed
-would change. Means and tests are over images with objects; of the others, what was found in them is averaged (`gdlib.evaluate.scores`).
+A value of a run is its mean over images; `std` is the sample standard deviation of that over seeds,
+i.e. what another seed would change. Means and tests are over images with objects; of the others,
+what was found in them is averaged (`gdlib.evaluate.scores`).
 """
 
 import json
@@ -19,14 +20,34 @@ from gdlib.evaluate.metrics import METRICS
 from gdlib.evaluate.scores import FALSE
 from gdlib.report.figures.style import NONE, ablation_of, named_teacher
 
-SUMMARY_COLUMNS = ("dataset", "student", "method", "segmenter", "metric", "mean", "std", "n", "images")
+SUMMARY_COLUMNS = (
+    "dataset",
+    "student",
+    "method",
+    "segmenter",
+    "metric",
+    "mean",
+    "std",
+    "n",
+    "images",
+)
 COMPARISON_COLUMNS = (
     *("dataset", "student", "method", "segmenter", "metric", "difference", "difference_std"),
-    *("gap_closed", "gap_closed_std", "p_images", "p_images_holm", "p_seeds", "p_seeds_holm", "seeds", "images"),
+    *(
+        "gap_closed",
+        "gap_closed_std",
+        "p_images",
+        "p_images_holm",
+        "p_seeds",
+        "p_seeds_holm",
+        "seeds",
+        "images",
+    ),
 )
 BASELINE_COLUMNS = ("dataset", "split", "baseline", "sample", "metric", "value")
 # A teacher that is better by less than this is not better: a share of that difference says nothing.
-LEAST_GAPS = {"voi": 0.02, "voi_split": 0.02, "voi_merge": 0.02, "dic": 0.5}  # bits, bits, bits, objects
+# bits, bits, bits, objects
+LEAST_GAPS = {"voi": 0.02, "voi_split": 0.02, "voi_merge": 0.02, "dic": 0.5}
 LEAST_GAP = 0.01  # of all other metrics, which lie in [0, 1]
 NOISE = 2  # standard deviations over seeds, by which it must be better too
 
@@ -35,16 +56,20 @@ def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
     """Read metrics files into one frame, in the order given.
 
     Raises:
-        gdlib.io.DataError: columns or values are missing, something occurs twice, runs saw different images, or no image of
-            a dataset has objects.
+        gdlib.io.DataError: columns or values are missing, something occurs twice, runs saw
+            different images, or no image of a dataset has objects.
     """
     frames = []
     for path in paths:
         # Only values can be missing: a sample may well be called "NA".
-        frame = pd.read_csv(path, dtype={"sample": str}, keep_default_na=False, na_values={"value": ["", "nan"]})
+        frame = pd.read_csv(
+            path, dtype={"sample": str}, keep_default_na=False, na_values={"value": ["", "nan"]}
+        )
         _check(path, frame, io.METRIC_COLUMNS)
         if "objects" not in set(frame["metric"]):
-            raise io.DataError(f"{path}: it does not say how many objects the images have; evaluate this run again")
+            raise io.DataError(
+                f"{path}: it does not say how many objects the images have; evaluate this run again"
+            )
         frames.append(frame)
     if not frames:
         raise io.DataError("there are no metrics to report; give at least one file")
@@ -52,25 +77,38 @@ def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
     twice = metrics[metrics.duplicated(list(io.METRIC_COLUMNS[:-1]))]
     if len(twice):
         row = twice.iloc[0]
-        raise io.DataError(f"two metrics files hold the same run: {_run_name(row)}/{row['segmenter']}; give each once")
+        raise io.DataError(
+            "two metrics files hold the same run: "
+            f"{_run_name(row)}/{row['segmenter']}; give each once"
+        )
     for dataset, block in metrics.groupby("dataset", sort=False):
         if is_empty(block).all():
-            raise io.DataError(f"no test image of {dataset} has an object: nothing can be measured; change its splits")
-        images, keys, segmenters = (block[column].nunique() for column in ("sample", "metric", "segmenter"))
+            raise io.DataError(
+                f"no test image of {dataset} has an object: nothing can be "
+                "measured; change its splits"
+            )
+        images, keys, segmenters = (
+            block[column].nunique() for column in ("sample", "metric", "segmenter")
+        )
         for _, run in block.groupby(["network", "method", "seed"], sort=False):
             if len(run) != images * keys * segmenters:
                 raise io.DataError(
-                    f"{_run_name(run.iloc[0])} lacks values: other runs on {dataset} have {keys} metrics of {images} images "
+                    f"{_run_name(run.iloc[0])} lacks values: other runs on {dataset} have {keys} "
+                    f"metrics of {images} images "
                     f"with {', '.join(block['segmenter'].unique())}; evaluate it again"
                 )
     return metrics
 
 
 def read_baselines(paths: Iterable[Path | str]) -> pd.DataFrame:
-    """Read the files of trivial baselines into one frame with the columns `BASELINE_COLUMNS`, in the order given."""
+    """Read the files of trivial baselines into one frame with the columns `BASELINE_COLUMNS`, in
+    the order given.
+    """
     frames = [pd.DataFrame(columns=list(BASELINE_COLUMNS))]
     for path in paths:
-        frame = pd.read_csv(path, dtype={"sample": str}, keep_default_na=False, na_values={"value": ["", "nan"]})
+        frame = pd.read_csv(
+            path, dtype={"sample": str}, keep_default_na=False, na_values={"value": ["", "nan"]}
+        )
         _check(path, frame, BASELINE_COLUMNS)
         frames.append(frame)
     return pd.concat(frames[1:] or frames, ignore_index=True)
@@ -87,7 +125,10 @@ def read_validation(paths: Iterable[Path | str]) -> pd.DataFrame:
         header = io.read_header(path)
         for segmenter, scores in header.get("validation", {}).items():
             run = header["run"]
-            rows += [(run["dataset"], run["network"], segmenter, metric, value) for metric, value in scores.items()]
+            rows += [
+                (run["dataset"], run["network"], segmenter, metric, value)
+                for metric, value in scores.items()
+            ]
     return pd.DataFrame(rows, columns=["dataset", "network", "segmenter", "metric", "value"])
 
 
@@ -95,7 +136,8 @@ def _check(path: Path | str, frame: pd.DataFrame, columns: tuple[str, ...]) -> N
     """Stop with one clear sentence if columns or values are missing."""
     if tuple(frame.columns) != columns:
         raise io.DataError(
-            f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(columns)}; make it again"
+            f"{path}: the columns are {', '.join(frame.columns)}, not {', '.join(columns)}; make "
+            "it again"
         )
     if not np.isfinite(frame["value"]).all():
         raise io.DataError(f"{path}: a value is not a finite number; evaluate this run again")
@@ -115,7 +157,8 @@ def measured_on(profiles: Iterable[Mapping[str, Any]]) -> str:
     """Say of what size the image was and what computed it, for all profiles together."""
     return "; ".join(
         dict.fromkeys(
-            f"{' × '.join(map(str, p['image_shape']))} {'pixels' if len(p['image_shape']) < 3 else 'voxels'}, {p['device']}, "
+            f"{' × '.join(map(str, p['image_shape']))} "
+            f"{'pixels' if len(p['image_shape']) < 3 else 'voxels'}, {p['device']}, "
             f"{p['threads']} thread{'s' * (p['threads'] != 1)}, "
             f"{p['precision']}, torch {p['torch']}"
             for p in profiles
@@ -128,19 +171,27 @@ def require(metrics: pd.DataFrame, keys: Iterable[str]) -> None:
     present = set(metrics["metric"])
     if missing := sorted(set(keys) - present):
         raise io.DataError(
-            f"the metrics files do not hold {', '.join(missing)}; they hold {', '.join(sorted(present))}"
+            f"the metrics files do not hold {', '.join(missing)}; they hold "
+            f"{', '.join(sorted(present))}"
         )
 
 
 def is_empty(metrics: pd.DataFrame) -> pd.Series:
-    """Say of every row whether its image has no objects; where the metric `objects` is left out, all images have some."""
-    image = pd.MultiIndex.from_frame(metrics[[name for name in ("dataset", "split", "sample") if name in metrics]])
+    """Say of every row whether its image has no objects.
+
+    Where the metric `objects` is left out, all images have some.
+    """
+    image = pd.MultiIndex.from_frame(
+        metrics[[name for name in ("dataset", "split", "sample") if name in metrics]]
+    )
     none = (metrics["metric"] == "objects") & (metrics["value"] == 0)
     return pd.Series(image.isin(image[none]), index=metrics.index)
 
 
 def meant(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that means are over: metrics of images with objects, and what was found in the others."""
+    """Return the rows that means are over: metrics of images with objects, and what was found in
+    the others.
+    """
     empty, metric = is_empty(metrics), metrics["metric"]
     return metrics[(empty & metric.isin(FALSE)) | (~empty & metric.isin(METRICS))]
 
@@ -157,7 +208,9 @@ def one_metric(metrics: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def per_seed(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Average over images (`meant`): one row per dataset, network, method, seed, segmenter and metric; how many `images`."""
+    """Average over images (`meant`): one row per dataset, network, method, seed, segmenter and
+    metric; how many `images`.
+    """
     keys = ["dataset", "network", "method", "seed", "segmenter", "metric"]
     groups = meant(metrics).groupby(keys, sort=False)["value"]
     return groups.agg(value="mean", images="count").reset_index()
@@ -170,11 +223,14 @@ def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
         metrics: columns `io.METRIC_COLUMNS`.
 
     Returns:
-        Columns `SUMMARY_COLUMNS`: `std` is the sample standard deviation over the `n` seeds (NaN for one seed), `images` the
-        number of those with objects or, for `scores.FALSE`, without. The teacher is a row like any other; `student` is then
-        the teacher's network. Order of first appearance.
+        Columns `SUMMARY_COLUMNS`: `std` is the sample standard deviation over the `n` seeds (NaN
+        for one seed), `images` the number of those with objects or, for `scores.FALSE`, without.
+        The teacher is a row like any other; `student` is then the teacher's network. Order of first
+        appearance.
     """
-    groups = per_seed(metrics).groupby(["dataset", "network", "method", "segmenter", "metric"], sort=False)
+    groups = per_seed(metrics).groupby(
+        ["dataset", "network", "method", "segmenter", "metric"], sort=False
+    )
     value = ("value", "mean"), ("value", "std"), ("value", "count"), ("images", "max")
     out = groups.agg(**dict(zip(SUMMARY_COLUMNS[-4:], value, strict=True))).reset_index()
     out.columns = list(SUMMARY_COLUMNS)
@@ -184,10 +240,11 @@ def summarise(metrics: pd.DataFrame) -> pd.DataFrame:
 def gap_closed(
     method: Sequence[float], none: Sequence[float], teacher: Sequence[float], metric: str = "aji"
 ) -> tuple[float, float]:
-    """Return the share of the gap between student and teacher that a method closes, with its standard deviation over seeds.
+    """Return the share of the gap between student and teacher that a method closes, with its
+    standard deviation over seeds.
 
-    (method - none) / (teacher - none), method and none paired by seed, over the mean gap: the share then equals the share of
-    the means in the table, and one seed with a small gap cannot dominate.
+    (method - none) / (teacher - none), method and none paired by seed, over the mean gap: the share
+    then equals the share of the means in the table, and one seed with a small gap cannot dominate.
 
     Args:
         method: (S,) values of the students with distillation, one per seed.
@@ -196,9 +253,10 @@ def gap_closed(
         metric: what the values are, a key of `metrics.METRICS`.
 
     Returns:
-        Share (1 = as good as the teacher) and sample standard deviation (NaN for one seed). Both NaN unless the teacher is
-        better than the students without distillation by at least `least_gap` and by more than `NOISE` standard deviations of
-        their difference over seeds, as far as there are several.
+        Share (1 = as good as the teacher) and sample standard deviation (NaN for one seed). Both
+        NaN unless the teacher is better than the students without distillation by at least
+        `least_gap` and by more than `NOISE` standard deviations of their difference over seeds, as
+        far as there are several.
 
     >>> gap_closed([0.75, 0.75], [0.5, 0.5], [1.0])
     (0.5, 0.0)
@@ -207,7 +265,9 @@ def gap_closed(
     """
     method, none, teacher = (np.asarray(values, float) for values in (method, none, teacher))
     gap = teacher.mean() - none.mean() if teacher.size else float("nan")
-    noise = NOISE * np.sqrt(sum(values.var(ddof=1) for values in (none, teacher) if values.size > 1))
+    noise = NOISE * np.sqrt(
+        sum(values.var(ddof=1) for values in (none, teacher) if values.size > 1)
+    )
     ahead = gap if METRICS[metric].better == "higher" else -gap
     if not (ahead >= least_gap(metric) and ahead > noise):
         return float("nan"), float("nan")
@@ -215,23 +275,28 @@ def gap_closed(
 
 
 def least_gap(metric: str) -> float:
-    """Return by how much a teacher must at least be better than the plain student, in the unit of the metric."""
+    """Return by how much a teacher must at least be better than the plain student, in the unit of
+    the metric.
+    """
     return LEAST_GAPS.get(metric, LEAST_GAP)
 
 
 def image_p(difference: Sequence[float]) -> float:
-    """Two-sided p of the Wilcoxon signed-rank test that paired differences, one per image, are symmetric about 0.
+    """Two-sided p of the Wilcoxon signed-rank test that paired differences, one per image, are
+    symmetric about 0.
 
     One image alone says nothing: NaN.
     """
     if len(difference) < 2:
         return float("nan")
-    difference = np.round(difference, 12)  # equal values must be equal after averaging over seeds too
+    # equal values must be equal after averaging over seeds too
+    difference = np.round(difference, 12)
     return float(stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
 
 
 def seed_p(difference: Sequence[float]) -> float:
-    """Two-sided p of the t test that paired differences, one per seed, have mean 0: would other seeds show the same?
+    """Two-sided p of the t test that paired differences, one per seed, have mean 0: would other
+    seeds show the same?
 
     One seed alone says nothing: NaN.
     """
@@ -245,10 +310,11 @@ def seed_p(difference: Sequence[float]) -> float:
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Correct the p of several tests so that one false alarm among all of them is as rare as in one test.
+    """Correct the p of several tests so that one false alarm among all of them is as rare as in one
+    test.
 
-    Holm 1979, Scandinavian Journal of Statistics 6: the k-th smallest of n is multiplied by n + 1 - k, and none gets smaller
-    than one before it. NaN is no test.
+    Holm 1979, Scandinavian Journal of Statistics 6: the k-th smallest of n is multiplied by n + 1 -
+    k, and none gets smaller than one before it. NaN is no test.
 
     >>> holm([0.01, 0.04, 0.03, float("nan")]).tolist()
     [0.03, 0.06, 0.06, nan]
@@ -261,7 +327,9 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float(
+        "nan"
+    )
 
 
 def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
@@ -272,20 +340,25 @@ def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
         reference: usually the student trained without distillation.
 
     Returns:
-        Columns `COMPARISON_COLUMNS`. `difference` (method - reference) and `gap_closed` (see there; the teacher is the one that
-        the method learned from, the mean over its seeds) are means over the seeds that both have, with standard deviations of
-        the pairs. `p_images` is `image_p` of the per-image differences averaged over these seeds, `p_seeds` is `seed_p` of
-        the per-seed differences averaged over images; `..._holm` is corrected for the methods that are compared with the
-        same student, those of an ablation among themselves.
+        Columns `COMPARISON_COLUMNS`. `difference` (method - reference) and `gap_closed` (see there;
+        the teacher is the one that the method learned from, the mean over its seeds) are means over
+        the seeds that both have, with standard deviations of the pairs. `p_images` is `image_p` of
+        the per-image differences averaged over these seeds, `p_seeds` is `seed_p` of the per-seed
+        differences averaged over images; `..._holm` is corrected for the methods that are compared
+        with the same student, those of an ablation among themselves.
     """
     metrics = meant(metrics)
     metrics = metrics[metrics["metric"].isin(METRICS)]
     teachers = metrics[metrics["method"] == TEACHER]
     first = teachers.groupby("dataset")["network"].first()
-    goals = per_seed(teachers).groupby(["dataset", "network", "segmenter", "metric"])["value"].agg(list)
+    goals = (
+        per_seed(teachers).groupby(["dataset", "network", "segmenter", "metric"])["value"].agg(list)
+    )
     keys = ["dataset", "network", "segmenter", "metric"]
     rows = []
-    for (dataset, student, segmenter, metric), block in metrics[metrics["method"] != TEACHER].groupby(keys, sort=False):
+    for (dataset, student, segmenter, metric), block in metrics[
+        metrics["method"] != TEACHER
+    ].groupby(keys, sort=False):
         values = {
             method: runs.pivot(index="sample", columns="seed", values="value")
             for method, runs in block.groupby("method", sort=False)
@@ -295,14 +368,18 @@ def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
             seeds = table.columns.intersection(base.columns)
             if len(seeds) == 0:
                 continue
-            goal = goals.get((dataset, named_teacher(method) or first.get(dataset), segmenter, metric), ())
+            goal = goals.get(
+                (dataset, named_teacher(method) or first.get(dataset), segmenter, metric), ()
+            )
             share = gap_closed(table[seeds].mean(), base[seeds].mean(), goal, metric)
             pairs = table[seeds] - base[seeds]
             tests = image_p(pairs.mean(axis=1)), float("nan"), seed_p(pairs.mean()), float("nan")
             numbers = (*_mean_std(pairs.mean()), *share, *tests, len(seeds), len(pairs))
             rows.append((dataset, student, method, segmenter, metric, *numbers))
     out = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
-    family = [out[key] for key in ("dataset", "student", "segmenter", "metric")] + [out["method"].map(ablation_of)]
+    family = [out[key] for key in ("dataset", "student", "segmenter", "metric")] + [
+        out["method"].map(ablation_of)
+    ]
     for test in ("p_images", "p_seeds") if rows else ():
         out[f"{test}_holm"] = out.groupby(family)[test].transform(holm)
     return out

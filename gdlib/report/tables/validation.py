@@ -1,4 +1,6 @@
-"""Scores on validation images, out of the headers of weights: what weights of losses are chosen by, far from any test image."""
+"""Scores on validation images, out of the headers of weights: what weights of losses are chosen by,
+far from any test image.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,8 @@ def write(
     main: Mapping[str, str],
     ablations: Mapping[str, str],
 ) -> None:
-    """Collect the validation scores of trained networks, and say which value of each ablation is the best.
+    """Collect the validation scores of trained networks, and say which value of each ablation is
+    the best.
 
     Args:
         weights: of all runs of a study.
@@ -31,25 +34,36 @@ def write(
         run = header["run"]
         key = run["dataset"], run["network"], run["method"]
         for segmenter, scores in header["validation"].items():
-            rows += [(*key, run["seed"], segmenter, metric, value) for metric, value in scores.items()]
+            rows += [
+                (*key, run["seed"], segmenter, metric, value) for metric, value in scores.items()
+            ]
         first = header["validation"][run["segmenters"][0]]
         seen.setdefault(key, []).append(worth(first, main[run["dataset"]]))
-    io.write_rows(csv, ("dataset", "network", "method", "seed", "segmenter", "metric", "value"), rows)
+    io.write_rows(
+        csv, ("dataset", "network", "method", "seed", "segmenter", "metric", "value"), rows
+    )
 
     means = {key: fmean(values) for key, values in seen.items()}
     lines = [
-        "Scores on the validation split, less what was found in images without objects, means over seeds; in bold the best of "
+        "Scores on the validation split, less what was found in images without objects, means over "
+        "seeds; in bold the best of "
         "each row.",
         "",
     ]
     for dataset, network in dict.fromkeys(key[:2] for key in means):
-        own = {method: value for (d, n, method), value in means.items() if (d, n) == (dataset, network)}
+        own = {
+            method: value for (d, n, method), value in means.items() if (d, n) == (dataset, network)
+        }
         metric = main[dataset]
         title = f"{METRICS[metric].title} of {network} on {dataset}"
-        groups = {name: {m: v for m, v in own.items() if m.startswith(f"{name}=")} for name in ablations}
+        groups = {
+            name: {m: v for m, v in own.items() if m.startswith(f"{name}=")} for name in ablations
+        }
         varied = {method for group in groups.values() for method in group}
         lines += [f"| {title} | |", "|---|---|"]
-        lines += [f"| {method} | {value:.3f} |" for method, value in own.items() if method not in varied]
+        lines += [
+            f"| {method} | {value:.3f} |" for method, value in own.items() if method not in varied
+        ]
         for name, group in groups.items():
             best = None
             for method, value in group.items():
