@@ -1,4 +1,4 @@
-"""Benchmarks of `gdlib bench`, one file per group: the cases, and a plain implementation of the
+"""Benchmarks of `python -m benchmarks`, one file per group: the cases, and a plain implementation of the
 same to measure against.
 
 A reference does what a careful reader of the paper, or of a library's manual, would write first:

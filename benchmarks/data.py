@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from benchmarks.bench import Bench
 from benchmarks.scenes import bare_step, spec, trainings
 from gdlib import io
-from gdlib.bench import Bench
 from gdlib.config import RunSpec
 from gdlib.data.augment import sampling_grid
 from gdlib.data.patches import PatchSampler

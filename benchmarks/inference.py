@@ -13,10 +13,10 @@ import numpy as np
 import tifffile
 import torch
 
+from benchmarks.bench import Bench, synchronise
 from benchmarks.scenes import NETWORKS, OFFSETS, folder, roof, samples
 from benchmarks.train import train
 from gdlib import io
-from gdlib.bench import Bench, synchronise
 from gdlib.cli import main
 from gdlib.data.files import read_image
 from gdlib.models import build

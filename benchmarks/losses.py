@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.bench import Bench
 from benchmarks.scenes import OFFSETS, bare_step, blobs, embeddings
-from gdlib.bench import Bench
 from gdlib.distill import Distiller, build_term
 from gdlib.distill.bank import MemoryBank
 from gdlib.types import Batch, Embedding

@@ -55,8 +55,7 @@ def main() -> None:
             row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         print(
             f"{shape:>15} {row['image']:10.0f} {row['prediction']:15.0f} {row['seconds']:8.0f} "
-            f"{row['peak']:9.0f} "
-            f"{row['growth']:11.0f}",
+            f"{row['peak']:9.0f} {row['growth']:11.0f}",
             flush=True,
         )
 

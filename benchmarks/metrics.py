@@ -5,8 +5,8 @@ objects.
 import numpy as np
 from skimage.metrics import adapted_rand_error, variation_of_information
 
+from benchmarks.bench import Bench
 from benchmarks.scenes import blobs, spoiled, tiled
-from gdlib.bench import Bench
 from gdlib.evaluate.metrics import evaluate
 
 Scores = dict[str, float]

@@ -1,4 +1,4 @@
-"""`docs/performance.md` and its figure, from the JSON file of `gdlib bench`."""
+"""`docs/performance.md` and its figure, from the JSON file of `python -m benchmarks`."""
 
 import math
 import re
@@ -26,7 +26,7 @@ TITLES = {
 INTRODUCTION = """\
 # Performance
 
-Made by `gdlib bench page --json docs/{source}` from what `gdlib bench {command} --json docs/{source}`
+Made by `python -m benchmarks page --json docs/{source}` from what `python -m benchmarks {command} --json docs/{source}`
 measured, on each of these machines:
 
 {machines}
@@ -36,7 +36,7 @@ quartiles in brackets; memory is what a call takes on top of what was held befor
 than times. A processor without units for bfloat16 computes in float32; `--precision float32` measures that on one that has them.
 {smaller}"""
 MISSING = "not measured yet"
-Machine = dict[str, Any]  # what `gdlib.bench.measure` returns
+Machine = dict[str, Any]  # what `benchmarks.bench.measure` returns
 Machines = Sequence[Machine]
 
 
@@ -282,7 +282,9 @@ def files(target: Path) -> tuple[Path, Path]:
 
 def is_page(target: Path) -> bool:
     """Was this page made here?"""
-    return target.is_file() and "\nMade by `gdlib bench page" in target.read_text(errors="replace")
+    return target.is_file() and "\nMade by `python -m benchmarks page" in target.read_text(
+        errors="replace"
+    )
 
 
 def draw(machines: Machines, names: Sequence[str], stem: Path) -> Path:

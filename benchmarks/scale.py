@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.bench import Bench, slope, synchronise, with_peak
 from benchmarks.losses import TERMS, Ours, Scene
 from benchmarks.scenes import NETWORKS, OFFSETS, bare_step, blobs, spoiled
 from benchmarks.segmentation import predictions
-from gdlib.bench import Bench, slope, synchronise, with_peak
 from gdlib.evaluate.metrics import evaluate
 from gdlib.models import build
 from gdlib.predict.predictor import Predictor

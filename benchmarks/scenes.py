@@ -14,8 +14,8 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from benchmarks.bench import Bench
 from gdlib import io
-from gdlib.bench import Bench
 from gdlib.config import RunSpec
 from gdlib.registry import SOURCES
 

@@ -12,9 +12,9 @@ from scipy.ndimage import gaussian_filter
 from skimage.morphology import remove_small_objects
 from skimage.segmentation import relabel_sequential
 
+from benchmarks.bench import Bench
 from benchmarks.scenes import OFFSETS, blobs
 from gdlib import kernels
-from gdlib.bench import Bench
 from gdlib.evaluate import metrics
 from gdlib.segment.parameters import defaults
 from gdlib.segment.segmenters import segment

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from benchmarks.bench import Bench
 from benchmarks.scenes import OFFSETS, blobs
 from gdlib import kernels
-from gdlib.bench import Bench
 
 Arrays = tuple[np.ndarray, ...]
 

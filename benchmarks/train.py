@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.bench import Bench, synchronise
 from benchmarks.scenes import bare_step, folder, roof, spec, trainings
-from gdlib.bench import Bench, synchronise
 from gdlib.cli import process
 from gdlib.distill import Term, Truth, View
 

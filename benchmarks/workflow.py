@@ -4,7 +4,7 @@ import ast
 import subprocess
 import sys
 
-from gdlib.bench import FOLDER, Bench
+from benchmarks.bench import FOLDER, Bench
 from gdlib.cli import steps
 
 

@@ -137,8 +137,8 @@ class Model:
         if not known or len(axes) != image.ndim:
             raise DataError(
                 f"an image of shape {image.shape} does not have the axes {axes}: give a letter of "
-                "TCZYX for each axis, once, "
-                f"with {' and '.join(own)} among them, as in axes={f'C{own}'!r}"
+                f"TCZYX for each axis, once, with {' and '.join(own)} among them, as in "
+                f"axes={f'C{own}'!r}"
             )
         if "C" not in axes:
             image, axes = image[None], f"C{axes}"
@@ -148,9 +148,8 @@ class Model:
         if found != channels:
             raise DataError(
                 f"an image of shape {image.shape}, axes {''.join(wanted)}, has {found} channel(s), "
-                "and the network "
-                f"{self.path.stem} wants {channels}: choose which, as in image[0], or say which "
-                "axis is which by `axes`"
+                f"and the network {self.path.stem} wants {channels}: choose which, as in image[0], "
+                "or say which axis is which by `axes`"
             )
         return image
 

@@ -1,4 +1,4 @@
-"""`gdlib bench` at its smallest: every plain implementation agrees with ours.
+"""`python -m benchmarks` at its smallest: every plain implementation agrees with ours.
 
 The JSON file and the page say what was found.
 """
@@ -10,9 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from gdlib import bench
-from gdlib.bench import GROUPS, Bench, measure, merged, slope, with_peak
-from gdlib.cli import main
+from benchmarks import bench
+from benchmarks.bench import GROUPS, Bench, command, measure, merged, slope, with_peak
 
 KEYS = {
     "group",
@@ -120,15 +119,14 @@ def test_the_page_tells_it_all(found, tmp_path, capsys):
     """From the file alone, by the command, and again with the same bytes."""
     source = tmp_path / "performance.json"
     source.write_text(json.dumps({"machines": [found]}))
-    command = [
-        "bench",
+    arguments = [
         "page",
         "--json",
         str(source),
         "--markdown",
         str(tmp_path / "performance.md"),
     ]
-    assert main.main(command) == 0
+    assert command(arguments) == 0
     page = (tmp_path / "performance.md").read_text()
     for result in found["results"]:
         assert f"| {result['name']} |" in page
@@ -137,14 +135,14 @@ def test_the_page_tells_it_all(found, tmp_path, capsys):
     assert page.count("not met") == sum(not target["met"] for target in found["targets"])
     assert "](figures/performance.png)" in page
     picture = (tmp_path / "figures" / "performance.png").read_bytes()
-    assert main.main(command) == 0
+    assert command(arguments) == 0
     assert (tmp_path / "performance.md").read_text() == page
     assert (tmp_path / "figures" / "performance.png").read_bytes() == picture
 
 
 def test_one_group_by_the_command(tmp_path, capsys):
     path = tmp_path / "targets.json"
-    assert main.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 0
+    assert command(["targets", "--size", "tiny", "--json", str(path)]) == 0
     (machine,) = json.loads(path.read_text())["machines"]
     assert (
         {result["group"] for result in machine["results"]} == set(machine["loads"]) == {"targets"}
@@ -246,7 +244,7 @@ def test_nothing_is_measured_for_a_file_that_cannot_take_it(
     path.write_text(content)
     capsys.readouterr()
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it was measured"))
-    assert main.main(["bench", "targets", "--size", "tiny", "--json", str(path)]) == 1
+    assert command(["targets", "--size", "tiny", "--json", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"gdlib: error: {path}")
     assert error.count("\n") == 1
@@ -282,7 +280,7 @@ def test_a_file_that_is_none(tmp_path, capsys, content, message):
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content)
-    assert main.main(["bench", "page", "--json", str(path)]) == 1
+    assert command(["page", "--json", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("gdlib: error:")
     assert error.count("\n") == 1
@@ -292,7 +290,7 @@ def test_a_file_that_is_none(tmp_path, capsys, content, message):
 
 def test_without_the_folder_it_says_where_it_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "benchmarks")
-    assert main.main(["bench", "all", "--json", str(tmp_path / "x.json")]) == 1
+    assert command(["all", "--json", str(tmp_path / "x.json")]) == 1
     error = capsys.readouterr().err
     assert "source repository" in error
     assert error.count("\n") == 1

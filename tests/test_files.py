@@ -96,8 +96,7 @@ def spread(path, planes, *, pages, own=0, images=1, name=None, uuid=True):
             k += 1
         blocks.append(
             f'<Image ID="Image:{image}"><Pixels DimensionOrder="XYZCT" Type="uint8" '
-            f'SizeX="{SIZE[1]}" SizeY="{SIZE[0]}" '
-            f'SizeZ="{planes}" SizeC="1" SizeT="1"><Channel '
+            f'SizeX="{SIZE[1]}" SizeY="{SIZE[0]}" SizeZ="{planes}" SizeC="1" SizeT="1"><Channel '
             f'SamplesPerPixel="1"/>{"".join(lines)}</Pixels></Image>'
         )
     own_uuid = f'UUID="urn:uuid:{own}" ' * uuid

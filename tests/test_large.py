@@ -116,8 +116,7 @@ def test_what_is_free_here():
     assert memory.resident() < memory.budget() < memory.resident() + memory.available()
     limited = (
         f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({GIB}, {GIB})); from "
-        "gdlib.volumes import memory; "
-        "print(memory.available())"
+        "gdlib.volumes import memory; print(memory.available())"
     )
     done = subprocess.run(
         [sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True, check=True

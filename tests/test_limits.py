@@ -175,7 +175,6 @@ ARGUMENTS += [
     (command, "--threads", text, "a whole number from 1 to 1024")
     for command in (
         "segment",
-        "bench",
         "step train",
         "step predict",
         "step segment",
@@ -187,9 +186,6 @@ ARGUMENTS += [
 ARGUMENTS += [
     ("models", "--shape", "0", "a whole number of at least 1 (got 0)"),
     ("segment", "--set", "stride=two", '"stride=two" is not NAME=NUMBER'),
-    ("tensorboard", "--every", "0", "a number above 0 (got 0)"),
-    ("tensorboard", "--every", "-3", "a number above 0"),
-    ("tensorboard", "--every", "nan", "a number above 0"),
     ("step train", "--max-seconds", "-1", "a number of at least 0"),
     ("step train", "--spec", "{", "must be JSON"),
     ("step train", "--spec", "[1]", "must be a valid dictionary"),

@@ -17,10 +17,10 @@ import pytest
 import tifffile
 from test_cli import ROOT, own_environment, refusal, run, segment_command, volume, volume_model  # noqa: F401
 
+from benchmarks.bench import command
 from gdlib import io
 from gdlib.cli.main import _parser
 from gdlib.io import outputs
-from gdlib.tensorboard import EVENTS
 from gdlib.volumes.grid import options
 
 PRECIOUS = "the only copy"
@@ -273,7 +273,7 @@ def test_every_command_that_writes_is_in_these_tests():
             "models",
             "schema",
         )
-        assert ("--overwrite" in flags) == (bool(writes) and name != "tensorboard"), name
+        assert ("--overwrite" in flags) == (bool(writes)), name
 
 
 def test_own_files_of_steps_are_replaced(splits, volume_model, tmp_path):
@@ -332,32 +332,28 @@ def test_a_study_of_a_volume_does_not_replace_files(volume, volume_model, tmp_pa
         options(config | {"input": f"{tmp_path}/labels.h5:volumes/raw", "out": str(tmp_path)})
 
 
-def test_bench_and_tensorboard_do_not_replace_files(refusal, tmp_path):
+def test_benchmarks_do_not_replace_files(capsys, tmp_path):
+    def refused(*arguments):
+        assert command([str(argument) for argument in arguments]) == 1
+        return capsys.readouterr().err
+
     out = tmp_path / "out.json"
     out.write_text(PRECIOUS)
     for arguments in (
         ["losses", "--json", out],
         ["losses", "--json", tmp_path / "new.json", "--markdown", out],
     ):
-        assert f"{out} is there already" in refusal("bench", *arguments)
-    assert f"{out}: it is an input" in refusal(
-        "bench", "page", "--json", out, "--markdown", out, "--overwrite"
+        assert f"{out} is there already" in refused(*arguments)
+    assert f"{out}: it is an input" in refused(
+        "page", "--json", out, "--markdown", out, "--overwrite"
     )
     figure = tmp_path / "figures" / "page.png"
     figure.parent.mkdir()
     figure.write_text(PRECIOUS)
-    assert f"{figure} is there already" in refusal(
-        "bench", "page", "--json", out, "--markdown", tmp_path / "page.md"
-    )
-    history = tmp_path / "study" / "runs" / "a" / "history.csv"
-    io.write_rows(history, io.HISTORY_COLUMNS, [(1, "train", "loss", 0.5)])
-    events = tmp_path / "events" / "a" / EVENTS
-    events.parent.mkdir(parents=True)
-    events.write_text(PRECIOUS)
-    assert f"{events}: it is there already" in refusal(
-        "tensorboard", tmp_path / "study", "--out", tmp_path / "events"
-    )
-    assert {out.read_text(), figure.read_text(), events.read_text()} == {PRECIOUS}
+    page = ["page", "--json", out, "--markdown", tmp_path / "page.md"]
+    assert f"{figure} is there already" in refused(*page)
+    assert "make its folder writable" in refused("losses", "--json", "/sys/kernel/new/a.json")
+    assert {out.read_text(), figure.read_text()} == {PRECIOUS}
 
 
 def test_what_is_where_a_download_would_wait_is_not_deleted(tmp_path):
@@ -394,7 +390,6 @@ def test_where_nothing_can_be_written_is_told_before_the_work(
     ):
         assert cause in refusal(*segment_command(teacher, out, image, block=16))
         assert cause in refusal("evaluate", label, label, "--out", f"{out}/scores.csv")
-    assert cause in refusal("bench", "losses", "--json", f"{out}/a.json")
     assert sorted(path.name for path in folder.iterdir()) == ["images", "labels"]
 
 

@@ -239,7 +239,7 @@ def files(tmp_path_factory):
         "data": root / "test.h5",
     }
     inputs |= {"segmentations": segmentations, "predictions": predictions}
-    text = lambda one: [str(p) for p in one] if isinstance(one, list) else str(one)  # noqa: E731
+    text = lambda one: [str(p) for p in one] if isinstance(one, list) else str(one)
     inputs = {key: text(value) for key, value in inputs.items()}
     of_volumes = inputs | {"data": text(root / "volumes.h5"), "segmentations": text(cubes)}
     own_inputs = {

@@ -763,9 +763,8 @@ def test_threads_do_not_disturb_each_other():
 def test_a_missing_package_is_one_clear_sentence():
     code = (
         "import sys; sys.modules['waterz'] = None; import numpy as np; from "
-        "gdlib.segment.segmenters import segment;"
-        "a = np.ones((2, 20, 20), np.float32); segment(a, a[0], [(-1, 0), (0, -1)], 'multicut');"
-        "segment(a, a[0], [(-1, 0), (0, -1)], 'waterz')"
+        "gdlib.segment.segmenters import segment;a = np.ones((2, 20, 20), np.float32); segment(a, "
+        "a[0], [(-1, 0), (0, -1)], 'multicut');segment(a, a[0], [(-1, 0), (0, -1)], 'waterz')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1

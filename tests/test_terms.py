@@ -602,7 +602,7 @@ def test_gradient_is_that_of_the_value(name, kind):
         student.requires_grad_()
         assert torch.autograd.gradcheck(
             lambda s: loss(name, s, teacher, label), student, fast_mode=True
-        )  # noqa: B023
+        )
 
 
 @pytest.mark.parametrize(
@@ -617,7 +617,7 @@ def test_every_entry_of_the_gradient(name):
         student, teacher, label = case(2, kind, (4, 5))
         assert torch.autograd.gradcheck(
             lambda s: loss(name, s, teacher, label), student.requires_grad_()
-        )  # noqa: B023
+        )
 
 
 def test_gradient_of_the_foreground():

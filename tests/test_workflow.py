@@ -107,7 +107,7 @@ def smoke(tmp_path_factory) -> Path:
         if not folder.exists():
             unneeded = lambda path, names: [
                 n for n in names if Path(path) == ROOT and n not in PARTS
-            ]  # noqa: E731
+            ]
             shutil.copytree(ROOT, folder / "repository", ignore=unneeded)
             result = snakemake(
                 folder / "repository", folder / "work", "--cores", "all", "--config", "study=smoke"

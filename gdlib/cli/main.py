@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from gdlib import __version__, devices, io
-from gdlib.bench import add_bench
 from gdlib.cli.segment import add_segment, is_hdf5
 from gdlib.cli.steps import add_steps
 from gdlib.config.page import add_schema
 from gdlib.io import failures, outputs
 from gdlib.limits import Count, argument, place
 from gdlib.segment.parameters import main_segmenter
-from gdlib.tensorboard import add_tensorboard
 
 EXAMPLES = """examples:
   gdlib segment images/ --model weights.safetensors --out found/
@@ -31,10 +29,15 @@ EXAMPLES = """examples:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; a mistake of the user is one line on stderr and exit status 1."""
+def main(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
+    """Run one command; a mistake of the user is one line on stderr and exit status 1.
+
+    Args:
+        argv: what is given to it, by default that of this process.
+        parser: of another program than `gdlib`, whose `function` gets the arguments.
+    """
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = (parser or _parser()).parse_args(argv)
         if getattr(arguments, "threads", None):
             # Before torch and BLAS are imported, which read them once; of two, the special one
             # would win.
@@ -88,12 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         help="compare segmentations with the ground truth",
         description="Compare label images with ground truth of the same file name; every metric "
-        "for every image, as CSV. "
-        "The means are over the images with objects; those without have a row of means of their "
-        "own, "
-        "for all that their metrics tell is whether anything was found. If an image cannot be "
-        "compared, its row is empty, "
-        "there are no means, and the exit status is 1. " + _metric_help(),
+        "for every image, as CSV. The means are over the images with objects; those "
+        "without have a row of means of their own, for all that their metrics tell is "
+        "whether anything was found. If an image cannot be compared, its row is "
+        "empty, there are no means, and the exit status is 1. " + _metric_help(),
         formatter_class=raw,
     )
     evaluate.add_argument(
@@ -146,9 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="look for mistakes in a configuration",
         description="Read a catalogue, and files that change it as `snakemake --configfile` takes "
-        "them, and tell the first "
-        "mistake: what is no YAML, a key that is written twice, wrong names, values out of their "
-        "range.",
+        "them, and tell the first mistake: what is no YAML, a key that is written "
+        "twice, wrong names, values out of their range.",
     )
     check.add_argument(
         "files", nargs="*", type=place, metavar="FILE", help="your own, e.g. mycells.yaml"
@@ -165,10 +165,10 @@ def _parser() -> argparse.ArgumentParser:
         "download",
         help="fetch public data sets",
         description="Fetch data sets of a catalogue from their official addresses, each into a "
-        "folder of its own that is "
-        "complete or does not exist. A transfer that was stopped goes on when the same command is "
-        "given again; what is there "
-        "is not fetched again. For data that cannot be downloaded freely, say how to get them.",
+        "folder of its own that is complete or does not exist. A transfer that was "
+        "stopped goes on when the same command is given again; what is there is not "
+        "fetched again. For data that cannot be downloaded freely, say how to get "
+        "them.",
     )
     download.add_argument("names", nargs="+", metavar="NAME", help="dataset of the catalogue")
     download.add_argument(
@@ -185,9 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     download.set_defaults(function=_download)
 
-    add_bench(commands)
     add_schema(commands)
-    add_tensorboard(commands)
     add_steps(commands)
     return parser
 
@@ -229,8 +227,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if not labels.keys() & segmentations.keys():
         raise io.DataError(
             f"no name of {arguments.labels} ({next(iter(labels))}, ...) is one of "
-            f"{arguments.segmentations} "
-            f"({next(iter(segmentations))}, ...); give the images of both the same names"
+            f"{arguments.segmentations} ({next(iter(segmentations))}, ...); give the images of "
+            "both the same names"
         )
     if arguments.out:
         inputs = [split_h5_path(path)[0] for path in (*labels.values(), *segmentations.values())]
@@ -323,14 +321,13 @@ def _about(header: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "input",
             f"{header['channels']} channel(s), {ndim}D, percentiles "
-            f"{header['normalisation']['lower']} to "
-            f"{header['normalisation']['upper']} become 0 to 1{_floor(header['normalisation'])}",
+            f"{header['normalisation']['lower']} to {header['normalisation']['upper']} become 0 to "
+            f"1{_floor(header['normalisation'])}",
         ),
         (
             "trained on",
             f"{run['dataset']}, {run['recipe']['steps']} steps of {run['recipe']['batch_size']} "
-            "patches of "
-            f"{'x'.join(map(str, run['recipe']['patch']))} pixels, seed {run['seed']}",
+            f"patches of {'x'.join(map(str, run['recipe']['patch']))} pixels, seed {run['seed']}",
         ),
         ("weights of", f"step {header['step']}, the best on the validation images"),
         ("method", f"{run['method']}" + (f": supervised + {' + '.join(terms)}" if terms else "")),
@@ -362,8 +359,7 @@ def _catalogue(*paths: Path) -> Any:
     if not paths[0].is_file():
         raise io.DataError(
             f"{paths[0]}: there is no such file here; run the command in the folder of the source "
-            "repository, or name a "
-            "catalogue with --config"
+            "repository, or name a catalogue with --config"
         )
     return load(*paths)
 

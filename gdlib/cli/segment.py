@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 
 from gdlib import io
-from gdlib.cli.steps import BLOCK_HELP
 from gdlib.io import outputs
 from gdlib.io.failures import Failures, is_lack_of_memory
 from gdlib.limits import Positive, Threads, argument, number, place, sides
 from gdlib.segment.parameters import chosen
 from gdlib.volumes import memory
 from gdlib.volumes.grid import CHUNK
+
+BLOCK_HELP = (
+    "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster "
+    "where there is memory for it, the result is the same (default: 1024 in 2D, 32x256x256 in 3D)"
+)
 
 
 def add_segment(commands: argparse._SubParsersAction) -> None:
@@ -30,15 +34,13 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "segment",
         help="find the objects in images",
         description="Segment images and volumes of any size with trained weights. Every image "
-        "gives one file of the same name "
-        "in the output folder, with 32-bit labels: 0 = background, 1, 2, ... = objects. PNG and "
-        "TIFF give TIFF, which opens in "
-        "napari and Fiji; a dataset of an HDF5 file gives a dataset of the same name in an HDF5 "
-        "file, whose other datasets stay. "
-        "Labels that are there already are replaced if they were made of the same image by this "
-        "command, others never "
-        "without --overwrite. A volume that was stopped half-way goes on from there when the same "
-        "command is given again.",
+        "gives one file of the same name in the output folder, with 32-bit labels: 0 "
+        "= background, 1, 2, ... = objects. PNG and TIFF give TIFF, which opens in "
+        "napari and Fiji; a dataset of an HDF5 file gives a dataset of the same name "
+        "in an HDF5 file, whose other datasets stay. Labels that are there already "
+        "are replaced if they were made of the same image by this command, others "
+        "never without --overwrite. A volume that was stopped half-way goes on from "
+        "there when the same command is given again.",
     )
     segment.add_argument(
         "images",
@@ -74,8 +76,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         type=argument(Positive),
         metavar="GIB",
         help="how much of it may be used; an image that may need more is segmented in blocks, see "
-        "docs/volumes.md (default: what "
-        "is there, and four fifths of what is free)",
+        "docs/volumes.md (default: what is there, and four fifths of what is free)",
     )
     segment.add_argument(
         "--segmenter",
@@ -92,8 +93,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="any other parameter of the segmenter, e.g. threshold=0.4 of waterz, beta=0.6 of "
-        "multicut, stride=4 of "
-        "mutex_watershed; may be repeated",
+        "multicut, stride=4 of mutex_watershed; may be repeated",
     )
     segment.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     segment.set_defaults(function=_segment)

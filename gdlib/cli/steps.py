@@ -11,6 +11,7 @@ from typing import Any
 
 from gdlib import io
 from gdlib.cli import process
+from gdlib.cli.segment import BLOCK_HELP
 from gdlib.cli.volume_steps import add_volume_steps
 from gdlib.config.mistakes import within
 from gdlib.io import outputs
@@ -20,11 +21,6 @@ from gdlib.segment.parameters import checked, is_masked
 
 BASELINE_COLUMNS = ("dataset", "split", "baseline", "sample", "metric", "value")
 INTERRUPTED = 75  # exit status of a training that was told to stop and can be resumed (EX_TEMPFAIL)
-BLOCK_HELP = (
-    "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster "
-    "where there is memory for "
-    "it, the result is the same (default: 1024 in 2D, 32x256x256 in 3D)"
-)
 
 
 def add_steps(commands: argparse._SubParsersAction) -> None:

@@ -303,8 +303,8 @@ def _segmenters() -> str:
     ]
     text = (
         "`datasets.<name>.segmentation.<segmenter>` fixes them on test images. Left out, they are "
-        "tuned on validation images, "
-        "starting from these values; `gdlib.segment.segmenters.segment` says what each does."
+        "tuned on validation images, starting from these values; "
+        "`gdlib.segment.segmenters.segment` says what each does."
     )
     return text + "\n\n" + _table(("segmenter", "parameter", "value", "in 2D", "in 3D"), rows)
 

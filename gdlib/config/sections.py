@@ -46,9 +46,9 @@ class Entry(Section):
     like: str | None = Field(
         None,
         exclude=True,
-        description="another one of the same kind, of which this one has all keys that it does not "
-        "change; options of another "
-        "source or model, and downloads of another folder, are not taken over",
+        description="another one of the same kind, of which this one has all keys that it does "
+        "not change; options of another source or model, and downloads of another "
+        "folder, are not taken over",
     )
 
     @model_validator(mode="after")
@@ -71,9 +71,8 @@ class Normalisation(Section):
         gt=0,
         le=1,
         description="part of this range that noise alone may fill: without objects, an image is "
-        "not stretched further; images as "
-        "noisy as those of the training stay as they are; 1 for no limit, and so where "
-        "`targets.background_connected` is off",
+        "not stretched further; images as noisy as those of the training stay as they "
+        "are; 1 for no limit, and so where `targets.background_connected` is off",
     )
 
     @model_validator(mode="after")
@@ -189,9 +188,8 @@ class Term(Section):
     memory: bool = Field(False, description="compare with other images through the memory bank")
     level: str | Names | None = Field(
         None,
-        description="feature map that is compared, by its name in both networks, or several names, "
-        "the first that both have; "
-        "else the embedding",
+        description="feature map that is compared, by its name in both networks, or several "
+        "names, the first that both have; else the embedding",
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of the term")
 
@@ -329,8 +327,7 @@ class Augment(Section):
         ge=0,
         le=1,
         description="probability that a patch shows noise and no object, as empty fields do; 0 "
-        "where "
-        "`targets.background_connected` is off",
+        "where `targets.background_connected` is off",
     )
     sections: Sections = Field(Sections(), description="of each section of a volume")
 
@@ -385,8 +382,8 @@ class Recipe(Entry):
     teacher: Literal["maps", "online"] = Field(
         "maps",
         description="how students learn what it says. maps: it is asked once about every whole "
-        "training image, for all students, "
-        "and patches are cut from that; online: about every patch of every step, as in the paper",
+        "training image, for all students, and patches are cut from that; online: "
+        "about every patch of every step, as in the paper",
     )
     validate_every: int = Field(gt=0, description="steps between validations")
     validate_images: int = Field(
@@ -437,8 +434,7 @@ class Study(Entry):
         if isinstance(value, dict) and "teacher_cache" in value:
             raise ValueError(
                 "`teacher_cache` is no more: a teacher is asked once about every training image, "
-                "and each step draws fresh "
-                "patches; leave the key out"
+                "and each step draws fresh patches; leave the key out"
             )
         return value
 

@@ -25,9 +25,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from gdlib import __version__, io
-from gdlib.config.sections import RemoteFile
 from gdlib.io.failures import DataError
 from gdlib.progress import Bar
 
@@ -50,6 +50,30 @@ BROKEN = (
     ssl.SSLError,
 )
 JUNK = ("__MACOSX", "Thumbs.db")  # which archivers leave in archives, as they do hidden files
+
+
+class RemoteFile(Protocol):
+    """A file to get; `gdlib.config.sections.RemoteFile` says what each means."""
+
+    @property
+    def url(self) -> str:
+        """Address; its end is the name of the file."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Checksum, if one is known."""
+
+    @property
+    def into(self) -> str | None:
+        """Folder that the archive is unpacked into."""
+
+    @property
+    def inside(self) -> str:
+        """Folder of the archive that alone is wanted."""
 
 
 def download(
@@ -159,8 +183,7 @@ def fetch(
         part.remove()
         raise DataError(
             f"{url}: the file has the sha256 {found}, but it must be {sha256}; it was deleted: run "
-            "the command again, and if "
-            "that does not help, the file has changed at its source"
+            "the command again, and if that does not help, the file has changed at its source"
         )
     part.path.replace(path)
     part.remove()
@@ -179,8 +202,7 @@ def _complete(url: str, part: "_Part", attempts: int, pause: float) -> None:
             if error.code not in TRY_AGAIN:
                 raise DataError(
                     f"{url}: the server says {error.code} {error.reason}; find the file's new "
-                    "address and write it into "
-                    "`download` of the dataset"
+                    "address and write it into `download` of the dataset"
                 ) from None
             if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{part.size}":
                 return None  # stopped between the last byte and here

@@ -143,8 +143,8 @@ def read_image(
             what = "time" if name == "T" else f'"{name}"'
             raise DataError(
                 f"{path}: of its axes {axes} {array.shape} one is {what}, which is no depth; save "
-                "its parts as single "
-                "images, or, if it is depth, name it so (Z; in Fiji under Image > Properties)"
+                "its parts as single images, or, if it is depth, name it so (Z; in Fiji under "
+                "Image > Properties)"
             )
     found = [axis for axis, name in named if name in "SC"]
     if len(found) > 1:
@@ -271,9 +271,8 @@ def _check_filters(volume: h5py.Dataset) -> None:
             name = name.decode(errors="replace").split(";")[0] or "without a name"
             raise DataError(
                 f"{volume.file.filename}: the dataset {volume.name.strip('/')} was compressed with "
-                f"the filter {name} (number "
-                f"{number}), which is not installed; install the package hdf5plugin, or store it "
-                "with gzip"
+                f"the filter {name} (number {number}), which is not installed; install the package "
+                "hdf5plugin, or store it with gzip"
             )
 
 
@@ -325,8 +324,7 @@ def check_shapes(name: Path | str, image: Sequence[int], label: Sequence[int]) -
         order = ", ".join("zyx"[-len(image) :])
         raise DataError(
             f"{name}: the image is {image} pixels, its label {label}, the same axes in another "
-            "order; "
-            f"store both in the order {order}"
+            f"order; store both in the order {order}"
         )
     raise DataError(
         f"{name}: the image has {image} pixels, its label {label}; give both the same shape"
@@ -338,8 +336,7 @@ def check_label(name: Path | str, label: np.ndarray) -> None:
     if label.dtype == bool:
         raise DataError(
             f"{name}: the label has type bool, a mask; store it as integers, one number per "
-            "instance, or set the option "
-            "`label_regions: true` of the source `folder`"
+            "instance, or set the option `label_regions: true` of the source `folder`"
         )
     if not np.issubdtype(label.dtype, np.integer):
         kind = ", with fractions, as maps of probabilities have" * bool(
@@ -363,8 +360,7 @@ def check_sections(name: Path | str, start: int, stop: int, count: int) -> None:
     if not 0 <= start < stop <= count:
         raise DataError(
             f"{name}: there are {count} sections, so [{start}, {stop}] is no range of them; get "
-            "the whole volume, "
-            "or choose another range"
+            "the whole volume, or choose another range"
         )
 
 

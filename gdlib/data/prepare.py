@@ -121,8 +121,7 @@ def _senseless(source: str, options: Mapping[str, Any], seen: Sequence[sense.See
             sense.check_numbers(
                 seen,
                 f"set its option `{option}: true`, so that each region becomes an object (those "
-                "that touch become one), or to "
-                "false if the labels are right",
+                "that touch become one), or to false if the labels are right",
             )
         mend = f"the option `{option}: true` does so for regions that do not touch" * (
             options.get(option) is None
@@ -165,8 +164,7 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
     if any(side < least for side, least in zip(label.shape, min_size, strict=True)):
         raise DataError(
             f"{name}: the image of {label.shape} pixels is smaller than the patch "
-            f"{tuple(min_size)}; "
-            "choose a smaller patch or leave the image out"
+            f"{tuple(min_size)}; choose a smaller patch or leave the image out"
         )
     check_label(name, label)
     ignore = sample.ignore
@@ -175,8 +173,7 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
         if ignore.shape != label.shape or ignore.dtype != bool:
             raise DataError(
                 f"{name}: what to ignore is {ignore.shape} of type {ignore.dtype}; it must be "
-                "boolean and of the label's "
-                f"shape {label.shape}"
+                f"boolean and of the label's shape {label.shape}"
             )
         if ignore.all():
             raise DataError(f"{name}: every pixel is to be ignored; leave the image out")

@@ -176,8 +176,8 @@ def check_splits(seen: Sequence[Seen]) -> None:
             if other.split != first.split:
                 raise DataError(
                     f"{first.name} in split {first.split} and {other.name} in split {other.split} "
-                    "are the same image; take one "
-                    "of them out, or what is trained on would also be judged"
+                    "are the same image; take one of them out, or what is trained on would also "
+                    "be judged"
                 )
 
 
@@ -280,9 +280,8 @@ def warnings(seen: Sequence[Seen], mend: str) -> list[str]:
     tell(
         (one for one in compared if not one.fits),
         "the image does not differ where the objects of its label begin (it does in "
-        f"{sum(one.fits for one in compared)} of "
-        f"{len(compared)}); see whether this is the label of another image, shifted, turned or "
-        "mirrored",
+        f"{sum(one.fits for one in compared)} of {len(compared)}); see whether this is the label "
+        "of another image, shifted, turned or mirrored",
     )
     return said
 

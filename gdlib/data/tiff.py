@@ -67,8 +67,7 @@ def read_tiff(
         if inverted and indices:
             raise DataError(
                 f"{path}: the file says that 0 is white (WhiteIsZero), so that it is not clear "
-                "which number is the background; "
-                "save the label again with 0 as black"
+                "which number is the background; save the label again with 0 as black"
             )
         place = None if scratch is None or series.nbytes < MAPPED else _file(series, scratch)
         with reading(path):
@@ -132,8 +131,7 @@ def _only_series(path: Path, file: tifffile.TiffFile) -> tifffile.TiffPageSeries
         shapes = ", ".join(str(one.shape) for one in series[:10])
         raise DataError(
             f"{path}: there are {len(series)} images in this file, of {shapes} pixels; save each "
-            "that is wanted as a file of "
-            "its own"
+            "that is wanted as a file of its own"
         )
     return series[0]
 
@@ -144,10 +142,9 @@ def _check_complete(path: Path, file: tifffile.TiffFile, series: tifffile.TiffPa
     if not can_decode(int(page.compression), page.bitspersample):
         raise DataError(
             f"{path}: {page.bitspersample} bits with the compression "
-            f"{getattr(page.compression, 'name', page.compression)} "
-            "need the package imagecodecs; install it (it is the extra `tiff`), or save the image "
-            "again as PNG or "
-            "uncompressed TIFF"
+            f"{getattr(page.compression, 'name', page.compression)} need the package imagecodecs; "
+            "install it (it is the extra `tiff`), or save the image again as PNG or uncompressed "
+            "TIFF"
         )
     if series.dataoffset is not None:  # one piece, of which not every page is described
         if series.dataoffset + series.nbytes > size:
@@ -196,8 +193,7 @@ def _forget_other_files(path: Path, file: tifffile.TiffFile) -> None:
     ):
         raise DataError(
             f"{path}: what its {len(file.pages)} pages are is said in other files, or a part of "
-            "the image is in them, and no "
-            "other file is opened; save the image as one file"
+            "the image is in them, and no other file is opened; save the image as one file"
         )
     for image in images:
         if image not in whole:

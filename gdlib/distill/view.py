@@ -129,6 +129,6 @@ def check_comparable(student: Tensor, teacher: Tensor) -> None:
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
             f"pixel vectors of the student have length {student.shape[-1]}, those of the teacher "
-            f"{teacher.shape[-1]}: give both "
-            "the same embedding_dim, or use only intra-image agd and igd edges"
+            f"{teacher.shape[-1]}: give both the same embedding_dim, or use only intra-image agd "
+            "and igd edges"
         )

@@ -92,8 +92,7 @@ def h5_file(path: Path | str, mend: str = "move it away, and make it again") -> 
     if "already open for write" in cause:
         raise DataError(
             f"{path}: a program has it open to write, or ended while it had; close it there, or, "
-            "if there is none, free the "
-            f"file with `h5clear -s {path}`"
+            f"if there is none, free the file with `h5clear -s {path}`"
         )
     raise DataError(f"{path}: not a readable HDF5 file ({cause}); {mend}")
 

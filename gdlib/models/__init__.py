@@ -70,21 +70,18 @@ def trained(path: Path | str, *needed: str) -> tuple[nn.Module, dict[str, Any]]:
         cause = (str(error).splitlines()[1:] or [str(error)])[0].strip()
         raise io.DataError(
             f"{path}: it does not fit the network that its header names, {header['model']} "
-            f"{header['options']} "
-            f"({cause[:200]}); get it again, or train again"
+            f"{header['options']} ({cause[:200]}); get it again, or train again"
         ) from error
     channels = header.get("channels")
     if channels is not None and header["options"].get("in_channels", channels) != channels:
         raise io.DataError(
             f"{path}: its network takes {header['options']['in_channels']} channel(s), and its "
-            f"header says {channels}; get it "
-            "again, or train again"
+            f"header says {channels}; get it again, or train again"
         )
     if "offsets" in header and len(header["offsets"][0]) != network.ndim:
         raise io.DataError(
             f"{path}: its network takes images with {network.ndim} axes, and its offsets have "
-            f"{len(header['offsets'][0])} "
-            "numbers; get it again, or train again"
+            f"{len(header['offsets'][0])} numbers; get it again, or train again"
         )
     return network, header
 

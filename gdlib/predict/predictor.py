@@ -82,10 +82,9 @@ class Source:
             )
             raise io.DataError(
                 f"an image of shape {shape}{read_as} and type {array.dtype} does not fit this "
-                "network, which wants "
-                f"real numbers, {channels} channel(s) and {ndim} axes of at least one pixel; "
-                "convert the image or choose "
-                f"another model{SECTIONS * (channels == 1 and ndim == 3)}"
+                f"network, which wants real numbers, {channels} channel(s) and {ndim} axes of at "
+                "least one pixel; convert the image or choose another "
+                f"model{SECTIONS * (channels == 1 and ndim == 3)}"
             )
         array, shape = seen, seen.shape
         self.array = array
@@ -161,8 +160,8 @@ class Predictor:
         if block is not None and network.halo is None:
             raise ValueError(
                 "in this network every pixel sees the whole image, so that there are no blocks to "
-                "compute one by one: leave the "
-                "block out, or choose another network for images that do not fit into memory"
+                "compute one by one: leave the block out, or choose another network for images "
+                "that do not fit into memory"
             )
         default = (sys.maxsize,) * ndim if network.halo is None else BLOCK[ndim]
         sides = (

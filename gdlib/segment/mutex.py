@@ -52,8 +52,7 @@ def mutex_watershed(
     }:
         raise ValueError(
             f"affinities of shape {affinity.shape} do not fit {len(offsets)} offsets "
-            f"{list(map(list, offsets))} and a mask of "
-            f"shape {mask.shape}"
+            f"{list(map(list, offsets))} and a mask of shape {mask.shape}"
         )
     box = next(iter(find_objects(mask.view(np.uint8))), None)
     label = np.zeros(mask.shape, np.int64)

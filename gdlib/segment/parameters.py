@@ -158,8 +158,7 @@ def chosen(
         usable = ", ".join(name for name in tuned if not is_masked(name)) or "mutex_watershed"
         raise ValueError(
             f"{segmenter} needs the foreground of a ground truth, which an image that is to be "
-            "segmented does not have; "
-            f"choose {usable}"
+            f"segmented does not have; choose {usable}"
         )
     own = checked(segmenter, given)
     try:

@@ -90,8 +90,8 @@ def fit(
         if recipe.accumulate % processes.world():
             raise ValueError(
                 f"{processes.world()} processes share the batches of a step: make accumulate, "
-                f"which is {recipe.accumulate}, a "
-                "multiple of that, with a smaller batch_size if the step shall stay the same"
+                f"which is {recipe.accumulate}, a multiple of that, with a smaller batch_size if "
+                "the step shall stay the same"
             )
         # Validation first: a file that cannot be used must not cost a training.
         judge = Judge(spec, val, target) if leader else None

@@ -67,9 +67,8 @@ class Choice:
         sides = "x".join(map(str, self.grid.sides))
         return (
             f"in one piece it would need up to {gib(self.whole)} GiB of memory, and {gib(budget)} "
-            "may be used (--memory): it is "
-            f"segmented in {len(self.grid.names)} blocks of {sides} pixels, which need up to "
-            f"{gib(self.need)}"
+            f"may be used (--memory): it is segmented in {len(self.grid.names)} blocks of {sides} "
+            f"pixels, which need up to {gib(self.need)}"
         )
 
 
@@ -120,8 +119,8 @@ def choose(
     if predictor.network.halo is None:
         raise ValueError(
             f"{told}; in this network every pixel sees the whole image, so that there are no "
-            "blocks: choose another network, a "
-            "machine with more memory, or a larger --memory to try all the same"
+            "blocks: choose another network, a machine with more memory, or a larger --memory to "
+            "try all the same"
         )
     found = []
     passes = (
@@ -150,8 +149,7 @@ def choose(
         least = min(entry[2] for entry in found)
         raise ValueError(
             f"{told}; in blocks it is {gib(least)} at least: choose a machine with more memory, or "
-            "a larger --memory to try all "
-            "the same"
+            "a larger --memory to try all the same"
         )
     return min(fitting, key=lambda entry: entry[:2])[-1]
 

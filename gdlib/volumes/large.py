@@ -125,8 +125,8 @@ def _check_space(folder: Path, choice: Choice, maps: int, image: str) -> None:
     if needed > (free := shutil.disk_usage(folder).free + there):
         raise io.DataError(
             f"{image}: in blocks it needs about {gib(needed)} GiB of disk in {folder.parent} until "
-            f"it is done, and {gib(free)} "
-            "are free there; free some, or choose another folder for --out"
+            f"it is done, and {gib(free)} are free there; free some, or choose another folder for "
+            "--out"
         )
 
 

@@ -98,7 +98,7 @@ def repository(tmp_path_factory):
     With the study above in its catalogue.
     """
     folder = tmp_path_factory.mktemp("repository")
-    unneeded = lambda path, names: [n for n in names if Path(path) == ROOT and n not in PARTS]  # noqa: E731
+    unneeded = lambda path, names: [n for n in names if Path(path) == ROOT and n not in PARTS]
     shutil.copytree(ROOT, folder, ignore=unneeded, dirs_exist_ok=True)
     catalogue = yaml.safe_load((folder / "config.yaml").read_text())
     catalogue["studies"]["slurm"] = STUDY

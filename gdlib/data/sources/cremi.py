@@ -105,8 +105,8 @@ def _read(
         if size is None or not len(size) == raw.ndim == ids.ndim == 3:
             raise DataError(
                 f"{path}: the image has {raw.ndim} axes, the ids have {ids.ndim}, and the "
-                f"attribute `resolution` is {size}; "
-                "store volumes (z, y, x) with their voxel size in nm"
+                f"attribute `resolution` is {size}; store volumes (z, y, x) with their voxel size "
+                "in nm"
             )
         corner = _corner(path, raw, ids, size)
         check_sections(path, start, stop, len(ids))
@@ -142,7 +142,6 @@ def _corner(path: Path, raw: h5py.Dataset, ids: h5py.Dataset, size: Sequence[flo
             check_shapes(path, raw.shape, ids.shape)
         raise DataError(
             f"{path}: ids of {ids.shape} voxels that begin at {tuple(corner.tolist())} reach out "
-            f"of the image of {raw.shape}; "
-            "correct the attribute `offset`"
+            f"of the image of {raw.shape}; correct the attribute `offset`"
         )
     return corner.tolist()

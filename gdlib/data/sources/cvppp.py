@@ -69,8 +69,8 @@ def _plants(root: Path) -> Path:
             return root / place
     raise DataError(
         f"{root}: there is no A1/plantNNN_label.png below this folder; register at "
-        "https://www.plant-phenotyping.org, and put "
-        "the training images of the Leaf Segmentation Challenge there"
+        "https://www.plant-phenotyping.org, and put the training images of the Leaf Segmentation "
+        "Challenge there"
     )
 
 

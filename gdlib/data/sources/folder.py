@@ -165,8 +165,7 @@ def _split(names: list[str], val_fraction: float, test_fraction: float) -> dict[
     if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
         raise DataError(
             f"val_fraction {val_fraction} and test_fraction {test_fraction} leave a split without "
-            "images; "
-            "both must be above 0 and their sum below 1"
+            "images; both must be above 0 and their sum below 1"
         )
     if len(names) < len(SPLITS):
         raise DataError(

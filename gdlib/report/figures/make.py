@@ -112,8 +112,7 @@ def _embeddings(inputs: Files, params: Params) -> Figure:
     if number >= len(kept):
         raise io.DataError(
             f"{inputs['predictions'][0]}: embeddings of {len(kept)} samples were kept, there is no "
-            f"number {number}; "
-            "change plot.panel_sample"
+            f"number {number}; change plot.panel_sample"
         )
     sample = next(io.read_samples(inputs["data"], [kept[number]]))
     vectors, parts = {}, set()

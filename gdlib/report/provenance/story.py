@@ -114,9 +114,8 @@ def time_page(found: Mapping[str, Any], titles: Titles) -> str:
         )
     note = (
         f"<p>{duration(total)} in {len(jobs)} jobs, added up; jobs that ran side by side took less "
-        "time together. Of a job that "
-        "was stopped and went on, the last part is counted. Tables and figures are left out: they "
-        "take seconds.</p>"
+        "time together. Of a job that was stopped and went on, the last part is counted. Tables "
+        "and figures are left out: they take seconds.</p>"
     )
     return note + markup.html(sections)
 
@@ -189,9 +188,8 @@ def provenance_page(found: Mapping[str, Any], titles: Titles) -> str:
     problems = "".join(f"<li>{escape(problem)}</li>" for problem in found["problems"])
     note = (
         "Configuration, weights: the beginning of the SHA-256; all of it is in provenance.json, "
-        "which also names the runs behind "
-        "every row of the tables. The configuration of a run is in the header of its weights: "
-        "gdlib info --json."
+        "which also names the runs behind every row of the tables. The configuration of a run is "
+        "in the header of its weights: gdlib info --json."
     )
     return (
         (f"<h2>Problems</h2><ul>{problems}</ul>" if problems else "")

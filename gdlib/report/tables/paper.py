@@ -211,8 +211,7 @@ def _statements(known: str, titles: Titles, paper: Paper) -> list[str]:
     """
     shares = [
         f"The paper reports that ours closes {100 * v['value']:.1f} % of the gap in "
-        f"{METRICS[v['metric']].title} "
-        f"for {title(v['student'], titles)} ({v['source']})."
+        f"{METRICS[v['metric']].title} for {title(v['student'], titles)} ({v['source']})."
         for v in paper.get("value", ())
         if v["dataset"] == known and v["quantity"] == "gap_closed"
     ]

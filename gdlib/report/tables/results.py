@@ -213,8 +213,7 @@ def notes_on(runs: pd.DataFrame, difference: str = "") -> list[str]:
     if "images" in tests:
         notes.append(
             f"p (images): two-sided Wilcoxon signed-rank test of {name} over the {images} images "
-            "(averaged over seeds); it "
-            "speaks of these trained networks, not of other seeds."
+            "(averaged over seeds); it speaks of these trained networks, not of other seeds."
             + (
                 f" With {images} images it cannot be below {p_value(2 / 2**images)}."
                 if images < 6
@@ -233,8 +232,7 @@ def notes_on(runs: pd.DataFrame, difference: str = "") -> list[str]:
         )
         notes.append(
             f"*: below {SIGNIFICANT} also after Holm's correction for the number of methods that "
-            "are compared with one "
-            f"student{of_ablations}."
+            f"are compared with one student{of_ablations}."
         )
     return notes
 

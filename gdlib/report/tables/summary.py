@@ -94,8 +94,8 @@ def read_metrics(paths: Iterable[Path | str]) -> pd.DataFrame:
             if len(run) != images * keys * segmenters:
                 raise io.DataError(
                     f"{_run_name(run.iloc[0])} lacks values: other runs on {dataset} have {keys} "
-                    f"metrics of {images} images "
-                    f"with {', '.join(block['segmenter'].unique())}; evaluate it again"
+                    f"metrics of {images} images with {', '.join(block['segmenter'].unique())}; "
+                    "evaluate it again"
                 )
     return metrics
 
@@ -158,9 +158,8 @@ def measured_on(profiles: Iterable[Mapping[str, Any]]) -> str:
     return "; ".join(
         dict.fromkeys(
             f"{' × '.join(map(str, p['image_shape']))} "
-            f"{'pixels' if len(p['image_shape']) < 3 else 'voxels'}, {p['device']}, "
-            f"{p['threads']} thread{'s' * (p['threads'] != 1)}, "
-            f"{p['precision']}, torch {p['torch']}"
+            f"{'pixels' if len(p['image_shape']) < 3 else 'voxels'}, {p['device']}, {p['threads']} "
+            f"thread{'s' * (p['threads'] != 1)}, {p['precision']}, torch {p['torch']}"
             for p in profiles
         )
     )

@@ -45,9 +45,8 @@ def write(
 
     means = {key: fmean(values) for key, values in seen.items()}
     lines = [
-        "Scores on the validation split, less what was found in images without objects, means over "
-        "seeds; in bold the best of "
-        "each row.",
+        "Scores on the validation split, less what was found in images without objects, means "
+        "over seeds; in bold the best of each row.",
         "",
     ]
     for dataset, network in dict.fromkeys(key[:2] for key in means):

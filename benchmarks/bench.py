@@ -1,10 +1,7 @@
-"""`gdlib bench`: how fast the parts are, each beside a plain implementation of the same, in one
-    process.
+"""What the benchmarks share, each a part of gdlib beside a plain implementation of the same.
 
-The cases and the plain implementations are in the folder `benchmarks/` of the source repository.
-Here is what they share:
-how a call is timed, how its memory is measured, and how two results are compared before either is
-timed.
+How a call is timed, how its memory is measured, and how two results are compared before either is
+timed. The cases and the plain implementations are in the files beside this one.
 """
 
 import argparse
@@ -26,10 +23,11 @@ from types import ModuleType
 from typing import Any
 
 from gdlib import __version__, io
+from gdlib.cli.main import main
 from gdlib.io import outputs
 from gdlib.limits import Threads, argument, place
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+FOLDER = Path(__file__).resolve().parent
 GROUPS = (
     "losses",
     "targets",
@@ -324,19 +322,15 @@ def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def add_bench(commands: argparse._SubParsersAction) -> None:
-    """Add `gdlib bench` to the command line."""
-    bench = commands.add_parser(
-        "bench",
-        help="measure how fast every part is",
-        description="Time every part of gdlib beside a plain implementation of the same, and check "
-        "that both agree. Needs the "
-        "folder benchmarks/ of the source repository. The JSON file keeps what other machines "
-        "measured, and this one in "
+def parser() -> argparse.ArgumentParser:
+    """Return what `python -m benchmarks` understands."""
+    bench = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time every part of gdlib beside a plain implementation of the same, and "
+        "check that both agree. The JSON file keeps what other machines measured, and this one in "
         "another precision; groups that were measured before are replaced. `page` measures "
-        "nothing: it writes "
-        "docs/performance.md and its figure from a JSON file, with columns for every machine in "
-        "it.",
+        "nothing: it writes docs/performance.md and its figure from a JSON file, with columns for "
+        "every machine in it.",
     )
     bench.add_argument("group", choices=(*GROUPS, "all", "page"), help="what to measure")
     bench.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1 (default: cpu)")
@@ -361,6 +355,12 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     bench.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     bench.set_defaults(function=_bench)
+    return bench
+
+
+def command(argv: list[str] | None = None) -> int:
+    """Run `python -m benchmarks`; mistakes are told as those of `gdlib` are."""
+    return main(argv, parser())
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -405,21 +405,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Read what machines have measured.
 
     Raises:
-        gdlib.io.DataError: it is no file of `gdlib bench`.
+        gdlib.io.DataError: it is no file of `python -m benchmarks`.
     """
     io.check_file(path)
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise io.DataError(
-            f"{path}: not a JSON file ({error}); make it with `gdlib bench all`"
+            f"{path}: not a JSON file ({error}); make it with `python -m benchmarks all`"
         ) from None
     machines = content.get("machines") if isinstance(content, dict) else None
     if not machines or not all(
         {*SAME, "loads", "results", "targets"} <= set(one) for one in machines
     ):
         raise io.DataError(
-            f"{path}: there are no results of machines in it; make it with `gdlib bench all`"
+            f"{path}: there are no results of machines in it; make it with `python -m benchmarks all`"
         )
     return machines
 
@@ -460,12 +460,4 @@ def measure(
 
 def load(name: str) -> ModuleType:
     """Import a module of the folder `benchmarks`."""
-    if not (FOLDER / "__init__.py").exists():
-        raise ValueError(
-            f"{FOLDER}: there is no such folder: benchmarks come with the source repository, not "
-            "with the installed package; "
-            "clone it and install it with pip install -e ."
-        )
-    if str(FOLDER.parent) not in sys.path:
-        sys.path.insert(0, str(FOLDER.parent))
     return importlib.import_module(f"benchmarks.{name}")
