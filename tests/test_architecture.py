@@ -246,7 +246,7 @@ def test_no_module_and_no_function_is_long():
     long = [
         name
         for name, path in zip(MODULES, FILES, strict=True)
-        if len(path.read_text().splitlines()) > 450
+        if len(path.read_text().splitlines()) > 600
     ]
     assert not long
 
