@@ -41,87 +41,59 @@ def relate(
         return None, None
     if flat := rows.ndim == 4:  # 2D is one section
         rows, other = (None if x is None else x[:, None] for x in (rows, other))
-    unit = _Unit.apply(rows)
-    affinity = gram = None
-    if len(offsets):
-        affinity = _Affinities.apply(unit, displacements)
-        affinity = affinity.squeeze(2) if flat else affinity
-    if moments:
-        gram = _Moments.apply(
-            unit, unit.new_empty((0,) * 5) if other is None else _Unit.apply(other)
-        )
-    return affinity, gram
+    affinity, gram = _Relate.apply(rows, displacements, moments, other)
+    return affinity.squeeze(2) if flat and affinity is not None else affinity, gram
 
 
-class _Unit(torch.autograd.Function):
-    """Rows (B, Z, Y, X, D) at length one, and turned: (B, Z, Y, D, X)."""
-
-    @staticmethod
-    def forward(ctx, rows):
-        unit = _empty_turned(rows)
-        inverse = rows.new_empty(rows.shape[:-1])  # of the lengths
-        _on_lines(loops.turn_to_unit, rows.shape[:3].numel(), rows, unit, inverse)
-        ctx.save_for_backward(unit, inverse)
-        return unit
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        unit, inverse = ctx.saved_tensors
-        out = _empty_turned(unit)
-        _on_lines(loops.turn_gradient_back, unit.shape[:3].numel(), gradient, unit, inverse, out)
-        return out
-
-
-def _empty_turned(vectors: Tensor) -> Tensor:
-    return vectors.new_empty(*vectors.shape[:-2], vectors.shape[-1], vectors.shape[-2])
-
-
-class _Affinities(torch.autograd.Function):
-    """Dot products of unit vectors (B, Z, Y, D, X) with their neighbours: (B, K, Z, Y, X)."""
-
-    @staticmethod
-    def forward(ctx, unit, displacements):
-        ctx.save_for_backward(unit)
-        ctx.displacements = displacements
-        batch, depth, height, _, width = unit.shape
-        out = unit.new_empty(batch, len(displacements), depth, height, width)
-        _on_lines(loops.dot, batch * depth * height, unit, displacements, out)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        (unit,) = ctx.saved_tensors
-        out = torch.empty_like(unit)
-        _on_lines(
-            loops.dot_gradient, unit.shape[:3].numel(), unit, ctx.displacements, gradient, out
-        )
-        return out, None
-
-
-class _Moments(torch.autograd.Function):
-    """Mean over the pixels of each image of v v^T: unit vectors, or what they are more than others;
-    (B, D, D).
+class _Relate(torch.autograd.Function):
+    """Of the unit vectors of rows (B, Z, Y, X, D): affinities (B, K, Z, Y, X), and the mean of v
+    v^T in each image, (B, D, D).
     """
 
     @staticmethod
-    def forward(ctx, unit, other):
-        ctx.save_for_backward(unit, other)
-        batch, depth, height, dim, width = unit.shape
-        sums = unit.new_empty(batch, depth, height, dim, dim)  # of each line
-        _on_lines(loops.sum_products, batch * depth * height, unit, other, sums)
-        return sums.sum((1, 2)) / (depth * height * width)
+    def forward(ctx, rows, displacements, moments, other):
+        ctx.set_materialize_grads(False)
+        ctx.displacements = displacements
+        batch, depth, height, width, dim = rows.shape
+        lines = batch * depth * height
+        unit, inverse = _unit(rows)
+        theirs = rows.new_empty((0,) * 5) if other is None else _unit(other)[0]
+        ctx.save_for_backward(unit, inverse, theirs)
+        affinity = gram = None
+        if len(displacements):
+            affinity = rows.new_empty(batch, len(displacements), depth, height, width)
+            _on_lines(loops.dot, lines, unit, displacements, affinity)
+        if moments:
+            sums = rows.new_empty(batch, depth, height, dim, dim)  # of each line
+            _on_lines(loops.sum_products, lines, unit, theirs, sums)
+            gram = sums.sum((1, 2)) / (depth * height * width)
+        return affinity, gram
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        unit, other = ctx.saved_tensors
-        out = torch.empty_like(unit)
-        _, depth, height, _, width = unit.shape
-        factor = (gradient + gradient.mT) / (depth * height * width)
-        _on_lines(loops.products_gradient, unit.shape[:3].numel(), unit, other, factor, out)
-        return out, None
+    def backward(ctx, affinity, gram):
+        unit, inverse, theirs = ctx.saved_tensors
+        batch, depth, height, dim, width = unit.shape
+        affinity = unit.new_empty((0,) * 5) if affinity is None else affinity
+        factor = (
+            unit.new_empty((0,) * 3)
+            if gram is None
+            else (gram + gram.mT) / (depth * height * width)
+        )
+        out = unit.new_empty(batch, depth, height, width, dim)
+        arrays = unit, inverse, theirs, ctx.displacements, affinity, factor, out
+        _on_lines(loops.relate_gradient, batch * depth * height, *arrays)
+        return out, None, None, None
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows (B, Z, Y, X, D) at length one, turned to (B, Z, Y, D, X), and one over their
+    lengths.
+    """
+    unit = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-2])
+    inverse = rows.new_empty(rows.shape[:-1])
+    _on_lines(loops.turn_to_unit, rows.shape[:3].numel(), rows, unit, inverse)
+    return unit, inverse
 
 
 # --- Losses of pairs --------------------------------------------------------------------------------------------------

@@ -34,29 +34,6 @@ def turn_to_unit(first, last, rows, unit, inverse):
 
 
 @jit.kernel
-def turn_gradient_back(first, last, gradient, unit, inverse, out):
-    """Fill the gradient of rows, from that of unit vectors: the part across the vector, over its
-    length.
-    """
-    _, depth, height, dim, width = unit.shape
-    along = np.empty(width, unit.dtype)
-    across = np.empty((dim, width), unit.dtype)
-    for line in range(first, last):
-        b, y, z = _place(line, depth, height)
-        g, vector, length, row = gradient[b, z, y], unit[b, z, y], inverse[b, z, y], out[b, z, y]
-        along[:] = 0
-        for i in range(dim):
-            for x in range(width):
-                along[x] += vector[i, x] * g[i, x]
-        for i in range(dim):
-            for x in range(width):
-                across[i, x] = (g[i, x] - vector[i, x] * along[x]) * length[x]
-        for x in range(width):
-            for i in range(dim):
-                row[x, i] = across[i, x]
-
-
-@jit.kernel
 def dot(first, last, unit, offsets, out):
     """Fill the dot products of unit vectors and their neighbours (B, K, Z, Y, X).
 
@@ -79,35 +56,6 @@ def dot(first, last, unit, offsets, out):
                     affinity[x] += here[x] * there[x]
 
 
-@jit.kernel
-def dot_gradient(first, last, unit, offsets, gradient, out):
-    """Fill the gradient of unit vectors, from that of their dot products."""
-    _, depth, height, dim, width = unit.shape
-    for line in range(first, last):
-        b, y, z = _place(line, depth, height)
-        out[b, z, y] = 0
-        for k in range(len(offsets)):
-            for sign in (1, -1):  # the neighbour of a pixel, and the pixel whose neighbour it is
-                there_z, there_y, dx = (
-                    z + sign * offsets[k, 0],
-                    y + sign * offsets[k, 1],
-                    sign * offsets[k, 2],
-                )
-                start, end = _span(there_z, there_y, dx, depth, height, width)
-                if end > start:
-                    if sign > 0:
-                        weight = gradient[b, k, z, y, start:end]
-                    else:
-                        weight = gradient[b, k, there_z, there_y, start + dx : end + dx]
-                    for i in range(dim):
-                        own, there = (
-                            out[b, z, y, i, start:end],
-                            unit[b, there_z, there_y, i, start + dx : end + dx],
-                        )
-                        for x in range(len(own)):
-                            own[x] += weight[x] * there[x]
-
-
 @jit.summing_kernel
 def sum_products(first, last, unit, other, sums):
     """Fill sum_x v_x v_x^T of each line, (B, Z, Y, D, D)."""
@@ -115,7 +63,7 @@ def sum_products(first, last, unit, other, sums):
     difference = np.empty((dim, width), unit.dtype)
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
-        vector = _difference(b, z, y, unit, other, difference)
+        vector = _difference(b, y, z, unit, other, difference)
         for i in range(dim):
             for j in range(i + 1):
                 total = unit.dtype.type(0)
@@ -125,24 +73,73 @@ def sum_products(first, last, unit, other, sums):
 
 
 @jit.kernel
-def products_gradient(first, last, unit, other, factor, out):
-    """Fill the gradient of unit vectors: the matrix (B, D, D) times each."""
+def relate_gradient(first, last, unit, inverse, other, offsets, affinity, factor, out):
+    """Fill the gradient of rows, from that of affinities, and from the matrix (B, D, D) by which
+    products multiply vectors.
+    """
     _, depth, height, dim, width = unit.shape
-    difference = np.empty((dim, width), unit.dtype)
+    gradient, difference = np.empty((dim, width), unit.dtype), np.empty((dim, width), unit.dtype)
+    along = np.empty(width, unit.dtype)
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
-        vector = _difference(b, z, y, unit, other, difference)
+        gradient[:] = 0  # of the unit vectors
+        if affinity.size:
+            _add_gradient_of_dots(b, y, z, unit, offsets, affinity, gradient)
+        if factor.size:
+            _add_gradient_of_products(
+                _difference(b, y, z, unit, other, difference), factor[b], gradient
+            )
+        # Of the rows it is the part across the vector, over its length.
+        vector, length, row = unit[b, z, y], inverse[b, z, y], out[b, z, y]
+        along[:] = 0
         for i in range(dim):
-            own = out[b, z, y, i]
-            own[:] = 0
-            for j in range(dim):
-                f = factor[b, i, j]
-                for x in range(width):
-                    own[x] += f * vector[j, x]
+            for x in range(width):
+                along[x] += vector[i, x] * gradient[i, x]
+        for i in range(dim):
+            for x in range(width):
+                gradient[i, x] = (gradient[i, x] - vector[i, x] * along[x]) * length[x]
+        for x in range(width):
+            for i in range(dim):
+                row[x, i] = gradient[i, x]
 
 
 @jit.part
-def _difference(b, z, y, unit, other, difference):
+def _add_gradient_of_dots(b, y, z, unit, offsets, affinity, gradient):
+    _, depth, height, dim, width = unit.shape
+    for k in range(len(offsets)):
+        for sign in (1, -1):  # the neighbour of a pixel, and the pixel whose neighbour it is
+            there_z, there_y, dx = (
+                z + sign * offsets[k, 0],
+                y + sign * offsets[k, 1],
+                sign * offsets[k, 2],
+            )
+            start, end = _span(there_z, there_y, dx, depth, height, width)
+            if end > start:
+                there = slice(start + dx, end + dx)
+                weight = (
+                    affinity[b, k, z, y, start:end]
+                    if sign > 0
+                    else affinity[b, k, there_z, there_y, there]
+                )
+                for i in range(dim):
+                    own, other = gradient[i, start:end], unit[b, there_z, there_y, i, there]
+                    for x in range(len(own)):
+                        own[x] += weight[x] * other[x]
+
+
+@jit.part
+def _add_gradient_of_products(vector, factor, gradient):
+    dim, width = vector.shape
+    for i in range(dim):
+        own = gradient[i]
+        for j in range(dim):
+            f, other = factor[i, j], vector[j]
+            for x in range(width):
+                own[x] += f * other[x]
+
+
+@jit.part
+def _difference(b, y, z, unit, other, difference):
     """Return the unit vectors of a line, less those of another map if there is one."""
     if other.size == 0:
         return unit[b, z, y]
@@ -194,7 +191,7 @@ def sum_losses(first, last, affinity, goal, offsets, weights, label, ignore, bac
         sums[b, z, y] = 0
         for k in range(count):
             if weights.size:
-                _weigh(b, k, z, y, offsets, weights, label, ignore, background, weight, target)
+                _weigh(b, k, y, z, offsets, weights, label, ignore, background, weight, target)
             a = affinity[b, k, z, y]
             to = goal[b, k, z, y] if goal.size else a
             labels = balanced = plain = affinity.dtype.type(0)
@@ -220,7 +217,7 @@ def losses_gradient(
         b, y, z = _place(line, depth, height)
         for k in range(count):
             if weights.size:
-                _weigh(b, k, z, y, offsets, weights, label, ignore, background, weight, target)
+                _weigh(b, k, y, z, offsets, weights, label, ignore, background, weight, target)
             a, own = affinity[b, k, z, y], out[b, k, z, y]
             to = goal[b, k, z, y] if goal.size else a
             for x in range(width):
@@ -231,7 +228,7 @@ def losses_gradient(
 
 
 @jit.part
-def _weigh(b, k, z, y, offsets, weights, label, ignore, background, weight, target):
+def _weigh(b, k, y, z, offsets, weights, label, ignore, background, weight, target):
     """Fill what the pairs of a line weigh, 0 where they do not count, and their targets: 1 if they
     are connected, else 0.
     """

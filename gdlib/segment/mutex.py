@@ -133,19 +133,18 @@ def _by_counting(
 #
 # A segment is a tree of pixels. Its root keeps a list of the segments that it must not join; two segments that join hang their
 # lists one behind the other, and whoever reads a list takes out what has become the same meanwhile.
-#
-# All of it is in four arrays, the fewer the faster: they are handed from function to function.
-#   parent (pixels,) int32: the pixel above in the tree; of a root, minus its number of pixels
-#   lists (pixels, 5) uint32: of a root, see below
-#   items (n, 2) uint32: of all lists; an item has a pixel of the other segment, and the next item
-#   state (3,) uint32: the first item that is free again, the first that was never used, the number of the last reading of a list
 
-# First and last item, how many, when to look for equal ones, and the reading that met this segment.
-HEAD, TAIL, COUNT, LIMIT, SEEN = range(5)
-OTHER, NEXT = range(2)
-FREE, UNUSED, READING = range(3)
 NONE = np.uint32(0xFFFFFFFF)
-SHORT = np.uint32(16)  # a list in which one does not look for equal items
+ONE = np.uint32(1)
+SHORT = np.uint32(16)  # a list in which nobody looks for equal items
+# Of a root: first and last item of its list, how many, when to look for equal ones, and the last
+# reading that met this segment.
+SEGMENT = np.dtype([(name, np.uint32) for name in ("head", "tail", "count", "limit", "seen")])
+# Of a list: a pixel of the other segment, and the next item.
+ITEM = np.dtype([(name, np.uint32) for name in ("other", "next")])
+# The first item that is free again, the first that was never used, and the number of the last
+# reading of a list.
+STATE = np.dtype([(name, np.uint32) for name in ("free", "unused", "reading")])
 
 
 @jit.kernel
@@ -179,12 +178,14 @@ def _watershed(affinity, mask, offsets, strides, turns, attractive):
         _bin_edges(affinity[k], mask, offsets[k], strides[k], bins[k], end, edges)
 
     pixels = mask.size
+    # the pixel above in the tree; of a root, minus its number of pixels
     parent = np.full(pixels, -1, np.int32)
-    lists = np.zeros((pixels, 5), np.uint32)
-    lists[:, HEAD] = NONE
-    lists[:, LIMIT] = SHORT
-    items = np.empty((0, 2), np.uint32)
-    state = np.array([NONE, 0, 0], np.uint32)
+    segments = np.zeros(pixels, SEGMENT)
+    for p in range(pixels):
+        segments[p].head, segments[p].limit = NONE, SHORT
+    items = np.empty(0, ITEM)
+    state = np.zeros(1, STATE)
+    state[0].free = NONE
     for bin in range(len(begin) - 1):
         k = bin % channels
         shift = (offsets[k, 0] * height + offsets[k, 1]) * width + offsets[k, 2]
@@ -194,14 +195,14 @@ def _watershed(affinity, mask, offsets, strides, turns, attractive):
             if u == v:
                 continue
             if k < attractive:
-                _attract(parent, lists, items, state, u, v)
+                _attract(parent, segments, items, state, u, v)
             else:
-                if state[UNUSED] + 2 > len(items):
+                if state[0].unused + 2 > len(items):
                     items = _more(items)
-                _forbid(parent, lists, items, state, u, v)
-                _forbid(parent, lists, items, state, v, u)
+                _forbid(parent, segments, items, state, u, v)
+                _forbid(parent, segments, items, state, v, u)
 
-    number = lists[:, SEEN]
+    number = segments.seen
     number[:] = 0
     last = np.uint32(0)
     label = np.zeros(pixels, np.int64)
@@ -210,7 +211,7 @@ def _watershed(affinity, mask, offsets, strides, turns, attractive):
         if inside[p]:
             root = _find(parent, np.uint32(p))
             if number[root] == 0:
-                last += np.uint32(1)
+                last += ONE
                 number[root] = last
             label[p] = number[root]
     return label.reshape(mask.shape)
@@ -257,88 +258,88 @@ def _find(parent, u):
 
 
 @jit.inlined
-def _attract(parent, lists, items, state, u, v):
+def _attract(parent, segments, items, state, u, v):
     """Join two segments, unless they must not."""
-    if lists[u, COUNT] >= lists[v, COUNT]:  # the shorter list is read
+    if segments[u].count >= segments[v].count:  # the shorter list is read
         u, v = v, u
-    if lists[u, COUNT] != 0 and _forbids(parent, lists, items, state, u, v):
+    if segments[u].count != 0 and _forbids(parent, segments, items, state, u, v):
         return
     if parent[u] > parent[v]:
         u, v = v, u
     parent[u] += parent[v]
     parent[v] = u
-    if lists[v, HEAD] != NONE:
-        if lists[u, HEAD] == NONE:
-            lists[u, TAIL] = lists[v, TAIL]
+    if segments[v].head != NONE:
+        if segments[u].head == NONE:
+            segments[u].tail = segments[v].tail
         else:
-            items[lists[v, TAIL], NEXT] = lists[u, HEAD]
-        lists[u, HEAD] = lists[v, HEAD]
-        lists[u, COUNT] += lists[v, COUNT]
-        lists[u, LIMIT] = max(lists[u, LIMIT], lists[v, LIMIT])
-        _shrink(parent, lists, items, state, u)
+            items[segments[v].tail].next = segments[u].head
+        segments[u].head = segments[v].head
+        segments[u].count += segments[v].count
+        segments[u].limit = max(segments[u].limit, segments[v].limit)
+        _shrink(parent, segments, items, state, u)
 
 
 @jit.inlined
-def _forbid(parent, lists, items, state, u, v):
+def _forbid(parent, segments, items, state, u, v):
     """Put v in the list of u."""
-    head = lists[u, HEAD]
-    if head == NONE or items[head, OTHER] != v:
-        _put(lists, items, state, u, v)
-        _shrink(parent, lists, items, state, u)
+    head = segments[u].head
+    if head == NONE or items[head].other != v:
+        _put(segments, items, state, u, v)
+        _shrink(parent, segments, items, state, u)
 
 
 @jit.inlined
-def _put(lists, items, state, u, v):
-    item = state[FREE]
+def _put(segments, items, state, u, v):
+    item = state[0].free
     if item == NONE:
-        item = state[UNUSED]
-        state[UNUSED] += np.uint32(1)
+        item = state[0].unused
+        state[0].unused += ONE
     else:
-        state[FREE] = items[item, NEXT]
-    items[item, OTHER] = v
-    items[item, NEXT] = lists[u, HEAD]
-    if lists[u, HEAD] == NONE:
-        lists[u, TAIL] = item
-    lists[u, HEAD] = item
-    lists[u, COUNT] += np.uint32(1)
+        state[0].free = items[item].next
+    items[item].other = v
+    items[item].next = segments[u].head
+    if segments[u].head == NONE:
+        segments[u].tail = item
+    segments[u].head = item
+    segments[u].count += ONE
 
 
 @jit.inlined
-def _shrink(parent, lists, items, state, u):
+def _shrink(parent, segments, items, state, u):
     """Take out equal items when a list has become long."""
-    if lists[u, COUNT] > lists[u, LIMIT]:
-        _forbids(parent, lists, items, state, u, NONE)
-        lists[u, LIMIT] = max(SHORT, np.uint32(2) * lists[u, COUNT])
+    if segments[u].count > segments[u].limit:
+        _forbids(parent, segments, items, state, u, NONE)
+        segments[u].limit = max(SHORT, np.uint32(2) * segments[u].count)
 
 
 @jit.part
-def _forbids(parent, lists, items, state, u, v):
+def _forbids(parent, segments, items, state, u, v):
     """Tell whether v is in the list of u, which gets shorter; what is found comes first."""
-    if state[READING] == NONE:  # all numbers were used
-        lists[:, SEEN] = 0
-        state[READING] = 0
-    state[READING] += np.uint32(1)
-    reading = state[READING]
-    item, before = lists[u, HEAD], NONE
+    if state[0].reading == NONE:  # all numbers were used
+        segments.seen[:] = 0
+        state[0].reading = 0
+    state[0].reading += ONE
+    reading = state[0].reading
+    item, before = segments[u].head, NONE
     while item != NONE:
-        after, other = items[item, NEXT], _find(parent, items[item, OTHER])
+        after, other = items[item].next, _find(parent, items[item].other)
         found = other == v
-        if found or lists[other, SEEN] == reading:
+        if found or segments[other].seen == reading:
             if before == NONE:
-                lists[u, HEAD] = after
+                segments[u].head = after
             else:
-                items[before, NEXT] = after
-            if lists[u, TAIL] == item:
-                lists[u, TAIL] = before
-            lists[u, COUNT] -= np.uint32(1)
-            items[item, NEXT] = state[FREE]
-            state[FREE] = item
+                items[before].next = after
+            if segments[u].tail == item:
+                segments[u].tail = before
+            segments[u].count -= ONE
+            items[item].next = state[0].free
+            state[0].free = item
             if found:
-                _put(lists, items, state, u, v)
+                _put(segments, items, state, u, v)
                 return True
         else:
-            lists[other, SEEN] = reading
-            items[item, OTHER] = other
+            segments[other].seen = reading
+            items[item].other = other
             before = item
         item = after
     return False
@@ -351,6 +352,6 @@ def _more(items):
     have = max(1024, min(2 * had, int(NONE)))
     if have < had + 2:  # there is no number for one more
         raise MemoryError
-    more = np.empty((have, 2), np.uint32)
+    more = np.empty(have, ITEM)
     more[:had] = items
     return more
