@@ -1,5 +1,4 @@
-"""Functions that Numba compiles for the processor at hand, at their first call, and keeps in the
-user's cache.
+"""Functions that Numba compiles for this processor at their first call, and keeps in a cache.
 
 A `kernel` is called from Python, a `part` from kernels alone, and an `inlined` one becomes part of
 its caller. What was compiled is a file in `NUMBA_CACHE_DIR`, else in the folder `gdlib` of the
@@ -32,10 +31,7 @@ inlined = numba.njit(inline="always")
 
 
 def kernel(function: Callable, **options: Any) -> Callable:
-    """Compile what is called with arrays and numbers from Python.
-
-    Other threads of Python go on meanwhile.
-    """
+    """Compile what Python calls with arrays and numbers; its other threads go on meanwhile."""
     dispatcher = numba.njit(nogil=True, **options)(function)
     if ENABLED:  # else it is the function itself
         dispatcher._cache = _Cache(function)
@@ -72,37 +68,23 @@ class _Cache(NullCache):
             temporary.write_bytes(dumps(cres._reduce()))
 
     def _path(self, sig, codegen) -> Path:
-        sources = [
-            Path(inspect.getfile(function)).read_bytes() for function in (self.function, kernel)
-        ]
-        processor = codegen.magic_tuple()
-        about = (
-            self.function.__qualname__,
-            str(sig),
-            processor,
-            numba.__version__,
-            sys.version,
-            *sources,
-        )
-        return (
-            self.folder
-            / f"{self.function.__name__}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.numba"
-        )
+        processor, versions = codegen.magic_tuple(), (numba.__version__, sys.version)
+        sources = [Path(inspect.getfile(one)).read_bytes() for one in (self.function, kernel)]
+        about = repr((self.function.__qualname__, str(sig), processor, versions, sources))
+        digest = hashlib.sha256(about.encode()).hexdigest()[:16]
+        return self.folder / f"{self.function.__name__}-{digest}.numba"
 
 
 class _Announcer(event.Listener):
     """Says why nothing happens for some seconds, once in a process."""
 
+    TEXT = "gdlib: compiling for this processor, once (about 10 s)"
     said = False
 
     def on_start(self, event):
         if not self.said and event.data["dispatcher"].py_func.__module__.startswith("gdlib."):
             self.said = True
-            print(
-                "gdlib: compiling for this processor, once (about 10 s)",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(self.TEXT, file=sys.stderr, flush=True)
 
     def on_end(self, event):
         pass

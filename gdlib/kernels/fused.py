@@ -1,8 +1,7 @@
-"""The slow part of `gdlib.kernels` by the compiled `gdlib.kernels.loops`, on all threads.
+"""What costs most of `gdlib.kernels`, by the compiled `loops`: on a CPU, on all threads of torch.
 
-On a CPU, for float32 and float64.
-
-It is tested against the plain functions of `ops`, which say what is computed.
+It takes float32 and float64, and is tested against the plain functions of `relate`, which say what
+is computed.
 """
 
 import functools
@@ -46,9 +45,7 @@ def relate(
 
 
 class _Relate(torch.autograd.Function):
-    """Of the unit vectors of rows (B, Z, Y, X, D): affinities (B, K, Z, Y, X), and the mean of v
-    v^T in each image, (B, D, D).
-    """
+    """Rows (B, Z, Y, X, D) -> affinities (B, K, Z, Y, X), second moments (B, D, D) of unit vectors."""
 
     @staticmethod
     def forward(ctx, rows, displacements, moments, other):
@@ -75,11 +72,9 @@ class _Relate(torch.autograd.Function):
         unit, inverse, theirs = ctx.saved_tensors
         batch, depth, height, dim, width = unit.shape
         affinity = unit.new_empty((0,) * 5) if affinity is None else affinity
-        factor = (
-            unit.new_empty((0,) * 3)
-            if gram is None
-            else (gram + gram.mT) / (depth * height * width)
-        )
+        factor = unit.new_empty((0,) * 3)
+        if gram is not None:
+            factor = (gram + gram.mT) / (depth * height * width)
         out = unit.new_empty(batch, depth, height, width, dim)
         arrays = unit, inverse, theirs, ctx.displacements, affinity, factor, out
         _on_lines(loops.relate_gradient, batch * depth * height, *arrays)
@@ -87,9 +82,7 @@ class _Relate(torch.autograd.Function):
 
 
 def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows (B, Z, Y, X, D) at length one, turned to (B, Z, Y, D, X), and one over their
-    lengths.
-    """
+    """Return rows (B, Z, Y, X, D) at length one, (B, Z, Y, D, X), and one over their lengths."""
     unit = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-2])
     inverse = rows.new_empty(rows.shape[:-1])
     _on_lines(loops.turn_to_unit, rows.shape[:3].numel(), rows, unit, inverse)
@@ -138,7 +131,7 @@ def pair_losses(
     goal = affinity.new_empty((0,) * 5) if goal is None else goal
     weights = affinity.new_empty((0,) * 3) if weights is None else weights
     label = torch.empty((0,) * 4, dtype=torch.int32) if label is None else label
-    ignore = torch.empty((0,) * 4, dtype=torch.bool) if ignore is None else ignore
+    ignore = torch.zeros_like(label, dtype=torch.bool) if ignore is None else ignore
     return _PairLosses.apply(affinity, goal, displacements, weights, label, ignore, connected)
 
 
@@ -176,7 +169,7 @@ def count_pairs(
     _check("what to ignore", ignore, label.shape, torch.bool)
     if label.ndim == 3:
         label, ignore = (None if x is None else x[:, None] for x in (label, ignore))
-    ignore = torch.empty((0,) * 4, dtype=torch.bool) if ignore is None else ignore
+    ignore = torch.zeros_like(label, dtype=torch.bool) if ignore is None else ignore
     counts = torch.empty(*label.shape[:3], len(offsets), 2, dtype=torch.int64)  # of each line
     _on_lines(loops.count, label.shape[:3].numel(), label, displacements, ignore, connected, counts)
     return counts.sum((1, 2))
@@ -189,9 +182,8 @@ def _displacements(offsets: Offsets, ndim: int) -> np.ndarray:
     """Return offsets as (K, 3)."""
     if any(len(offset) != ndim for offset in offsets):
         raise ValueError(f"offsets {list(map(list, offsets))} do not fit images with {ndim} axes")
-    return np.array([(0,) * (3 - ndim) + tuple(offset) for offset in offsets], np.int64).reshape(
-        -1, 3
-    )
+    padded = [(0,) * (3 - ndim) + tuple(offset) for offset in offsets]
+    return np.array(padded, np.int64).reshape(-1, 3)
 
 
 def _check(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -203,18 +195,15 @@ def _check(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.
 
 
 def _on_lines(kernel: Callable, lines: int, *arguments: Tensor | np.ndarray | bool) -> None:
-    """Call kernel(first, last, *arguments) on all threads of torch, for parts of the lines that
-    together are all of them.
-    """
+    """Call kernel(first, last, *arguments) for parts of the lines that together are all of them."""
     arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
     threads = torch.get_num_threads()
     if threads == 1:
         return kernel(0, lines, *arrays)
     parts = min(lines, PARTS * threads)
     edges = [lines * part // parts for part in range(parts + 1)] if parts else []
-    for done in [
-        _pool(threads).submit(kernel, *pair, *arrays) for pair in itertools.pairwise(edges)
-    ]:
+    pool = _pool(threads)
+    for done in [pool.submit(kernel, *pair, *arrays) for pair in itertools.pairwise(edges)]:
         done.result()
 
 

@@ -35,25 +35,18 @@ def turn_to_unit(first, last, rows, unit, inverse):
 
 @jit.kernel
 def dot(first, last, unit, offsets, out):
-    """Fill the dot products of unit vectors and their neighbours (B, K, Z, Y, X).
-
-    0 where these are outside.
-    """
+    """Fill dot products of unit vectors and their neighbours (B, K, Z, Y, X); outside they are 0."""
     _, depth, height, dim, width = unit.shape
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
         for k in range(len(offsets)):
-            there_z, there_y, dx = z + offsets[k, 0], y + offsets[k, 1], offsets[k, 2]
-            start, end = _span(there_z, there_y, dx, depth, height, width)
+            far_y, far_z, here, there = _neighbours(y, z, offsets[k], 1, depth, height, width)
             out[b, k, z, y] = 0
-            affinity = out[b, k, z, y, start:end]
-            for i in range(dim if end > start else 0):
-                here, there = (
-                    unit[b, z, y, i, start:end],
-                    unit[b, there_z, there_y, i, start + dx : end + dx],
-                )
+            affinity = out[b, k, z, y, here]
+            for i in range(dim):
+                own, other = unit[b, z, y, i, here], unit[b, far_z, far_y, i, there]
                 for x in range(len(affinity)):
-                    affinity[x] += here[x] * there[x]
+                    affinity[x] += own[x] * other[x]
 
 
 @jit.summing_kernel
@@ -74,8 +67,18 @@ def sum_products(first, last, unit, other, sums):
 
 @jit.kernel
 def relate_gradient(first, last, unit, inverse, other, offsets, affinity, factor, out):
-    """Fill the gradient of rows, from that of affinities, and from the matrix (B, D, D) by which
-    products multiply vectors.
+    """Fill the gradient of rows (B, Z, Y, X, D).
+
+    Args:
+        first: line.
+        last: line.
+        unit: vectors.
+        inverse: of their lengths.
+        other: see `_difference`.
+        offsets: of the affinities.
+        affinity: their gradient, or nothing.
+        factor: (B, D, D), what products multiply vectors by, or nothing.
+        out: the gradient.
     """
     _, depth, height, dim, width = unit.shape
     gradient, difference = np.empty((dim, width), unit.dtype), np.empty((dim, width), unit.dtype)
@@ -86,9 +89,8 @@ def relate_gradient(first, last, unit, inverse, other, offsets, affinity, factor
         if affinity.size:
             _add_gradient_of_dots(b, y, z, unit, offsets, affinity, gradient)
         if factor.size:
-            _add_gradient_of_products(
-                _difference(b, y, z, unit, other, difference), factor[b], gradient
-            )
+            vector = _difference(b, y, z, unit, other, difference)
+            _add_gradient_of_products(vector, factor[b], gradient)
         # Of the rows it is the part across the vector, over its length.
         vector, length, row = unit[b, z, y], inverse[b, z, y], out[b, z, y]
         along[:] = 0
@@ -108,23 +110,13 @@ def _add_gradient_of_dots(b, y, z, unit, offsets, affinity, gradient):
     _, depth, height, dim, width = unit.shape
     for k in range(len(offsets)):
         for sign in (1, -1):  # the neighbour of a pixel, and the pixel whose neighbour it is
-            there_z, there_y, dx = (
-                z + sign * offsets[k, 0],
-                y + sign * offsets[k, 1],
-                sign * offsets[k, 2],
-            )
-            start, end = _span(there_z, there_y, dx, depth, height, width)
-            if end > start:
-                there = slice(start + dx, end + dx)
-                weight = (
-                    affinity[b, k, z, y, start:end]
-                    if sign > 0
-                    else affinity[b, k, there_z, there_y, there]
-                )
-                for i in range(dim):
-                    own, other = gradient[i, start:end], unit[b, there_z, there_y, i, there]
-                    for x in range(len(own)):
-                        own[x] += weight[x] * other[x]
+            far_y, far_z, here, there = _neighbours(y, z, offsets[k], sign, depth, height, width)
+            a, c, part = (y, z, here) if sign > 0 else (far_y, far_z, there)
+            weight = affinity[b, k, c, a, part]
+            for i in range(dim):
+                own, other = gradient[i, here], unit[b, far_z, far_y, i, there]
+                for x in range(len(own)):
+                    own[x] += weight[x] * other[x]
 
 
 @jit.part
@@ -151,29 +143,19 @@ def _difference(b, y, z, unit, other, difference):
 
 @jit.kernel
 def count(first, last, label, offsets, ignore, background, counts):
-    """Fill, for each line, the pairs that count and those of them that are connected: (B, Z, Y, K,
-    2).
-    """
+    """Fill, for each line, the pairs that count and those of them that are connected."""
     _, depth, height, width = label.shape
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
         for k in range(len(offsets)):
-            there_z, there_y, dx = z + offsets[k, 0], y + offsets[k, 1], offsets[k, 2]
-            start, end = _span(there_z, there_y, dx, depth, height, width)
+            far_y, far_z, here, there = _neighbours(y, z, offsets[k], 1, depth, height, width)
+            own, other = label[b, z, y, here], label[b, far_z, far_y, there]
+            unknown, far_unknown = ignore[b, z, y, here], ignore[b, far_z, far_y, there]
             total, connected = 0, 0
-            if end > start:
-                here, there = (
-                    label[b, z, y, start:end],
-                    label[b, there_z, there_y, start + dx : end + dx],
-                )
-                for x in range(len(here)):
-                    known = True
-                    if ignore.size:
-                        known = not (
-                            ignore[b, z, y, start + x] | ignore[b, there_z, there_y, start + dx + x]
-                        )
-                    total += known
-                    connected += known & (here[x] == there[x]) & (background | (here[x] > 0))
+            for x in range(len(own)):
+                known = not (unknown[x] | far_unknown[x])
+                total += known
+                connected += known & _connected(own[x], other[x], background)
             counts[b, z, y, k, 0] = total
             counts[b, z, y, k, 1] = connected
 
@@ -182,7 +164,7 @@ def count(first, last, label, offsets, ignore, background, counts):
 def sum_losses(first, last, affinity, goal, offsets, weights, label, ignore, background, sums):
     """Fill three sums over each line: of w (a - target)^2, of w (a - goal)^2, of (a - goal)^2.
 
-    0 without what they need.
+    They are 0 without what they need.
     """
     _, count, depth, height, width = affinity.shape
     weight, target = np.zeros(width, affinity.dtype), np.zeros(width, affinity.dtype)
@@ -229,44 +211,45 @@ def losses_gradient(
 
 @jit.part
 def _weigh(b, k, y, z, offsets, weights, label, ignore, background, weight, target):
-    """Fill what the pairs of a line weigh, 0 where they do not count, and their targets: 1 if they
-    are connected, else 0.
-    """
+    """Fill weights of the pairs of a line, 0 if they do not count, and targets, 1 if connected."""
     _, depth, height, width = label.shape
-    there_z, there_y, dx = z + offsets[k, 0], y + offsets[k, 1], offsets[k, 2]
-    start, end = _span(there_z, there_y, dx, depth, height, width)
+    far_y, far_z, here, there = _neighbours(y, z, offsets[k], 1, depth, height, width)
+    own, other = label[b, z, y, here], label[b, far_z, far_y, there]
+    unknown, far_unknown = ignore[b, z, y, here], ignore[b, far_z, far_y, there]
     separated, together = weights[b, k]
     weight[:] = 0
-    if end > start:
-        here, there = label[b, z, y, start:end], label[b, there_z, there_y, start + dx : end + dx]
-        w, t = weight[start:end], target[start:end]
-        for x in range(len(here)):
-            same = (here[x] == there[x]) & (background | (here[x] > 0))
-            w[x] = together if same else separated
-            t[x] = 1 if same else 0
-        if ignore.size:
-            unknown, over_there = (
-                ignore[b, z, y, start:end],
-                ignore[b, there_z, there_y, start + dx : end + dx],
-            )
-            for x in range(len(here)):
-                if unknown[x] | over_there[x]:
-                    w[x] = 0
+    w, t = weight[here], target[here]
+    for x in range(len(own)):
+        same = _connected(own[x], other[x], background)
+        w[x] = together if same else separated
+        t[x] = 1 if same else 0
+    for x in range(len(own)):
+        if unknown[x] | far_unknown[x]:
+            w[x] = 0
+
+
+@jit.inlined
+def _connected(a, b, background):
+    return (a == b) & (background | (a > 0))
 
 
 @jit.inlined
 def _place(line, depth, height):
     """Return image, y and z of a line.
 
-    Lines at one y follow each other, as they are neighbours and may be in the cache.
+    Lines at one y follow each other: as neighbours of each other they may be in the cache still.
     """
     return line // depth // height, line // depth % height, line % depth
 
 
 @jit.inlined
-def _span(z, y, dx, depth, height, width):
-    """Return start and end of the pixels of a line whose neighbours, `dx` further in the line (z,
-    y), are inside the image.
+def _neighbours(y, z, offset, sign, depth, height, width):
+    """Return y and z of a line's neighbours at an offset, which pixels have one, and which it is.
+
+    Of a line without neighbours inside the image, no pixel has one.
     """
-    inside = 0 <= z < depth and 0 <= y < height and abs(dx) < width
-    return (max(0, -dx), width - max(0, dx)) if inside else (0, 0)
+    far_y, far_z, dx = y + sign * offset[1], z + sign * offset[0], sign * offset[2]
+    if not (0 <= far_y < height and 0 <= far_z < depth and abs(dx) < width):
+        far_y, far_z, dx, width = y, z, 0, 0
+    start, end = max(0, -dx), width - max(0, dx)
+    return far_y, far_z, slice(start, end), slice(start + dx, end + dx)

@@ -129,10 +129,11 @@ def _by_counting(
     return label.reshape(mask.shape)
 
 
-# --- Compiled ---------------------------------------------------------------------------------------------------------
+# --- Compiled -------------------------------------------------------------------------------------
 #
-# A segment is a tree of pixels. Its root keeps a list of the segments that it must not join; two segments that join hang their
-# lists one behind the other, and whoever reads a list takes out what has become the same meanwhile.
+# A segment is a tree of pixels. Its root keeps a list of the segments that it must not join; two
+# segments that join hang their lists one behind the other, and whoever reads a list takes out what
+# has become the same meanwhile.
 
 NONE = np.uint32(0xFFFFFFFF)
 ONE = np.uint32(1)
@@ -178,7 +179,7 @@ def _watershed(affinity, mask, offsets, strides, turns, attractive):
         _bin_edges(affinity[k], mask, offsets[k], strides[k], bins[k], end, edges)
 
     pixels = mask.size
-    # the pixel above in the tree; of a root, minus its number of pixels
+    # The pixel above in the tree; of a root, minus its number of pixels.
     parent = np.full(pixels, -1, np.int32)
     segments = np.zeros(pixels, SEGMENT)
     for p in range(pixels):
@@ -219,19 +220,15 @@ def _watershed(affinity, mask, offsets, strides, turns, attractive):
 
 @jit.part
 def _bin_edges(affinity, mask, offset, stride, bins, place, edges):
-    """Count the edges of a channel in their bins.
-
-    Or put them where `place` says, if there is room for them.
-    """
+    """Count the edges of a channel in their bins; put them where `place` says, if there is room."""
     depth, height, width = mask.shape
     dz, dy, dx = offset
-    start, end = (max(0, -dx) + stride - 1) // stride * stride, min(width, width - dx)
+    start_y = _first(dy, stride)
+    start, end = _first(dx, stride), min(width, width - dx)
     if start >= end:
         return
     for z in range(max(0, -dz), min(depth, depth - dz)):
-        for y in range(
-            (max(0, -dy) + stride - 1) // stride * stride, min(height, height - dy), stride
-        ):
+        for y in range(start_y, min(height, height - dy), stride):
             here = mask[z, y, start:end:stride]
             there = mask[z + dz, y + dy, start + dx : end + dx : stride]
             level = affinity[z, y, start:end:stride]
@@ -242,6 +239,12 @@ def _bin_edges(affinity, mask, offset, stride, bins, place, edges):
                     if len(edges):
                         edges[place[bin]] = first + i * stride
                     place[bin] += 1
+
+
+@jit.inlined
+def _first(d, stride):
+    """Return the first multiple of the stride whose neighbour at distance d is inside the image."""
+    return (max(0, -d) + stride - 1) // stride * stride
 
 
 @jit.inlined
