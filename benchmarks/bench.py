@@ -48,6 +48,7 @@ LIBRARIES = (
     "scipy",
     "scikit-image",
     "bioimage-cpp",
+    "numba",
     "h5py",
     "onnxruntime",
     "openvino",

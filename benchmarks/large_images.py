@@ -85,7 +85,9 @@ def make(folder: Path, side: int) -> Path:
     import tifffile
 
     from gdlib import io
+    from gdlib.segment.mutex import mutex_watershed
 
+    mutex_watershed(np.zeros((2, 8, 8), np.uint8), np.ones((8, 8), bool), OFFSETS[:2])  # compiled
     header = {
         "model": "large_images:Brightness", "options": {}, "channels": 1, "offsets": OFFSETS,
         "normalisation": {"lower": 1.0, "upper": 99.8}, "segmentation": {"mutex_watershed": {}},

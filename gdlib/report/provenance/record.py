@@ -30,6 +30,7 @@ PACKAGES = (
         "h5py",
         "pandas",
         "bioimage-cpp",
+        "numba",
         "waterz",
         "safetensors",
         "pydantic",
