@@ -33,7 +33,7 @@ def usable(*tensors: Tensor | None) -> bool:
 def relate(
     rows: Tensor, offsets: Offsets, moments: bool, other: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`affinity` and `gram` of `ops.relate`."""
+    """`affinity` and `gram` of `kernels.relate`."""
     displacements = _displacements(offsets, rows.ndim - 2)
     _check("other rows", other, rows.shape, rows.dtype)
     if not (moments or len(offsets)):
@@ -101,7 +101,7 @@ def pair_losses(
     ignore: Tensor | None = None,
     connected: bool = False,
 ) -> Tensor:
-    """`ops.pair_losses`, all three; those that would need what is None are 0.
+    """`kernels.pair_losses`, all three; those that would need what is None are 0.
 
     Args:
         affinity: (B, K, [Z,] Y, X).
