@@ -87,7 +87,8 @@ class Registry:
         """
         if ":" in name:
             return
-        if name not in self.names():
+        file = self.folder / f"{name}.py"
+        if not name.isidentifier() or name.startswith("_") or not file.is_file():
             raise UnknownName(f'there is no {self.kind} "{name}": {nearest(name, self.names())}')
         valid = self.parameters(name)
         for option, value in (options or {}).items():
@@ -260,7 +261,7 @@ def _imported(package: Path, file: str) -> frozenset[str]:
     text = (package / file).read_text()
     found = set()
     for module, names in re.findall(
-        rf"^ *from {package.name}([\w.]*) import (\([^)]*\)|[^#\n]*)", text, re.MULTILINE
+        rf"^ *from {package.name}((?:\.\w+)*) import (\([^)]*\)|[^#\n]*)", text, re.MULTILINE
     ):
         folder = package.joinpath(*module.split(".")[1:])
         inner = [

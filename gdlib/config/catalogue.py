@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from gdlib import registry
 from gdlib.config import parts
@@ -87,6 +87,8 @@ class Config(Section):
     )
     recipes: dict[Literal["teacher", "student"], Recipe] = Field(description="how both are trained")
     plot: Plot = Field(Plot(), description="looks of tables and figures")
+
+    _known: dict[tuple[str, str, str], Recipe] = PrivateAttr(default_factory=dict)
 
     @field_validator("only", mode="before")
     @classmethod
@@ -224,12 +226,12 @@ class Config(Section):
         """Return a recipe with the changes of the dataset, of the study, and of the study for this
         dataset.
         """
-        *_, recipe = self._recipes(study, dataset, role).values()
-        return (
-            recipe
-            if recipe.patch
-            else recipe.model_copy(update={"patch": self.datasets[dataset].patch})
-        )
+        key = study, dataset, role
+        if key not in self._known:  # every run asks
+            *_, recipe = self._recipes(*key).values()
+            patch = recipe.patch or self.datasets[dataset].patch
+            self._known[key] = recipe.model_copy(update={"patch": patch})
+        return self._known[key]
 
     def _recipes(self, study: str, dataset: str, role: str) -> dict[str, Recipe]:
         """Return the recipe after each place of the configuration that has a say in it, by place.

@@ -66,9 +66,12 @@ def of_dataset(asked):
     return lambda wildcards: asked(wildcards.dataset)
 
 
+PACKAGE = os.path.relpath(os.path.join(ROOT, "gdlib"))
+
+
 def files_of(code):
     """Files of the package where they are; relative, so that a moved project re-runs nothing."""
-    return [os.path.relpath(os.path.join(ROOT, "gdlib", path)) for path in code]
+    return [os.path.join(PACKAGE, path) for path in code]
 
 
 def code_of(step):
