@@ -25,7 +25,7 @@ from test_terms import (
 from torch import nn
 
 from gdlib import io
-from gdlib.config.sections import Term
+from gdlib.config.recipe import Term
 from gdlib.distill import Distiller, Truth, View, build_term
 from gdlib.distill.terms.rekd import Fusion, context_loss
 from gdlib.distill.terms.response import bernoulli_divergence

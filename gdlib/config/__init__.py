@@ -8,6 +8,7 @@ else, so that an edit of the configuration re-runs exactly what depends on it.
 
 from gdlib.config.catalogue import SEGMENTERS, TEACHER, Config, load
 from gdlib.config.mistakes import ConfigError
-from gdlib.config.sections import Recipe, RunSpec
+from gdlib.config.recipe import Recipe
+from gdlib.config.sections import RunSpec
 
 __all__ = ["SEGMENTERS", "TEACHER", "Config", "ConfigError", "Recipe", "RunSpec", "load"]

@@ -6,7 +6,6 @@ It is a catalogue (what exists) and studies (named selections of it: what to run
 else, so that an edit of the configuration re-runs exactly what depends on it.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,27 +14,24 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from gdlib import registry
 from gdlib.config import parts
-from gdlib.config.checks import check_metrics, check_patch, check_recipe, check_terms
+from gdlib.config.consistency import check_entries, check_study
 from gdlib.config.mistakes import ConfigError, check_name, one_line, within
+from gdlib.config.recipe import Recipe, Section, Term
 from gdlib.config.sections import (
+    TEACHER,
     Ablation,
     Dataset,
     Method,
     Network,
     Plot,
     PlotMetrics,
-    Recipe,
     RunSpec,
-    Section,
     Segmenter,
     Study,
-    Term,
 )
 from gdlib.config.words import spelt_out
 from gdlib.limits import Offsets, Place
-from gdlib.segment.parameters import check_offsets, checked
 
-TEACHER = "teacher"  # the method name of every teacher run
 SEGMENTERS = get_args(Segmenter)
 
 
@@ -104,12 +100,12 @@ class Config(Section):
         """
         try:
             config = cls.model_validate(spelt_out(raw))
-            config._check_names()
+            check_entries(config)
             check_name("study", config.study, config.studies)
             for name in config.only:
                 check_name("only", name, config.studies[config.study].datasets)
             for name in config.studies:
-                config._check_study(name)
+                check_study(config, name)
         except ValidationError as error:
             raise ConfigError(one_line(error, cls)) from None
         except ConfigError:
@@ -142,8 +138,8 @@ class Config(Section):
 
     def teachers_of(self, dataset: str) -> list[str]:
         """Return the teachers that the selected study uses on a dataset, the main one first."""
-        main = self._fitting(self.selected.teachers, dataset)[0]
-        more = self._fitting(self.selected.more_teachers, dataset)
+        main = self.fitting(self.selected.teachers, dataset)[0]
+        more = self.fitting(self.selected.more_teachers, dataset)
         return list(dict.fromkeys([main, *more]))
 
     def teacher_of(self, dataset: str, method: str = TEACHER) -> str:
@@ -152,9 +148,9 @@ class Config(Section):
 
     def students_of(self, dataset: str) -> list[str]:
         """Return the students that the selected study trains on a dataset."""
-        return self._fitting(self.selected.students, dataset)
+        return self.fitting(self.selected.students, dataset)
 
-    def _fitting(self, networks: Iterable[str], dataset: str) -> list[str]:
+    def fitting(self, networks: Iterable[str], dataset: str) -> list[str]:
         """Those of these networks that take images with as many axes as the dataset has."""
         return [
             n
@@ -171,9 +167,9 @@ class Config(Section):
         more = [
             f"{m}@{teacher}" for teacher in other for m in study.methods if self.methods[m].terms
         ]
-        return [*study.methods, *more, *self._own_methods(study)[len(study.methods) :]]
+        return [*study.methods, *more, *self.own_methods(study)[len(study.methods) :]]
 
-    def _own_methods(self, study: Study) -> list[str]:
+    def own_methods(self, study: Study) -> list[str]:
         """The methods that a study names, and those of its ablations."""
         return [*study.methods, *(m for name in study.ablations for m in self.ablated(name))]
 
@@ -228,12 +224,12 @@ class Config(Section):
         """
         key = study, dataset, role
         if key not in self._known:  # every run asks
-            *_, recipe = self._recipes(*key).values()
+            *_, recipe = self.recipes_of(*key).values()
             patch = recipe.patch or self.datasets[dataset].patch
             self._known[key] = recipe.model_copy(update={"patch": patch})
         return self._known[key]
 
-    def _recipes(self, study: str, dataset: str, role: str) -> dict[str, Recipe]:
+    def recipes_of(self, study: str, dataset: str, role: str) -> dict[str, Recipe]:
         """Return the recipe after each place of the configuration that has a say in it, by place.
 
         The last one counts.
@@ -254,7 +250,7 @@ class Config(Section):
         ):
             if changes:
                 with within(where):
-                    recipe = out[where] = _merge(recipe, changes)
+                    recipe = out[where] = recipe.changed(changes)
         return out
 
     def run(self, dataset: str, network: str, method: str, seed: int) -> RunSpec:
@@ -262,7 +258,7 @@ class Config(Section):
         data, net = self.datasets[dataset], self.network(network)
         chosen = Method() if method == TEACHER else self.method(method)
         recipe = self.recipe(self.study, dataset, "teacher" if method == TEACHER else "student")
-        recipe = _merge(recipe, chosen.recipe) if chosen.recipe else recipe
+        recipe = recipe.changed(chosen.recipe) if chosen.recipe else recipe
         return RunSpec(
             dataset=dataset,
             network=network,
@@ -312,142 +308,6 @@ class Config(Section):
             return f"`gdlib download {dataset}` fetches it from {' and '.join(hosts)} into {folder}"
         return f"put the files into {folder}"
 
-    def _check_names(self) -> None:
-        for group in ("studies", "datasets", "teachers", "students", "methods", "ablations"):
-            for key in getattr(self, group):
-                for name in self.ablated(key) if group == "ablations" else [key]:
-                    # it is a part of the names of files
-                    if not re.fullmatch(r"\w[^/{}\\\x00-\x1f]*", name):
-                        raise registry.UnknownName(
-                            f'{group}.{key}: the name "{name}" must begin with a letter or digit, '
-                            'and cannot have "/", "\\", '
-                            '"{" or "}" in it'
-                        )
-        for key, data in self.datasets.items():
-            with within(f"datasets.{key}"):
-                registry.SOURCES.check(data.source, data.options)
-                for part in data.options.get("datasets", ()) if data.source == "joined" else ():
-                    check_name("options.datasets", part, self.datasets.keys() - {key})
-                if data.download and (data.by_hand or not data.folder):
-                    raise registry.UnknownName(
-                        "what is downloaded needs a `folder`, and is not got `by_hand`"
-                    )
-                if len({file.name for file in data.download}) < len(data.download):
-                    raise registry.UnknownName("two files of `download` have the same name")
-                if len(data.offsets[0]) != data.ndim:
-                    raise registry.UnknownName(
-                        "offsets and patch must have the same number of axes"
-                    )
-                for segmenter, parameters in data.segmentation.items():
-                    with within(f"segmentation.{segmenter}"):
-                        checked(segmenter, parameters)
-        for group, networks in (("teachers", self.teachers), ("students", self.students)):
-            for key, network in networks.items():
-                with within(f"{group}.{key}"):
-                    registry.NETWORKS.check(network.model, network.options)
-        for key, network in self.students.items():
-            if network.weights is not None:
-                raise registry.UnknownName(
-                    f"students.{key}: a student is trained here; only a teacher can have `weights`"
-                )
-        clash = set(self.teachers) & set(self.students)
-        if clash:
-            raise registry.UnknownName(
-                f"{sorted(clash)[0]} is both a teacher and a student: rename one"
-            )
-        if TEACHER in self.methods:
-            raise registry.UnknownName(
-                f'methods: the name "{TEACHER}" is taken by the teacher\'s own training'
-            )
-        for key, method in self.methods.items():
-            with within(f"methods.{key}"):
-                if set(key) & set("=@"):
-                    raise registry.UnknownName('a name cannot have "=" or "@" in it')
-            self._check_method(f"methods.{key}", method)
-        for key, ablation in self.ablations.items():
-            check_name(f"ablations.{key}.method", ablation.method, self.methods)
-            for name in self.ablated(key):
-                with within(f"ablations.{key}"):
-                    method = self.method(name)
-                self._check_method(f"ablations.{key}", method)
-        for role in ("teacher", "student"):
-            if role not in self.recipes:
-                raise registry.UnknownName(f'the key "recipes.{role}" is missing')
-            check_recipe(f"recipes.{role}", self.recipes[role])
-            for key, data in self.datasets.items():
-                with within(f"datasets.{key}.recipe"):
-                    recipe = _merge(self.recipes[role], data.recipe)
-                check_recipe(f"datasets.{key}.recipe", recipe)
-        for where, shown in (("plot", self.plot), ("plot.volumes", self.plot.volumes)):
-            check_metrics(f"{where}.metrics", shown.metrics)
-            check_metrics(f"{where}.table_metrics", shown.table_metrics)
-            if shown.main_metric not in shown.metrics:
-                raise registry.UnknownName(
-                    f'{where}.main_metric: "{shown.main_metric}" is not among {where}.metrics'
-                )
-        for method in self.plot.panel_methods:
-            check_name("plot.panel_methods", method, self.methods)
-
-    def _check_method(self, where: str, method: Method) -> None:
-        with within(where):
-            check_terms(method.terms)
-        if method.recipe:
-            with within(f"{where}.recipe"):
-                recipe = _merge(self.recipes["student"], method.recipe)
-            check_recipe(f"{where}.recipe", recipe)
-
-    def _check_study(self, name: str) -> None:
-        study = self.studies[name]
-        for key, chosen, catalogue in (
-            ("datasets", study.datasets, self.datasets),
-            ("teacher", study.teachers, self.teachers),
-            ("students", study.students, self.students),
-            ("more_teachers", study.more_teachers, self.teachers),
-            ("methods", study.methods, self.methods),
-            ("ablations", study.ablations, self.ablations),
-            ("recipes", study.recipes, self.datasets),
-        ):
-            for one in chosen:
-                check_name(f"studies.{name}.{key}", one, catalogue)
-        for dataset in study.datasets:
-            axes = self.datasets[dataset].ndim
-            for key, networks in (("teacher", study.teachers), ("students", study.students)):
-                if networks and not self._fitting(networks, dataset):
-                    raise registry.UnknownName(
-                        f"studies.{name}.{key}: none takes images with {axes} axes, as dataset "
-                        f'"{dataset}" has; add one'
-                    )
-            data = self.datasets[dataset]
-            with within(f"datasets.{dataset}"):
-                for segmenter in data.segmenters:
-                    check_offsets(segmenter, data.offsets)
-            for role in ("teacher", "student"):
-                recipes = self._recipes(name, dataset, role)
-                for where, recipe in recipes.items():
-                    check_recipe(where, recipe, has_teacher=role != TEACHER)
-                networks = [
-                    *self._fitting(study.teachers, dataset)[:1],
-                    *self._fitting(study.more_teachers, dataset),
-                ]
-                if role == "student":  # a teacher that is asked online sees the patches too
-                    own = [self.method(method) for method in self._own_methods(study)]
-                    asked = any(
-                        m.terms and m.recipe.get("teacher", recipe.teacher) == "online" for m in own
-                    )
-                    networks = self._fitting(study.students, dataset) + networks * asked
-                used = {key: self.network(key) for key in networks}
-                patches = {
-                    where: one.patch for where, one in recipes.items() if one.patch == recipe.patch
-                }
-                where, patch = (
-                    next(iter(patches.items())) if recipe.patch else (f"datasets.{dataset}", None)
-                )
-                check_patch(f"{where}.patch", patch or data.patch, dataset, data, used)
-            for method in self._own_methods(study):
-                if "patch" in (changes := self.method(method).recipe):
-                    patch = _merge(recipe, changes).patch or data.patch
-                    check_patch(f"methods.{method}.recipe.patch", patch, dataset, data, used)
-
 
 def _text(value: Any) -> str:
     """A value as it is part of a method's name."""
@@ -477,14 +337,3 @@ def _put(method: dict[str, Any], key: str, value: Any) -> None:
     for step in path[:-1]:
         place = place.setdefault(step, {})
     place[path[-1]] = value
-
-
-def _merge(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """Apply nested changes to a recipe and check the result."""
-
-    def deep(base: Any, over: Any) -> Any:
-        if isinstance(base, dict) and isinstance(over, dict):
-            return base | {key: deep(base.get(key), value) for key, value in over.items()}
-        return over
-
-    return Recipe.model_validate(deep(recipe.model_dump(), changes))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gdlib import registry
 from gdlib.config.mistakes import check_name, within
-from gdlib.config.sections import Dataset, Network, Recipe, Term
+from gdlib.config.recipe import Recipe, Term
+from gdlib.config.sections import Dataset, Network
 
 
 def check_metrics(where: str, names: Iterable[str]) -> None:

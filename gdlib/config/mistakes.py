@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from gdlib import registry
-from gdlib.config.sections import Recipe
+from gdlib.config.recipe import Recipe
 from gdlib.limits import words
 
 # What pydantic puts between the keys of a place.

@@ -28,8 +28,7 @@ CHANGES = {
 WHOLE = ("Term", "RemoteFile")
 INTRODUCTION = """# Every key of the configuration
 
-Made by `gdlib schema --markdown > docs/configuration.md` from `gdlib/config/sections.py` and `gdlib/config/catalogue.py`, which check
-the file.
+Made by `gdlib schema --markdown > docs/configuration.md` from the modules in `gdlib/config/` that check the files.
 
 The configuration is a catalogue of what exists, and `studies`, named selections of it. The catalogue and most studies
 are in `config/`, every file of which may hold any part of it ([config/README.md](../config/README.md) lists them);
