@@ -246,16 +246,7 @@ def predict_split(
     partial = out.with_name(f".{out.name}.partial")
     attrs = {key: predictor.header[key] for key in ("offsets", "segmentation")}
     with io.open_h5(data) as samples:
-        images = {}
-        for name in sorted(samples):
-            if f"{name}/image" not in samples:
-                raise io.DataError(
-                    f'{data}: "{name}" has no image, so this is not a samples file; give one'
-                )
-            try:
-                images[name] = predictor.source(samples[name]["image"])
-            except io.DataError as error:
-                raise io.DataError(f'{data}: sample "{name}": {error}') from None
+        images = images_of(predictor, samples)
         kept = {name: _central(images[name].shape) for name in list(images)[:keep_embeddings]}
         identity = f"{weights_sha256} {file_identity(data)}"
         blocks = predict_blocks(predictor, images, partial, identity, kept)
@@ -272,6 +263,25 @@ def predict_split(
                     inner = relative(intersection(box, kept[name]), kept[name])
                     file[name]["embedding"][(slice(None), *inner)] = part.embedding
     partial.unlink()
+
+
+def images_of(predictor: Predictor, samples: h5py.File) -> dict[str, Source]:
+    """Return the images of an open samples file by name, as a network sees them.
+
+    Raises:
+        DataError: it is no samples file, or the network cannot take an image of it.
+    """
+    images = {}
+    for name in sorted(samples):
+        if f"{name}/image" not in samples:
+            raise io.DataError(
+                f'{samples.filename}: "{name}" has no image, so this is not a samples file; give one'
+            )
+        try:
+            images[name] = predictor.source(samples[name]["image"])
+        except io.DataError as error:
+            raise io.DataError(f'{samples.filename}: sample "{name}": {error}') from None
+    return images
 
 
 def _central(shape: tuple[int, ...]) -> Box:

@@ -31,7 +31,7 @@ from torch import Tensor
 from gdlib import io
 from gdlib.boxes import Box
 from gdlib.models import trained
-from gdlib.predict.files import finish_blocks
+from gdlib.predict.files import finish_blocks, images_of
 from gdlib.predict.predictor import Predictor, legal_shape
 
 # voxels that are stored together: a patch has several times as many
@@ -82,7 +82,7 @@ def ask(
     }
     partial = out.with_name(f".{out.name}.partial")
     with io.open_h5(samples) as file:
-        images = {name: predictor.source(file[name]["image"]) for name in sorted(file) if parts}
+        images = images_of(predictor, file) if parts else {}
         _say_size(predictor, [image.shape for image in images.values()], parts, out)
 
         def compute(name: str, box: Box) -> list[np.ndarray]:
