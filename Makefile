@@ -14,7 +14,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 study: env ## STUDY=nuclei runs another study than the default of config.yaml
-	snakemake --cores $(CORES) $(if $(STUDY),--config study=$(STUDY))
+	snakemake --cores $(CORES) --quiet rules progress host $(if $(STUDY),--config study=$(STUDY))
 
 report: env
 	snakemake --report report.html $(if $(STUDY),--config study=$(STUDY))

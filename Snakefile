@@ -38,6 +38,7 @@ include: "workflow/rules/predict.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/tuning.smk"
+include: "workflow/rules/progress.smk"
 
 
 rule all:
@@ -49,9 +50,16 @@ rule all:
         FIGURES,
 
 
+onstart:
+    start_watching()
+
+
 onsuccess:
+    stop_watching()
     print_warnings()
+    print_results()
 
 
 onerror:
+    stop_watching()
     print_warnings()
