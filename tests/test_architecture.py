@@ -25,7 +25,17 @@ MODULES = {name_of(path): ast.parse(path.read_text()) for path in FILES}
 
 # The rooms, from the ground up, and what each may import beside its own files and the ground: rooms
 # that stand before it.
-GROUND = {"boxes", "devices", "limits", "processes", "progress", "registry", "text", "types", "watch"}
+GROUND = {
+    "boxes",
+    "devices",
+    "limits",
+    "processes",
+    "progress",
+    "registry",
+    "text",
+    "types",
+    "watch",
+}
 ROOMS = {
     "io": "",
     "jit": "io",
