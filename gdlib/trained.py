@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from gdlib import io
 from gdlib.io.failures import DataError
 from gdlib.registry import nearest
 
 FOLDER = Path(__file__).parent / "weights"
+DEFAULT = "nuclei"
 
 
 def names() -> list[str]:
@@ -33,6 +35,13 @@ def find(model: Path | str) -> Path:
             "or give a weights file"
         )
     return FOLDER / f"{model}.safetensors"
+
+
+def fitting(ndim: int) -> str:
+    """Return a hint which built-in networks take images of so many axes, or nothing."""
+    found = [name for name in names() if len(io.read_header(find(name))["offsets"][0]) == ndim]
+    kind = {2: "images", 3: "volumes"}[ndim]
+    return f"; of the built-in networks, {' and '.join(found)} take {kind}" if found else ""
 
 
 class Model:
@@ -155,7 +164,7 @@ class Model:
 
 
 def load(
-    model: Path | str = "nuclei",
+    model: Path | str = DEFAULT,
     *,
     device: str = "auto",
     precision: str = "auto",

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gdlib import __version__, devices, io
+from gdlib import __version__, devices, io, trained
+from gdlib.bench import add_bench
 from gdlib.cli.segment import add_segment, is_hdf5
 from gdlib.cli.steps import add_steps
 from gdlib.config.page import add_schema
@@ -19,8 +20,9 @@ from gdlib.io import failures, outputs
 from gdlib.limits import Count, argument, place
 from gdlib.segment.parameters import main_segmenter
 
+CATALOGUE = Path("config.yaml")
 EXAMPLES = """examples:
-  gdlib segment images/ --model weights.safetensors --out found/
+  gdlib segment images/ --model nuclei --out found/
   gdlib segment volume.h5:volumes/raw --model weights.safetensors --out found/
   gdlib evaluate ground_truth/ found/ --out scores.csv
   gdlib info weights.safetensors
@@ -114,21 +116,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Say what a weights file is, how it was trained, and how well it did on its "
         "validation images.",
     )
-    info.add_argument("weights", type=place)
+    info.add_argument("weights", type=place, help="weights file, or a built-in network")
     info.add_argument("--json", action="store_true", help="print the whole header as JSON")
     info.set_defaults(function=_info)
 
     models = commands.add_parser(
         "models",
         help="list the networks",
-        description="List every network of a catalogue with its parameters and "
-        "multiply-accumulates.",
+        description="List the trained networks that come with the package; and every network that "
+        "a catalogue can train, with its parameters and multiply-accumulates.",
     )
     models.add_argument(
         "--config",
         type=place,
-        default=Path("config.yaml"),
-        help="catalogue (default: config.yaml, with the folder config)",
+        help="catalogue (default: config.yaml with the folder config, if it is here)",
     )
     models.add_argument(
         "--shape",
@@ -288,6 +289,7 @@ def _write_table(out: Path | None, keys: list[str], table: list[list[Any]]) -> N
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    arguments.weights = trained.find(arguments.weights)
     header = io.read_header(arguments.weights)
     if arguments.json:
         print(json.dumps(header, indent=2, sort_keys=True))
@@ -413,12 +415,29 @@ def _download_one(config: Any, name: str) -> None:
         )
 
 
+def _trained_models() -> None:
+    """Print the networks that come with the package, and how good each was on test images."""
+    for name in trained.names():
+        path = trained.find(name)
+        header = io.read_header(path)
+        test = header.get("test", {})
+        scores = ", ".join(f"{key} {test[key]:.3f}" for key in ("aji", "pq", "voi") if key in test)
+        judged = f"; {scores} on {test['images']} test image(s)" if scores else ""
+        print(f"{name:8} {path.stat().st_size / 1e6:.1f} MB  {header.get('purpose', '')}{judged}")
+    if trained.names():
+        print("use one with `gdlib segment images/ --model NAME --out labels/`\n")
+
+
 def _models(arguments: argparse.Namespace) -> None:
     from gdlib import registry
     from gdlib.models import build
     from gdlib.predict.cost import count_macs, count_parameters, network_table
 
-    config = _catalogue(arguments.config)
+    if not (arguments.config or arguments.markdown or arguments.shape):
+        _trained_models()
+    if arguments.config is None and not arguments.markdown and not CATALOGUE.is_file():
+        return
+    config = _catalogue(arguments.config or CATALOGUE)
     networks = [
         (
             role,

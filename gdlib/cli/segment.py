@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gdlib import io
+from gdlib import io, trained
+from gdlib.cli.steps import BLOCK_HELP
 from gdlib.io import outputs
 from gdlib.io.failures import Failures, is_lack_of_memory
 from gdlib.limits import Positive, Threads, argument, number, place, sides
@@ -50,10 +51,10 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     )
     segment.add_argument(
         "--model",
-        required=True,
         type=place,
-        metavar="FILE",
-        help="weights.safetensors of a trained network",
+        metavar="NAME|FILE",
+        help="a built-in network (`gdlib models` lists them), or the weights.safetensors of your "
+        f"own (default: {trained.DEFAULT})",
     )
     segment.add_argument(
         "--out", required=True, type=place, metavar="DIR", help="folder for the labels"
@@ -161,6 +162,9 @@ def _segment(arguments: argparse.Namespace) -> None:
     from gdlib.volumes.footprint import choose, is_large
     from gdlib.volumes.large import block_before, segment_in_blocks
 
+    if arguments.model is None:
+        print(f"no --model is given: {trained.DEFAULT} is taken", file=sys.stderr)
+    arguments.model = trained.find(arguments.model or trained.DEFAULT)
     paths: list[str] = []
     for path in arguments.images:
         paths += map(str, find_files(Path(path)).values()) if Path(path).is_dir() else [path]

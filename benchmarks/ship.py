@@ -1,0 +1,84 @@
+"""Make a built-in network of a finished training: its weights, and in their header what people
+want to know of it.
+
+    python -m benchmarks.ship worms RUN DATA
+
+RUN is the folder of a run of `study=models`, DATA that of its prepared dataset. What is added to
+the header: `purpose`; `data`, where the images are from; `diameter`, the 5th, 50th and 95th
+percentile of the diameters of the training objects, in pixels (of a circle of equal area; 2D
+only); `pixel_size`, in microns, where the dataset says it; `test`, the mean score over test images.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from gdlib import io
+from gdlib.segment.parameters import main_segmenter
+from gdlib.trained import FOLDER
+
+PURPOSES = {
+    "nuclei": "cell nuclei in fluorescence images, bright on dark",
+    "worms": "C. elegans in bright field",
+    "neurons": "neurons in volumes of serial-section electron microscopy",
+}
+METRICS = {
+    2: ("aji", "dice", "f1_50", "pq"),
+    3: ("voi_split", "voi_merge", "voi", "arand"),
+}
+
+
+def diameters(samples: Path) -> list[float]:
+    """Return percentiles 5, 50 and 95 of the diameters of 2D objects, in pixels."""
+    areas = [
+        np.bincount(label[label > 0])[1:]
+        for label in (sample.label for sample in io.read_samples(samples))
+    ]
+    area = np.concatenate([part[part > 0] for part in areas])
+    return [round(float(d), 1) for d in np.percentile(2 * np.sqrt(area / np.pi), (5, 50, 95))]
+
+
+def scores(table: Path, ndim: int) -> dict[str, float]:
+    """Return the means over the images of a table of metrics."""
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    values = {
+        name: [float(row["value"]) for row in rows if row["metric"] == name]
+        for name in METRICS[ndim]
+    }
+    counts = {len(column) for column in values.values()}
+    if len(counts) != 1:
+        raise ValueError(f"{table}: not every image has every metric")
+    return {"images": counts.pop()} | {
+        name: round(sum(column) / len(column), 4) for name, column in values.items()
+    }
+
+
+def main() -> None:
+    """Read the arguments and write the file."""
+    parser = argparse.ArgumentParser(description="make a built-in network of a training")
+    parser.add_argument("name", choices=PURPOSES)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("data", type=Path)
+    arguments = parser.parse_args()
+    state, header = io.load_weights(arguments.run / "weights.safetensors")
+    ndim = len(header["offsets"][0])
+    first = next(io.read_samples(arguments.data / "train.h5"))
+    with io.open_h5(arguments.data / "train.h5") as file:
+        provenance = str(file.attrs["provenance"])
+    header |= {"purpose": PURPOSES[arguments.name], "data": provenance}
+    if ndim == 2:
+        header["diameter"] = diameters(arguments.data / "train.h5")
+    if "voxel_size_nm" in first.attrs:
+        header["pixel_size"] = [size / 1000 for size in first.attrs["voxel_size_nm"]]
+    table = arguments.run / main_segmenter(header) / "metrics.csv"
+    if table.exists():
+        header["test"] = scores(table, ndim)
+    FOLDER.mkdir(exist_ok=True)
+    io.save_weights(FOLDER / f"{arguments.name}.safetensors", state, header)
+
+
+if __name__ == "__main__":
+    main()
