@@ -13,14 +13,14 @@ from typing import Any
 
 from gdlib import __version__, devices, io, trained
 from gdlib.bench import add_bench
+from gdlib.cli.models import CATALOGUE, add_models, catalogue
 from gdlib.cli.segment import add_segment, is_hdf5
 from gdlib.cli.steps import add_steps
 from gdlib.config.page import add_schema
 from gdlib.io import failures, outputs
-from gdlib.limits import Count, argument, place
+from gdlib.limits import place
 from gdlib.segment.parameters import main_segmenter
 
-CATALOGUE = Path("config.yaml")
 EXAMPLES = """examples:
   gdlib segment images/ --model nuclei --out found/
   gdlib segment volume.h5:volumes/raw --model weights.safetensors --out found/
@@ -120,29 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print the whole header as JSON")
     info.set_defaults(function=_info)
 
-    models = commands.add_parser(
-        "models",
-        help="list the networks",
-        description="List the trained networks that come with the package; and every network that "
-        "a catalogue can train, with its parameters and multiply-accumulates.",
-    )
-    models.add_argument(
-        "--config",
-        type=place,
-        help="catalogue (default: config.yaml with the folder config, if it is here)",
-    )
-    models.add_argument(
-        "--shape",
-        type=argument(Count),
-        nargs="+",
-        help="image size (default: 544 544, or 32 256 256 for networks of volumes)",
-    )
-    models.add_argument(
-        "--markdown",
-        action="store_true",
-        help="print a page with context and levels too, docs/networks.md",
-    )
-    models.set_defaults(function=_models)
+    add_models(commands)
 
     check = commands.add_parser(
         "check",
@@ -157,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--config",
         type=place,
-        default=Path("config.yaml"),
+        default=CATALOGUE,
         help="catalogue (default: config.yaml, with the folder config)",
     )
     check.set_defaults(function=_check)
@@ -181,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument(
         "--config",
         type=place,
-        default=Path("config.yaml"),
+        default=CATALOGUE,
         help="catalogue (default: config.yaml, with the folder config)",
     )
     download.set_defaults(function=_download)
@@ -355,19 +333,8 @@ def _floor(normalisation: dict[str, Any]) -> str:
     return f", {' and '.join(f'{c:g}' for c in normalisation['contrast'])} times the noise or more"
 
 
-def _catalogue(*paths: Path) -> Any:
-    from gdlib.config import load
-
-    if not paths[0].is_file():
-        raise io.DataError(
-            f"{paths[0]}: there is no such file here; run the command in the folder of the source "
-            "repository, or name a catalogue with --config"
-        )
-    return load(*paths)
-
-
 def _check(arguments: argparse.Namespace) -> None:
-    config = _catalogue(arguments.config, *arguments.files)
+    config = catalogue(arguments.config, *arguments.files)
     runs = len(config.runs())
     print(
         f"nothing is wrong; study {config.study}: {runs} trainings on "
@@ -378,7 +345,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _download(arguments: argparse.Namespace) -> None:
     from gdlib.registry import nearest
 
-    config = _catalogue(arguments.config)
+    config = catalogue(arguments.config)
     if arguments.to:
         config = config.model_copy(update={"raw_folders": (str(arguments.to),)})
     for name in arguments.names:
@@ -413,64 +380,3 @@ def _download_one(config: Any, name: str) -> None:
             if folder
             else f"{name}: is made here, there is nothing to download"
         )
-
-
-def _trained_models() -> None:
-    """Print the networks that come with the package, and how good each was on test images."""
-    for name in trained.names():
-        path = trained.find(name)
-        header = io.read_header(path)
-        test = header.get("test", {})
-        scores = ", ".join(f"{key} {test[key]:.3f}" for key in ("aji", "pq", "voi") if key in test)
-        judged = f"; {scores} on {test['images']} test image(s)" if scores else ""
-        print(f"{name:8} {path.stat().st_size / 1e6:.1f} MB  {header.get('purpose', '')}{judged}")
-    if trained.names():
-        print("use one with `gdlib segment images/ --model NAME --out labels/`\n")
-
-
-def _models(arguments: argparse.Namespace) -> None:
-    from gdlib import registry
-    from gdlib.models import build
-    from gdlib.predict.cost import count_macs, count_parameters, network_table
-
-    if not (arguments.config or arguments.markdown or arguments.shape):
-        _trained_models()
-    if arguments.config is None and not arguments.markdown and not CATALOGUE.is_file():
-        return
-    config = _catalogue(arguments.config or CATALOGUE)
-    networks = [
-        (
-            role,
-            name,
-            network,
-            registry.axes(network.model) or build(network.model, network.options).ndim,
-        )
-        for role, group in (("teacher", config.teachers), ("student", config.students))
-        for name, network in group.items()
-    ]
-    if arguments.markdown:
-        print(
-            network_table(
-                (name, n.title, role, n.model, n.options) for role, name, n, _ in networks
-            )
-        )
-        return
-    shapes = {2: (544, 544), 3: (32, 256, 256)}
-    if arguments.shape:
-        shapes = {len(arguments.shape): tuple(arguments.shape)}
-    known = sorted({ndim for *_, ndim in networks})
-    if not set(shapes) & set(known):
-        raise ValueError(
-            f"{arguments.config}: networks take images with {' or '.join(map(str, known))} axes, "
-            f"not {arguments.shape}"
-        )
-    print(f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs':>10} at")
-    for role, name, network, ndim in networks:
-        if shape := shapes.get(ndim):
-            count = count_parameters(network.model, network.options)
-            macs = count_macs(network.model, network.options, shape)
-            size = "x".join(map(str, shape))
-            print(
-                f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} "
-                f"{macs / 1e9:10.2f} {size}"
-            )

@@ -1,0 +1,111 @@
+"""`gdlib models`: networks that come trained with the package, and those of a catalogue."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gdlib import io, trained
+from gdlib.limits import Count, argument, place
+
+CATALOGUE = Path("config.yaml")
+
+
+def add_models(commands: argparse._SubParsersAction) -> None:
+    """Add `gdlib models` to the command line."""
+    models = commands.add_parser(
+        "models",
+        help="list the networks",
+        description="List the trained networks that come with the package; and every network that "
+        "a catalogue can train, with its parameters and multiply-accumulates.",
+    )
+    models.add_argument(
+        "--config",
+        type=place,
+        help="catalogue (default: config.yaml with the folder config, if it is here)",
+    )
+    models.add_argument(
+        "--shape",
+        type=argument(Count),
+        nargs="+",
+        help="image size (default: 544 544, or 32 256 256 for networks of volumes)",
+    )
+    models.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print a page with context and levels too, docs/networks.md",
+    )
+    models.set_defaults(function=_models)
+
+
+def catalogue(*paths: Path) -> Any:
+    """Return the configuration of a catalogue and files that change it."""
+    from gdlib.config import load
+
+    if not paths[0].is_file():
+        raise io.DataError(
+            f"{paths[0]}: there is no such file here; run the command in the folder of the source "
+            "repository, or name a "
+            "catalogue with --config"
+        )
+    return load(*paths)
+
+
+def _trained_models() -> None:
+    """Print the networks that come with the package, and how good each was on test images."""
+    for name in trained.names():
+        path = trained.find(name)
+        header = io.read_header(path)
+        test = header.get("test", {})
+        scores = ", ".join(f"{key} {test[key]:.3f}" for key in ("aji", "pq", "voi") if key in test)
+        judged = f"; {scores} on {test['images']} test image(s)" if scores else ""
+        print(f"{name:8} {path.stat().st_size / 1e6:.1f} MB  {header.get('purpose', '')}{judged}")
+    if trained.names():
+        print("use one with `gdlib segment images/ --model NAME --out labels/`\n")
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from gdlib import registry
+    from gdlib.models import build
+    from gdlib.predict.cost import count_macs, count_parameters, network_table
+
+    if not (arguments.config or arguments.markdown or arguments.shape):
+        _trained_models()
+    if arguments.config is None and not arguments.markdown and not CATALOGUE.is_file():
+        return
+    config = catalogue(arguments.config or CATALOGUE)
+    networks = [
+        (
+            role,
+            name,
+            network,
+            registry.axes(network.model) or build(network.model, network.options).ndim,
+        )
+        for role, group in (("teacher", config.teachers), ("student", config.students))
+        for name, network in group.items()
+    ]
+    if arguments.markdown:
+        print(
+            network_table(
+                (name, n.title, role, n.model, n.options) for role, name, n, _ in networks
+            )
+        )
+        return
+    shapes = {2: (544, 544), 3: (32, 256, 256)}
+    if arguments.shape:
+        shapes = {len(arguments.shape): tuple(arguments.shape)}
+    known = sorted({ndim for *_, ndim in networks})
+    if not set(shapes) & set(known):
+        raise ValueError(
+            f"{arguments.config}: networks take images with {' or '.join(map(str, known))} axes, "
+            f"not {arguments.shape}"
+        )
+    print(f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs':>10} at")
+    for role, name, network, ndim in networks:
+        if shape := shapes.get(ndim):
+            count = count_parameters(network.model, network.options)
+            macs = count_macs(network.model, network.options, shape)
+            size = "x".join(map(str, shape))
+            print(
+                f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} "
+                f"{macs / 1e9:10.2f} {size}"
+            )
