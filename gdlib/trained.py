@@ -1,7 +1,7 @@
 """Trained networks: those that come with the package, and one call to use any of them on arrays."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ class Model:
         image: np.ndarray,
         axes: str | None = None,
         *,
+        pixel_size: float | Sequence[float] | None = None,
+        diameter: float | None = None,
         segmenter: str | None = None,
         **parameters: float,
     ) -> np.ndarray:
@@ -88,6 +90,11 @@ class Model:
                 as the network wants them, with the channels first if it wants several.
             axes: a letter per axis, of `TCZYX`, in any order, e.g. `"YXC"`. Along T, and along Z
                 where the network is 2D, every frame is segmented on its own.
+            pixel_size: of the image in microns, one number or one per axis of the network: the
+                image is brought to the pixels of the training images, and the labels back. Only
+                if `info["pixel_size"]` is there.
+            diameter: the same by the diameter of a typical object in pixels, if
+                `info["diameter"]` is there: percentiles 5, 50 and 95 of the training images.
             segmenter: what makes objects of affinities; the one that the weights were chosen with
                 if left out.
             parameters: of the segmenter, instead of those that were tuned.
@@ -99,16 +106,21 @@ class Model:
             DataError: the image does not fit the network.
             ValueError: no such segmenter, parameter or value.
         """
+        from gdlib.data.scale import factors
         from gdlib.segment.parameters import chosen
-        from gdlib.segment.segmenters import segment
 
         segmenter, all_of_them = chosen(self.path, self.info, segmenter, parameters)
+        by = factors(self.info, self.ndim, pixel_size, diameter)
         frames = self._frames(image, axes)
-        labels = np.empty(frames.shape[: -1 - self.ndim] + frames.shape[-self.ndim :], np.uint32)
-        for index in np.ndindex(frames.shape[: -1 - self.ndim]):
-            found = self._predict(frames[index], False)
-            labels[index] = segment(
-                found.affinity, found.foreground, self.info["offsets"], segmenter, **all_of_them
+        labels = np.empty(frames.shape + frames.sides, np.uint32)
+        for index in np.ndindex(frames.shape):
+            labels[index] = objects(
+                lambda one: self._predict(one, False),
+                frames[index],
+                self.info["offsets"],
+                segmenter,
+                all_of_them,
+                by,
             )
         return labels
 
@@ -123,44 +135,62 @@ class Model:
             its probability; `embedding` (D, [Z,] Y, X) float32.
         """
         frames = self._frames(image, axes)
-        if frames.ndim != self.ndim + 1:
+        if frames.shape:
             raise DataError(
                 f"an image of shape {np.shape(image)} has several frames: predict them one by one"
             )
-        return self._predict(frames, True)
+        return self._predict(frames[()], True)
 
     def _predict(self, image: np.ndarray, keep_embedding: bool) -> Any:
         with self._lock:
             return self._predictor(image, keep_embedding=keep_embedding)
 
-    def _frames(self, image: np.ndarray, axes: str | None) -> np.ndarray:
-        """Return an image as ([T,] [Z,] C, [Z,] Y, X): the frames first, then what the network sees
-        at once.
-        """
+    def _frames(self, image: np.ndarray, axes: str | None) -> Any:
+        """Return an image as `gdlib.data.frames.Frames` of what the network wants."""
+        from gdlib.data.frames import Frames
+
         image = np.asarray(image)
         channels, own = self.info["channels"], "ZYX"[-self.ndim :]
         if axes is None:
             axes = own if image.ndim == self.ndim and channels == 1 else f"C{own}"
-        axes = axes.upper()
-        known = sorted(set(axes)) == sorted(axes) and set(own) <= set(axes) <= set("TCZYX")
-        if not known or len(axes) != image.ndim:
+        frames = Frames(image, axes, self.ndim)
+        if frames.channels != channels:
             raise DataError(
-                f"an image of shape {image.shape} does not have the axes {axes}: give a letter of "
-                f"TCZYX for each axis, once, with {' and '.join(own)} among them, as in "
-                f"axes={f'C{own}'!r}"
+                f"an image of shape {image.shape}, axes {axes.upper()}, has {frames.channels} "
+                "channel(s), and the network "
+                f"{self.path.stem} wants {channels}: choose which, as in image[0], or say which "
+                "axis is which by `axes`"
             )
-        if "C" not in axes:
-            image, axes = image[None], f"C{axes}"
-        wanted = [axis for axis in "TZ" if axis in axes and axis not in own] + ["C", *own]
-        image = image.transpose([axes.index(axis) for axis in wanted])
-        found = image.shape[wanted.index("C")]
-        if found != channels:
-            raise DataError(
-                f"an image of shape {image.shape}, axes {''.join(wanted)}, has {found} channel(s), "
-                f"and the network {self.path.stem} wants {channels}: choose which, as in image[0], "
-                "or say which axis is which by `axes`"
-            )
-        return image
+        return frames
+
+
+def objects(
+    predict: Callable[[np.ndarray], Any],
+    image: np.ndarray,
+    offsets: Sequence[Sequence[int]],
+    segmenter: str,
+    parameters: Mapping[str, float],
+    by: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Find the objects of one image, of another scale if wanted.
+
+    Args:
+        predict: (C, [Z,] Y, X) -> `gdlib.types.Prediction`.
+        image: (C, [Z,] Y, X).
+        offsets: of the affinities.
+        segmenter: what makes objects of them.
+        parameters: of the segmenter.
+        by: factor for each axis by which the network sees the image enlarged.
+
+    Returns:
+        ([Z,] Y, X) uint32 labels of the size of the image.
+    """
+    from gdlib.data import scale
+    from gdlib.segment.segmenters import segment
+
+    found = predict(image if by is None else scale.resized(image, by))
+    label = segment(found.affinity, found.foreground, offsets, segmenter, **parameters)
+    return label if by is None else scale.back(label, image.shape[1:])
 
 
 def load(

@@ -50,7 +50,7 @@ ROOMS = {
     "train": "io kernels models evaluate data segment distill predict config",
     "volumes": "io data segment predict",
     "report": "io evaluate config",
-    "trained": "io segment predict",
+    "trained": "io data segment predict",
     "cli": "io models evaluate data segment predict config train volumes report trained",
     "__main__": "cli",
 }

@@ -17,7 +17,8 @@ from conftest import OFFSETS
 from torch import nn
 
 from gdlib import io
-from gdlib.cli import segment
+from gdlib.cli import work
+from gdlib.cli.images import open_image
 from gdlib.cli.main import main
 from gdlib.io.failures import is_lack_of_memory
 from gdlib.models import build
@@ -366,13 +367,13 @@ def limited(teacher, small_blocks, tmp_path):
 
     def run(image, *flags, code=0, out=tmp_path / "blocks", share=0.999):
         predictor = Predictor.load(teacher, device="cpu", precision="float32", engine="torch")
-        with segment._open_image(image, 1, tmp_path) as array:
+        with open_image(image, predictor.network.ndim, 1, tmp_path) as (array, _):
             shape = predictor.source(array).shape
             segmenter, parameters = (
                 "mutex_watershed",
                 predictor.header["segmentation"]["mutex_watershed"],
             )
-            held = segment._in_memory(array)
+            held = work.in_memory(array)
             whole = choose(predictor, shape, segmenter, parameters, held=held, budget=2**60).whole
         command = [
             "segment",
@@ -487,7 +488,7 @@ def test_large_tiff_files_are_mapped(options, shape, monkeypatch, tmp_path):
     assert mapped.dtype == read.dtype == np.uint16
     assert np.array_equal(mapped, read)
     assert not list((tmp_path / "new").glob("*"))  # the copy has no name
-    assert segment._in_memory(mapped) == 0 < segment._in_memory(read)
+    assert work.in_memory(mapped) == 0 < work.in_memory(read)
 
 
 def test_no_disk_for_a_copy_of_the_image(monkeypatch, tmp_path):
@@ -671,5 +672,5 @@ def test_too_little_memory_after_all_is_one_sentence(
 
 
 def test_other_errors_are_not_called_lack_of_memory():
-    with pytest.raises(RuntimeError, match="shapes"), segment._lack_of_memory("a.tif"):
+    with pytest.raises(RuntimeError, match="shapes"), work.lack_of_memory("a.tif"):
         raise RuntimeError("shapes do not fit")

@@ -73,12 +73,12 @@ def test_one_bad_image_does_not_end_a_folder(six, teacher, volume, tmp_path, cap
 
 def test_a_full_disk_ends_a_folder(six, teacher, tmp_path, refusal, monkeypatch):
     """Of all others the same would be said."""
-    from gdlib.cli import segment
+    from gdlib.cli import labels
 
     def full(*args):
         raise io.WriteError(errno.ENOSPC, os.strerror(errno.ENOSPC), "labels")
 
-    monkeypatch.setattr(segment, "_write_label", full)
+    monkeypatch.setattr(labels, "write_label", full)
     assert "free some space" in refusal(*segment_command(teacher, tmp_path / "out", six))
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from gdlib import __version__, devices, io, trained
 from gdlib.bench import add_bench
+from gdlib.cli.images import is_hdf5
 from gdlib.cli.models import CATALOGUE, add_models, catalogue
-from gdlib.cli.segment import add_segment, is_hdf5
+from gdlib.cli.segment import add_segment
 from gdlib.cli.steps import add_steps
 from gdlib.config.page import add_schema
 from gdlib.io import failures, outputs

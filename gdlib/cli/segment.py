@@ -1,27 +1,22 @@
 """`gdlib segment`: trained weights and images of any size to label files."""
 
 import argparse
-import contextlib
-import math
 import sys
-import urllib.parse
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gdlib import io, trained
+from gdlib.cli.found import COLUMNS, preview_of, preview_output
 from gdlib.cli.steps import BLOCK_HELP
+from gdlib.cli.work import Job, Work
 from gdlib.io import outputs
-from gdlib.io.failures import Failures, is_lack_of_memory
+from gdlib.io.failures import Failures
 from gdlib.limits import Positive, Threads, argument, number, place, sides
+from gdlib.progress import Progress
 from gdlib.segment.parameters import chosen
-from gdlib.volumes import memory
-from gdlib.volumes.grid import CHUNK
 
 BLOCK_HELP = (
     "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster "
@@ -58,6 +53,42 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     )
     segment.add_argument(
         "--out", required=True, type=place, metavar="DIR", help="folder for the labels"
+    )
+    segment.add_argument(
+        "--channel",
+        metavar="NUMBER|NAME",
+        help="the one channel that shows the objects: 1, 2, ..., or its name in the file",
+    )
+    segment.add_argument(
+        "--axes",
+        metavar="LETTERS",
+        help="which axis of the array is which, of TCZYX, e.g. YXC (default: what the file says); a "
+        "2D network segments every frame and section on its own, and all go to one file",
+    )
+    segment.add_argument(
+        "--pixel-size",
+        type=_pixel,
+        metavar="MICRONS",
+        help="of the images, one number or ZxYxX: they are brought to that of the training images, "
+        "and the labels back (default: what the file says, if the model knows its own)",
+    )
+    segment.add_argument(
+        "--diameter",
+        type=argument(Positive),
+        metavar="PIXELS",
+        help="of typical objects in the images: they are brought to those of the training images, "
+        "and the labels back; instead of --pixel-size",
+    )
+    segment.add_argument(
+        "--preview",
+        action="store_true",
+        help="a picture with outlines beside every label, NAME.preview.png",
+    )
+    segment.add_argument(
+        "--table",
+        type=place,
+        metavar="CSV",
+        help="a file with a row for each object of all images: area, centroid, mean intensity",
     )
     segment.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)"
@@ -100,50 +131,11 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     segment.set_defaults(function=_segment)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One image and where its label goes.
-
-    Attributes:
-        path: as it was given.
-        file: without the name of a dataset.
-        dataset: of an HDF5 file, None of another one.
-        target: file of the label.
-    """
-
-    path: str
-    file: Path
-    dataset: str | None
-    target: Path
-
-    @classmethod
-    def of(cls, path: str, folder: Path) -> "_Job":
-        """Find out where the label of an image goes."""
-        from gdlib.data.files import open_volume, split_h5_path
-
-        file, dataset = split_h5_path(path)[0], None
-        if is_hdf5(path):
-            with open_volume(path) as volume:
-                dataset = volume.name.strip("/")
-        return cls(
-            path, file, dataset, folder / f"{file.stem}{'.tif' if dataset is None else '.h5'}"
-        )
-
-    @property
-    def mark(self) -> str:
-        """What the label says of itself."""
-        return outputs.mark(self.file, self.dataset)
-
-    @property
-    def output(self) -> outputs.Output:
-        """The label, for a check."""
-        shown = f"{self.target}:{self.dataset}" if self.dataset else ""
-        return outputs.Output(self.target, outputs.has_mark(self.mark, self.dataset), shown)
-
-    def hidden(self, ending: str) -> Path:
-        """Return a hidden path beside the label, for what is not finished."""
-        dataset = f".{urllib.parse.quote(self.dataset, safe='')}" if self.dataset else ""
-        return io.beside(self.target.with_suffix(""), f"{dataset}.{ending}")
+def _pixel(text: str) -> float | tuple[float, ...]:
+    sides = tuple(float(side) for side in text.split("x"))
+    if not all(0 < side < float("inf") for side in sides):
+        raise argparse.ArgumentTypeError(f'"{text}" is no length above 0')
+    return sides[0] if len(sides) == 1 else sides
 
 
 def _parameter(text: str) -> tuple[str, float]:
@@ -156,11 +148,7 @@ def _parameter(text: str) -> tuple[str, float]:
 
 def _segment(arguments: argparse.Namespace) -> None:
     from gdlib.data.files import find_files
-    from gdlib.predict.files import file_identity, predict_blocks
-    from gdlib.predict.predictor import Predictor, assembled
-    from gdlib.segment.segmenters import segment, used
-    from gdlib.volumes.footprint import choose, is_large
-    from gdlib.volumes.large import block_before, segment_in_blocks
+    from gdlib.data.scale import factors
 
     if arguments.model is None:
         print(f"no --model is given: {trained.DEFAULT} is taken", file=sys.stderr)
@@ -170,106 +158,56 @@ def _segment(arguments: argparse.Namespace) -> None:
         paths += map(str, find_files(Path(path)).values()) if Path(path).is_dir() else [path]
     failed = Failures()
     jobs = _jobs(paths, arguments.out, failed)
-    outputs.check(
-        [job.output for job in jobs],
-        [arguments.model, *(job.file for job in jobs)],
-        overwrite=arguments.overwrite,
-    )
+    _check_outputs(arguments, jobs)
     header = io.read_header(arguments.model)
     io.check_header(arguments.model, header, ("offsets", "segmentation"))
-    segmenter, parameters = _segmenter(arguments, header)
-    options = {key: getattr(arguments, key) for key in ("device", "precision", "engine", "block")}
-    predictor = Predictor.load(arguments.model, **options)
-    predictor.header = {**header, "offsets": used(segmenter, header["offsets"])}
-    weights = io.sha256(arguments.model)
-    held = memory.resident()
-    budget = max(1, int(arguments.memory * memory.GIB)) if arguments.memory else memory.budget()
-
-    def predict(job: _Job, finishing: Future | None) -> tuple[Any, dict[str, Any], int] | None:
-        """Predict an image, or do all of it if that is to be done in blocks."""
-        need = 0
-        with (
-            _lack_of_memory(job.path),
-            _open_image(job.path, predictor.header["channels"], arguments.out) as image,
-        ):
-            identity, attributes = f"{file_identity(job.file)} {job.path}", _where(image, job.file)
-            with _about(job.path):
-                source = predictor.source(image)
-                large = budget and (arguments.memory or is_large(predictor, source.shape))
-                if large:
-                    choice = choose(
-                        predictor, source.shape, segmenter, parameters,
-                        held=held + _in_memory(image), budget=budget, before=block_before(job.hidden("blocks")),
-                    )  # fmt: skip
-            if large:
-                print(f"{job.path}: {choice.sentence(budget)}", file=sys.stderr, flush=True)
-                need = choice.need
-                if finishing is not None:  # what is needed is that of one image
-                    finishing.result()
-                if choice.grid is not None:
-                    count = segment_in_blocks(
-                        choice, source, job.path, job.hidden("blocks"), partial(write_blocks, job, attributes),
-                        identity=identity, weights_sha256=weights, segmenter=segmenter, parameters=parameters,
-                    )  # fmt: skip
-                    done(job, count)
-                    return None
-            boxes = predictor.blocks(source.shape)
-            if len(boxes) == 1:
-                with _about(job.path):
-                    return predictor.predict(source, boxes[0]), attributes, need
-            blocks = predict_blocks(
-                predictor, {job.path: source}, job.hidden("partial"), f"{weights} {identity}"
-            )
-            return (
-                assembled(source.shape, ((box, part) for _, box, part in blocks)),
-                attributes,
-                need,
-            )
-
-    def finish(job: _Job, prediction: Any, attributes: dict[str, Any], need: int) -> None:
-        offsets = predictor.header["offsets"]
-        with failed.noted():
-            with _lack_of_memory(job.path, need):
-                label = segment(
-                    prediction.affinity, prediction.foreground, offsets, segmenter, **parameters
-                )
-            check(job)
-            _write_label(job, label, attributes)
-            done(job, int(label.max()))
-
-    def write_blocks(
-        job: _Job, attributes: dict[str, Any], plan: dict[str, Any], labels: Path
-    ) -> None:
-        check(job)
-        _write_blocks(job, plan, labels, attributes)
-
-    def check(job: _Job) -> None:  # again: people go on working in their folders
-        outputs.check([job.output], [], overwrite=arguments.overwrite)
-
-    def done(job: _Job, count: int) -> None:
-        job.hidden("partial").unlink(missing_ok=True)
-        print(f"{job.path}: {count} objects")
-
+    ndim = len(header["offsets"][0])
+    # what the weights do not know is told before anything is computed
+    factors(header, ndim, arguments.pixel_size, arguments.diameter)
+    work = Work(arguments, header, _segmenter(arguments, header), failed)
+    start = time.perf_counter()
     # finds the objects of an image while the network is at work on the next
-    with ThreadPoolExecutor(1) as other:
+    with (
+        ThreadPoolExecutor(1) as other,
+        Progress(total=len(jobs), unit="image", disable=len(jobs) == 1) as work.bar,
+    ):
         finishing: Future | None = None
         for job in jobs:
             with failed.noted():
-                found = predict(job, finishing)
+                found = work.predict(job, finishing)
                 if finishing is not None:
                     finishing.result()
-                finishing = None if found is None else other.submit(finish, job, *found)
+                finishing = None if found is None else other.submit(work.finish, job, *found)
         if finishing is not None:
             finishing.result()
+    work.found.tell()
+    if work.done > 1:
+        seconds = time.perf_counter() - start
+        print(
+            f"{work.done} images, {work.found.objects} objects in {seconds:.1f} s "
+            f"({work.done / seconds:.1f} images/s)",
+            file=sys.stderr,
+        )
     failed.tell(len(paths), "images could not be segmented; all others are done")
 
 
-def _jobs(paths: Sequence[str], out: Path, failed: Failures) -> list[_Job]:
+def _check_outputs(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    inputs = [arguments.model, *(job.file for job in jobs)]
+    wanted = [job.output for job in jobs]
+    if arguments.preview:
+        wanted += [preview_output(preview_of(job.target), job.mark) for job in jobs]
+    outputs.check(wanted, inputs, overwrite=arguments.overwrite)
+    if arguments.table:
+        table = outputs.Output(arguments.table, outputs.has_columns(*set(COLUMNS) - {"z"}))
+        outputs.check([table], inputs, overwrite=arguments.overwrite, option="--table")
+
+
+def _jobs(paths: Sequence[str], out: Path, failed: Failures) -> list[Job]:
     """Find out where all labels go; what is given twice is done once."""
     found = {}
     for path in paths:
         with failed.noted():
-            job = _Job.of(path, out)
+            job = Job.of(path, out)
             found.setdefault(job.mark, job)
     jobs = list(found.values())
     if not jobs:
@@ -283,40 +221,6 @@ def _jobs(paths: Sequence[str], out: Path, failed: Failures) -> list[_Job]:
             "with an --out of its own"
         )
     return jobs
-
-
-@contextlib.contextmanager
-def _about(path: str) -> Iterator[None]:
-    """Begin the sentence about an image that cannot be used with its path."""
-    try:
-        yield
-    except ValueError as error:
-        raise io.DataError(f"{path}: {error}") from None
-
-
-@contextlib.contextmanager
-def _lack_of_memory(path: str, need: int = 0) -> Iterator[None]:
-    """Turn what any library says of too little memory into one sentence; other errors pass."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
-            raise
-        cause = (str(error).splitlines() or ["no more is known"])[0]
-        mend = (
-            "close other programs, or say with --memory how many GiB may be used: it is then "
-            "segmented in smaller blocks"
-        )
-        if "CUDA" in cause:
-            mend = "choose a smaller --block, e.g. --block 512"
-        elif need:
-            mend += f" if it may need more (it was thought to need up to {need / memory.GIB:.1f})"
-        raise io.DataError(f"{path}: there was too little memory ({cause}); {mend}") from error
-
-
-def _in_memory(image: Any) -> int:
-    """Return the bytes of an image that is not read piece by piece."""
-    return image.nbytes if isinstance(image, np.ndarray) and not isinstance(image, np.memmap) else 0
 
 
 def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -333,87 +237,3 @@ def _segmenter(arguments: argparse.Namespace, header: dict[str, Any]) -> tuple[s
             file=sys.stderr,
         )
     return segmenter, parameters
-
-
-@contextlib.contextmanager
-def _open_image(path: Path | str, channels: int, scratch: Path) -> Iterator[Any]:
-    """Yield the array of an image file, a map of a large one, or an open dataset of HDF5: these are
-    read piece by piece.
-    """
-    from gdlib.data.files import open_volume, read_image
-
-    if is_hdf5(path):
-        with open_volume(path) as volume:
-            yield volume
-    else:
-        yield read_image(path, channels, scratch=scratch)
-
-
-def is_hdf5(path: Path | str) -> bool:
-    """Is this a file, or `file:dataset`, that HDF5 reads?"""
-    from gdlib.data.files import HDF5_SUFFIXES, split_h5_path
-
-    return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
-
-
-def _where(image: Any, file: Path) -> dict[str, Any]:
-    """Return what the file of an image says of how large its pixels are and where, of HDF5 as
-    attributes.
-    """
-    if not is_hdf5(file):
-        from gdlib.data.calibration import calibration
-
-        return calibration(file)
-    return {
-        k: v for k, v in image.attrs.items() if k in ("resolution", "offset", "element_size_um")
-    }
-
-
-def _write_label(job: _Job, label: np.ndarray, attributes: dict[str, Any]) -> None:
-    import tifffile
-
-    if job.dataset is None:
-        with io.atomic(job.target) as temporary:
-            tifffile.imwrite(temporary, label, **_tiff_options(job, label.shape, attributes))
-        return
-    with outputs.added_h5(job.target) as file:
-        io.put(file, job.dataset, label, io.BLOCK if label.ndim == 3 else None)
-        file[job.dataset].attrs.update(attributes | {outputs.SOFTWARE: job.mark})
-
-
-def _write_blocks(
-    job: _Job, plan: dict[str, Any], labels: Path, attributes: dict[str, Any]
-) -> None:
-    """Write the label of an image that was segmented in blocks: a TIFF of tiles, or a dataset whose
-    chunks are copied.
-    """
-    import tifffile
-
-    from gdlib.volumes import blockwise
-
-    if job.dataset is None:
-        shape, tile = tuple(plan["shape"]), CHUNK[2]
-        options = _tiff_options(job, shape, attributes) | {
-            "shape": shape,
-            "dtype": np.uint32,
-            "tile": tile,
-        }
-        with io.atomic(job.target) as temporary:
-            tifffile.imwrite(temporary, blockwise.tiles(plan, labels, tile), **options)
-        return
-    with outputs.added_h5(job.target) as file:
-        label = blockwise.gathered(plan, labels, file, job.dataset)
-        label.attrs.update(attributes | {outputs.SOFTWARE: job.mark})
-
-
-def _tiff_options(job: _Job, shape: tuple[int, ...], attributes: dict[str, Any]) -> dict[str, Any]:
-    from gdlib.data.calibration import written
-
-    # Of a file that will be compressed, tifffile does not see for itself that it may be too large
-    # for a TIFF.
-    large = {"bigtiff": 4 * math.prod(shape) >= 2**32}
-    return (
-        {"compression": "zlib", "photometric": "minisblack", "software": job.mark}
-        | large
-        | written(attributes, shape)
-    )

@@ -3,6 +3,7 @@ read it.
 """
 
 import contextlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,21 +72,29 @@ def _of_ome(text: str) -> dict[str, Any]:
     return found | ({"spacing": sizes["Z"]} if "Z" in sizes else {})
 
 
-def written(found: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+def written(
+    found: Mapping[str, Any], shape: tuple[int, ...], axes: str | None = None
+) -> dict[str, Any]:
     """Return keyword arguments of `tifffile.imwrite`.
 
     Args:
         found: of `calibration`.
-        shape: ([Z,] Y, X) of the label.
+        shape: of the label.
+        axes: a letter per axis, the last of `ZYX` if left out; time may come first.
     """
+    axes = axes or "ZYX"[-len(shape) :]
     options = {key: found[key] for key in ("resolution", "resolutionunit") if key in found}
     if "unit" not in found or shape[0] == 1:
-        return options | {"metadata": {"axes": "ZYX"[-len(shape) :]}}
+        return options | {"metadata": {"axes": axes}}
     # The words of ImageJ by hand: it reads 32-bit integers too, but tifffile would not write them
     # under its name.
     lines = ["ImageJ=1.54f", f"unit={found['unit']}"]
-    if len(shape) == 3:
-        lines += [f"images={shape[0]}", f"slices={shape[0]}", "mode=grayscale"]
+    if len(shape) > 2:
+        lines += [f"images={math.prod(shape[:-2])}"]
+        for axis, word in (("Z", "slices"), ("T", "frames")):
+            lines += [f"{word}={shape[axes.index(axis)]}"] if axis in axes else []
+        lines += ["hyperstack=true"] if len(shape) > 3 else []
+        lines += ["mode=grayscale"]
         lines += [f"spacing={found['spacing']}"] if "spacing" in found else []
     text = "\n".join([*lines, ""]).replace("µ", "\\u00B5").encode("ascii", "replace")
     return options | {"description": text, "metadata": None}

@@ -135,6 +135,20 @@ def read_image(
         left where they are.
     """
     array, axes, alpha = _read(path, dataset, indices=False, scratch=scratch)
+    return arranged(path, array, axes, alpha, channels)
+
+
+def read_raw(path: Path | str, scratch: Path | None = None) -> tuple[np.ndarray, str, bool]:
+    """Return the array of an image file as stored, the names of its axes as of `read_tiff`, and
+    whether the last of its colours is opacity. `scratch` as in `read_image`.
+    """
+    return _read(path, None, indices=False, scratch=scratch)
+
+
+def arranged(
+    path: Path | str, array: np.ndarray, axes: str, alpha: bool, channels: int
+) -> np.ndarray:
+    """Return what `read_raw` read with the channels first, as `read_image` does."""
     named = [
         (axis, name) for axis, (name, n) in enumerate(zip(axes, array.shape, strict=False)) if n > 1
     ]

@@ -1,0 +1,102 @@
+"""Images as `gdlib segment` is given them: opened with what is said of their axes and channels."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gdlib import io
+
+
+def is_hdf5(path: Path | str) -> bool:
+    """Is this a file, or `file:dataset`, that HDF5 reads?"""
+    from gdlib.data.files import HDF5_SUFFIXES, split_h5_path
+
+    return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
+
+
+@contextlib.contextmanager
+def open_image(
+    path: Path | str,
+    ndim: int,
+    channels: int,
+    scratch: Path,
+    axes: str | None = None,
+    channel: str | None = None,
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open an image for a network.
+
+    Args:
+        path: of the image.
+        ndim: axes that the network sees at once.
+        channels: that it wants.
+        scratch: folder for a copy of what is large and compressed.
+        axes: a letter per axis; what the file says if left out.
+        channel: number or name of the only channel that is wanted.
+
+    Yields:
+        `gdlib.data.frames.Frames` where there are several frames, or where `axes` or `channel` are
+        given; else the array of an image file, a map of a large one, or an open dataset of HDF5,
+        which are read piece by piece. And what the file says of how large its pixels are and where.
+    """
+    from gdlib.data.files import open_volume
+
+    if is_hdf5(path):
+        with open_volume(path) as volume:
+            attributes = {
+                key: value
+                for key, value in volume.attrs.items()
+                if key in ("resolution", "offset", "element_size_um")
+            }
+            many = sum(n > 1 for n in volume.shape) > ndim and ndim == 2 and channels == 1
+            seen = volume
+            if axes or channel or many:
+                seen = _frames(path, volume, "", ndim, axes, channel)
+            yield seen, attributes
+        return
+    from gdlib.data.calibration import calibration
+    from gdlib.data.files import arranged, read_raw
+
+    array, letters, alpha = read_raw(path, scratch=scratch)
+    sizes = dict(zip(letters, array.shape, strict=False))
+    deep = {axis for axis, n in sizes.items() if n > 1} - set("SCYX")
+    if axes or channel or "T" in deep or (deep and ndim == 2 and channels == 1):
+        if alpha and not axes and (channel is None or not channel.isdecimal()):
+            where = letters.index("S")
+            array = array[(slice(None),) * where + (slice(-1),)]
+        image: Any = _frames(path, array, letters, ndim, axes, channel)
+    else:
+        image = arranged(path, array, letters, alpha, channels)
+    yield image, calibration(Path(path))
+
+
+def _frames(
+    path: Path | str, array: Any, letters: str, ndim: int, axes: str | None, channel: str | None
+) -> Any:
+    from gdlib.data.axes import View
+    from gdlib.data.frames import Frames, channel_names, channel_number, named
+
+    try:
+        if axes is None:
+            if channel is not None and not letters and array.ndim == ndim + 1:
+                letters = f"C{'ZYX'[-ndim:]}"
+            if not letters and array.ndim == 3:
+                letters = "ZYX"
+            kept, axes = named(array.shape, letters, ndim)
+            if len(kept) < array.ndim:
+                array = _kept(array, kept, View)
+        frames = Frames(array, axes, ndim)
+        if channel is None:
+            return frames
+        names = [] if is_hdf5(path) else channel_names(Path(path))
+        return Frames(array, axes, ndim, channel_number(channel, names, frames.channels))
+    except io.DataError as error:
+        raise io.DataError(f"{path}: {error}") from None
+
+
+def _kept(array: Any, kept: list[int], view: Any) -> Any:
+    import numpy as np
+
+    if isinstance(array, np.ndarray):
+        return array.reshape([array.shape[axis] for axis in kept])
+    return view(array, kept)
