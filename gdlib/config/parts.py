@@ -10,10 +10,19 @@ from typing import Any
 
 import yaml
 
+from gdlib.registry import PACKAGE
 from gdlib.text import read_text, read_yaml, updated
 
 # The catalogue, of which no file changes another, and what a lab chooses, which counts more.
 PARTS = ("config/*.yaml", "config/studies/*.yaml", "config.yaml")
+
+
+def home() -> Path:
+    """Return where the Snakefile and the catalogue are: in the installed package, or beside it in
+    a clone.
+    """
+    inside = PACKAGE / "_workflow"  # put there by setup.py
+    return inside if inside.is_dir() else PACKAGE.parent
 
 
 def files(place: Path | str) -> list[Path]:

@@ -8,6 +8,7 @@ import re
 
 import yaml
 
+from gdlib import registry
 from gdlib.config import SEGMENTERS, TEACHER, plan
 
 PLAN = plan.Plan(CFG)
@@ -25,6 +26,11 @@ NAME = ID.replace("{", "{wildcards.")  # the same in messages
 SEGMENTED = f"{RUN}/{{segmenter}}"  # a run's instances, by one way to find them
 MAPS = f"{RESULTS}/maps/{{dataset}}/{{network}}/{{part}}.h5"
 PROFILE = f"{RESULTS}/profile/{{dataset}}/{{network}}.json"
+
+# Beside this workflow in a clone; an installed package has the workflow in it.
+PACKAGE = os.path.join(ROOT, "gdlib")
+if not os.path.isdir(PACKAGE):
+    PACKAGE = str(registry.PACKAGE)
 
 KEPT = 4  # test images whose embeddings are kept; a plot option would predict again
 if PLOT.panel_sample >= KEPT:
@@ -71,7 +77,7 @@ PACKAGE = os.path.relpath(os.path.join(ROOT, "gdlib"))
 
 def files_of(code):
     """Files of the package where they are; relative, so that a moved project re-runs nothing."""
-    return [os.path.join(PACKAGE, path) for path in code]
+    return [os.path.relpath(os.path.join(PACKAGE, path)) for path in code]
 
 
 def code_of(step):

@@ -114,4 +114,7 @@ def raw_files(wildcards):
         return []
     if CFG.datasets[wildcards.dataset].folder in FETCHED or (root / RECORD).exists():
         return str(root / RECORD)
-    return sorted(str(path) for path in root.rglob("[!.]*") if path.is_file())
+    # `rglob` does not look into links, as which the folders of images may be there.
+    places = [root, *(path for path in root.iterdir() if path.is_symlink())]
+    files = (file for place in places for file in place.rglob("[!.]*"))
+    return sorted(str(path) for path in files if path.is_file())

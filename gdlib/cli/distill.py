@@ -1,0 +1,437 @@
+"""`gdlib distill`: two folders of images and labels to a network of one's own, by the workflow."""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdlib import io
+from gdlib.config import own, parts
+from gdlib.io.failures import DataError
+from gdlib.limits import Count, argument, place
+
+EVERY = 30  # seconds between two looks at what a training says of itself
+UNITS = {"s": 1, "m": 60, "h": 3600}
+TEACHER = 0.55  # its part of the time of all trainings: students cannot learn what it does not know
+NOTHING = "there is nothing to do: all is made already"
+FEW = 100  # steps after which a network has learned next to nothing
+
+
+def add_distill(commands: argparse._SubParsersAction) -> None:
+    """Add `gdlib distill` to the command line."""
+    distill = commands.add_parser(
+        "distill",
+        help="train a network of your own from images and labels",
+        description="Look at images and labels, choose what suits their objects, write a "
+        "configuration that can be read and edited, and run the workflow with it: a teacher, two "
+        "students of it, and how good they are. Stopped with Ctrl-C, it goes on when the same "
+        "command is given again; after an edit of the configuration, or with more images, what "
+        "depends on that is made again, and nothing else.",
+    )
+    distill.add_argument(
+        "images", type=place, metavar="IMAGES", help="folder of PNG, TIFF or HDF5 files"
+    )
+    distill.add_argument(
+        "labels",
+        type=place,
+        metavar="LABELS",
+        help="folder of files of the same names: a number for each object, 0 = background",
+    )
+    distill.add_argument(
+        "--out", required=True, type=place, metavar="DIR", help="folder for all that is made"
+    )
+    distill.add_argument(
+        "--teacher",
+        type=place,
+        metavar="FILE",
+        help="weights.safetensors of a teacher, which is then not trained",
+    )
+    distill.add_argument(
+        "--time",
+        type=_seconds,
+        metavar="TIME",
+        help="about how long the trainings may take, e.g. 30m or 2h: steps are chosen by the "
+        f"measured time of some (default: {own.STEPS.teacher} steps of the teacher and {own.STEPS.student} of "
+        "each student)",
+    )
+    distill.add_argument(
+        "--3d", dest="volumes", action="store_true", help="the files are volumes (z, y, x)"
+    )
+    distill.add_argument(
+        "--regions",
+        action="store_true",
+        help="each connected region of a label is an object, as in masks of 0 and 255",
+    )
+    distill.add_argument(
+        "--cores", type=argument(Count), help="CPU cores that may be used (default: all)"
+    )
+    distill.add_argument(
+        "--dry-run", action="store_true", help="write the configuration, and say what would be done"
+    )
+    distill.set_defaults(function=_distill)
+
+
+def _seconds(text: str) -> float:
+    """Read a time: a number with s, m or h.
+
+    >>> _seconds("30m"), _seconds("1.5h")
+    (1800.0, 5400.0)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(
+            f"it must be a number with s, m or h, such as 30m or 2h (got {text!r})"
+        )
+    return float(match[1]) * UNITS[match[2]]
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    start, out = time.monotonic(), arguments.out
+    if arguments.time and arguments.dry_run:
+        raise ValueError("--time measures steps, and --dry-run makes none; leave one of them out")
+    if find_spec("snakemake") is None:
+        raise ValueError('the workflow needs Snakemake; install it: pip install "gdlib[workflow]"')
+    config = out / "config.yaml"
+    _link(arguments.images, arguments.labels, out)
+    if config.exists():
+        _say(f"{config}: is there and is used as it is; to have it chosen anew, move it away")
+    else:
+        text, found = _chosen(arguments)
+        if arguments.time:
+            left = arguments.time - (time.monotonic() - start)
+            text = _timed(text(own.STEPS), arguments, found, left, text)
+        else:
+            text = text(own.STEPS)
+        io.write_text(config, text)
+        _say(f"wrote {config}; edit it and give the same command again to change what is done")
+    command = _command(out, config, arguments.cores)
+    if arguments.dry_run:
+        _plan(command, out)
+        return
+    _say(f"running {shlex.join(map(str, command[2:]))}")
+    if any("Nothing to be done" in line for line in _run(command, out, start)):
+        _say(NOTHING)
+    _end(out, config, command)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _link(images: Path, labels: Path, out: Path) -> None:
+    """Make links to the folders where the source `folder` looks for them."""
+    for folder in (images, labels):
+        if not folder.is_dir():
+            cause = "a file" if folder.exists() else "not there"
+            raise DataError(
+                f"{folder}: this is {cause}; give a folder with one file for each image"
+            )
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise DataError(
+                f"{out}: the output is inside the folder {folder}, and would be read as one of its "
+                "images; choose another --out"
+            )
+    if images.resolve() == labels.resolve():
+        raise DataError(f"{images}: images and labels are the same folder; give one for each")
+    raw = out / "raw" / own.NAME
+    links = {raw / "images": images, raw / "labels": labels}
+    if images.resolve().parent == labels.resolve().parent:
+        lists = (images.resolve().parent / f"{split}.txt" for split in ("train", "val", "test"))
+        links |= {raw / path.name: path for path in lists if path.is_file()}
+    for link, target in links.items():
+        if os.path.lexists(link):
+            if link.resolve() != target.resolve():
+                raise DataError(
+                    f"{out}: this was made of {link.resolve()}, not of {target}; choose another "
+                    "--out"
+                )
+            continue
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target.resolve(), target_is_directory=target.is_dir())
+
+
+def _chosen(arguments: argparse.Namespace) -> tuple[Any, own.Measured]:
+    """Look at all images, say what was found and chosen, and return what writes the configuration
+    for a number of steps.
+    """
+    found = _measure(arguments)
+    _say(f"found: {found.sentence()}")
+    try:
+        choice = own.choose(found)
+    except ValueError as error:
+        raise DataError(f"{arguments.images}: {error}") from None
+    for sentence in choice.why:
+        _say(f"chosen: {sentence}")
+    given: dict[str, Any] = {}
+    if arguments.teacher:
+        given = _given(arguments.teacher, found)
+        _say(f"chosen: {arguments.teacher} as the teacher, which is not trained")
+
+    def text(steps: own.Steps) -> str:
+        title = arguments.out.resolve().name
+        return own.written(found, choice, steps, title=title, regions=arguments.regions, **given)
+
+    return text, found
+
+
+def _given(path: Path, found: own.Measured) -> dict[str, Any]:
+    """Look whether weights suit the images."""
+    header = io.read_header(path)
+    io.check_header(path, header)
+    axes = len(header["offsets"][0])
+    if (axes, header["channels"]) != (found.ndim, found.channels):
+        raise DataError(
+            f"{path}: this teacher takes {axes}D images of {header['channels']} channel(s), and "
+            f"yours are {found.ndim}D of {found.channels}; give another one, or none"
+        )
+    options = {key: value for key, value in header["options"].items() if key != "in_channels"}
+    return {"weights": str(path.resolve()), "model": (header["model"], options)}
+
+
+def _measure(arguments: argparse.Namespace) -> own.Measured:
+    """Read all images and labels as the workflow will, and return what they are."""
+    from gdlib.data import sense
+    from gdlib.data.files import find_files
+    from gdlib.data.prepare import check_sample
+    from gdlib.data.sources.folder import folder
+
+    ndim = 3 if arguments.volumes else 2
+    first = next(iter(find_files(arguments.images).values()))
+    labels = find_files(arguments.labels)
+    channels = _channels(first, labels.get(first.stem), ndim)
+    regions = arguments.regions or None
+    splits = folder(arguments.out / "raw" / own.NAME, channels=channels, label_regions=regions)
+    seen, shapes, sizes = [], [], []
+    for split, samples in splits.items():
+        for sample in samples:
+            checked = check_sample(sample, channels, (1,) * ndim)
+            seen.append(sense.look(checked, split))
+            shapes.append(checked.label.shape)
+            sizes += _sizes(checked.label)
+    sense.check_splits(seen)
+    if not regions:
+        sense.check_numbers(seen, "give --regions if each separate region is one object")
+    width, length, depth = np.array(sizes).T
+    return own.Measured(
+        images=len(seen),
+        objects=len(sizes),
+        channels=channels,
+        smallest=tuple(np.min(shapes, 0).tolist()),
+        largest=tuple(np.max(shapes, 0).tolist()),
+        width=float(np.median(width)),
+        length=float(np.percentile(length, 95)),
+        depth=float(np.median(depth)),
+    )
+
+
+def _channels(image: Path, label: Path | None, ndim: int) -> int:
+    """Find out how many channels an image has, and whether it has as many axes as is said."""
+    from gdlib.data.axes import without_single_axes
+    from gdlib.data.files import read_image, read_label
+
+    if label is None:  # which is told when all are read
+        return 1
+    sides = without_single_axes(read_label(label)).shape
+    if len(sides) != ndim:
+        mend = {
+            3: "give --3d if these are the sections of a volume, else save each as a file",
+            2: "leave --3d out",
+        }.get(len(sides), "save each object map as one file")
+        raise DataError(f"{label}: the label has {len(sides)} axes {sides}, not {ndim}; {mend}")
+    channels, *rest = read_image(image).shape
+    rest = [n for n in rest if n > 1]
+    if channels == 1 and len(rest) == len(sides) + 1:  # an axis that the file does not name
+        fits = [
+            rest[at]
+            for at in (0, -1)
+            if [*rest[: at % len(rest)], *rest[at % len(rest) + 1 :]] == [*sides]
+        ]
+        channels = (fits or [1])[0]
+    return channels
+
+
+def _sizes(label: np.ndarray) -> list[tuple[float, float, float]]:
+    """Return width, length and depth (see `own.Measured`) of each object of ([z,] y, x)."""
+    from scipy.ndimage import find_objects
+
+    sizes = []
+    for number, box in enumerate(find_objects(label.astype(np.int64)), start=1):
+        areas = (label[box] == number).sum((-2, -1))
+        sides = [part.stop - part.start for part in box]
+        depth = sides[0] if label.ndim == 3 else 1
+        sizes.append((2 * np.sqrt(np.max(areas) / np.pi), max(sides[-2:]), depth))
+    return sizes
+
+
+def _timed(
+    text: str, arguments: argparse.Namespace, found: own.Measured, seconds: float, write: Any
+) -> str:
+    """Return the configuration with as many steps as a time allows."""
+    from gdlib.config import TEACHER as METHOD
+    from gdlib.config import load
+    from gdlib.train.pace import seconds_per_step
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".time-", dir=arguments.out) as folder:
+        config = Path(folder, "config.yaml")
+        config.write_text(text)
+        data = Path("data", own.NAME, "train.h5")
+        _say("preparing the images, and making some steps to see how long they take")
+        command = _command(arguments.out, config, arguments.cores)
+        _run([*command, "--quiet", "all", "--", data], arguments.out, quiet=True)
+        chosen = load(parts.home(), config)
+        cores = arguments.cores or len(os.sched_getaffinity(0))
+        gpu = shutil.which("nvidia-smi") is not None
+        student, teacher = own.STUDENT[found.ndim], chosen.teachers_of(own.NAME)[0]
+        files = {key: arguments.out / "data" / own.NAME / f"{key}.h5" for key in ("train", "val")}
+        files["folder"] = Path(folder)
+        taught_by = arguments.teacher or chosen.run(own.NAME, teacher, METHOD, 0)
+        one = 0.0
+        if not arguments.teacher:
+            one = seconds_per_step(taught_by, **files, threads=1 if gpu else min(cores, 8))
+        each = [
+            seconds_per_step(chosen.run(own.NAME, student, method, 0), **files, teacher=taught_by)
+            for method in own.METHODS
+        ]
+    # On a CPU both students are trained at once, if there are two cores; on a GPU one by one.
+    both = max(each) if cores > 1 and not gpu else sum(each)
+    left = max(0.0, seconds - (time.monotonic() - start))
+    share = 1 if arguments.teacher else 1 - TEACHER
+    steps = [_rounded(left * TEACHER / one) if one else own.STEPS.teacher]
+    steps.append(_rounded(left * share / both))
+    if min(steps) < FEW:
+        _say(f"warning: {min(steps)} steps teach next to nothing; give more --time")
+    times = f"{one * 1000:.0f} ms of the teacher, " if one else ""
+    times += f"{both * 1000:.0f} ms of the students together"
+    why = (
+        f"as many as --time {arguments.time / 60:g}m allows here: a step took {times}; validation "
+        "and what comes after the trainings are not counted"
+    )
+    _say(f"chosen: {steps[0] if one else 'no'} steps for the teacher, {steps[1]} for the students")
+    _say(f"        {why}")
+    return write(own.Steps(*steps, why))
+
+
+def _rounded(steps: float) -> int:
+    """Round down to two digits: more were not measured.
+
+    >>> _rounded(1234.5), _rounded(86.7), _rounded(3)
+    (1200, 86, 10)
+    """
+    steps = max(10, int(steps))
+    unit = 10 ** (len(str(steps)) - 2)
+    return steps // unit * unit
+
+
+def _command(out: Path, config: Path, cores: int | None) -> list[Any]:
+    home = parts.home()
+    return [
+        *(sys.executable, "-m", "snakemake", "--snakefile", home / "Snakefile"),
+        *("--directory", out, "--configfile", config.resolve(), "--cores", cores or "all"),
+    ]
+
+
+def _run(command: Sequence[Any], out: Path, start: float = 0, *, quiet: bool = False) -> list[str]:
+    """Run Snakemake, keep what it says in a log, tell of it what people want to know unless it is
+    `quiet`, and return it, line by line.
+
+    Ctrl-C goes to Snakemake too, which stops its jobs; they save themselves.
+    """
+    log = out / "logs" / "distill.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(out, start, over), daemon=True)
+    if not quiet:
+        watch.start()
+    lines: list[str] = []
+    done = ""
+    try:
+        with open(log, "w") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                lines.append(line.rstrip())
+                if counted := re.match(r"(\d+ of \d+) steps \(", line):
+                    done = f", {counted[1]} done"
+                elif not quiet and (job := re.match(r"Job \d+: (.*)", line)):
+                    _say(f"[{_minutes(start)}{done}] {job[1]}")
+                elif not quiet and "warning: " in line:
+                    _say(lines[-1])
+        status = process.wait()
+    except KeyboardInterrupt:
+        _say("stopping; what was trained so far is saved")
+        process.wait()
+        raise
+    finally:
+        over.set()
+        process.stdout.close()
+    if status:
+        causes = list(dict.fromkeys(re.findall(r"gdlib: error: (.*)", "\n".join(lines))))
+        cause = causes or [line for line in lines if line][-1:] or ["it said nothing"]
+        raise DataError(f"{'; '.join(cause)} (all that was said is in {log})")
+    return lines
+
+
+def _plan(command: Sequence[Any], out: Path) -> None:
+    """Say which jobs there are to do."""
+    lines = _run([*command, "--dry-run", "--quiet", "rules"], out, quiet=True)
+    jobs = dict(line.split() for line in lines if re.fullmatch(r"\w+ +\d+", line))
+    total = jobs.pop("total", 0)
+    listed = ", ".join(f"{count} {name}" for name, count in jobs.items() if name != "all")
+    _say(f"{total} jobs would be run: {listed}" if jobs else NOTHING)
+
+
+def _minutes(start: float) -> str:
+    return f"{(time.monotonic() - start) / 60:.0f} min"
+
+
+def _watch(out: Path, start: float, over: threading.Event) -> None:
+    """From time to time, repeat how far trainings say they are."""
+    said: set[str] = set()
+    while not over.wait(EVERY):
+        for log in sorted((out / "logs" / own.NAME / "train").rglob("*.log")):
+            if time.time() - log.stat().st_mtime > 2 * EVERY:
+                continue
+            lines = [line for line in log.read_text().splitlines() if " steps after " in line]
+            if lines and lines[-1] not in said:
+                said.add(lines[-1])
+                _say(f"[{_minutes(start)}] {lines[-1]}")
+
+
+def _end(out: Path, config: Path, command: Sequence[Any]) -> None:
+    """Say what there is now: the table, the report, the weights, and what to do next."""
+    from gdlib.config import load, plan
+
+    chosen = load(parts.home(), config)
+    results = out / "results" / chosen.study
+    table, report = results / "table.md", out / "report.html"
+    if not report.exists() or report.stat().st_mtime < table.stat().st_mtime:
+        report.unlink(missing_ok=True)
+        _run([*command, "--quiet", "all", "--report", report.resolve()], out, quiet=True)
+    _say("")
+    _say(table.read_text().strip())
+    runs = [run for run in plan.Plan(chosen).runs if not chosen.is_teacher(run[1])]
+    dataset, network, method, seed = runs[-1]
+    name = f"runs/{dataset}/{network}/{method}/seed{seed}/weights.safetensors"
+    _say("")
+    _say(f"report:  {report}")
+    _say(f"weights: {results / name}")
+    _say(
+        f"next:    gdlib segment IMAGES --model {shlex.quote(str(results / name))} "
+        f"--out {shlex.quote(str(out / 'found'))}"
+    )

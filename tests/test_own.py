@@ -1,0 +1,187 @@
+"""Images of one's own by one command: what it measures, chooses and writes, and what it says of
+mistakes."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from gdlib.cli.main import main
+from gdlib.config import load, own, parts, plan
+
+ROOT = Path(__file__).parents[1]
+NUCLEI = own.Measured(60, 6000, 1, (520, 696), (520, 696), 28.7, 47)
+
+
+@pytest.fixture
+def folders(tmp_path, squares, monkeypatch):
+    """Nine images and labels of squares of 9 pixels, in a folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("images", "labels"):
+        Path(part).mkdir()
+    for seed in range(9):
+        image, label = squares(seed, shape=(70, 90))
+        tifffile.imwrite(f"images/{seed}.tif", image[0])
+        tifffile.imwrite(f"labels/{seed}.tif", label.astype(np.uint16))
+    return tmp_path
+
+
+def test_sizes_of_the_catalogue_give_what_the_catalogue_has():
+    """Nuclei, worms and leaves, by the sizes of their objects."""
+    assert own.choose(NUCLEI).patch == (128, 128)
+    steps = [-y for y, x in own.choose(NUCLEI).offsets if y]
+    assert steps == [1, 3, 5, 10, 29]
+    worms = own.Measured(40, 600, 1, (520, 696), (520, 696), 33, 110)
+    assert own.choose(worms).patch == (192, 192)
+    leaves = own.Measured(100, 1500, 3, (500, 530), (500, 530), 50, 150)
+    assert own.choose(leaves).patch == (256, 256)
+
+
+@pytest.mark.parametrize(
+    ("width", "side", "depth", "channels"),
+    [(1, 32, None, 1), (12, 100, None, 3), (300, 2000, None, 1), (3, 33, 2, 1), (40, 300, 64, 1)],
+)
+def test_what_is_written_is_right_and_can_be_planned(width, side, depth, channels, tmp_path):
+    sides = (side, side + 3) if depth is None else (depth, side, side + 3)
+    found = own.Measured(9, 90, channels, sides, sides, width, 2 * width, depth or 1)
+    text = own.written(found, own.choose(found), title='µ: "cells" #1', regions=True)
+    (tmp_path / "config.yaml").write_text(text)
+    config = load(parts.home(), tmp_path / "config.yaml")
+    runs = plan.Plan(config).runs
+    assert len(runs) == 3
+    data = config.datasets[own.NAME]
+    assert data.title == 'µ: "cells" #1'
+    assert data.channels == channels
+    assert all(n % own.STEP == 0 for n in data.patch[-2:])
+    for run in runs:
+        assert plan.Plan(config).train_spec(run)["offsets"]
+
+
+def test_a_teacher_is_used_and_not_trained(tmp_path):
+    given = {"weights": "/there/a b.safetensors", "model": ("resunet", {"widths": [2, 2, 4, 4, 4]})}
+    (tmp_path / "config.yaml").write_text(
+        own.written(NUCLEI, own.choose(NUCLEI), title="cells", **given)
+    )
+    one = plan.Plan(load(parts.home(), tmp_path / "config.yaml"))
+    assert {run[1] for run in one.trained(one.runs)} == {"resunet_tiny"}
+    assert one.config.network("given").weights == "/there/a b.safetensors"
+
+
+def spoil(folder, what):
+    """Make one mistake in the folders."""
+    label, image = folder / "labels" / "3.tif", folder / "images" / "3.tif"
+    if what == "no label":
+        label.unlink()
+    elif what == "one image":
+        for path in [*folder.glob("images/[1-8].tif"), *folder.glob("labels/[1-8].tif")]:
+            path.unlink()
+    elif what == "other size":
+        tifffile.imwrite(label, np.zeros((5, 5), np.uint16))
+    elif what == "masks":
+        for path in folder.glob("labels/*.tif"):
+            tifffile.imwrite(path, (255 * (tifffile.imread(path) > 0)).astype(np.uint8))
+    elif what == "small":
+        tifffile.imwrite(image, tifffile.imread(image)[:20])
+        tifffile.imwrite(label, tifffile.imread(label)[:20])
+    elif what == "volume":
+        tifffile.imwrite(folder / "labels" / "0.tif", np.ones((4, 70, 90), np.uint16))
+    elif what == "broken":
+        image.write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "said"),
+    [
+        (["nowhere", "labels"], None, "nowhere: this is not there; give a folder"),
+        (["images/0.tif", "labels"], None, "images/0.tif: this is a file; give a folder"),
+        (["images", "images"], None, "images and labels are the same folder"),
+        (["images", "labels", "--out", "images/new"], None, "inside the folder images"),
+        (["images", "labels"], "no label", "3.tif: this image has no label"),
+        (["images", "labels"], "one image", "there are 1 images, but train, val and test need"),
+        (["images", "labels"], "other size", "3.tif: "),
+        (["images", "labels"], "masks", "give --regions if each separate region is one object"),
+        (["images", "labels"], "small", "images: the smallest image has 20 x 90 pixels"),
+        (["images", "labels"], "volume", "give --3d if these are the sections of a volume"),
+        (["images", "labels", "--3d"], None, "has 2 axes (70, 90), not 3; leave --3d out"),
+        (["images", "labels"], "broken", "3.tif: "),
+        (["images", "labels", "--teacher", "none"], None, "none: "),
+        (["images", "labels", "--time", "5m"], None, "--dry-run makes none"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_configured(
+    arguments, what, said, folders, capsys
+):
+    spoil(folders, what)
+    out = [] if "--out" in arguments else ["--out", "new"]
+    assert main(["distill", *arguments, *out, "--dry-run"]) == 1
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("gdlib: error:")
+    ]
+    assert said in line
+    assert not list(folders.rglob("config.yaml"))
+
+
+@pytest.mark.parametrize("time", ["30", "m", "0m", "-3m", "soon"])
+def test_a_time_has_a_unit(time, folders, capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "images", "labels", "--out", "new", "--time", time])
+    assert "with s, m or h" in capsys.readouterr().err
+
+
+def test_a_plan_is_written_and_kept_and_of_these_images(folders, capsys):
+    assert main(["distill", "images", "labels", "--out", "new", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "9 images of 70 x 90 pixels (y, x), 1 channel;" in said
+    assert "2 train_student" in said
+    config = folders / "new" / "config.yaml"
+    config.write_text(config.read_text().replace("[0]", "[0, 1]"))
+    assert main(["distill", "images", "labels", "--out", "new", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "is used as it is" in said
+    assert "4 train_student" in said
+    (folders / "other").mkdir()
+    assert main(["distill", "other", "labels", "--out", "new"]) == 1
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_the_time_of_steps_is_measured(splits, make_spec, tmp_path):
+    from gdlib.train.pace import seconds_per_step
+
+    files = {"train": splits["train"], "val": splits["val"], "folder": tmp_path}
+    teacher = make_spec()
+    assert 0 < seconds_per_step(teacher, **files) < 60
+    assert 0 < seconds_per_step(make_spec("grd"), **files, teacher=teacher) < 60
+
+
+def test_the_wheel_carries_the_workflow(tmp_path):
+    """Every file of it that git has, so that `gdlib distill` works where there is no clone."""
+    copy = tmp_path / "copy"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("no clone")
+    wanted = ("Snakefile", "config.yaml", "config/", "envs/", "profiles/", "workflow/")
+    own_files = [file for file in listed.stdout.splitlines() if (ROOT / file).is_file()]
+    for file in own_files:
+        if file.startswith(
+            (*wanted, "gdlib/", "setup.py", "pyproject", "README", "LICENSE", "MAN")
+        ):
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, copy / file)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for file in own_files:
+        if file.startswith(wanted):
+            assert f"gdlib/_workflow/{file}" in names
+        if file.startswith("gdlib/"):
+            assert file in names
