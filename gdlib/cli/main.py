@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from gdlib import __version__, devices, io, trained
-from gdlib.bench import add_bench
 from gdlib.cli.distill import add_distill
-from gdlib.cli.segment import add_segment, is_hdf5
+from gdlib.cli.images import is_hdf5
+from gdlib.cli.models import add_models, catalogue
+from gdlib.cli.segment import add_segment
 from gdlib.cli.steps import add_steps
 from gdlib.config.page import add_schema
 from gdlib.io import failures, outputs
@@ -22,7 +23,7 @@ from gdlib.limits import place
 from gdlib.segment.parameters import main_segmenter
 
 EXAMPLES = """examples:
-  gdlib segment images/ --model weights.safetensors --out found/
+  gdlib segment images/ --model nuclei --out found/
   gdlib distill images/ labels/ --out mycells --time 30m
   gdlib segment volume.h5:volumes/raw --model weights.safetensors --out found/
   gdlib evaluate ground_truth/ found/ --out scores.csv
@@ -122,29 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print the whole header as JSON")
     info.set_defaults(function=_info)
 
-    models = commands.add_parser(
-        "models",
-        help="list the networks",
-        description="List every network of a catalogue with its parameters and "
-        "multiply-accumulates.",
-    )
-    models.add_argument(
-        "--config",
-        type=place,
-        help="catalogue (default: config.yaml, with the folder config, here or else of gdlib)",
-    )
-    models.add_argument(
-        "--shape",
-        type=argument(Count),
-        nargs="+",
-        help="image size (default: 544 544, or 32 256 256 for networks of volumes)",
-    )
-    models.add_argument(
-        "--markdown",
-        action="store_true",
-        help="print a page with context and levels too, docs/networks.md",
-    )
-    models.set_defaults(function=_models)
+    add_models(commands)
 
     check = commands.add_parser(
         "check",
@@ -355,21 +334,6 @@ def _floor(normalisation: dict[str, Any]) -> str:
     return f", {' and '.join(f'{c:g}' for c in normalisation['contrast'])} times the noise or more"
 
 
-def _catalogue(chosen: Path | None, *own: Path) -> Any:
-    """Read a catalogue: the one that is named, else that of this folder, else gdlib's."""
-    from gdlib.config import load, parts
-
-    if chosen is None:
-        here = Path("config.yaml")
-        chosen = here if here.is_file() else parts.home() / "config.yaml"
-    if not chosen.is_file():
-        raise io.DataError(
-            f"{chosen}: there is no such file; name a catalogue with --config, or leave it out for "
-            "that of gdlib"
-        )
-    return load(chosen, *own)
-
-
 def _check(arguments: argparse.Namespace) -> None:
     config = catalogue(arguments.config, *arguments.files)
     runs = len(config.runs())
@@ -417,47 +381,3 @@ def _download_one(config: Any, name: str) -> None:
             if folder
             else f"{name}: is made here, there is nothing to download"
         )
-
-
-def _models(arguments: argparse.Namespace) -> None:
-    from gdlib import registry
-    from gdlib.models import build
-    from gdlib.predict.cost import count_macs, count_parameters, network_table
-
-    config = _catalogue(arguments.config)
-    networks = [
-        (
-            role,
-            name,
-            network,
-            registry.axes(network.model) or build(network.model, network.options).ndim,
-        )
-        for role, group in (("teacher", config.teachers), ("student", config.students))
-        for name, network in group.items()
-    ]
-    if arguments.markdown:
-        print(
-            network_table(
-                (name, n.title, role, n.model, n.options) for role, name, n, _ in networks
-            )
-        )
-        return
-    shapes = {2: (544, 544), 3: (32, 256, 256)}
-    if arguments.shape:
-        shapes = {len(arguments.shape): tuple(arguments.shape)}
-    known = sorted({ndim for *_, ndim in networks})
-    if not set(shapes) & set(known):
-        raise ValueError(
-            f"{arguments.config or 'config.yaml'}: networks take images with {' or '.join(map(str, known))} axes, "
-            f"not {arguments.shape}"
-        )
-    print(f"{'name':16} {'role':8} {'parameters':>12} {'of them head':>12} {'GMACs':>10} at")
-    for role, name, network, ndim in networks:
-        if shape := shapes.get(ndim):
-            count = count_parameters(network.model, network.options)
-            macs = count_macs(network.model, network.options, shape)
-            size = "x".join(map(str, shape))
-            print(
-                f"{name:16} {role:8} {count['total']:12,d} {count['foreground']:12,d} "
-                f"{macs / 1e9:10.2f} {size}"
-            )

@@ -7,8 +7,6 @@ from typing import Any
 from gdlib import io, trained
 from gdlib.limits import Count, argument, place
 
-CATALOGUE = Path("config.yaml")
-
 
 def add_models(commands: argparse._SubParsersAction) -> None:
     """Add `gdlib models` to the command line."""
@@ -21,7 +19,7 @@ def add_models(commands: argparse._SubParsersAction) -> None:
     models.add_argument(
         "--config",
         type=place,
-        help="catalogue (default: config.yaml with the folder config, if it is here)",
+        help="catalogue (default: config.yaml, with the folder config, here or else of gdlib)",
     )
     models.add_argument(
         "--shape",
@@ -37,17 +35,19 @@ def add_models(commands: argparse._SubParsersAction) -> None:
     models.set_defaults(function=_models)
 
 
-def catalogue(*paths: Path) -> Any:
-    """Return the configuration of a catalogue and files that change it."""
-    from gdlib.config import load
+def catalogue(chosen: Path | None, *own: Path) -> Any:
+    """Read a catalogue: the one that is named, else that of this folder, else gdlib's."""
+    from gdlib.config import load, parts
 
-    if not paths[0].is_file():
+    if chosen is None:
+        here = Path("config.yaml")
+        chosen = here if here.is_file() else parts.home() / "config.yaml"
+    if not chosen.is_file():
         raise io.DataError(
-            f"{paths[0]}: there is no such file here; run the command in the folder of the source "
-            "repository, or name a "
-            "catalogue with --config"
+            f"{chosen}: there is no such file; name a catalogue with --config, or leave it out for "
+            "that of gdlib"
         )
-    return load(*paths)
+    return load(chosen, *own)
 
 
 def _trained_models() -> None:
@@ -70,9 +70,7 @@ def _models(arguments: argparse.Namespace) -> None:
 
     if not (arguments.config or arguments.markdown or arguments.shape):
         _trained_models()
-    if arguments.config is None and not arguments.markdown and not CATALOGUE.is_file():
-        return
-    config = catalogue(arguments.config or CATALOGUE)
+    config = catalogue(arguments.config)
     networks = [
         (
             role,

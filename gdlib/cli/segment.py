@@ -10,7 +10,6 @@ from typing import Any
 
 from gdlib import io, trained
 from gdlib.cli.found import COLUMNS, preview_of, preview_output
-from gdlib.cli.steps import BLOCK_HELP
 from gdlib.cli.work import Job, Work
 from gdlib.io import outputs
 from gdlib.io.failures import Failures
