@@ -771,7 +771,7 @@ def test_blocks_of_something_else_are_not_used(volumes, tmp_path, monkeypatch, c
 SLOW = """
 import sys, time, torch
 from test_inference import ConvNet3D, volume_tool
-from gdlib.streaming import predict_split
+from gdlib.predict.files import predict_split
 
 tool = volume_tool()
 predict = tool.predict
@@ -849,7 +849,7 @@ import h5py, numpy as np
 from gdlib import io
 from gdlib.data import intensity
 from test_inference import Memory, predictor
-from gdlib.streaming import predict_split
+from gdlib.predict.files import predict_split
 
 intensity.SLAB = 2**18  # volumes are smaller here than what else is looked at at once
 tool = predictor(Memory(), block=(16, 64, 64), segmentation={}, offsets=[[-1, 0, 0], [0, -1, 0], [0, 0, -3]])

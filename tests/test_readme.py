@@ -1,5 +1,5 @@
-"""What the README says about images, a dataset, a student and a loss of one's own, done as it
-says."""
+"""What README says about images of one's own, and docs/extend.md about a dataset, a student and a
+loss, done as they say."""
 
 import re
 import shutil
@@ -11,19 +11,23 @@ import yaml
 from test_workflow import PARTS, ROOT, snakemake
 
 README = (ROOT / "README.md").read_text()
+EXTEND = (ROOT / "docs" / "extend.md").read_text()
 FILES = dict(
     re.findall(
-        r"^`(gdlib/\S+\.py)`[^\n]*\n\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL
+        r"^`(gdlib/\S+\.py)`[^\n]*\n\n```python\n(.*?)^```", EXTEND, flags=re.MULTILINE | re.DOTALL
     )
 )
-ENTRIES = re.findall(r"^```yaml\n(datasets:.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+(IMAGES,), (PLUGINS,) = (
+    re.findall(r"^```yaml\n(datasets:.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    for page in (README, EXTEND)
+)
 FEW = {"batch_size": 2, "patch": [32, 32], "validate_every": 2}
 
 
 @pytest.fixture
 def project(tmp_path):
-    """Return `add(entry)` -> folder with the project, what the README adds in files, and one of its
-    configuration entries."""
+    """Return `add(entry)` -> folder with the project, the files of docs/extend.md, and an entry of
+    the configuration."""
     folder = tmp_path / "project"
     folder.mkdir()
     for part in PARTS:
@@ -43,17 +47,16 @@ def project(tmp_path):
     return add
 
 
-def test_the_recipes_are_there():
+def test_the_files_are_there():
     assert set(FILES) == {
         "gdlib/data/sources/pairs.py",
         "gdlib/models/plain.py",
         "gdlib/distill/terms/cosine.py",
     }
-    assert len(ENTRIES) == 2
 
 
 def test_a_dataset_a_student_and_a_loss_are_a_file_each_and_an_entry(project, squares, tmp_path):
-    folder = project(ENTRIES[1])
+    folder = project(PLUGINS)
     (folder / "raw" / "pairs").mkdir(parents=True)
     for seed, name in enumerate(("a1", "a2", "b1", "c1")):
         image, label = squares(seed, shape=(64, 64))
@@ -76,7 +79,7 @@ def test_a_dataset_a_student_and_a_loss_are_a_file_each_and_an_entry(project, sq
 
 
 def test_images_of_ones_own_in_two_folders(project, squares):
-    folder = project(ENTRIES[0])
+    folder = project(IMAGES)
     for part in ("images", "labels"):
         (folder / "raw" / "mycells" / part).mkdir(parents=True)
     for seed in range(10):
