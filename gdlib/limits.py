@@ -37,8 +37,10 @@ class Range:
     def words(self, whole: bool) -> str:
         """Say which numbers these are.
 
-        >>> Range("[0, 1]").words(whole=False), Range("(0, inf)").words(whole=False), Range("[1, inf)").words(whole=True)
-        ('a number from 0 to 1', 'a number above 0', 'a whole number of at least 1')
+        >>> Range("[0, 1]").words(whole=False), Range("(0, inf)").words(whole=False)
+        ('a number from 0 to 1', 'a number above 0')
+        >>> Range("[1, inf)").words(whole=True)
+        'a whole number of at least 1'
         """
         kind = "a whole number" if whole else "a number"
         low, high = (f"{end:.10g}" for end in self.ends)

@@ -28,35 +28,39 @@ CHANGES = {
 WHOLE = ("Term", "RemoteFile")
 INTRODUCTION = """# Every key of the configuration
 
-Made by `gdlib schema --markdown > docs/configuration.md` from the modules in `gdlib/config/` that check the files.
+Made by `gdlib schema --markdown > docs/configuration.md` from the modules in `gdlib/config/` that
+check the files.
 
-The configuration is a catalogue of what exists, and `studies`, named selections of it. The catalogue and most studies
-are in `config/`, every file of which may hold any part of it ([config/README.md](../config/README.md) lists them);
-`config.yaml` says what is chosen, and counts more. `study` names the study that is run; `--config study=nuclei` names
-another. Instead of editing these files, one of your own may say what differs: `snakemake --cores all --configfile
-mine.yaml`. All are merged key by key; a list replaces a list, and what is later counts: `config/`, `config.yaml`,
-`--configfile`, `--config`. A key that is written twice in one file, or in two of `config/`, is an error, for one of
-both would be forgotten; `gdlib check mine.yaml` tells file and line of every such mistake, where Snakemake may only say
-that a file is no YAML. On the command line, `--config` takes the keys of the first table that are text or true/false;
-anything nested belongs in a file.
+The configuration is a catalogue of what exists, and `studies`, named selections of it. The
+catalogue and most studies are in `config/`, every file of which may hold any part of it
+([config/README.md](../config/README.md) lists them); `config.yaml` says what is chosen, and counts
+more. `study` names the study that is run; `--config study=nuclei` names another. Instead of editing
+these files, one of your own may say what differs: `snakemake --cores all --configfile mine.yaml`.
+All are merged key by key; a list replaces a list, and what is later counts: `config/`,
+`config.yaml`, `--configfile`, `--config`. A key that is written twice in one file, or in two of
+`config/`, is an error, for one of both would be forgotten; `gdlib check mine.yaml` tells file and
+line of every such mistake, where Snakemake may only say that a file is no YAML. On the command
+line, `--config` takes the keys of the first table that are text or true/false; anything nested
+belongs in a file.
 
 Anchors of YAML (`&name`, `*name`) do not reach from one file into another. Names do:
 
-* `like: ac34`, in a dataset, study, network, ablation or recipe, takes all keys of another entry of the same kind that
-  are not written anew. They are merged key by key, as files are. What belongs to something else is not taken over:
-  options of another `source` or `model`, and downloads of another `folder`.
+* `like: ac34`, in a dataset, study, network, ablation or recipe, takes all keys of another entry of
+  the same kind that are not written anew. They are merged key by key, as files are. What belongs to
+  something else is not taken over: options of another `source` or `model`, and downloads of another
+  `folder`.
 * `offsets: nuclei`, in a dataset, names some of `offsets`.
 * `grd: [agd_intra, igd_intra]`: a method may name other methods, all of whose terms it has.
-* `method: [at, cwd]`, in an ablation, makes one for each, `tune_at` and `tune_cwd` of `tune`. `{method}` in its title
-  becomes the name, and a study that names `tune` has them all.
+* `method: [at, cwd]`, in an ablation, makes one for each, `tune_at` and `tune_cwd` of `tune`.
+  `{method}` in its title becomes the name, and a study that names `tune` has them all.
 
-An unknown key is an error that names the nearest valid one. Editors that read JSON schemas complete and check keys
-while you type, with `# yaml-language-server: $schema=workflow/schemas/config.schema.json` as the first line of the
-file.
+An unknown key is an error that names the nearest valid one. Editors that read JSON schemas complete
+and check keys while you type, where the first line of the file is
+`# yaml-language-server: $schema=workflow/schemas/config.schema.json`.
 
-A recipe is put together from `recipes`, then `recipe` of the dataset, then `recipe` of the study, then its
-`teacher_recipe` or `student_recipe`, then its `recipes` for that dataset, then `recipe` of the method:
-each changes only the keys it names, and the last one counts.
+A recipe is put together from `recipes`, then `recipe` of the dataset, then `recipe` of the study,
+then its `teacher_recipe` or `student_recipe`, then its `recipes` for that dataset, then `recipe` of
+the method: each changes only the keys it names, and the last one counts.
 
 `~` and environment variables are replaced in places of files and folders."""
 

@@ -338,10 +338,10 @@ def _aji(table: Overlaps) -> float:
     """Aggregated Jaccard index (higher is better), Kumar et al. 2017, IEEE TMI 36(7), algorithm 1.
 
     Each label object G takes the segmentation object S of highest IoU; several may take the same S.
-    AJI = C / U: C sums
-    |G & S|; U sums |G | S|, |G| of every G that overlaps with no S, and |S| of every S that nobody took. The algorithm
-    leaves ties open: here the S that are equally good for a G share it equally, i.e. C and U are
-    the expected values for ties broken at random, so that the order of ids does not matter.
+    AJI = C / U: C sums |G & S|; U sums |G | S|, |G| of every G that overlaps with no S, and |S| of
+    every S that nobody took. The algorithm leaves ties open: here the S that are equally good for a
+    G share it equally, i.e. C and U are the expected values for ties broken at random, so that the
+    order of ids does not matter.
     """
     i, j, intersection, union, iou = table.pairs
     best = np.zeros(table.label_ids.size)

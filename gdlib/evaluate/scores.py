@@ -86,9 +86,12 @@ def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         ValueError: no image has objects.
 
     >>> nothing, one = np.array([[0, 0]]), np.array([[0, 1]])
-    >>> scores = mean([of_image(*pair) for pair in ((one, one), (one, one), (nothing, nothing), (nothing, one))])
-    >>> scores["aji"], scores["empty_images"], scores["false_objects"], scores["false_share"], worth(scores, "aji")
-    (1.0, 2, 0.5, 0.125, 0.875)
+    >>> pairs = ((one, one), (one, one), (nothing, nothing), (nothing, one))
+    >>> scores = mean([of_image(*pair) for pair in pairs])
+    >>> scores["aji"], scores["empty_images"], scores["false_objects"], scores["false_share"]
+    (1.0, 2, 0.5, 0.125)
+    >>> worth(scores, "aji")
+    0.875
     """
     filled = [row for row in rows if row["objects"]]
     empty = [row for row in rows if not row["objects"]]

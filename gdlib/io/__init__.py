@@ -2,11 +2,15 @@
 
 | file | content |
 |---|---|
-| samples `.h5` | per sample: `image` (C, [Z,] Y, X) uint8/uint16/float32, `label` ([Z,] Y, X) uint32, 0 = background; |
-| | where some voxels do not count, `ignore` ([Z,] Y, X) bool; attributes `source` and, if known, `voxel_size_nm` |
-| predictions `.h5` | per sample: `affinity` (K, [Z,] Y, X) uint8 = round(255 a), `foreground` ([Z,] Y, X) uint8 |
+| samples `.h5` | per sample: `image` (C, [Z,] Y, X) uint8/uint16/float32, |
+| | `label` ([Z,] Y, X) uint32, 0 = background; |
+| | where some voxels do not count, `ignore` ([Z,] Y, X) bool; |
+| | attributes `source` and, if known, `voxel_size_nm` |
+| predictions `.h5` | per sample: `affinity` (K, [Z,] Y, X) uint8 = round(255 a), |
+| | `foreground` ([Z,] Y, X) uint8 |
 | segmentations `.h5` | per sample: `label` ([Z,] Y, X) uint32, consecutive |
-| weights `.safetensors` | parameters; the header holds one JSON text with all that is needed to run the network alone |
+| weights `.safetensors` | parameters; the header holds one JSON text with all that is needed |
+| | to run the network alone |
 | history, metrics `.csv` | long form |
 
 All writers are atomic: a file either is complete or does not exist. Equal content gives equal

@@ -1,19 +1,4 @@
-"""Every file contract of the project: who writes what, where, in which type.
-
-| file | content |
-|---|---|
-| samples `.h5` | per sample: `image` (C, [Z,] Y, X) uint8/uint16/float32, `label` ([Z,] Y, X) uint32, 0 = background; |
-| | where some voxels do not count, `ignore` ([Z,] Y, X) bool; attributes `source` and, if known, `voxel_size_nm` |
-| predictions `.h5` | per sample: `affinity` (K, [Z,] Y, X) uint8 = round(255 a), `foreground` ([Z,] Y, X) uint8 |
-| segmentations `.h5` | per sample: `label` ([Z,] Y, X) uint32, consecutive |
-| weights `.safetensors` | parameters; the header holds one JSON text with all that is needed to run the network alone |
-| history, metrics `.csv` | long form |
-
-All writers are atomic: a file either is complete or does not exist. Equal content gives equal
-bytes, so that a file that is written again does not re-run what depends on it. What was damaged
-later is noticed when it is read (compressed and checked pieces in HDF5, checksums in weights and
-states), and nothing in a file is executed or leads to another file.
-"""
+"""Files that are complete or do not exist, whoever writes them; see `gdlib.io`."""
 
 import contextlib
 import hashlib

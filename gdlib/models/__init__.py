@@ -4,13 +4,16 @@ The contract is `forward(image) -> Embedding` and six attributes of the class or
 
 | attribute | meaning; tuples have one entry per axis, in array order |
 |---|---|
-| `ndim` | number of axes, 2 or 3; written in the class body, where the configuration reads it without an import |
-| `divisor` | an image may be moved by multiples of it, and the output moves along; if it and the next are written in the |
-| | class body, the configuration refuses patches that do not fit |
+| `ndim` | number of axes, 2 or 3; written in the class body, where the configuration reads it |
+| | without an import |
+| `divisor` | an image may be moved by multiples of it, and the output moves along; if it and |
+| | the next are written in the class body, the configuration refuses patches that do not fit |
 | `remainder` | legal output sides are `k * divisor + remainder` |
-| `margin` | pixels that the output is smaller than the image on each side: 0 for networks that pad |
-| `halo` | pixels of context that a block needs on each side: what is farther does not change it; None if every pixel sees all |
-| `levels` | by name of a feature map its channels and its stride, in pixels per axis, from coarse to fine |
+| `margin` | pixels that the output is smaller than the image on each side; 0 if it pads |
+| `halo` | pixels of context that a block needs on each side: what is farther does not change it; |
+| | None if every pixel sees all |
+| `levels` | by name of a feature map its channels and its stride, in pixels per axis, from |
+| | coarse to fine |
 
 A level is named by its stride within the plane: `stride8` is the last map whose pixels are 8 image
 pixels apart in y and x, that of the decoder where there is one. So networks of any two kinds can be

@@ -76,7 +76,10 @@ def markdown(sections: Sections) -> str:
 
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; max-width: 75em; margin: 1.5em auto; padding: 0 1.5em }
+body {
+  font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a;
+  max-width: 75em; margin: 1.5em auto; padding: 0 1.5em
+}
 table { border-collapse: collapse; margin: .6em 0; font-variant-numeric: tabular-nums }
 th, td { padding: .2em .7em; text-align: left; vertical-align: top; white-space: nowrap }
 td.number, th.number { text-align: right }
@@ -147,13 +150,14 @@ def tex(sections: Sections) -> str:
             )
             for group in table.groups
         ]
+        notes = " ".join(table.notes)
         parts.append("\n".join([
             r"\begin{table*}[t]", r"\centering", r"\footnotesize",
             rf"\caption{{{_tex(table.caption)}}}", rf"\label{{tab:{table.key}}}",
             rf"\begin{{tabular}}{{{'l' * left}{'r' * (width - left)}}}", r"\toprule",
             " & ".join(map(_tex_head, table.header)) + r" \\", r"\midrule",
             " \\\\\n\\midrule\n".join(body) + r" \\", r"\bottomrule", r"\end{tabular}",
-            *([rf"\par\smallskip\raggedright {_tex(' '.join(table.notes))}"] if table.notes else []),
+            *([rf"\par\smallskip\raggedright {_tex(notes)}"] if notes else []),
             r"\end{table*}",
         ]))  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -162,8 +166,9 @@ def tex(sections: Sections) -> str:
 _MARKDOWN = str.maketrans({c: "\\" + c for c in "\\|*`"})
 _TEX = str.maketrans({
     **{c: "\\" + c for c in "&%$#_{}"},
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": "$|$", "<": "$<$", ">": "$>$",
-    "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "Δ": r"$\Delta$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "|": "$|$", "<": "$<$", ">": "$>$", "±": r"$\pm$", "−": "$-$", "×": r"$\times$",
+    "Δ": r"$\Delta$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
     "→": r"$\to$", "λ": r"$\lambda$", "¹": "$^1$", "²": "$^2$", "–": "--",
 })  # fmt: skip
 

@@ -3,9 +3,12 @@ are chosen.
 
 | segmenter | what it does | what is left to choose |
 |---|---|---|
-| `mutex_watershed` | visits all edges, the strongest first: short ones attract with a, long ones repel with 1 - a | |
-| `waterz` | joins touching fragments, the pair of highest mean affinity first | where to stop: `threshold` |
-| `multicut` | cuts the graph of touching fragments where this costs least | what an edge of affinity 1/2 costs: `beta` |
+| `mutex_watershed` | visits all edges, the strongest first: short ones attract with a, | |
+| | long ones repel with 1 - a | |
+| `waterz` | joins touching fragments, the pair of highest | where to stop: `threshold` |
+| | mean affinity first | |
+| `multicut` | cuts the graph of touching fragments where this | what an edge of affinity 1/2 |
+| | costs least | costs: `beta` |
 | `mutex_watershed_masked` | the mutex watershed, told by the ground truth what is foreground | |
 
 `waterz` and `multicut` use the affinities of nearest neighbours only, and start from the same

@@ -11,8 +11,10 @@ together,
 
 | array | content |
 |---|---|
-| `embedding` and `foreground` | ([Z,] Y, X, D) raw vectors and ([Z,] Y, X, 1) logits of all pixels; or |
-| a level, e.g. `stride8` | ([z,] y, x, C), a feature map; its attribute `corner` is the pixel at which the first voxel begins |
+| `embedding` | ([Z,] Y, X, D) raw vectors of all pixels, and |
+| `foreground` | ([Z,] Y, X, 1) logits of all pixels; or |
+| a level, e.g. `stride8` | ([z,] y, x, C), a feature map; its attribute `corner` is the pixel at |
+| | which the first voxel begins |
 
 and the attributes `teacher` and `samples`, SHA-256 of both files, `parts`, the arrays of each
 sample, and `levels`, all that the teacher has: by name the channels and the stride.

@@ -4,10 +4,13 @@ overlap.
 | step | once per | reads | writes | holds in memory |
 |---|---|---|---|---|
 | plan | volume | the image, slab by slab | `plan.json` | a slab |
-| predict | block | the image, as far as the network sees | `predictions/<block>.h5` | a pass, the block's output |
-| segment | block | predictions, of `overlap` pixels around it too | `segments/<block>.h5` | the block with its overlap |
+| predict | block | the image, as far as the network sees | `predictions/<block>.h5` | a pass, |
+| | | | | the block's output |
+| segment | block | predictions, of `overlap` pixels | `segments/<block>.h5` | the block |
+| | | around it too | | with its overlap |
 | match | block | labels where it overlaps the next blocks | `matches/<block>.h5` | an overlap |
-| number | volume | sizes, matches and contacts, no pixels | `numbers.h5` | some 100 bytes per segment |
+| number | volume | sizes, matches and contacts, no pixels | `numbers.h5` | some 100 bytes |
+| | | | | per segment |
 | relabel | block | its labels | `labels/<block>.h5` | the block |
 | join | volume | the labels of all blocks, as they are compressed | `labels.h5` | a chunk |
 

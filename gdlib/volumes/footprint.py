@@ -6,7 +6,8 @@ where that is too much.
 | the process as it is | as measured, with the image where that is held in memory |
 | the network | its largest pass: the tensors that are alive at once, counted on a small image |
 | the prediction | one for each affinity and for the foreground, per pixel |
-| the segmentation | per pixel, as measured for each segmenter with all pixels foreground (`Segmenter.memory`) |
+| the segmentation | per pixel, as measured for each segmenter with all pixels foreground |
+| | (`Segmenter.memory`) |
 
 It is what is needed at most, but for predictions that are little more than noise. Where objects
 fill a fifth of an image, a third is enough. In blocks (see `gdlib.volumes.blockwise`), a block is

@@ -115,8 +115,10 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
         for axis in axes[:, 0] if space else ():
             for student in students:
                 top = min(y for row, y in place.items() if row[0] == student)
-                axis.annotate(title(student, titles), (0, top - 0.9), xycoords=axis.get_yaxis_transform(), xytext=(-4, 0),
-                              textcoords="offset points", weight="bold", ha="right", va="center")  # fmt: skip
+                axis.annotate(
+                    title(student, titles), (0, top - 0.9), xycoords=axis.get_yaxis_transform(),
+                    xytext=(-4, 0), textcoords="offset points", weight="bold", ha="right", va="center",
+                )  # fmt: skip
         for axis in axes.flat[len(keys) :]:
             axis.set_visible(False)
         handles = _seed_handles(several)
@@ -336,8 +338,11 @@ def tradeoff(
                     text += f"\n{times:.{int(times < 10)}f} × {fewer if ratio > 1 else more}"
                 # Names stand below and above in turn: neighbours on the axis do not collide.
                 above = rank % 2
-                axis.annotate(text, (cost[network], ends[above]), xytext=(0, 6 if above else -6), textcoords="offset points",
-                              ha="center", va="bottom" if above else "top", fontsize=6.5)  # fmt: skip
+                axis.annotate(
+                    text, (cost[network], ends[above]), xytext=(0, 6 if above else -6),
+                    textcoords="offset points", ha="center", va="bottom" if above else "top",
+                    fontsize=6.5,
+                )  # fmt: skip
             low, high = min(cost.values()), max(cost.values())
             room = max(high / low, 10) ** 0.2
             axis.set_xscale("log")

@@ -85,8 +85,8 @@ def panel(
             if not k:  # the cut has the same scale, both ways
                 scale_bar(axes[k, 0], pixel_size(sample), image.shape[:2], effects=SHADOW)
             axes[k, 0].axhline(
-                (section if k else row) - part[0].start, color="white", linewidth=0.7, linestyle=(0, (4, 3)),
-                path_effects=SHADOW,
+                (section if k else row) - part[0].start, color="white", linewidth=0.7,
+                linestyle=(0, (4, 3)), path_effects=SHADOW,
             )  # fmt: skip
             room = heights[k] * side > 0.5  # for words
             place = f"\nrow {row}" if k else f"\nsection {section}"
@@ -95,8 +95,9 @@ def panel(
             outline(axes[k, 1], truth, "white", 0.4)
             for column, (method, segmentation) in enumerate(segmentations.items(), start=2):
                 found = segmentation[plane][part]
-                show(axes[k, column], _stain(image, found, _colours_of(tables[method], colours, segmentation.max())),
-                     "" if k else title(method, titles), aspect)  # fmt: skip
+                coloured = _colours_of(tables[method], colours, segmentation.max())
+                heading = "" if k else title(method, titles)
+                show(axes[k, column], _stain(image, found, coloured), heading, aspect)
                 outline(axes[k, column], found, "white", 0.4)
                 axis, kind = axes[2 + k, column], mistakes(truth, found, tables[method])
                 shown = 0.25 + 0.6 * image
@@ -107,8 +108,10 @@ def panel(
                 show(axis, shown, "", aspect)
                 outline(axis, truth, "white", 0.3)
                 if column == 2:
-                    beside = axis.annotate(name + "\nmistakes" * room, (0, 0.5), (-3, 0), "axes fraction", "offset points",
-                                           rotation=90, ha="right", va="center", ma="center")  # fmt: skip
+                    beside = axis.annotate(
+                        name + "\nmistakes" * room, (0, 0.5), (-3, 0), "axes fraction", "offset points",
+                        rotation=90, ha="right", va="center", ma="center",
+                    )  # fmt: skip
                     beside.set_in_layout(False)  # there is room
                 if k:
                     axis.set_xlabel(

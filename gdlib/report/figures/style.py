@@ -134,10 +134,12 @@ def title(name: str, titles: Titles = None) -> str:
 
     Else the name as it is.
 
-    >>> title("agd_intra"), title("resunet_tiny", {"resunet_tiny": "ResUNet-tiny"}), title("mine", {"mine": ""})
-    ('AGD intra', 'ResUNet-tiny', 'mine')
-    >>> title("agd@nestedunet", {"nestedunet": "NestedUNet"}), title("bank_size=8", {"bank_size": "bank size K"})
-    ('AGD from NestedUNet', 'bank size K = 8')
+    >>> title("agd_intra"), title("mine", {"mine": "Mine"}), title("mine", {"mine": ""})
+    ('AGD intra', 'Mine', 'mine')
+    >>> title("agd@nestedunet", {"nestedunet": "NestedUNet"})
+    'AGD from NestedUNet'
+    >>> title("bank_size=8", {"bank_size": "bank size K"})
+    'bank size K = 8'
     """
     if known := (titles or {}).get(name):
         return known

@@ -60,11 +60,15 @@ def data_page(found: Mapping[str, Any], titles: Titles) -> str:
     for dataset, splits in found["data"].items():
         about = next(filter(None, splits.values()), {})
         options = ", ".join(f"{key} {value}" for key, value in about.get("options", {}).items())
+        shown = ("samples", "instances", "types")
         rows = [
-            [Cell(split), *(Cell(str(one[key]) if one else "no longer there") for key in ("samples", "instances", "types")),
-             Cell(one["sha256"] if one else "")]
+            [
+                Cell(split),
+                *(Cell(str(one[key]) if one else "no longer there") for key in shown),
+                Cell(one["sha256"] if one else ""),
+            ]
             for split, one in splits.items()
-        ]  # fmt: skip
+        ]
         caption = (
             f"{about.get('provenance', '')} Source "
             f"{about.get('source', 'unknown')}{f' ({options})' * bool(options)}."
