@@ -230,7 +230,8 @@ CODE = """
 import sys
 import numpy as np
 import torch
-from gdlib import mutex, ops
+from gdlib import kernels as ops
+from gdlib.segment import mutex
 rows = torch.arange(96.0).reshape(1, 2, 3, 16).sin()
 print(float(ops.relate(rows, [(0, -1)]).affinity.sum()))
 rng = np.random.default_rng(0)
