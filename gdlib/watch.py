@@ -16,7 +16,7 @@ from typing import NamedTuple, TextIO
 SECONDS = {"train_teacher": 6.0, "train_student": 5.0, "profile": 5.0, "predict": 4.0}
 OTHER = 2.0
 PER_VOXEL = {"train_teacher": 1e-5, "train_student": 4e-6}  # seconds, of small networks
-PATIENCE = 10.0  # seconds; how much these numbers count against what was measured
+PATIENCE = 30.0  # seconds; how much these numbers count against what was measured
 
 
 class Job(NamedTuple):
@@ -143,6 +143,12 @@ class Watch(logging.Handler):
     def say(self, text: str) -> None:
         """Write a line."""
         print(text, file=self.out, flush=True)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Is this something else than that Snakemake begins jobs, which a `Watch` says?"""
+    event, text = str(getattr(record, "event", "")), record.getMessage()
+    return event != "job_started" and not text.startswith("Select jobs to execute")
 
 
 def in_words(seconds: float) -> str:

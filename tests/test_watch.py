@@ -33,7 +33,7 @@ def record(event, **about):
 
 
 def test_the_time_left_is_that_of_a_study_whose_jobs_take_longer_than_thought(clock):
-    """Two cores, 40 jobs of a kind that take three times the guess: after a quarter it is nearly known."""
+    """Two cores, 40 jobs of a kind that take three times the guess: after half it is known."""
     done = set()
     watched = Watch({k: Job(f"Do {k}", "predict") for k in range(40)}, done.__contains__, 2)
     guess, true = 4.0, 12.0
@@ -44,7 +44,7 @@ def test_the_time_left_is_that_of_a_study_whose_jobs_take_longer_than_thought(cl
         done |= {k, k + 1}
         watched.note()
         left = (40 - len(done)) * true / 2
-        if len(done) >= 10:
+        if len(done) >= 20:
             assert watched.left() == pytest.approx(left, rel=0.2)
     assert watched.left() == 0
 
@@ -79,9 +79,18 @@ def test_the_line(clock):
     clock.now += 75
     watched.note()
     watched.emit(record("job_started", jobs=[99]))  # one that a checkpoint made
-    assert watched.line() == "1:15  4 of 6 steps done, about a minute left; now: job 99"
+    assert watched.line() == "1:15  4 of 6 steps done, less than a minute left; now: job 99"
     watched = Watch(jobs, done.__contains__, None, out=out)
     assert watched.line() == "0:00  0 of 6 steps done; now: nothing"
+
+
+def test_where_snakemake_is_quiet_it_does_not_say_that_jobs_begin():
+    begun = record("job_started", jobs=[1])
+    select = logging.LogRecord(
+        "snakemake", logging.INFO, "", 0, "Select jobs to execute...", (), None
+    )
+    error = logging.LogRecord("snakemake", logging.ERROR, "", 0, "Error", (), None)
+    assert [watch.is_news(one) for one in (begun, select, error)] == [False, False, True]
 
 
 def test_a_failure_is_told_where_snakemake_is_quiet(tmp_path):

@@ -43,6 +43,18 @@ try:
 except WorkflowError:  # nobody says how many: --report, or a cluster
     ALL_CORES = 8
 
+
+def share(jobs):
+    """Threads of each of so many jobs, side by side: that uses cores better than one after the other with all of them."""
+    return 1 if GPU else max(1, min(8, ALL_CORES // max(1, jobs)))
+
+
+TEACHERS = sum(
+    len(PLAN.trained(PLAN.teacher_runs(dataset, teacher)))
+    for dataset in STUDY.datasets
+    for teacher in CFG.teachers_of(dataset)
+)
+
 # Weights may name a network from outside gdlib only if the configuration does, too.
 ALLOWED = PLAN.plugins.union(filter(None, os.getenv("GDLIB_PLUGINS", "").split(",")))
 os.environ.update(GDLIB_PLUGINS=",".join(sorted(ALLOWED)))

@@ -15,7 +15,7 @@ rule predict:
     priority: 1
     conda:
         "../../envs/gdlib.yaml"
-    threads: THREADS
+    threads: share(2)
     resources:
         gpu=GPU,
         mem_mb=grow(6000),

@@ -30,7 +30,10 @@ def start_watching():
     watched = {number: as_watched(job) for number, job in jobs.items()}
     done = lambda number: number in jobs and dag.finished(jobs[number])
     WATCHES.append(watch.Watch(watched, done, cores, quiet))
-    logging.getLogger("snakemake.logging").addHandler(WATCHES[0])
+    logger = logging.getLogger("snakemake.logging")
+    for handler in logger.handlers * quiet:
+        handler.addFilter(watch.is_news)
+    logger.addHandler(WATCHES[0])
     WATCHES[0].start(STUDY.title or CFG.study)
 
 

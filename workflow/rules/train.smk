@@ -22,7 +22,7 @@ rule train_teacher:
     priority: 1
     conda:
         "../../envs/gdlib.yaml"
-    threads: THREADS
+    threads: share(TEACHERS)
     resources:
         gpu=GPU,
         mem_mb=grow(8000),
@@ -56,7 +56,7 @@ rule ask_teacher:
     priority: 1
     conda:
         "../../envs/gdlib.yaml"
-    threads: THREADS
+    threads: share(2)
     resources:
         gpu=GPU,
         mem_mb=grow(6000),
