@@ -258,8 +258,7 @@ def test_every_step_of_the_workflow_is_started():
     steps = {
         "download",
         "prepare",
-        "draw",
-        "teach",
+        "ask",
         "train",
         "predict",
         "segment",

@@ -79,7 +79,7 @@ def test_the_catalogue_keeps_the_schema(validator, catalogue):
         (("recipes", "student", "steps"), 0),
         (("recipes", "nobody"), {"steps": 1, "validate_every": 1}),
         (("studies", "quick", "teacher_recipe", "stepss"), 1),
-        (("studies", "quick", "recipes", "neurites_phantom", "teacher", "batch"), 1),
+        (("studies", "quick", "recipes", "neurites_phantom_quick", "teacher", "batch"), 1),
         (("datasets", "bbbc039", "segmenters"), ["watershed"]),
         (("methods", "agd"), [{"term": "agd"}]),
     ],
@@ -97,8 +97,8 @@ def test_a_mistake_breaks_the_schema_and_the_check_alike(place, value, validator
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("only",), "nuclei_phantom,neurites_phantom"),
-        (("only",), ["nuclei_phantom"]),
+        (("only",), "nuclei_phantom_quick,neurites_phantom_quick"),
+        (("only",), ["nuclei_phantom_quick"]),
         (
             ("methods", "agd"),
             {"terms": [{"term": "agd", "weight": 1}], "recipe": {"bank": {"capacity": 3}}},

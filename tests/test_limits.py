@@ -178,7 +178,7 @@ ARGUMENTS += [
         "step train",
         "step predict",
         "step segment",
-        "step teach",
+        "step ask",
         "step profile",
     )
     for text in ("0", "-1", "2.5", "many")
@@ -189,8 +189,6 @@ ARGUMENTS += [
     ("step train", "--max-seconds", "-1", "a number of at least 0"),
     ("step train", "--spec", "{", "must be JSON"),
     ("step train", "--spec", "[1]", "must be a valid dictionary"),
-    ("step draw", "--batches", "0", "a whole number of at least 1"),
-    ("step draw", "--margin", "[0, -4]", "it.1 must be a whole number of at least 0"),
     ("step predict", "--keep-embeddings", "-1", "a whole number of at least 0"),
     ("step plan-volume", "--block", "[64, 0]", "it.1 must be a whole number of at least 1"),
     ("step match-block", "--overlap", "[-1, 8]", "it.0 must be a whole number of at least 0"),

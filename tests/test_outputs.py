@@ -189,7 +189,7 @@ STEPS = {"prepare": ["train", "val", "test"], "train": ["weights", "last", "hist
 STEPS |= {
     step: ["out"]
     for step in (
-        *("draw", "teach", "predict", "segment", "evaluate", "baselines", "profile"),
+        *("ask", "predict", "segment", "evaluate", "baselines", "profile"),
         *(
             "plan-volume",
             "predict-block",

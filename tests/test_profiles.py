@@ -159,7 +159,7 @@ def test_a_gpu_waits_for_one_core_only(tmp_path):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     threads = re.findall(r"gdlib step (\w+) .*?--threads (\d+)", done.stdout + done.stderr)
-    asked = {(step, number) for step, number in threads if step in ("train", "teach", "predict")}
-    assert asked == {("train", "1"), ("teach", "1"), ("predict", "1")}
+    asked = {(step, number) for step, number in threads if step in ("train", "ask", "predict")}
+    assert asked == {("train", "1"), ("ask", "1"), ("predict", "1")}
     for rule in ("train_teacher", "ask_teacher", "predict"):
         assert "priority: 1" in resources(rule)

@@ -336,6 +336,8 @@ def test_every_caption_is_used_and_there():
     used = set(re.findall(r"report/(\w+)\.rst", rules)) | set(
         re.findall(r'\b(?:page|figure)\(\s*f?"([a-z]+)', rules)
     )
+    drawn = rules[rules.index("DRAWN = {") : rules.index("for NAME_OF")]
+    used |= set(re.findall(r'^    "([a-z]+)', drawn, re.MULTILINE))
     assert {path.stem for path in CAPTIONS} == used
 
 

@@ -56,11 +56,11 @@ def test_every_source_is_tested():
 
 
 @pytest.mark.parametrize("name", LICENCES)
-def test_registered_and_first_line_names_the_licence(name):
+def test_registered_and_the_file_names_the_licence(name):
     source = SOURCES.get(name)
     assert source.__name__ == name
     assert SOURCES.parameters(name)
-    assert LICENCES[name] in sys.modules[source.__module__].__doc__.splitlines()[0]
+    assert LICENCES[name] in sys.modules[source.__module__].__doc__
 
 
 # --- phantom ---------------------------------------------------------------------------------------------------------
