@@ -55,8 +55,7 @@ def seconds_per_step(
     few = folder / "few.h5"
     if not few.exists():
         names = io.sample_ids(train)[:IMAGES]
-        attrs = io.read_attrs(train)
-        io.write_samples(few, io.read_samples(train, names), split="train", axes=attrs["axes"])
+        io.write_samples(few, io.read_samples(train, names), split="train")
     places = {key: folder / f"{key}.out" for key in ("weights", "last", "history")}
     torch.set_num_threads(threads)
     try:
