@@ -146,9 +146,10 @@ class Watch(logging.Handler):
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Is this something else than that Snakemake begins jobs, which a `Watch` says?"""
-    event, text = str(getattr(record, "event", "")), record.getMessage()
-    return event != "job_started" and not text.startswith("Select jobs to execute")
+    """Is this something else than that a job begins, or has failed, which a `Watch` says shorter?"""
+    begins = str(getattr(record, "event", "")) == "job_started"
+    failed = getattr(record, "exception", None) == "RuleException"
+    return not (begins or failed or record.getMessage().startswith("Select jobs to execute"))
 
 
 def in_words(seconds: float) -> str:
@@ -215,6 +216,7 @@ def _last_lines(logs: Iterable[str]) -> Iterable[str]:
             with open(path, encoding="utf-8", errors="replace") as file:
                 lines = file.read().split("\n")
         except OSError:
+            yield f"there is no {path}"
             continue
         text = next((line for line in reversed(lines) if line.strip()), "")
         yield f"{path} ends with: {text}" if text else f"{path} is empty"

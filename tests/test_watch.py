@@ -84,13 +84,15 @@ def test_the_line(clock):
     assert watched.line() == "0:00  0 of 6 steps done; now: nothing"
 
 
-def test_where_snakemake_is_quiet_it_does_not_say_that_jobs_begin():
+def test_where_snakemake_is_quiet_it_does_not_say_what_a_watch_says():
     begun = record("job_started", jobs=[1])
     select = logging.LogRecord(
         "snakemake", logging.INFO, "", 0, "Select jobs to execute...", (), None
     )
+    failed = record("error", exception="RuleException")
     error = logging.LogRecord("snakemake", logging.ERROR, "", 0, "Error", (), None)
-    assert [watch.is_news(one) for one in (begun, select, error)] == [False, False, True]
+    news = [watch.is_news(one) for one in (begun, select, failed, error)]
+    assert news == [False, False, False, True]
 
 
 def test_a_failure_is_told_where_snakemake_is_quiet(tmp_path):
@@ -104,7 +106,10 @@ def test_a_failure_is_told_where_snakemake_is_quiet(tmp_path):
         watched.emit(record("job_started", jobs=[0]))
         watched.emit(failed)
         assert not watched.running
-        said = f"failed: Predict a: {tmp_path}/a.log ends with: gdlib: error: the disk is full\n"
+        said = (
+            f"failed: Predict a: {tmp_path}/a.log ends with: gdlib: error: the disk is full; "
+            f"there is no {tmp_path}/missing.log\n"
+        )
         assert out.getvalue() == said * quiet
 
 
