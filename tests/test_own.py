@@ -89,7 +89,9 @@ def spoil(folder, what):
         tifffile.imwrite(image, tifffile.imread(image)[:20])
         tifffile.imwrite(label, tifffile.imread(label)[:20])
     elif what == "volume":
-        tifffile.imwrite(folder / "labels" / "0.tif", np.ones((4, 70, 90), np.uint16))
+        tifffile.imwrite(
+            folder / "labels" / "0.tif", np.ones((4, 70, 90), np.uint16), photometric="minisblack"
+        )
     elif what == "broken":
         image.write_bytes(b"no image")
 
