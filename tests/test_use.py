@@ -1,0 +1,244 @@
+"""What users do with trained networks: by name, by channel, frame by frame, in another size, with
+pictures and tables; for the built-in ones, that they find what they are for."""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+import gdlib
+from gdlib import io, trained
+from gdlib.cli.main import main
+from gdlib.data.frames import Frames, channel_names, channel_number
+from gdlib.data.scale import back, factors, microns, resized
+from gdlib.io.failures import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def segment(model, out, *arguments, code=0):
+    command = ["segment", "--model", model, "--out", out, "--device", "cpu"]
+    command += ["--precision", "float32", "--engine", "torch", *arguments]
+    assert main([str(part) for part in command]) == code
+
+
+@pytest.fixture(scope="module")
+def model(teacher):
+    return gdlib.load(teacher, device="cpu", precision="float32", engine="torch")
+
+
+@pytest.fixture(scope="module")
+def stack(squares):
+    """(T, C, Y, X); the objects are in the second channel."""
+    images = [squares(seed)[0][0] for seed in (50, 51)]
+    return np.stack([np.stack([np.zeros_like(image), image]) for image in images])
+
+
+FILES = {
+    "OME, by name": (dict(ome=True, metadata={"axes": "TCYX", "Channel": {"Name": ["GFP", "DAPI"]}}), "DAPI"),
+    "OME, by number": (dict(ome=True, metadata={"axes": "TCYX"}), "2"),
+    "ImageJ": (dict(imagej=True, metadata={"axes": "TCYX"}), "2"),
+    "ImageJ, by name": (dict(imagej=True, metadata={"axes": "TCYX", "Labels": ["GFP", "DAPI"] * 2}), "dapi"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_channel_of_a_movie_frame_by_frame(kind, teacher, model, stack, tmp_path, capsys):
+    options, channel = FILES[kind]
+    tifffile.imwrite(tmp_path / "movie.tif", stack, photometric="minisblack", **options)
+    segment(teacher, tmp_path / "out", tmp_path / "movie.tif", "--channel", channel)
+    wanted = model.segment(stack[:, 1], "TYX")
+    with tifffile.TiffFile(tmp_path / "out" / "movie.tif") as file:
+        assert file.series[0].axes == "TYX"
+        assert np.array_equal(file.asarray(), wanted)
+    count = sum(int(one.max()) for one in wanted)
+    assert f"{count} objects in 2 frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("axes", "order"),
+    [("YXC", (2, 3, 1)), ("CYX", (1, 2, 3)), ("XYC", (3, 2, 1))],
+)
+def test_axes_that_a_file_does_not_name(axes, order, teacher, model, stack, tmp_path):
+    array = stack.transpose((0, *order))[0]
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack", metadata=None)
+    segment(teacher, tmp_path, tmp_path / "a.tif", "--out", tmp_path / "out", "--axes", axes, "--channel", 2)  # fmt: skip
+    found = tifffile.imread(tmp_path / "out" / "a.tif")
+    assert np.array_equal(found, model.segment(stack[0, 1]))
+
+
+def test_sections_of_a_volume_are_segmented_one_by_one(teacher, model, stack, tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "z.tif", stack[:, 1], metadata={"axes": "ZYX"}, photometric="minisblack")  # fmt: skip
+    segment(teacher, tmp_path / "out", tmp_path / "z.tif")
+    assert "every section is segmented on its own" in capsys.readouterr().err
+    found = tifffile.imread(tmp_path / "out" / "z.tif")
+    assert np.array_equal(found, model.segment(stack[:, 1], "ZYX"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--channel", "3"], 'there is no channel "3" of 2'),
+        (["--channel", "dapy"], "there is no channel"),
+        (["--axes", "YX"], "does not have the axes YX"),
+        (["--axes", "QQYX"], "does not have the axes QQYX"),
+        (["--pixel-size", "0.5"], "do not say how large the pixels of their training images were"),
+        (["--diameter", "9"], "do not say how large the objects of their training images were"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, words, teacher, stack, tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "a.tif", stack, photometric="minisblack", metadata={"axes": "TCYX"})
+    segment(teacher, tmp_path / "out", tmp_path / "a.tif", *arguments, code=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert not list(tmp_path.rglob("out/*"))
+
+
+def test_picture_and_table(teacher, model, stack, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name, image in zip("ab", stack[:, 1], strict=True):
+        tifffile.imwrite(tmp_path / "in" / f"{name}.tif", image, imagej=True, resolution=(2, 2), metadata={"unit": "um"})  # fmt: skip
+    out = tmp_path / "out"
+    arguments = [tmp_path / "in", "--preview", "--table", out / "all.csv"]
+    segment(teacher, out, *arguments)
+    assert "2 images" in capsys.readouterr().err
+    with (out / "all.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, image in zip("ab", stack[:, 1], strict=True):
+        label = tifffile.imread(out / f"{name}.tif")
+        mine = [row for row in rows if row["image"].endswith(f"{name}.tif")]
+        assert [int(row["label"]) for row in mine] == list(range(1, label.max() + 1))
+        for row in mine:
+            inside = label == int(row["label"])
+            y, x = (place.mean() for place in np.nonzero(inside))
+            expected = [inside.sum(), y, x, image[inside].mean(), inside.sum() / 4]
+            keys = ("area", "y", "x", "mean_intensity", "area_microns")
+            assert [float(row[key]) for key in keys] == pytest.approx(expected)
+        with Image.open(out / f"{name}.preview.png") as picture:
+            colours = np.asarray(picture)
+        yellow = (colours == (255, 210, 0)).all(axis=2)
+        assert yellow.any()
+        assert (label[yellow] > 0).all()
+    segment(teacher, out, *arguments)  # what it wrote itself is replaced
+    (out / "a.preview.png").write_bytes((tmp_path / "in" / "a.tif").read_bytes())
+    segment(teacher, out, *arguments, code=1)
+    assert "a.preview.png is there already" in capsys.readouterr().err
+
+
+def test_size_of_pixels_and_objects():
+    header = {"pixel_size": [0.03, 0.006, 0.006], "diameter": [10.0, 20.0, 30.0]}
+    assert factors(header, 3) is None
+    assert factors(header, 3, [0.03, 0.006, 0.006]) is None
+    assert factors(header, 3, [0.06, 0.006, 0.003]) == pytest.approx((2, 1, 0.5))
+    assert factors(header, 2, diameter=10) == (2.0, 2.0)
+    with pytest.raises(DataError, match="beyond what can be right"):
+        factors(header, 3, 500)
+    with pytest.raises(DataError, match="3 sides, not 2"):
+        factors(header, 3, (1, 2))
+    for found, ndim, wanted in (
+        ({"element_size_um": [0.3, 0.1, 0.2]}, 3, (0.3, 0.1, 0.2)),
+        ({"resolution": [30, 6, 6]}, 2, (0.006, 0.006)),
+        ({"resolution": (2.0, 4.0), "resolutionunit": 1, "unit": "micron"}, 2, (0.25, 0.5)),
+        ({"resolution": ((20000, 1), (20000, 1)), "resolutionunit": 3}, 2, (0.5, 0.5)),
+        ({"resolution": ((72, 1), (72, 1)), "resolutionunit": 2}, 2, None),  # of a printer
+        ({"resolution": (2.0, 2.0), "resolutionunit": 1, "unit": "pixel"}, 2, None),
+        ({}, 2, None),
+    ):
+        assert microns(found, ndim) == (wanted and pytest.approx(wanted))
+
+
+def test_there_and_back_again(squares):
+    _, label = squares(1)
+    for by in ((2.0, 2.0), (3.0, 1.5)):
+        large = resized(label[None].astype(np.float32), by)[0]
+        assert large.shape == tuple(round(n * f) for n, f in zip(label.shape, by, strict=True))
+        assert np.array_equal(back(np.kron(label, np.ones((2, 2), int)), label.shape), label)
+    assert resized(np.full((1, 9, 9), 7, np.uint16), (0.3, 0.3)) == pytest.approx(7)
+
+
+def test_a_network_that_knows_its_size(teacher, squares, tmp_path, capsys):
+    state, header = io.load_weights(teacher)
+    _, label = squares(60)
+    area = np.bincount(label.ravel())[1:]
+    diameter = float(np.median(2 * np.sqrt(area / np.pi)))
+    known = tmp_path / "known.safetensors"
+    io.save_weights(known, state, header | {"diameter": [diameter / 2, diameter, diameter * 2]})
+    model = gdlib.load(known, device="cpu", precision="float32", engine="torch")
+    image = squares(60)[0][0]
+    half = np.kron(image, np.ones((2, 2), image.dtype))  # objects twice as large
+    labels = model.segment(half, diameter=2 * diameter)
+    assert labels.shape == half.shape
+    once, twice = model.segment(image), labels
+    assert twice.max() == pytest.approx(once.max(), abs=2)
+    tifffile.imwrite(tmp_path / "a.tif", image)
+    segment(known, tmp_path / "out", tmp_path / "a.tif")
+    assert "warning" not in capsys.readouterr().err
+    io.save_weights(known, state, header | {"diameter": [70.0, 80.0, 90.0]})
+    segment(known, tmp_path / "out", tmp_path / "a.tif")
+    assert "those of its training images were 80" in capsys.readouterr().err
+
+
+def test_frames_of_a_dataset_are_read_one_by_one():
+    array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    frames = Frames(array, "TCYX", 2, channel=1)
+    assert (frames.shape, frames.sides, frames.channels) == ((2,), (4, 5), 1)
+    assert np.array_equal(frames[1,], array[1, 1:2])
+    assert channel_number("1", [], 1) == 0
+
+
+def test_channels_of_a_colour_png(tmp_path):
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
+    assert channel_names(tmp_path / "a.png") == ["red", "green", "blue"]
+
+
+def test_what_the_page_shows_runs(tmp_path, monkeypatch, squares):
+    page = (ROOT / "docs" / "use.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tifffile.imwrite("well.tif", squares(0, (64, 64))[0][0])
+    scope = {}
+    exec(code, scope)
+    assert scope["labels"].shape == (2, 64, 64)
+
+
+BUILT_IN = trained.names()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_networks_say_what_they_are(name, capsys):
+    path = trained.find(name)
+    assert path.stat().st_size < 1.5e6
+    io.load_weights(path)  # the checksum too
+    header = io.read_header(path)
+    assert header["purpose"]
+    assert header["data"]
+    assert not re.search(r"/(work|home|root|tmp)/", str(header))
+    assert f"## {name}" in (ROOT / "docs" / "models.md").read_text()
+    assert main(["models"]) == 0
+    assert header["purpose"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "neurons"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_built_in_networks_find_nothing_in_an_empty_field(name, dtype):
+    noise = np.random.default_rng(0).normal(100, 2, (160, 160))
+    labels = gdlib.load(name, device="cpu", precision="float32").segment(noise.astype(dtype))
+    assert labels.max() == 0
+
+
+@pytest.mark.skipif("nuclei" not in BUILT_IN, reason="not in the package")
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_nuclei_are_found(dtype):
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[:240, :240]
+    image = rng.normal(10, 1, (240, 240))
+    for cy in range(30, 240, 60):
+        for cx in range(30, 240, 60):
+            image += 100 / (1 + np.exp(np.hypot(y - cy, x - cx) - 11))
+    labels = gdlib.load("nuclei", device="cpu", precision="float32").segment(image.astype(dtype))
+    assert 14 <= labels.max() <= 18
