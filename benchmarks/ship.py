@@ -11,6 +11,7 @@ only); `pixel_size`, in microns, where the dataset says it; `test`, the mean sco
 
 import argparse
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,14 @@ METRICS = {
     2: ("aji", "dice", "f1_50", "pq"),
     3: ("voi_split", "voi_merge", "voi", "arand"),
 }
+
+
+def provenance(data: Path) -> str:
+    """Return where the images of a prepared dataset are from; of a joined one, of all its parts."""
+    with io.open_h5(data / "train.h5") as file:
+        parts = json.loads(file.attrs["options"]).get("datasets", [])
+        text = str(file.attrs["provenance"])
+    return " ".join(provenance(data.parent / part) for part in parts) or text
 
 
 def diameters(samples: Path) -> list[float]:
@@ -66,9 +75,7 @@ def main() -> None:
     state, header = io.load_weights(arguments.run / "weights.safetensors")
     ndim = len(header["offsets"][0])
     first = next(io.read_samples(arguments.data / "train.h5"))
-    with io.open_h5(arguments.data / "train.h5") as file:
-        provenance = str(file.attrs["provenance"])
-    header |= {"purpose": PURPOSES[arguments.name], "data": provenance}
+    header |= {"purpose": PURPOSES[arguments.name], "data": provenance(arguments.data)}
     if ndim == 2:
         header["diameter"] = diameters(arguments.data / "train.h5")
     if "voxel_size_nm" in first.attrs:
