@@ -255,7 +255,11 @@ def mistake_of(words, studies):
     return f"no file {missing}" if missing else None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CHANGELOG.md"],  # it names what is gone
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_every_command_of_a_page_exists(page, catalogue):
     found = commands(page.read_text())
     mistakes = {" ".join(words): mistake_of(words, catalogue["studies"]) for words in found}

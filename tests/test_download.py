@@ -641,13 +641,16 @@ def test_only_some_datasets_of_a_study(raw):
     raw["study"] = "quick"
     everything = Config.parse(raw)
     assert everything.left_out == []
-    for only in ("neurites_phantom", ["neurites_phantom"]):
+    for only in ("neurites_phantom_quick", ["neurites_phantom_quick"]):
         config = Config.parse(raw | {"only": only})
-        assert config.selected.datasets == ("neurites_phantom",)
-        assert config.left_out == ["nuclei_phantom"]
-        assert config.runs() == [run for run in everything.runs() if run[0] == "neurites_phantom"]
+        assert config.selected.datasets == ("neurites_phantom_quick",)
+        assert config.left_out == ["nuclei_phantom_quick"]
+        assert config.runs() == [
+            run for run in everything.runs() if run[0] == "neurites_phantom_quick"
+        ]
     assert (
-        Config.parse(raw | {"only": "neurites_phantom,nuclei_phantom"}).runs() == everything.runs()
+        Config.parse(raw | {"only": "neurites_phantom_quick,nuclei_phantom_quick"}).runs()
+        == everything.runs()
     )
     with pytest.raises(ConfigError, match='config: only: there is no "bbbc039"'):
         Config.parse(raw | {"only": "bbbc039"})

@@ -193,8 +193,9 @@ MEASURE = (
     PEAK
     + """
 import numpy as np
-from gdlib import segmentation, memory
-from gdlib.parameters import defaults
+from gdlib.segment import segmenters
+from gdlib.segment.parameters import defaults
+from gdlib.volumes import memory
 sys.path.insert(0, "tests")
 from conftest import OFFSETS
 segmenter, *shape = sys.argv[1], *map(int, sys.argv[2:])
@@ -209,7 +210,7 @@ for k, offset in enumerate(OFFSETS[ndim]):
 foreground = np.full(shape, 255, np.uint8)
 del place, wall, same
 small = tuple(slice(0, 40) for _ in shape)
-run = lambda part: segmentation.segment(
+run = lambda part: segmenters.segment(
     affinity[(slice(None), *part)], foreground[part], OFFSETS[ndim], segmenter, **defaults(segmenter, ndim)
 )
 run(small)  # what is loaded at first use
@@ -230,7 +231,7 @@ def test_the_estimate_of_the_segmentation_is_near_what_it_takes(segmenter, shape
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parameters = defaults(segmenter, len(shape))
-    each = footprint.segmentation.SEGMENTERS[segmenter].memory(
+    each = footprint.segmenters.SEGMENTERS[segmenter].memory(
         len(shape), len(OFFSETS[len(shape)]), **parameters
     )
     assert 0.6 < int(done.stdout) / (each * np.prod(shape)) < 1.15
@@ -243,7 +244,7 @@ def test_the_estimate_of_a_pass_is_near_what_it_takes(engine):
         pytest.importorskip("openvino")
     code = PEAK + (
         "sys.path.insert(0, 'tests'); import numpy as np\n"
-        "from test_large import predictor_of\nfrom gdlib import footprint, memory\n"
+        "from test_large import predictor_of\nfrom gdlib.volumes import footprint, memory\n"
         f"p = predictor_of(); p.wanted_engine = p.engine = {engine!r}\n"
         "source = p.source(np.zeros((1, 900, 900), np.uint8) + np.arange(900, dtype=np.uint8))\n"
         "thought = footprint._Pass(p, source.shape).memory(p, source.shape, source.shape)\n"
@@ -650,7 +651,7 @@ def test_too_little_memory_after_all_is_one_sentence(
     if where == "predict":
         monkeypatch.setattr(Predictor, "predict", fail)
     else:
-        monkeypatch.setattr(footprint.segmentation, "segment", fail)
+        monkeypatch.setattr(footprint.segmenters, "segment", fail)
     assert (
         main(
             [

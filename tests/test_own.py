@@ -131,7 +131,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_configured(
 @pytest.mark.parametrize("time", ["30", "m", "0m", "-3m", "soon"])
 def test_a_time_has_a_unit(time, folders, capsys):
     with pytest.raises(SystemExit):
-        main(["distill", "images", "labels", "--out", "new", "--time", time])
+        main(["distill", "images", "labels", "--out", "new", f"--time={time}"])
     assert "with s, m or h" in capsys.readouterr().err
 
 

@@ -856,7 +856,7 @@ def test_figures_have_the_same_bytes_in_another_process_without_torch(files, tmp
         "import json, sys\n"
         "from gdlib.report.figures import make\nfrom gdlib.report.tables import results\n"
         "for name, (inputs, params) in json.load(sys.stdin).items():\n"
-        "    figures.draw(name, inputs, params, [f'other/{name}.png', f'other/{name}.pdf'])\n"
+        "    make.draw(name, inputs, params, [f'other/{name}.png', f'other/{name}.pdf'])\n"
         "assert not {'torch', 'snakemake'} & set(sys.modules)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}

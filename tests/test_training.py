@@ -298,12 +298,12 @@ def test_a_signal_then_resume_is_bit_for_bit_the_same(
     ]
     command += [f"--{Path(file).stem}={tmp_path / file}" for file in OUTPUTS]
     killer = (
-        "import os, signal, sys; from gdlib import cli, training; batch = "
-        "training.PatchSampler.batch\n"
+        "import os, signal, sys; from gdlib.cli import main; from gdlib.train import loop\n"
+        "batch = loop.PatchSampler.batch\n"
         "def deadly(self, step):\n"
         f"    if step == {5 * spec.recipe.accumulate}: os.kill(os.getpid(), signal.{name})\n"
         "    return batch(self, step)\n"
-        "training.PatchSampler.batch = deadly; sys.exit(cli.main(sys.argv[1:]))"
+        "loop.PatchSampler.batch = deadly; sys.exit(main.main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", killer, *command], cwd=ROOT, capture_output=True, text=True
