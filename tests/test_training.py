@@ -839,7 +839,7 @@ def test_what_is_ignored_does_not_matter_for_the_validation(
             tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label, ignore=sample.ignore)]
         )
         judge = loop.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
-        judged.append((judge(network), validator.tune(network)))
+        judged.append((judge(network), judge.tune(network)))
     assert judged[0] == judged[1]
     io.write_samples(tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label)])
     judge = loop.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
