@@ -669,6 +669,27 @@ def test_help(command, capsys):
         assert all(name in text for name in STEPS)
 
 
+def test_the_list_of_commands_says_what_each_says_of_itself():
+    """The list is printed without an import of what they are made of."""
+    from gdlib.cli.main import _parser
+
+    alone, full = (
+        {
+            action.dest: action.help
+            for action in parser._subparsers._group_actions[0]._choices_actions
+        }
+        for parser in (_parser("nothing"), _parser())
+    )
+    assert alone == full
+    code = (
+        "import sys; from gdlib.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(sorted({'numpy', 'pydantic', 'h5py'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_every_option_has_its_help():
     from gdlib.cli.main import _parser
 

@@ -471,13 +471,13 @@ def test_no_space_left_is_one_sentence_and_leaves_nothing(kind, tmp_path):
 def test_the_command_survives_a_full_disk(tmp_path):
     """With its one sentence as the last line, whatever HDF5 says while Python ends."""
     code = (
-        "import resource, sys; from gdlib import io; from gdlib.cli import main; import numpy as "
+        "import resource, sys; from gdlib import io; from gdlib.cli import info, main; import numpy as "
         "np\n"
         "def work(arguments):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))\n"
         "    noise = np.random.default_rng(0).integers(0, 255, (200, 200), np.uint8)\n"
         "    io.write_samples(sys.argv[1], [io.Sample('a', noise[None], noise)])\n"
-        "main._info = work; sys.exit(main.main(['info', sys.argv[1]]))"
+        "info._info = work; sys.exit(main.main(['info', sys.argv[1]]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a.h5"], cwd=ROOT, capture_output=True, text=True

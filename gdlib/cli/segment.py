@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gdlib import io, trained
+from gdlib.cli import BLOCK_HELP
 from gdlib.cli.found import COLUMNS, preview_of, preview_output
 from gdlib.cli.work import Job, Work
 from gdlib.io import outputs
@@ -16,11 +17,6 @@ from gdlib.io.failures import Failures
 from gdlib.limits import Positive, Threads, argument, number, place, sides
 from gdlib.progress import Progress
 from gdlib.segment.parameters import chosen
-
-BLOCK_HELP = (
-    "largest part predicted in one pass, in pixels, e.g. 1024 or 32x512x512; larger is faster "
-    "where there is memory for it, the result is the same (default: 1024 in 2D, 32x256x256 in 3D)"
-)
 
 
 def add_segment(commands: argparse._SubParsersAction) -> None:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gdlib import io
-from gdlib.cli import process
-from gdlib.cli.segment import BLOCK_HELP
+from gdlib.cli import BLOCK_HELP, process
 from gdlib.cli.volume_steps import add_volume_steps
-from gdlib.config.mistakes import within
 from gdlib.io import outputs
 from gdlib.io.outputs import has_attributes, has_columns, has_keys, is_weights
 from gdlib.limits import NotNegative, Threads, Whole, argument, sides
@@ -165,6 +163,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from gdlib.config import RunSpec
+    from gdlib.config.mistakes import within
     from gdlib.evaluate.scores import in_empty
     from gdlib.train.loop import Interrupted, fit
 
