@@ -852,6 +852,11 @@ def train_command(spec, data, folder, **kwargs):
     ]
 
 
+def online(spec):
+    """Return a run that asks its teacher at every step."""
+    return spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"teacher": "online"})})
+
+
 def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
     data = {split: tmp_path / "data" / f"{split}.h5" for split in ("train", "val", "test")}
     dataset = dump(tiny.datasets["tiny"], include={"source", "options", "channels", "patch"})
@@ -866,7 +871,7 @@ def test_a_whole_study_without_snakemake(tiny, tmp_path, capsys):
 
     weights = None
     for name, network, method, seed in tiny.runs():
-        spec = tiny.run(name, network, method, seed)
+        spec = online(tiny.run(name, network, method, seed))
         folder = tmp_path / network / method
         given = {"teacher": weights} if method == "grd" else {}
         capsys.readouterr()
@@ -1029,7 +1034,7 @@ def test_an_interrupted_step_exits_with_75_and_goes_on(tiny, splits, tmp_path, c
 def test_steps_refuse_with_one_line(tiny, teacher, splits, refusal, tmp_path):
     out = tmp_path / "out.h5"
     missing = tmp_path / "missing.h5"
-    large = tiny.run("tiny", "small", "grd", 0)
+    large = online(tiny.run("tiny", "small", "grd", 0))
     spec = large.model_copy(update={"recipe": large.recipe.model_copy(update={"patch": (32, 32)})})
     folder = tmp_path / "run"
     assert '"grd"' in refusal(*train_command(spec, splits, folder))

@@ -233,8 +233,8 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch, tmp_path):
 
 def test_ctrl_c_is_one_sentence():
     code = (
-        "import sys, time; from gdlib.cli import main\n"
-        "main._info = lambda arguments: (print('at work', flush=True), time.sleep(60))\n"
+        "import sys, time; from gdlib.cli import info, main\n"
+        "info._info = lambda arguments: (print('at work', flush=True), time.sleep(60))\n"
         "sys.exit(main.main(['info', 'x']))"
     )
     command = [sys.executable, "-c", code]
@@ -266,15 +266,14 @@ def test_a_folder_that_becomes_read_only(teacher, squares, tmp_path):
         )
 
 
-def test_models_outside_of_the_repository(tmp_path, monkeypatch, refusal):
+def test_models_outside_of_the_repository(tmp_path, monkeypatch, refusal, capsys):
+    """The catalogue is then the one that came with the package."""
     monkeypatch.chdir(tmp_path)
-    for command in (["models"], ["download", "bbbc039"], ["check"]):
-        line = refusal(*command)
-        assert (
-            "config.yaml: there is no such file here; run the command in the folder of the "
-            "source repository"
-        ) in line
-        assert "--config" in line
+    assert main(["models"]) == 0
+    assert "resunet_tiny" in capsys.readouterr().out
+    for command in ("models", "check"):
+        line = refusal(command, "--config", "other.yaml")
+        assert "other.yaml: there is no such file; name a catalogue with --config" in line
 
 
 # --- Steps whose files or texts are of another kind --------------------------------------------------------------------
