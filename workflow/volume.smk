@@ -41,11 +41,6 @@ wildcard_constraints:
     block=r"\d+(-\d+)+",
 
 
-def of_blocks(folder, names):
-    """The files of these blocks in a folder."""
-    return [f"{folder}/{name}.h5" for name in names]
-
-
 rule all:
     default_target: True
     input:

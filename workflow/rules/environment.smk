@@ -42,3 +42,8 @@ def option(name, value):
 def grow(amount):
     """More of a resource at every attempt (see --retries)."""
     return lambda wildcards, attempt: math.ceil(amount) * attempt
+
+
+def of_blocks(folder, names):
+    """The files of these blocks in a folder."""
+    return [f"{folder}/{name}.h5" for name in names]
