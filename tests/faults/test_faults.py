@@ -175,7 +175,10 @@ def test_a_damaged_image_of_ones_own(fresh):
     for kind in ("images", "labels"):
         (fresh.folder / "raw" / "mine" / kind).mkdir(parents=True)
         for i in range(10):
-            array = np.random.default_rng(i).integers(0, 4, (40, 40)).astype(np.uint8)
+            array = np.zeros((40, 40), np.uint8)
+            array[4:14, 5:15], array[20:36, 18 + i : 30 + i] = 1, 2
+            if kind == "images":
+                array = array * 90 + np.random.default_rng(i).integers(0, 30, (40, 40), np.uint8)
             Image.fromarray(array).save(fresh.folder / "raw" / "mine" / kind / f"{i}.png")
     mine = {"source": "folder", "folder": "mine", "offsets": [[-1, 0], [0, -1]], "patch": [32, 32]}
     study = STUDY["studies"]["faults"] | {"datasets": ["mine"]}
