@@ -287,15 +287,6 @@ def test_a_file_that_is_none(tmp_path, capsys, content, message):
     assert str(path) in error
 
 
-def test_without_the_folder_it_says_where_it_is(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "FOLDER", tmp_path / "benchmarks")
-    assert command(["all", "--json", str(tmp_path / "x.json")]) == 1
-    error = capsys.readouterr().err
-    assert "source repository" in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "x.json").exists()
-
-
 def test_results_that_differ_are_not_timed():
     at_work = Bench("tiny")
     with pytest.raises(ValueError, match="differ by 1"):
