@@ -128,14 +128,16 @@ def reference(scene: Scene, student: Tensor, names: Sequence[str]) -> Tensor:
     if {"supervised", "agd"} & set(parts):
         target, mask, weight = targets(scene.label, scene.offsets)
         weight = weight.to(student.dtype)
-        mine = affinities(student, scene.offsets)
+        affinity = affinities(student, scene.offsets)
     if "supervised" in parts:
         total = total + parts["supervised"] * (
-            weight * (mine - target.to(mine.dtype)) ** 2
+            weight * (affinity - target.to(affinity.dtype)) ** 2
         ).sum() / (batch * pixels)
     if "agd" in parts:
-        goal = affinities(scene.teacher, scene.offsets)
-        total = total + parts["agd"] * (weight * mask * (mine - goal) ** 2).sum() / (batch * pixels)
+        teacher = affinities(scene.teacher, scene.offsets)
+        total = total + parts["agd"] * (weight * mask * (affinity - teacher) ** 2).sum() / (
+            batch * pixels
+        )
     if {"igd nodes", "igd edges", "igd inter"} & set(parts):
         graphs = [
             (nodes(s, y), nodes(t, y))
@@ -153,11 +155,11 @@ def reference(scene: Scene, student: Tensor, names: Sequence[str]) -> Tensor:
             )
             loss = loss / (batch * len(others))
         elif name == "agd inter":
-            mine_pooled, goal_pooled = pooled(student), pooled(scene.teacher)
+            student_pooled, teacher_pooled = pooled(student), pooled(scene.teacher)
             others = [pooled(image[None])[0] for image, _ in scene.memory]
             loss = sum(
                 ((m.T @ s - m.T @ t) ** 2).mean()
-                for s, t in zip(mine_pooled, goal_pooled, strict=True)
+                for s, t in zip(student_pooled, teacher_pooled, strict=True)
                 for m in others
             ) / (batch * len(others))
         else:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.bench import Bench, synchronise
 from benchmarks.scenes import bare_step, folder, roof, spec, trainings
 from gdlib.cli import process
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 
 
 class Clock(Term):
@@ -26,7 +26,7 @@ class Clock(Term):
     seen: list[float] = []
 
     def forward(
-        self, student: View, teacher: View | None, truth: Truth, memory: Mapping[str, Tensor]
+        self, student: View, teacher: View | None, targets: Targets, memory: Mapping[str, Tensor]
     ) -> Tensor:
         """Return 0."""
         self.seen.append(time.perf_counter())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gdlib import kernels
-from gdlib.distill import Distiller, Term, Truth, View, build_term, see
+from gdlib.distill import Distiller, Targets, Term, View, build_term, forward_cropped
 from gdlib.distill.bank import MemoryBank
 from gdlib.types import Batch, Embedding
 
@@ -372,15 +372,16 @@ def test_the_bank_is_asked_before_it_takes_the_current_images():
 
     # The same with the first batch as memory, in full. The student's statistics are those of the
     # batch: it is in training.
-    truths = [Truth(batch.label, OFFSETS) for batch in (first, second)]
+    all_targets = [Targets(batch.label, OFFSETS) for batch in (first, second)]
     teacher = [
-        View(distiller.teacher(b.image), t) for b, t in zip((first, second), truths, strict=True)
+        View(distiller.teacher(b.image), t)
+        for b, t in zip((first, second), all_targets, strict=True)
     ]
-    student = View(distiller.student(second.image), truths[1])
+    student = View(distiller.student(second.image), all_targets[1])
     for name in ("agd_inter", "edges_inter"):
         term = distiller.terms[distiller.names.index(name)]
         memory = term.record(teacher[0]) | {"valid": torch.tensor([True, True])}
-        expected = term(student, teacher[1], truths[1], memory)
+        expected = term(student, teacher[1], all_targets[1], memory)
         assert float(losses[name].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
         assert float(expected.detach()) > 0
 
@@ -487,7 +488,7 @@ def test_a_network_sees_what_it_needs_and_no_more(network, margin):
             seen.append(x)
             return super().forward(x)
 
-    output = see(Recorder(0, margin=network).eval(), batch)
+    output = forward_cropped(Recorder(0, margin=network).eval(), batch)
     assert output.embedding.shape[2:] == output.foreground.shape[2:] == batch.label.shape[1:]
     (image,) = seen
     y, x = (m - n for n, m in zip(network, margin, strict=True))
@@ -500,7 +501,7 @@ def test_a_network_sees_volumes_too():
     label = torch.zeros(1, 3, 6, 5, dtype=torch.int64)
     image = torch.rand(1, 1, 3 + 4, 6 + 8, 5 + 6)
     for margin in ((0, 0, 0), (2, 4, 3), (1, 2, 0)):
-        assert see(
+        assert forward_cropped(
             Tiny(0, margin=margin).eval(), Batch(image, label, torch.tensor([0]))
         ).embedding.shape[2:] == (
             3,
@@ -532,17 +533,17 @@ def test_student_and_teacher_with_different_margins_say_something_about_the_same
 
     views = {}
     for k, batch in enumerate(batches):
-        truth = Truth(batch.label, OFFSETS)
+        targets = Targets(batch.label, OFFSETS)
         for role, network in zip(("student", "teacher"), networks, strict=True):
             spare = [m - n for m, n in zip(margin, network.margin, strict=True)]
-            views[role, k] = View(network(crop(batch.image, spare)), truth)
+            views[role, k] = View(network(crop(batch.image, spare)), targets)
     for name, term in zip(distiller.names, distiller.terms, strict=True):
         memory = (
             term.record(views["teacher", 0]) | {"valid": torch.tensor([True, True])}
             if term.memory
             else {}
         )
-        expected = term(views["student", 1], views["teacher", 1], truth, memory)
+        expected = term(views["student", 1], views["teacher", 1], targets, memory)
         torch.testing.assert_close(losses[name], expected)
         assert float(expected.detach()) > 0
     total.backward()
@@ -550,20 +551,20 @@ def test_student_and_teacher_with_different_margins_say_something_about_the_same
 
 
 class Witness(Term):
-    """A term that keeps the truth it is given."""
+    """A term that keeps the targets it is given."""
 
-    def forward(self, student, teacher, truth, memory):
-        self.truth = truth
+    def forward(self, student, teacher, targets, memory):
+        self.targets = targets
         return student.rows.sum() * 0
 
 
-def truth_of(batch, level=None, **targets):
+def targets_of(batch, level=None, **targets):
     witness = Witness()
     witness.needs_teacher = level is not None
     Distiller(Tiny(1), Tiny(2), [("witness", 1.0, witness)], OFFSETS, None, targets, [level])(
         batch, 0
     )
-    return witness.truth
+    return witness.targets
 
 
 @pytest.mark.parametrize("connected", [True, False])
@@ -573,19 +574,21 @@ def test_targets_and_ignore_arrive_in_the_truth(connected, per_offset, level):
     batch = make_batch(0, [0, 1])
     ignore = batch.label == 2
     batch = Batch(batch.image, batch.label, batch.ids, ignore)
-    truth = truth_of(batch, level, background_connected=connected, per_offset=per_offset)
+    targets = targets_of(batch, level, background_connected=connected, per_offset=per_offset)
     offsets = OFFSETS[: 2 if level else None]
-    assert truth.offsets == offsets
-    assert torch.equal(truth.label, batch.label * ~ignore)
-    assert torch.equal(truth.ignore, ignore)
-    assert torch.equal(truth.affinity, kernels.affinity_targets(truth.label, offsets, connected))
+    assert targets.offsets == offsets
+    assert torch.equal(targets.label, batch.label * ~ignore)
+    assert torch.equal(targets.ignore, ignore)
+    assert torch.equal(
+        targets.affinity, kernels.affinity_targets(targets.label, offsets, connected)
+    )
     valid = kernels.inside(offsets, (10, 11)) & ~kernels.pairs_of(ignore, offsets)
-    assert torch.equal(truth.balance, kernels.balance(truth.affinity, valid, per_offset))
-    assert truth.balance[kernels.pairs_of(ignore, offsets)].abs().max() == 0
+    assert torch.equal(targets.balance, kernels.balance(targets.affinity, valid, per_offset))
+    assert targets.balance[kernels.pairs_of(ignore, offsets)].abs().max() == 0
 
 
 def test_without_options_the_truth_is_that_of_the_paper_in_2d():
-    truth = truth_of(make_batch(0, [0, 1]))
-    assert truth.ignore is None
-    assert truth.background_connected
-    assert not truth.per_offset
+    targets = targets_of(make_batch(0, [0, 1]))
+    assert targets.ignore is None
+    assert targets.background_connected
+    assert not targets.per_offset

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gdlib.config import Config, ConfigError, load
-from gdlib.distill import Distiller, Term, Truth, View, build_term
+from gdlib.distill import Distiller, Targets, Term, View, build_term
 from gdlib.distill.bank import MemoryBank
 from gdlib.kernels.levels import label_at
 from gdlib.models import build
@@ -116,10 +116,10 @@ def test_a_level_is_the_same_terms_on_projected_maps():
         weight = distiller.projections["stride2"].weight
         maps[0] = torch.einsum("bchw,dc->bdhw", maps[0], weight)
         # stride 2: of the two middle pixels the first
-        truth = Truth(batch.label[:, ::2, ::2], OFFSETS[2][:2])
-        student, teacher = (View(Embedding(one, None, {}), truth) for one in maps)
+        targets = Targets(batch.label[:, ::2, ::2], OFFSETS[2][:2])
+        student, teacher = (View(Embedding(one, None, {}), targets) for one in maps)
         for name, term in zip(distiller.names, distiller.terms, strict=True):
-            torch.testing.assert_close(losses[name], term(student, teacher, truth, {}))
+            torch.testing.assert_close(losses[name], term(student, teacher, targets, {}))
 
 
 def test_projections_are_learned_and_only_where_channels_differ():
@@ -156,15 +156,15 @@ def test_a_term_gets_the_map_projected_or_as_it_is():
     batch = _batch(0)
     with torch.no_grad():
         _, losses = distiller(batch, 0)
-        mine, goal = (network(batch.image).features for network in (student, teacher))
-        truth = Truth(batch.label[:, ::2, ::2], OFFSETS[2][:2])
+        student, teacher = (network(batch.image).features for network in (student, teacher))
+        targets = Targets(batch.label[:, ::2, ::2], OFFSETS[2][:2])
         projected = torch.einsum(
-            "bchw,dc->bdhw", mine["stride2"], distiller.projections["stride2"].weight
+            "bchw,dc->bdhw", student["stride2"], distiller.projections["stride2"].weight
         )
         for (name, _, term), level in zip(terms, levels, strict=True):
-            seen = projected if name.startswith("fitnet") else mine[level]
-            views = [View(Embedding(one, None, {}), truth) for one in (seen, goal[level])]
-            torch.testing.assert_close(losses[name], term(*views, truth, {}))
+            seen = projected if name.startswith("fitnet") else student[level]
+            views = [View(Embedding(one, None, {}), targets) for one in (seen, teacher[level])]
+            torch.testing.assert_close(losses[name], term(*views, targets, {}))
 
 
 class Attached(Term):
@@ -174,7 +174,7 @@ class Attached(Term):
         self.seen = (student, teacher)
         self.scale = nn.Linear(student.levels["stride4"][0], 1)
 
-    def forward(self, student, teacher, truth, memory):
+    def forward(self, student, teacher, targets, memory):
         rows = student.feature("stride4", (4, 4)).movedim(1, -1)
         assert rows.shape[1:3] == (8, 8)
         return self.scale(rows).square().mean()

@@ -105,9 +105,9 @@ def test_gradient_of_relations(ndim, dim):
     assert torch.autograd.gradcheck(all_of_them, student.requires_grad_(), fast_mode=dim == 16)
 
 
-def losses(affinity, goal, pairs, kinds):
+def losses(affinity, teacher, pairs, kinds):
     """Values, and the gradient of a sum in which each weighs something else."""
-    found = kernels.pair_losses(affinity, goal, pairs, kinds)
+    found = kernels.pair_losses(affinity, teacher, pairs, kinds)
     total = sum(factor * found[kind] for factor, kind in zip((3, 0.5, -2), kinds, strict=False))
     gradient = torch.autograd.grad(total, affinity)[0]
     return {kind: value.detach() for kind, value in found.items()}, gradient
@@ -128,7 +128,7 @@ def test_pair_losses_are_those_of_the_plain_functions(
 ):
     student, teacher, label = scene(ndim, 4)
     label = label * ids
-    affinity, goal = (
+    affinity, teacher = (
         kernels.affinities(kernels.unit(x.detach()), OFFSETS[ndim]) for x in (student, teacher)
     )
     affinity.requires_grad_()
@@ -137,8 +137,10 @@ def test_pair_losses_are_those_of_the_plain_functions(
     for kinds in KINDS:
 
         def both(kinds=kinds):
-            pairs = None if kinds == ("goal",) else kernels.Pairs(label, OFFSETS[ndim], **options)
-            return losses(affinity, None if kinds == ("labels",) else goal, pairs, kinds)
+            pairs = (
+                None if kinds == ("teacher",) else kernels.Pairs(label, OFFSETS[ndim], **options)
+            )
+            return losses(affinity, None if kinds == ("labels",) else teacher, pairs, kinds)
 
         (mine, gradient), (theirs, expected) = both(), plain(both)
         assert tuple(mine) == tuple(theirs) == kinds
@@ -190,7 +192,7 @@ MISFITS = {
     "offsets of another dimension": lambda rows, label: fused.relate(
         rows, [(0, 0, -1)], False, None
     ),
-    "a smaller goal": lambda rows, label: fused.pair_losses(rows, rows[:1]),
+    "a smaller teacher": lambda rows, label: fused.pair_losses(rows, rows[:1]),
     "too few offsets": lambda rows, label: fused.pair_losses(rows, None, [(0, -1)]),
     "a label of 64 bits": lambda rows, label: fused.pair_losses(
         rows, None, weights=torch.zeros(2, 4, 2), label=torch.zeros(2, 5, 16, dtype=torch.int64)

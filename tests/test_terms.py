@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdlib import kernels
-from gdlib.distill import Truth, View, build_term
+from gdlib.distill import Targets, View, build_term
 from gdlib.distill.bank import mean_record
 from gdlib.distill.terms.agd import agd_inter_loss
 from gdlib.distill.terms.igd import IGD, edge_inter_loss
@@ -242,9 +242,9 @@ def labels(kind, shape):
 KINDS = ["usual", "one empty", "single", "empty", "full"]
 
 
-def view(embedding, truth):
+def view(embedding, targets):
     """A view in the precision of the test; by itself a view computes in float32."""
-    out = View(Embedding(embedding, embedding[:, :1], {}), truth)
+    out = View(Embedding(embedding, embedding[:, :1], {}), targets)
     out.rows = kernels.rows(embedding)
     return out
 
@@ -262,7 +262,7 @@ def recall(term, ndim, shape=None):
     if not term.memory:
         return {}
     images, label = remembered(ndim, shape)
-    record = term.record(view(images, Truth(label, OFFSETS[ndim])))
+    record = term.record(view(images, Targets(label, OFFSETS[ndim])))
     order = [0, 1, 3, 2, 3]
     memory = {name: value[order].float() for name, value in record.items()}
     memory["valid"] = torch.tensor([True, True, False, True, True])
@@ -273,10 +273,10 @@ def loss(name, student, teacher, label, offsets=None, memory=None, **targets):
     """One term on (B, D, ...) maps."""
     kind, options, _ = ALL[name]
     ndim = label.ndim - 1
-    truth = Truth(label, offsets or OFFSETS[ndim], **targets)
+    targets = Targets(label, offsets or OFFSETS[ndim], **targets)
     term = build_term(kind, False, options)
     memory = recall(term, ndim, tuple(label.shape[1:])) if memory is None else memory
-    return term(view(student, truth), view(teacher, truth), truth, memory)
+    return term(view(student, targets), view(teacher, targets), targets, memory)
 
 
 def case(ndim, kind="usual", shape=None):
@@ -343,8 +343,8 @@ def known(name, student, teacher, label, ignore, offsets, connected, per_offset)
                 total -= 0 if hidden[p] else math.log(probability if y[p] > 0 else 1 - probability)
             continue
         for p, q, same, weight in weighted_pairs(y, offsets, hidden, connected, per_offset):
-            goal = same if name == "supervised" else cosine(vector(t, p), vector(t, q))
-            total += weight * (cosine(vector(s, p), vector(s, q)) - goal) ** 2
+            teacher = same if name == "supervised" else cosine(vector(t, p), vector(t, q))
+            total += weight * (cosine(vector(s, p), vector(s, q)) - teacher) ** 2
     return total / label.size
 
 
@@ -460,21 +460,21 @@ def test_accumulated_weights_by_hand():
     images = random_images(4, shape, 3)
     plain, accumulated = (build_term("igd", True, {"accumulate": a}) for a in (False, True))
     records = {
-        n: r.float() for n, r in plain.record(view(images, Truth(memory_label, offsets))).items()
+        n: r.float() for n, r in plain.record(view(images, Targets(memory_label, offsets))).items()
     }
 
     def alone(entry):
         memory = {name: value[entry : entry + 1] for name, value in records.items()} | {
             "valid": torch.tensor([True])
         }
-        truth = Truth(label, offsets)
-        return float(plain(view(student, truth), view(teacher, truth), truth, memory))
+        targets = Targets(label, offsets)
+        return float(plain(view(student, targets), view(teacher, targets), targets, memory))
 
     expected = sum(w * alone(i) for i, w in enumerate((2, 4 / 6, 4 / 8, 4 / 9))) / 5
     memory = {name: torch.cat([value, value[:1]]) for name, value in records.items()}
     memory["valid"] = torch.tensor([True, True, True, True, False])
-    truth = Truth(label, offsets)
-    result = accumulated(view(student, truth), view(teacher, truth), truth, memory)
+    targets = Targets(label, offsets)
+    result = accumulated(view(student, targets), view(teacher, targets), targets, memory)
     assert float(result) == pytest.approx(expected, rel=1e-5)
 
 
@@ -575,8 +575,8 @@ def test_a_volume_of_one_slice_is_an_image(name, kind, targets):
     term = build_term(*ALL[name][:1], False, ALL[name][1])
     memory = {}
     if term.memory:
-        record = term.record(view(images[:, :, None], Truth(memory_label[:, None], offsets)))
-        flat = term.record(view(images, Truth(memory_label, OFFSETS[2])))
+        record = term.record(view(images[:, :, None], Targets(memory_label[:, None], offsets)))
+        flat = term.record(view(images, Targets(memory_label, OFFSETS[2])))
         for key, value in record.items():
             torch.testing.assert_close(value, flat[key])
         memory = {key: value.float() for key, value in record.items()} | {
@@ -668,8 +668,8 @@ def test_detached_norm_has_the_gradient_of_a_dot_product_with_constant_lengths(m
 
 
 def test_a_view_computes_in_float32():
-    truth = Truth(torch.ones(1, 4, 4, dtype=torch.int64), OFFSETS[2])
-    half = View(Embedding(torch.randn(1, 2, 4, 4, dtype=torch.bfloat16), None, {}), truth)
+    targets = Targets(torch.ones(1, 4, 4, dtype=torch.int64), OFFSETS[2])
+    half = View(Embedding(torch.randn(1, 2, 4, 4, dtype=torch.bfloat16), None, {}), targets)
     assert {half.rows.dtype, half.unit.dtype, half.affinity.dtype, half.nodes.dtype} == {
         torch.float32
     }
@@ -677,10 +677,10 @@ def test_a_view_computes_in_float32():
 
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_what_a_view_computes_together_is_what_it_computes_alone(ndim):
-    truth = Truth(torch.randint(0, 3, (2, 5, 9, 8)[: 1 + ndim]), OFFSETS[ndim])
-    output = Embedding(torch.randn(2, 4, *truth.label.shape[1:]), None, {})
-    together = View(output, truth, {"affinity", "nodes", "gram", ("means", 2), ("means", 3)})
-    alone = View(output, truth)
+    targets = Targets(torch.randint(0, 3, (2, 5, 9, 8)[: 1 + ndim]), OFFSETS[ndim])
+    output = Embedding(torch.randn(2, 4, *targets.label.shape[1:]), None, {})
+    together = View(output, targets, {"affinity", "nodes", "gram", ("means", 2), ("means", 3)})
+    alone = View(output, targets)
     for side in (2, 3, 4):  # one of the first two is made with the rest
         window = (3, side, side)[3 - ndim :]
         expected = kernels.pool_windows(alone.unit, window)
@@ -722,13 +722,14 @@ def test_vectors_of_different_length_need_a_term_that_compares_similarities(
     name, memory, options, works
 ):
     label = torch.randint(0, 3, (2, 8, 8))
-    truth = Truth(label, [(-1, 0), (0, -1)])
+    targets = Targets(label, [(-1, 0), (0, -1)])
     views = [
-        View(Embedding(torch.randn(2, d, 8, 8), torch.zeros(2, 1, 8, 8), {}), truth) for d in (4, 6)
+        View(Embedding(torch.randn(2, d, 8, 8), torch.zeros(2, 1, 8, 8), {}), targets)
+        for d in (4, 6)
     ]
     term = build_term(name, memory, options)
     if works:
-        assert term(*views, truth, {}).isfinite()
+        assert term(*views, targets, {}).isfinite()
     else:
         with pytest.raises(ValueError, match="length 4, those of the teacher 6"):
-            term(*views, truth, {})
+            term(*views, targets, {})

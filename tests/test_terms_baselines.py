@@ -25,8 +25,8 @@ from test_terms import (
 from torch import nn
 
 from gdlib import io
-from gdlib.config.recipe import Term
-from gdlib.distill import Distiller, Truth, View, build_term
+from gdlib.config.recipe import TermOptions
+from gdlib.distill import Distiller, Targets, View, build_term
 from gdlib.distill.terms.rekd import Fusion, context_loss
 from gdlib.distill.terms.response import bernoulli_divergence
 from gdlib.models import build
@@ -164,9 +164,9 @@ OF_BATCHES = ("spkd", "rkd", "rkd distances", "rkd angles")  # they compare imag
 
 
 def loss(name, student, teacher, label, offsets=None, ignore=None):
-    truth = Truth(label, offsets or OFFSETS[label.ndim - 1], ignore=ignore)
+    targets = Targets(label, offsets or OFFSETS[label.ndim - 1], ignore=ignore)
     term = build_term(name.split()[0], False, CASES[name])
-    return term(view(student, truth), view(teacher, truth), truth, {})
+    return term(view(student, targets), view(teacher, targets), targets, {})
 
 
 def case(ndim, kind="usual", shape=None):
@@ -467,16 +467,18 @@ def test_review_is_the_sum_over_levels_from_coarse_to_fine():
     term.eval()
     assert list(term.strides) == list(term.fusions) == ["stride8", "stride4", "stride2"]
     image = random_images(1, (32, 32), 3)[:, :1].float()
-    truth = Truth(torch.zeros(1, 32, 32, dtype=torch.int64), OFFSETS[2])
+    targets = Targets(torch.zeros(1, 32, 32, dtype=torch.int64), OFFSETS[2])
     with torch.no_grad():
-        mine, goal = student(image), teacher(image)
+        student, teacher = student(image), teacher(image)
         expected, review = 0.0, None
         for name, fusion in term.fusions.items():
-            fused, review = fused_by_loops(fusion, mine.features[name][0].double().numpy(), review)
-            expected += float(
-                context_loss(torch.from_numpy(fused)[None], goal.features[name].double())
+            fused, review = fused_by_loops(
+                fusion, student.features[name][0].double().numpy(), review
             )
-        value = term(View(mine, truth), View(goal, truth), truth, {})
+            expected += float(
+                context_loss(torch.from_numpy(fused)[None], teacher.features[name].double())
+            )
+        value = term(View(student, targets), View(teacher, targets), targets, {})
     assert float(value) == pytest.approx(expected, rel=1e-4)
 
 
@@ -557,7 +559,10 @@ def test_all_together_teach_the_student_and_what_is_learned_along(dtype):
 
 def baseline_spec(make_spec):
     """A run with a projection and with learned modules in a term."""
-    terms = (Term(term="fitnet", weight=1.0, level="stride8"), Term(term="rekd", weight=1.0))
+    terms = (
+        TermOptions(term="fitnet", weight=1.0, level="stride8"),
+        TermOptions(term="rekd", weight=1.0),
+    )
     return make_spec().model_copy(update={"method": "baselines", "terms": terms})
 
 
@@ -598,11 +603,11 @@ def test_what_is_learned_along_is_in_the_optimizer(make_spec, teacher):
 
 
 def test_a_view_computes_in_float32():
-    truth = Truth(torch.ones(2, 8, 8, dtype=torch.int64), OFFSETS[2])
+    targets = Targets(torch.ones(2, 8, 8, dtype=torch.int64), OFFSETS[2])
     half = [
         Embedding(*(torch.randn(2, c, 8, 8, dtype=torch.bfloat16) for c in (3, 1)), {})
         for _ in range(2)
     ]
-    views = [View(output, truth) for output in half]
+    views = [View(output, targets) for output in half]
     for name in FORMULAS:
-        assert build_term(name, False, {})(*views, truth, {}).dtype == torch.float32
+        assert build_term(name, False, {})(*views, targets, {}).dtype == torch.float32

@@ -222,18 +222,18 @@ def test_the_kept_weights_are_those_of_the_best_validation(
     train, make_spec, splits, tmp_path, monkeypatch
 ):
     marks = iter([0.1, 0.9, 0.9, 0.5])
-    seen, tuned, tune = [], [], loop.Judge.tune
+    seen, tuned, tune = [], [], loop.Validator.tune
 
     def copy_of(network):
         return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
-    def judge(self, network):
+    def validator(self, network):
         seen.append(copy_of(network))
         return {**dict.fromkeys(METRICS, 0.0), "pq": next(marks)}
 
-    monkeypatch.setattr(loop.Judge, "__call__", judge)
+    monkeypatch.setattr(loop.Validator, "__call__", validator)
     monkeypatch.setattr(
-        loop.Judge, "tune", lambda self, net: tuned.append(copy_of(net)) or tune(self, net)
+        loop.Validator, "tune", lambda self, net: tuned.append(copy_of(net)) or tune(self, net)
     )
     train(make_spec(validate_every=2, steps=8, selection="pq", optimizer={"lr": 0.05}), tmp_path)
     state, header = io.load_weights(tmp_path / "weights.safetensors")
@@ -838,12 +838,12 @@ def test_what_is_ignored_does_not_matter_for_the_validation(
         io.write_samples(
             tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label, ignore=sample.ignore)]
         )
-        judge = loop.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
-        judged.append((judge(network), judge.tune(network)))
+        validator = loop.Validator(spec, tmp_path / "val.h5", torch.device("cpu"))
+        judged.append((validator(network), validator.tune(network)))
     assert judged[0] == judged[1]
     io.write_samples(tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label)])
-    judge = loop.Judge(spec, tmp_path / "val.h5", torch.device("cpu"))
-    assert judge(network) != judged[0][0]
+    validator = loop.Validator(spec, tmp_path / "val.h5", torch.device("cpu"))
+    assert validator(network) != judged[0][0]
 
 
 def test_mala_learns_from_mala(make_spec, train_volume, volume_splits, tmp_path):
@@ -908,8 +908,8 @@ def test_validation_while_training_sees_empty_images_too(
     filled, empty, asked, chosen, make_spec, squares, tmp_path
 ):
     path = with_empty(tmp_path, squares, filled, empty)
-    judge = loop.Judge(make_spec(validate_images=asked), path, torch.device("cpu"))
-    assert " ".join(sample.id for sample in judge.some) == chosen
+    validator = loop.Validator(make_spec(validate_images=asked), path, torch.device("cpu"))
+    assert " ".join(sample.id for sample in validator.some) == chosen
 
 
 def test_a_validation_split_of_empty_images_is_refused_before_any_training(
@@ -926,7 +926,7 @@ def test_weights_that_find_objects_in_empty_images_are_not_the_best(
 ):
     marks = iter([(0.9, 0.2, 7), (0.8, 0.0, 0), (0.85, 0.1, 2)])
 
-    def judge(self, network):
+    def validator(self, network):
         value, share, found = next(marks)
         empty = {
             "empty_images": 1,
@@ -936,7 +936,7 @@ def test_weights_that_find_objects_in_empty_images_are_not_the_best(
         }
         return {**dict.fromkeys(METRICS, 0.0), "aji": value, **empty}
 
-    monkeypatch.setattr(loop.Judge, "__call__", judge)
+    monkeypatch.setattr(loop.Validator, "__call__", validator)
     train(make_spec(validate_every=2), tmp_path)
     assert io.read_header(tmp_path / "weights.safetensors")["step"] == 4
     assert [value for _, value in rows(tmp_path, "val", "aji")] == [0.9, 0.8, 0.85]

@@ -16,7 +16,7 @@ from gdlib import registry
 from gdlib.config import parts
 from gdlib.config.consistency import check_entries, check_study
 from gdlib.config.mistakes import ConfigError, check_name, one_line, within
-from gdlib.config.recipe import Recipe, Section, Term
+from gdlib.config.recipe import Recipe, Section, TermOptions
 from gdlib.config.sections import (
     TEACHER,
     Ablation,
@@ -325,7 +325,7 @@ def _put(method: dict[str, Any], key: str, value: Any) -> None:
             term["weight"] *= value
         return
     if part == "terms" and len(path) > 1:
-        names = {Term.model_validate(term).name: term for term in method["terms"]}
+        names = {TermOptions.model_validate(term).name: term for term in method["terms"]}
         check_name(f'key "{key}"', path[0], names)
         place, path = names[path[0]], path[1:]
     elif part == "recipe" and path:

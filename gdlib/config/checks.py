@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gdlib import registry
 from gdlib.config.mistakes import check_name, within
-from gdlib.config.recipe import Recipe, Term
+from gdlib.config.recipe import Recipe, TermOptions
 from gdlib.config.sections import Dataset, Network
 
 
@@ -19,7 +19,7 @@ def check_metrics(where: str, names: Iterable[str]) -> None:
         check_name(where, name, METRICS)
 
 
-def check_terms(terms: tuple[Term, ...]) -> None:
+def check_terms(terms: tuple[TermOptions, ...]) -> None:
     """Are there these terms, and do they take their options?"""
     for term in terms:
         registry.TERMS.check(term.term, term.options | ({"memory": True} if term.memory else {}))

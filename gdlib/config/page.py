@@ -25,7 +25,7 @@ CHANGES = {
     "Study": ["recipe", "teacher_recipe", "student_recipe"],
 }
 # they stand in lists, and a list replaces a list; of all else a file may write a part
-WHOLE = ("Term", "RemoteFile")
+WHOLE = ("TermOptions", "RemoteFile")
 INTRODUCTION = """# Every key of the configuration
 
 Made by `gdlib schema --markdown > docs/configuration.md` from the modules in `gdlib/config/` that
@@ -147,7 +147,7 @@ def markdown() -> str:
         rows = [_row(model.__name__, name, field) for name, field in model.model_fields.items()]
         about = " ".join((model.__doc__ or "").split())
         parts += [
-            f"## {model.__name__}",
+            f"## {_heading(model)}",
             f"{where}. {about}",
             _table(("key", "value", "default", "meaning"), rows),
         ]
@@ -213,11 +213,16 @@ def _row(section: str, name: str, field: FieldInfo) -> tuple[str, str, str, str]
     return f"`{name}`", kind, default, field.description or ""
 
 
+def _heading(model: type[BaseModel]) -> str:
+    """What a section is called on the page."""
+    return model.__name__.removesuffix("Options")
+
+
 def _type(annotation: Any) -> str:
     """A type in words."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+        return f"[{_heading(annotation)}](#{_heading(annotation).lower()})"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, types.UnionType):

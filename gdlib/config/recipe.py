@@ -59,7 +59,7 @@ class Entry(Section):
         return self
 
 
-class Term(Section):
+class TermOptions(Section):
     """One weighted loss of a method."""
 
     term: str = Field(description="a file stem of gdlib/distill/terms, or package.module:Class")
@@ -244,8 +244,8 @@ class Recipe(Entry):
     selection: str = Field(
         "aji", description="validation metric that chooses weights and segmentation parameters"
     )
-    terms: tuple[Term, ...] = Field(
-        (Term(term="supervised", weight=1.0), Term(term="foreground", weight=1.0)),
+    terms: tuple[TermOptions, ...] = Field(
+        (TermOptions(term="supervised", weight=1.0), TermOptions(term="foreground", weight=1.0)),
         description="what is learned from the ground truth; methods add theirs",
     )
     augment: Augment = Field(Augment(), description="random changes of the training patches")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan, Field, PositiveInt, model_validator
 
-from gdlib.config.recipe import Entry, Names, Recipe, Section, Term
+from gdlib.config.recipe import Entry, Names, Recipe, Section, TermOptions
 from gdlib.limits import Offsets, Once, Place, Seed
 
 TEACHER = "teacher"  # the method name of every teacher run
@@ -37,7 +37,7 @@ class Normalisation(Section):
         return self
 
 
-class Targets(Section):
+class TargetsOptions(Section):
     """What networks learn from a label."""
 
     background_connected: bool = Field(
@@ -105,7 +105,9 @@ class Dataset(Entry):
         description="side lengths of training patches, in pixels"
     )
     normalisation: Normalisation = Field(Normalisation(), description="how intensities are scaled")
-    targets: Targets = Field(Targets(), description="what networks learn from a label")
+    targets: TargetsOptions = Field(
+        TargetsOptions(), description="what networks learn from a label"
+    )
     segmenters: Annotated[tuple[Segmenter, ...], Once] = Field(
         ("mutex_watershed",),
         min_length=1,
@@ -138,7 +140,9 @@ class Network(Entry):
 class Method(Section):
     """What is added to the supervised loss; a list of terms alone is short for it."""
 
-    terms: tuple[Term, ...] = Field((), description="weighted losses, on top of the recipe's")
+    terms: tuple[TermOptions, ...] = Field(
+        (), description="weighted losses, on top of the recipe's"
+    )
     recipe: dict[str, Any] = Field({}, description="changes to the student's recipe")
 
     @model_validator(mode="before")
@@ -266,13 +270,13 @@ class RunSpec(Section):
     channels: int
     offsets: Offsets
     normalisation: Normalisation
-    targets: Targets
+    targets: TargetsOptions
     segmenters: tuple[Segmenter, ...]
     recipe: Recipe
-    terms: tuple[Term, ...] = Field(description="of the method, on top of the recipe's")
+    terms: tuple[TermOptions, ...] = Field(description="of the method, on top of the recipe's")
 
     @property
-    def all_terms(self) -> tuple[Term, ...]:
+    def all_terms(self) -> tuple[TermOptions, ...]:
         """Supervision and distillation together."""
         return (*self.recipe.terms, *self.terms)
 

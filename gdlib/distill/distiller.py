@@ -3,25 +3,26 @@
 
 A term never sees a network, nor from which of its maps the vectors are: the embedding or, by
 choice, a level inside. It gets a `View` of each network's output (the relations that several terms
-need, each computed once), the `Truth` of the batch, and, if it compares with other images, what was
+need, each computed once), the `Targets` of the batch, and, if it compares with other images, what was
 sampled from the memory bank.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gdlib import processes, types
 from gdlib.distill.bank import Memory, MemoryBank
+from gdlib.distill.targets import Targets
 from gdlib.distill.term import Term
-from gdlib.distill.truth import Truth
-from gdlib.distill.view import Use, View
+from gdlib.distill.view import View
 from gdlib.kernels.levels import label_at
 from gdlib.types import Batch, Embedding
 
 
-def see(network: nn.Module, batch: Batch) -> Embedding:
+def forward_cropped(network: nn.Module, batch: Batch) -> Embedding:
     """Apply a network to as much of the image as it needs to say something about every pixel of the
     label, and no more.
     """
@@ -32,6 +33,16 @@ def see(network: nn.Module, batch: Batch) -> Embedding:
             (..., *(slice(s, n - s) for s, n in zip(spare, batch.image.shape[2:], strict=True)))
         ]
     )
+
+
+class Views(NamedTuple):
+    """What a term may look at, of the embedding or of a feature map."""
+
+    student: View
+    projected: View
+    """of the student, with as many channels as the teacher's"""
+    teacher: View | None
+    targets: Targets
 
 
 class Asked(nn.Module):
@@ -54,7 +65,7 @@ class Distiller(nn.Module):
         terms: `(name, weight, term)`; names are unique.
         offsets: of the affinities.
         bank: needed when a term has memory.
-        targets: options of `Truth`.
+        target_options: of `Targets`.
         levels: for every term the name of the feature map that it compares, or several, of which
             the first that both networks have is taken; None for the embedding. Where student and
             teacher differ in channels there, a learned linear projection of the student's is
@@ -73,7 +84,7 @@ class Distiller(nn.Module):
         terms: Sequence[tuple[str, float, Term]],
         offsets: types.Offsets,
         bank: MemoryBank | None = None,
-        targets: Mapping[str, bool] | None = None,
+        target_options: Mapping[str, bool] | None = None,
         levels: Sequence[str | Sequence[str] | None] | None = None,
         together: int = 1,
     ) -> None:
@@ -85,7 +96,7 @@ class Distiller(nn.Module):
         self.weights = [weight for _, weight, _ in terms]
         self.terms = nn.ModuleList(term for _, _, term in terms)
         self.offsets = offsets
-        self.targets = dict(targets or {})
+        self.target_options = dict(target_options or {})
         self.levels = [_common(level, student, teacher) for level in levels or [None] * len(terms)]
         self.bank = bank if any(term.memory for term in self.terms) else None
         self.entries: dict[str, Tensor] = {}
@@ -96,9 +107,9 @@ class Distiller(nn.Module):
         for name, level, term in zip(self.names, self.levels, self.terms, strict=True):
             if level is not None:
                 self._check_level(name, level, term, teacher)
-                mine, goal = student.levels[level][0], teacher.levels[level][0]
-                if term.projected and mine != goal and level not in self.projections:
-                    self.projections[level] = nn.Linear(mine, goal, bias=False)
+                channels = [network.levels[level][0] for network in (student, teacher)]
+                if term.projected and len({*channels}) == 2 and level not in self.projections:
+                    self.projections[level] = nn.Linear(*channels, bias=False)
             term.attach(student, self.teacher)
 
     def _check_level(self, name: str, level: str, term: Term, teacher: nn.Module | None) -> None:
@@ -132,16 +143,22 @@ class Distiller(nn.Module):
         How many entries of the memory bank were sampled is then in `entries["entries"]`, with how
         many of them a term with memory compared in `entries["entries/<name>"]`.
         """
-        truth = Truth(
-            batch.label, self.offsets, ignore=batch.ignore, largest=batch.largest, **self.targets
+        targets = Targets(
+            batch.label,
+            self.offsets,
+            ignore=batch.ignore,
+            largest=batch.largest,
+            **self.target_options,
         )
         teacher, memory = None, {}
         if self.teacher is not None:
             with torch.no_grad():
                 teacher = View(
-                    batch.teacher or see(self.teacher, batch), truth, self._uses(None) - {"labels"}
+                    batch.teacher or forward_cropped(self.teacher, batch),
+                    targets,
+                    self._uses(None) - {"labels"},
                 )
-        student = View(see(self.student, batch), truth, self._uses(None), teacher)
+        student = View(forward_cropped(self.student, batch), targets, self._uses(None), teacher)
         # Loss arithmetic is float32 whatever precision the networks run in.
         with torch.autocast(batch.image.device.type, enabled=False):
             views = {level: self._at(level, student, teacher) for level in self.levels}
@@ -152,50 +169,49 @@ class Distiller(nn.Module):
                 )
             losses = {}
             for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
-                mine = {key.removeprefix(f"{name}/"): record for key, record in memory.items()}
-                *seen, goal, truth = views[level]
-                losses[name] = term(seen[term.projected], goal, truth, mine)
+                at, its = views[level], _of(name, memory)
+                seen = at.projected if term.projected else at.student
+                losses[name] = term(seen, at.teacher, at.targets, its)
                 if term.memory:
                     self.entries[f"entries/{name}"] = (
-                        term.entries(mine) if mine else self.entries["entries"]
+                        term.entries(its) if its else self.entries["entries"]
                     )
             total = sum(
                 weight * losses[name] for name, weight in zip(self.names, self.weights, strict=True)
             )
         return total, losses
 
-    def _at(
-        self, level: str | None, student: View, teacher: View | None
-    ) -> tuple[View, View, View | None, Truth]:
-        """Views of the student as it is, of the student projected, and of the teacher, and the
-        truth, at a feature map.
-
-        Affinities there are of nearest neighbours.
+    def _at(self, level: str | None, student: View, teacher: View | None) -> Views:
+        """What terms see at a feature map, where affinities are of nearest neighbours, or of the
+        embedding.
         """
-        truth = student.truth
+        targets = student.targets
         if level is None:
-            return student, student, teacher, truth
+            return Views(student, student, teacher, targets)
         stride = _stride(self.student, level)
         shape = student.output.features[level].shape[2:]
         label, ignore = (
             None if x is None else label_at(x, shape, stride)[0]
-            for x in (truth.label, truth.ignore)
+            for x in (targets.label, targets.ignore)
         )
-        offsets = self.offsets[: truth.label.ndim - 1]
-        at_level = Truth(label, offsets, ignore=ignore, largest=truth.largest, **self.targets)
-        goal = View(
-            Embedding(teacher.feature(level, stride), None, {}),
-            at_level,
-            self._uses(level) - {"labels"},
+        offsets = self.offsets[: targets.label.ndim - 1]
+        at_level = Targets(
+            label, offsets, ignore=ignore, largest=targets.largest, **self.target_options
         )
-        mine = student.feature(level, stride)
-        views = [View(Embedding(mine, None, {}), at_level, self._uses(level), goal)]
-        if level in self.projections:
-            projected = self.projections[level](mine.movedim(1, -1)).movedim(-1, 1)
-            views.append(View(Embedding(projected, None, {}), at_level, self._uses(level), goal))
-        return views[0], views[-1], goal, at_level
 
-    def _uses(self, level: str | None) -> set[Use]:
+        def view(feature: Tensor, *other: View) -> View:
+            uses = self._uses(level) - (set() if other else {"labels"})
+            return View(Embedding(feature, None, {}), at_level, uses, *other)
+
+        teacher = view(teacher.feature(level, stride))
+        feature = student.feature(level, stride)
+        student = projected = view(feature, teacher)
+        if level in self.projections:
+            feature = self.projections[level](feature.movedim(1, -1)).movedim(-1, 1)
+            projected = view(feature, teacher)
+        return Views(student, projected, teacher, at_level)
+
+    def _uses(self, level: str | None) -> set[str | tuple[str, int]]:
         """What terms ask of the views at a level."""
         return {
             use
@@ -205,14 +221,15 @@ class Distiller(nn.Module):
         }
 
     @torch.no_grad()
-    def _recall(self, batch: Batch, views: Mapping[str | None, tuple], step: int) -> Memory:
+    def _recall(self, batch: Batch, views: Mapping[str | None, Views], step: int) -> Memory:
         records: Memory = {}
         for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
             # each has its own: two that name their records alike may mean other maps, or other
             # options
             if term.memory:
                 records |= {
-                    f"{name}/{key}": record for key, record in term.record(views[level][-2]).items()
+                    f"{name}/{key}": record
+                    for key, record in term.record(views[level].teacher).items()
                 }
         # PAPER: the original code enqueues first and so meets the current images again
         if self.bank.original_ring:
@@ -231,6 +248,11 @@ class Distiller(nn.Module):
             processes.gather(ids),
             {name: processes.gather(record) for name, record in records.items()},
         )
+
+
+def _of(name: str, memory: Memory) -> Memory:
+    """The records of one term."""
+    return {key.removeprefix(f"{name}/"): record for key, record in memory.items()}
 
 
 def _common(names: str | Sequence[str] | None, *networks: nn.Module | None) -> str | None:

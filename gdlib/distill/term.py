@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gdlib.distill.bank import Memory
-from gdlib.distill.truth import Truth
-from gdlib.distill.view import Use, View
+from gdlib.distill.targets import Targets
+from gdlib.distill.view import View
 from gdlib.registry import TERMS
 
 
@@ -25,7 +25,7 @@ class Term(nn.Module):
             configuration refuses them.
         levels: feature maps that it reads from `View.output` itself, as far as the networks have
             them.
-        uses: which of `affinity`, `nodes`, `gram`, `("means", side)` and `ops.PAIR_LOSSES` of the
+        uses: which of `affinity`, `nodes`, `gram`, `("means", side)` and `kernels.PAIR_LOSSES` of the
             student's view it asks for. Only for speed: these are computed together.
     """
 
@@ -34,7 +34,7 @@ class Term(nn.Module):
     projected = True
     apart: Sequence[dict[str, Any]] = ()
     levels: Sequence[str] = ()
-    uses: Collection[Use] = ()
+    uses: Collection[str | tuple[str, int]] = ()
 
     def __init__(self, memory: bool = False) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Term(nn.Module):
         """
         return memory["valid"].sum()
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: Memory) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: Memory) -> Tensor:
         """Return a scalar, averaged over the batch."""
         raise NotImplementedError
 

@@ -6,11 +6,9 @@ from functools import cached_property
 from torch import Tensor
 
 from gdlib import kernels
-from gdlib.distill.truth import Truth
+from gdlib.distill.targets import Targets
 from gdlib.kernels.levels import label_at
 from gdlib.types import Embedding
-
-Use = str | tuple[str, int]  # a relation in a `View`
 
 
 class View:
@@ -20,7 +18,7 @@ class View:
 
     Args:
         output: of the network.
-        truth: of the same batch.
+        targets: of the same batch.
         uses: relations that will be asked for, and so are computed together, in one pass; see
             `Term.uses`.
         other: the view that `gram` and `pair_loss` will be asked about.
@@ -29,12 +27,12 @@ class View:
     def __init__(
         self,
         output: Embedding,
-        truth: Truth,
-        uses: Collection[Use] = (),
+        targets: Targets,
+        uses: Collection[str | tuple[str, int]] = (),
         other: "View | None" = None,
     ) -> None:
         self.output = output
-        self.truth = truth
+        self.targets = targets
         # windows of one size in a pass
         one = max((use for use in uses if isinstance(use, tuple)), default=None)
         self.uses = {use for use in uses if isinstance(use, str) or use == one}
@@ -45,7 +43,7 @@ class View:
     def feature(self, level: str, stride: Sequence[int]) -> Tensor:
         """(B, C, [Z,] Y, X) float32 feature map, of the voxels whose centres have a label."""
         feature = self.output.features[level].float()
-        _, inner = label_at(self.truth.label, feature.shape[2:], stride)
+        _, inner = label_at(self.targets.label, feature.shape[2:], stride)
         return feature[(..., *inner)]
 
     @cached_property
@@ -69,23 +67,23 @@ class View:
         return self._relate("nodes").nodes
 
     def gram(self, other: "View | None" = None) -> Tensor:
-        """(B, D, D) `ops.gram` of the unit vectors, or of what they are more than those of another
+        """(B, D, D) `kernels.gram` of the unit vectors, or of what they are more than those of another
         view.
         """
         return self._relate("gram", other).gram
 
     def pair_loss(self, kind: str, other: "View | None" = None) -> Tensor:
-        """Scalar of `ops.pair_losses`, where another view's affinities are the goal."""
+        """Scalar of `kernels.pair_losses`, where the other view is the teacher's."""
         if kind in self.uses and (kind == "labels" or other is self.other):
             return self._pair_losses[kind]
-        goal = None if other is None else other.affinity
-        return kernels.pair_losses(self.affinity, goal, self.truth.pairs, [kind])[kind]
+        teacher = None if other is None else other.affinity
+        return kernels.pair_losses(self.affinity, teacher, self.targets.pairs, [kind])[kind]
 
     @cached_property
     def _pair_losses(self) -> dict[str, Tensor]:
         kinds = [kind for kind in kernels.PAIR_LOSSES if kind in self.uses]
-        goal = None if kinds == ["labels"] else self.other.affinity
-        return kernels.pair_losses(self.affinity, goal, self.truth.pairs, kinds)
+        teacher = None if kinds == ["labels"] else self.other.affinity
+        return kernels.pair_losses(self.affinity, teacher, self.targets.pairs, kinds)
 
     def means(self, side: int) -> Tensor:
         """(B, [z,] y, x, D) means of the unit vectors over windows of `side` pixels.
@@ -94,7 +92,7 @@ class View:
         """
         return self._relate(("means", side)).means
 
-    def _relate(self, use: Use, other: "View | None" = None) -> kernels.Relations:
+    def _relate(self, use: str | tuple[str, int], other: "View | None" = None) -> kernels.Relations:
         if use not in self.uses or (use == "gram" and other is not self.other):
             return self._compute({use}, other)
         return self._together
@@ -103,7 +101,9 @@ class View:
     def _together(self) -> kernels.Relations:
         return self._compute(self.uses, self.other)
 
-    def _compute(self, uses: Collection[Use], other: "View | None") -> kernels.Relations:
+    def _compute(
+        self, uses: Collection[str | tuple[str, int]], other: "View | None"
+    ) -> kernels.Relations:
         subtract = other is not None and "gram" in uses
         if subtract:
             check_comparable(self.rows, other.rows)
@@ -113,8 +113,8 @@ class View:
         ]
         return kernels.relate(
             self.rows,
-            self.truth.offsets if "affinity" in uses else (),
-            self.truth.instances if "nodes" in uses else None,
+            self.targets.offsets if "affinity" in uses else (),
+            self.targets.instances if "nodes" in uses else None,
             "gram" in uses,
             other.rows if subtract else None,
             *windows,

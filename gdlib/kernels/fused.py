@@ -94,7 +94,7 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def pair_losses(
     affinity: Tensor,
-    goal: Tensor | None,
+    teacher: Tensor | None,
     offsets: Offsets | None = None,
     weights: Tensor | None = None,
     label: Tensor | None = None,
@@ -105,7 +105,7 @@ def pair_losses(
 
     Args:
         affinity: (B, K, [Z,] Y, X).
-        goal: same shape, no gradient.
+        teacher: same shape, no gradient.
         offsets: of the pairs.
         weights: (B, K, 2) of separated and of connected pairs.
         label: (B, [Z,] Y, X) int32.
@@ -118,41 +118,41 @@ def pair_losses(
     if len(offsets) != count:
         raise ValueError(f"there are {count} affinities of each pixel, but {len(offsets)} offsets")
     weights = None if weights is None else weights.to(affinity.dtype)
-    _check("the goal", goal, affinity.shape, affinity.dtype)
+    _check("the teacher", teacher, affinity.shape, affinity.dtype)
     _check("weights", weights, (batch, count, 2), affinity.dtype)
     _check("the label", label, (batch, *sides), torch.int32)
     _check("what to ignore", ignore, (batch, *sides), torch.bool)
     if (weights is None) != (label is None):
         raise ValueError("weights must come with a label, and a label with weights")
     if len(sides) == 2:  # 2D is one section
-        affinity, goal = (None if x is None else x[:, :, None] for x in (affinity, goal))
+        affinity, teacher = (None if x is None else x[:, :, None] for x in (affinity, teacher))
         label, ignore = (None if x is None else x[:, None] for x in (label, ignore))
     # Compiled code takes no None.
-    goal = affinity.new_empty((0,) * 5) if goal is None else goal
+    teacher = affinity.new_empty((0,) * 5) if teacher is None else teacher
     weights = affinity.new_empty((0,) * 3) if weights is None else weights
     label = torch.empty((0,) * 4, dtype=torch.int32) if label is None else label
     ignore = torch.zeros_like(label, dtype=torch.bool) if ignore is None else ignore
-    return _PairLosses.apply(affinity, goal, displacements, weights, label, ignore, connected)
+    return _PairLosses.apply(affinity, teacher, displacements, weights, label, ignore, connected)
 
 
 class _PairLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, affinity, goal, displacements, weights, label, ignore, connected):
-        ctx.save_for_backward(affinity, goal, weights, label, ignore)
+    def forward(ctx, affinity, teacher, displacements, weights, label, ignore, connected):
+        ctx.save_for_backward(affinity, teacher, weights, label, ignore)
         ctx.displacements, ctx.connected = displacements, connected
         batch, _, depth, height, _ = affinity.shape
         sums = torch.empty(batch, depth, height, 3, dtype=torch.float64)  # of each line
-        about = goal, displacements, weights, label, ignore, connected
+        about = teacher, displacements, weights, label, ignore, connected
         _on_lines(loops.sum_losses, batch * depth * height, affinity, *about, sums)
         return (sums.sum((0, 1, 2)) / affinity[:, 0].numel()).to(affinity.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        affinity, goal, *about = ctx.saved_tensors
+        affinity, teacher, *about = ctx.saved_tensors
         out = torch.empty_like(affinity, memory_format=torch.contiguous_format)
         scale = (2 * gradient.double() / affinity[:, 0].numel()).to(affinity.dtype)
-        arrays = affinity, goal, ctx.displacements, *about, ctx.connected, scale, out
+        arrays = affinity, teacher, ctx.displacements, *about, ctx.connected, scale, out
         _on_lines(loops.losses_gradient, affinity[:, 0].shape[:3].numel(), *arrays)
         return out, None, None, None, None, None, None
 

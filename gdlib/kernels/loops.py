@@ -161,8 +161,8 @@ def count(first, last, label, offsets, ignore, background, counts):
 
 
 @jit.summing_kernel
-def sum_losses(first, last, affinity, goal, offsets, weights, label, ignore, background, sums):
-    """Fill three sums over each line: of w (a - target)^2, of w (a - goal)^2, of (a - goal)^2.
+def sum_losses(first, last, affinity, teacher, offsets, weights, label, ignore, background, sums):
+    """Fill three sums over each line: of w (a - target)^2, of w (a - teacher)^2, of (a - teacher)^2.
 
     They are 0 without what they need.
     """
@@ -175,7 +175,7 @@ def sum_losses(first, last, affinity, goal, offsets, weights, label, ignore, bac
             if weights.size:
                 _weigh(b, k, y, z, offsets, weights, label, ignore, background, weight, target)
             a = affinity[b, k, z, y]
-            to = goal[b, k, z, y] if goal.size else a
+            to = teacher[b, k, z, y] if teacher.size else a
             labels = balanced = plain = affinity.dtype.type(0)
             for x in range(width):
                 error, other = a[x] - target[x], a[x] - to[x]
@@ -189,7 +189,7 @@ def sum_losses(first, last, affinity, goal, offsets, weights, label, ignore, bac
 
 @jit.kernel
 def losses_gradient(
-    first, last, affinity, goal, offsets, weights, label, ignore, background, scale, out
+    first, last, affinity, teacher, offsets, weights, label, ignore, background, scale, out
 ):
     """Fill the gradient of affinities; `scale` is 2 x that of the three sums."""
     _, count, depth, height, width = affinity.shape
@@ -201,7 +201,7 @@ def losses_gradient(
             if weights.size:
                 _weigh(b, k, y, z, offsets, weights, label, ignore, background, weight, target)
             a, own = affinity[b, k, z, y], out[b, k, z, y]
-            to = goal[b, k, z, y] if goal.size else a
+            to = teacher[b, k, z, y] if teacher.size else a
             for x in range(width):
                 other = a[x] - to[x]
                 own[x] = (

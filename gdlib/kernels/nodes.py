@@ -52,13 +52,15 @@ class Instances:
         if not background:
             wanted[:, 0] = False
         self.count = wanted.sum(1)
-        room = largest + background if known else int(self.count.max())
-        node = torch.where(wanted, wanted.cumsum(1) - 1 + room * first, batch * room).reshape(-1)
+        max_nodes = largest + background if known else int(self.count.max())
+        node = torch.where(
+            wanted, wanted.cumsum(1) - 1 + max_nodes * first, batch * max_nodes
+        ).reshape(-1)
         self.index = node[key]
         self.size = (
-            size.new_zeros(batch * room + 1)
+            size.new_zeros(batch * max_nodes + 1)
             .index_add_(0, node, size.reshape(-1))[:-1]
-            .reshape(batch, room)
+            .reshape(batch, max_nodes)
         )
 
 

@@ -77,41 +77,50 @@ class Pairs:
         return self.offsets, class_weights(counts, self.per_offset), *about
 
 
-def pair_loss(affinity: Tensor, goal: Tensor | None = None, pairs: Pairs | None = None) -> Tensor:
+def pair_loss(
+    affinity: Tensor, teacher: Tensor | None = None, pairs: Pairs | None = None
+) -> Tensor:
     """Weighted squared error of affinities, `1/(B P) sum_b sum_k sum_p w (a - g)^2`: mean over
     pixels, sum over offsets.
 
     Args:
         affinity: (B, K, [Z,] Y, X).
-        goal: same shape, without gradient; if left out, the target of the pairs.
+        teacher: same shape, without gradient; if left out, the target of the pairs.
         pairs: their weights count; if left out, all weigh 1.
     """
-    squared = (affinity - (pairs.target.to(affinity.dtype) if goal is None else goal)).square_()
+    squared = (
+        affinity - (pairs.target.to(affinity.dtype) if teacher is None else teacher)
+    ).square_()
     if pairs is not None:
         squared = squared.mul_(pairs.weight)
     return squared.sum() / affinity[:, 0].numel()
 
 
-PAIR_LOSSES = ("labels", "balanced", "goal")
+PAIR_LOSSES = ("labels", "balanced", "teacher")
 
 
 def pair_losses(
-    affinity: Tensor, goal: Tensor | None, pairs: Pairs | None, kinds: Sequence[str] = PAIR_LOSSES
+    affinity: Tensor,
+    teacher: Tensor | None,
+    pairs: Pairs | None,
+    kinds: Sequence[str] = PAIR_LOSSES,
 ) -> dict[str, Tensor]:
-    """Compute `pair_loss` of several kinds in one pass: to the `labels`, to the goal `balanced`,
-    and to the `goal` alone.
+    """Compute `pair_loss` of several kinds in one pass: to the `labels`, to the teacher `balanced`,
+    and to the `teacher` alone.
 
     Args:
         affinity: (B, K, [Z,] Y, X).
-        goal: same shape, without gradient; not needed for `labels`.
-        pairs: not needed for `goal`.
+        teacher: same shape, without gradient; not needed for `labels`.
+        pairs: not needed for `teacher`.
         kinds: of `PAIR_LOSSES`.
     """
-    if fused.usable(affinity, goal):
-        about = () if pairs is None or set(kinds) == {"goal"} else pairs.compiled
-        found = dict(zip(PAIR_LOSSES, fused.pair_losses(affinity, goal, *about), strict=True))
+    if fused.usable(affinity, teacher):
+        about = () if pairs is None or set(kinds) == {"teacher"} else pairs.compiled
+        found = dict(zip(PAIR_LOSSES, fused.pair_losses(affinity, teacher, *about), strict=True))
         return {kind: found[kind] for kind in kinds}
-    arguments = dict(zip(PAIR_LOSSES, ((None, pairs), (goal, pairs), (goal, None)), strict=True))
+    arguments = dict(
+        zip(PAIR_LOSSES, ((None, pairs), (teacher, pairs), (teacher, None)), strict=True)
+    )
     return {kind: pair_loss(affinity, *arguments[kind]) for kind in kinds}
 
 

@@ -26,7 +26,7 @@ from gdlib.evaluate.metrics import is_better
 from gdlib.evaluate.scores import FALSE, worth
 from gdlib.models import build, folded, trained
 from gdlib.progress import Progress
-from gdlib.train.validator import Judge
+from gdlib.train.validator import Validator
 from gdlib.types import Batch
 
 HISTORY_METRICS = ("aji", "dice", "f1_50", "pq", "arand", "voi")
@@ -94,7 +94,7 @@ def fit(
                 "the step shall stay the same"
             )
         # Validation first: a file that cannot be used must not cost a training.
-        judge = Judge(spec, val, target) if leader else None
+        validator = Validator(spec, val, target) if leader else None
         known = TeacherMaps(maps, train) if maps else None
         trainer = _Trainer(spec, known or teacher, target)
         sampler = PatchSampler(
@@ -105,8 +105,8 @@ def fit(
             maps=known,
             levels=trainer.levels,
         )
-        if judge is not None:
-            judge.normalisation = sampler.normalisation
+        if validator is not None:
+            validator.normalisation = sampler.normalisation
         resume = Path(state) / "resume.pt"
         fingerprint = _fingerprint(spec, train, val, teacher) + (known.identity if known else "")
         if resume.exists():
@@ -129,7 +129,7 @@ def fit(
                 if leader and (
                     trainer.step % recipe.validate_every == 0 or trainer.step == recipe.steps
                 ):
-                    trainer.consider(judge(trainer.deployed))
+                    trainer.consider(validator(trainer.deployed))
                     reached = f"{recipe.selection} {trainer.last_scores[recipe.selection]:.4f}"
                     best = ", the best so far" * (trainer.best_step == trainer.step)
                     bar.say(f"step {trainer.step}: validation {reached}{best}")
@@ -162,8 +162,8 @@ def fit(
         }
         final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
         trainer.deployed.load_state_dict(trainer.best_state)
-        bar.say(f"choosing segmentation parameters on {len(judge.samples)} validation images")
-        parameters, scores = judge.tune(trainer.deployed)
+        bar.say(f"choosing segmentation parameters on {len(validator.samples)} validation images")
+        parameters, scores = validator.tune(trainer.deployed)
         header |= {"segmentation": parameters, "validation": scores}
         main = {spec.segmenters[0]: trainer.last_scores}
         io.save_weights(last, final, header | {"step": recipe.steps, "validation": main})

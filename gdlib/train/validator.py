@@ -16,7 +16,7 @@ from gdlib.segment.parameters import defaults
 from gdlib.segment.tune import score, tune
 
 
-class Judge:
+class Validator:
     """Scores a network on the validation split by the real metric, through the real inference and
     segmentation.
     """

@@ -5,7 +5,7 @@ between images.
 from torch import Tensor
 
 from gdlib import kernels
-from gdlib.distill import Term, Truth, View, check_comparable
+from gdlib.distill import Targets, Term, View, check_comparable
 from gdlib.distill.bank import mean_record
 from gdlib.limits import Count
 
@@ -19,18 +19,17 @@ def agd_inter_loss(difference: Tensor, memory: Tensor) -> Tensor:
     gram(D_b))`: exact, at full resolution, in O(P D^2) instead of O(P^2 D).
 
     Args:
-        difference: (B, D, D) `ops.gram` of the student's unit vectors minus the teacher's.
-        memory: (D, D), mean over the sampled images of `ops.gram` of their unit vectors.
+        difference: (B, D, D) `kernels.gram` of the student's unit vectors minus the teacher's.
+        memory: (D, D), mean over the sampled images of `kernels.gram` of their unit vectors.
 
     Reference: arXiv 2401.06370, L_AGD^inter. PAPER: the original code sums over the batch and, on
-        most datasets, over the 12
-    memory images; with our mean its weight 1 is 24 on those datasets (batch 2), and 4 on CVPPP.
+        most datasets, over the 12 memory images; with our mean its weight 1 is 24 on those datasets (batch 2), and 4 on CVPPP.
     """
     return (difference * memory).sum((1, 2)).mean()
 
 
 class AGD(Term):
-    """Affinity graph distillation: within an image, `ops.pair_loss` of the student's affinities to
+    """Affinity graph distillation: within an image, `kernels.pair_loss` of the student's affinities to
     the teacher's.
 
     Args:
@@ -60,7 +59,7 @@ class AGD(Term):
         if memory:
             self.uses = ("gram",) if pool == 1 else (("means", pool),)
         else:
-            self.uses = () if wrap_around else ("balanced" if balanced else "goal",)
+            self.uses = () if wrap_around else ("balanced" if balanced else "teacher",)
 
     def _gram(self, view: View, other: View | None = None) -> Tensor:
         """(B, D, D) second moments of the unit vectors, pooled if asked, or of what they are more
@@ -79,7 +78,7 @@ class AGD(Term):
         """Keep the Gram matrix of each image's vectors."""
         return {f"agd_gram_{self.pool}": self._gram(teacher)}
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss; a differentiable 0 while the bank has nothing to offer."""
         if self.memory:
             check_comparable(student.rows, teacher.rows)
@@ -91,7 +90,8 @@ class AGD(Term):
             )
         if self.wrap_around:
             wrapped = (
-                kernels.affinities_wrapped(view.unit, truth.offsets) for view in (student, teacher)
+                kernels.affinities_wrapped(view.unit, targets.offsets)
+                for view in (student, teacher)
             )
-            return kernels.pair_losses(*wrapped, None, ["goal"])["goal"]
-        return student.pair_loss("balanced" if self.balanced else "goal", teacher)
+            return kernels.pair_losses(*wrapped, None, ["teacher"])["teacher"]
+        return student.pair_loss("balanced" if self.balanced else "teacher", teacher)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gdlib import kernels
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 
 __all__ = ["AT"]
 
@@ -31,6 +31,6 @@ class AT(Term):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
         return attention_loss(student.rows, teacher.rows)

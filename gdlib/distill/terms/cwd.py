@@ -4,7 +4,7 @@ teacher's.
 
 from torch import Tensor
 
-from gdlib.distill import Term, Truth, View, check_comparable
+from gdlib.distill import Targets, Term, View, check_comparable
 from gdlib.limits import Positive
 
 __all__ = ["CWD"]
@@ -39,7 +39,7 @@ class CWD(Term):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
         check_comparable(student.rows, teacher.rows)
         return channel_loss(student.rows, teacher.rows, self.temperature)

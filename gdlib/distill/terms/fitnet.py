@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gdlib.distill import Term, Truth, View, check_comparable
+from gdlib.distill import Targets, Term, View, check_comparable
 
 __all__ = ["FitNet"]
 
@@ -27,7 +27,7 @@ class FitNet(Term):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
         check_comparable(student.rows, teacher.rows)
         return hint_loss(student.rows, teacher.rows)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 
 __all__ = ["Foreground"]
 
@@ -16,8 +16,12 @@ class Foreground(Term):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, student: View, teacher: View | None, truth: Truth, memory: dict) -> Tensor:
+    def forward(
+        self, student: View, teacher: View | None, targets: Targets, memory: dict
+    ) -> Tensor:
         """Return the scalar loss."""
         logit = student.output.foreground[:, 0].float()
-        weight = None if truth.ignore is None else (~truth.ignore).to(logit.dtype)
-        return F.binary_cross_entropy_with_logits(logit, (truth.label > 0).to(logit.dtype), weight)
+        weight = None if targets.ignore is None else (~targets.ignore).to(logit.dtype)
+        return F.binary_cross_entropy_with_logits(
+            logit, (targets.label > 0).to(logit.dtype), weight
+        )

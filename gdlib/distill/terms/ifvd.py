@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdlib import kernels
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 
 __all__ = ["IFVD"]
 
@@ -56,6 +56,6 @@ class IFVD(Term):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
-        return variation_loss(student.rows, teacher.rows, truth.instances_and_background)
+        return variation_loss(student.rows, teacher.rows, targets.instances_and_background)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdlib import kernels
-from gdlib.distill import Term, Truth, View, check_comparable
+from gdlib.distill import Targets, Term, View, check_comparable
 
 __all__ = ["IGD"]
 
@@ -31,9 +31,8 @@ def node_loss(student: Tensor, teacher: Tensor, count: Tensor, power: int = 2) -
 
 
 def edge_loss(student: Tensor, teacher: Tensor, count: Tensor) -> Tensor:
-    """`mean_b 1/N_b^2 sum_ij (s_i . s_j - t_i .
-
-    T_j)^2` over all pairs of instances of the same image.
+    """Compare the edges of both networks, over all pairs of instances of the same image:
+    `mean_b 1/N_b^2 sum_ij (s_i . s_j - t_i . t_j)^2`.
 
     With D = S - T the matrix of differences is `D S^T + T D^T`, and its squared norm, by Gram
     matrices over the vector dimension, `<D^T D, S^T S + T^T T> + 2 <D^T T, (D^T S)^T>`. Nodes that
@@ -56,9 +55,8 @@ def edge_loss(student: Tensor, teacher: Tensor, count: Tensor) -> Tensor:
 
 
 def edge_inter_loss(student: Tensor, teacher: Tensor, count: Tensor, memory_gram: Tensor) -> Tensor:
-    """`mean_b mean_l mean_(i, j) (s_i . y_lj - t_i .
-
-    Y_lj)^2` with the teacher nodes y_l of each sampled memory image l.
+    """Compare the edges to the teacher's nodes y_l of each sampled memory image l:
+    `mean_b mean_l mean_(i, j) (s_i . y_lj - t_i . y_lj)^2`.
 
     Args:
         student: (B, M, D) nodes of length one, 0 where an image has fewer than M.
@@ -116,9 +114,9 @@ class IGD(Term):
 
     def _graph(self, view: View) -> tuple[Tensor, kernels.Instances]:
         if self.background:
-            instances = view.truth.instances_and_background
+            instances = view.targets.instances_and_background
             return kernels.relate(view.rows, instances=instances).nodes, instances
-        return view.nodes, view.truth.instances
+        return view.nodes, view.targets.instances
 
     def _unit(self, nodes: Tensor) -> Tensor:
         if self.detach_norm:
@@ -133,7 +131,7 @@ class IGD(Term):
             f"igd_count_{self.background:d}": instances.count.float(),
         }
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss; a differentiable 0 without instances or memory."""
         nodes, instances = self._graph(student)
         nodes_teacher, _ = self._graph(teacher)
@@ -162,7 +160,7 @@ class IGD(Term):
         if self.accumulate:
             count = count * weight
             before = count.cumsum(0) - count
-            mine = instances.count.float()[:, None]
-            share = 2 * mine / (mine + before).clamp(min=1) * weight
+            own = instances.count.float()[:, None]
+            share = 2 * own / (own + before).clamp(min=1) * weight
             return torch.einsum("bl,lde->bde", share, gram) / len(weight)
         return torch.tensordot(weight, gram, dims=1) / weight.sum().clamp(min=1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 from gdlib.limits import Count
 
 __all__ = ["ReKD"]
@@ -25,20 +25,20 @@ class Fusion(nn.Module):
         ndim: number of axes.
         channels: of the student's map.
         middle: channels of what goes on to the next finer level.
-        goal: channels of the teacher's map.
+        out: channels of the teacher's map.
         coarsest: there is nothing coarser.
 
     Reference: Chen et al., Distilling knowledge via knowledge review, CVPR 2021, figure 3a.
     """
 
-    def __init__(self, ndim: int, channels: int, middle: int, goal: int, coarsest: bool) -> None:
+    def __init__(self, ndim: int, channels: int, middle: int, out: int, coarsest: bool) -> None:
         super().__init__()
         self.reduce = nn.Sequential(
             CONVOLUTION[ndim](channels, middle, 1, bias=False), NORM[ndim](middle)
         )
         self.attention = None if coarsest else CONVOLUTION[ndim](2 * middle, 2, 1)
         self.expand = nn.Sequential(
-            CONVOLUTION[ndim](middle, goal, 3, padding=1, bias=False), NORM[ndim](goal)
+            CONVOLUTION[ndim](middle, out, 3, padding=1, bias=False), NORM[ndim](out)
         )
 
     def forward(self, x: Tensor, coarser: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,22 +113,23 @@ class ReKD(Term):
 
     def attach(self, student: nn.Module, teacher: nn.Module) -> None:
         """Make one `Fusion` per level."""
-        mine, goals = student.levels, teacher.levels
-        common = [n for n in self.levels if n in mine and n in goals and mine[n][1] == goals[n][1]]
+        common = [n for n in self.levels if n in student.levels and n in teacher.levels]
+        common = [n for n in common if student.levels[n][1] == teacher.levels[n][1]]
         if not common:
             raise ValueError(
                 f"rekd: student and teacher have no level in common among {', '.join(self.levels)}"
             )
-        self.strides = {name: mine[name][1] for name in common}
-        middle = min(self.middle, mine[common[0]][0])
+        self.strides = {name: student.levels[name][1] for name in common}
+        channels = {n: (student.levels[n][0], teacher.levels[n][0]) for n in common}
+        middle = min(self.middle, channels[common[0]][0])
         self.fusions = nn.ModuleDict(
             {
-                n: Fusion(student.ndim, mine[n][0], middle, goals[n][0], n == common[0])
+                n: Fusion(student.ndim, channels[n][0], middle, channels[n][1], n == common[0])
                 for n in common
             }
         )
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
         total, review = 0.0, None
         for name, stride in self.strides.items():

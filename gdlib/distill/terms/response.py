@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 from gdlib.limits import NotNegative, Positive
 
 __all__ = ["Response"]
@@ -27,9 +27,9 @@ def bernoulli_divergence(student: Tensor, teacher: Tensor, temperature: float = 
     Reference: Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531,
         section 2, for two classes.
     """
-    goal = (teacher / temperature).sigmoid()
-    crossed = F.binary_cross_entropy_with_logits(student / temperature, goal, reduction="none")
-    entropy = F.binary_cross_entropy_with_logits(teacher / temperature, goal, reduction="none")
+    known = (teacher / temperature).sigmoid()
+    crossed = F.binary_cross_entropy_with_logits(student / temperature, known, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(teacher / temperature, known, reduction="none")
     return temperature**2 * (crossed - entropy)
 
 
@@ -62,13 +62,13 @@ class Response(Term):
         self.balanced = balanced
         self.foreground = foreground
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
         logits = (affinity_logits(view.affinity) for view in (student, teacher))
         # It is 0 where the neighbour is outside, as both affinities are.
         pairs = bernoulli_divergence(*logits, self.temperature)
         if self.balanced:
-            pairs = pairs * truth.balance
+            pairs = pairs * targets.balance
         logits = (view.output.foreground.float() for view in (student, teacher))
         pixels = bernoulli_divergence(*logits, self.temperature)
         return pairs.sum(1).mean() + self.foreground * pixels.mean()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdlib import kernels
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 from gdlib.limits import NotNegative
 
 __all__ = ["RKD"]
@@ -81,7 +81,7 @@ class RKD(Term):
         self.distance = distance
         self.angle = angle
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
         both = [view.rows.flatten(1, -2).mean(1) for view in (student, teacher)]
         distance = huber_mean(*map(distances, both))

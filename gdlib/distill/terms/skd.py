@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdlib import kernels
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 from gdlib.limits import Count
 
 __all__ = ["SKD"]
@@ -57,6 +57,6 @@ class SKD(Term):
         super().__init__()
         self.pool = pool
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
         return pairwise_loss(places(student.rows, self.pool), places(teacher.rows, self.pool))

@@ -5,7 +5,7 @@ for the student.
 from torch import Tensor
 
 from gdlib import kernels
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 
 __all__ = ["SPKD"]
 
@@ -37,6 +37,6 @@ class SPKD(Term):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, student: View, teacher: View, truth: Truth, memory: dict) -> Tensor:
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
         """Return the scalar loss."""
         return similarity_loss(student.rows, teacher.rows)

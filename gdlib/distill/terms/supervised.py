@@ -4,13 +4,13 @@ every student.
 
 from torch import Tensor
 
-from gdlib.distill import Term, Truth, View
+from gdlib.distill import Targets, Term, View
 
 __all__ = ["Supervised"]
 
 
 class Supervised(Term):
-    """Class-balanced squared error of the student's affinities, `ops.pair_loss`.
+    """Class-balanced squared error of the student's affinities, `kernels.pair_loss`.
 
     Reference: arXiv 2401.06370, L_aff.
     """
@@ -21,6 +21,8 @@ class Supervised(Term):
     def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, student: View, teacher: View | None, truth: Truth, memory: dict) -> Tensor:
+    def forward(
+        self, student: View, teacher: View | None, targets: Targets, memory: dict
+    ) -> Tensor:
         """Return the scalar loss."""
         return student.pair_loss("labels")

@@ -7,7 +7,7 @@ from torch import Tensor
 from gdlib import kernels, types
 
 
-class Truth:
+class Targets:
     """Everything that follows from the labels of a batch.
 
     Each part is computed on first use, once.
@@ -23,7 +23,7 @@ class Truth:
         per_offset: bool = False,
         largest: int | None = None,
     ) -> None:
-        """See `gdlib.config.sections.Targets` and `Batch` for the last three."""
+        """See `gdlib.config.sections.TargetsOptions` and `Batch` for the last three."""
         self.label = label if ignore is None else label.masked_fill(ignore, 0)
         self.offsets = offsets
         self.ignore = ignore
