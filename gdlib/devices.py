@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # all users' jobs on a machine must find the same files, whatever their TMPDIR
 FOLDER = Path("/tmp")
-PATIENCE = 5.0  # seconds between two looks at GPUs that are all taken
+LOOK_EVERY = 5.0  # seconds between two looks at GPUs that are all taken
 _held: list[int] = []  # descriptors, open until the process ends
 
 
@@ -68,7 +68,7 @@ def take(names: Sequence[str], folder: Path = FOLDER, *, wait: bool = True) -> i
                 flush=True,
             )
             told = True
-        time.sleep(PATIENCE)
+        time.sleep(LOOK_EVERY)
 
 
 def _lock(path: Path) -> bool:

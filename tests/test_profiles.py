@@ -23,7 +23,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from gdlib import devices
-devices.PATIENCE = 0.05
+devices.LOOK_EVERY = 0.05
 print(devices.take(sys.argv[2:], Path(sys.argv[1])), flush=True)
 time.sleep(60)
 """

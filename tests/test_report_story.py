@@ -222,13 +222,13 @@ def test_pages(study, tmp_path):
 
 def test_code_sha256_is_of_names_and_content(tmp_path):
     (tmp_path / "a.py").write_text("1")
-    first = record.code_sha256(tmp_path)
+    first = io.code_sha256(tmp_path)
     (tmp_path / "b.txt").write_text("no code")
-    assert record.code_sha256(tmp_path) == first
+    assert io.code_sha256(tmp_path) == first
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    second = record.code_sha256(tmp_path)
+    second = io.code_sha256(tmp_path)
     (tmp_path / "b.py").write_text("2")
-    assert len({first, second, record.code_sha256(tmp_path)}) == 3
+    assert len({first, second, io.code_sha256(tmp_path)}) == 3
 
 
 def test_tables_as_a_page():

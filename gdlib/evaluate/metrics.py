@@ -42,7 +42,7 @@ SLAB = 2**22  # pixels that are looked at together
 Volume = Any  # an array, or what gives one when it is sliced, as an HDF5 dataset does
 
 
-class Pairs(NamedTuple):
+class PairCounts(NamedTuple):
     """The P pairs of a label object and a segmentation object that share pixels.
 
     Every field is a (P,) array.
@@ -84,12 +84,12 @@ class Overlaps:
         return _sums(self.j, self.count, self.segmentation_ids.size)
 
     @cached_property
-    def pairs(self) -> Pairs:
+    def pairs(self) -> PairCounts:
         """The table without background."""
         both = (self.i > 0) & (self.j > 0)
         i, j, intersection = self.i[both], self.j[both], self.count[both]
         union = self.label_sizes[i] + self.segmentation_sizes[j] - intersection
-        return Pairs(i, j, intersection, union, intersection / union)
+        return PairCounts(i, j, intersection, union, intersection / union)
 
     @property
     def objects(self) -> tuple[int, int]:

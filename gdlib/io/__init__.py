@@ -20,7 +20,7 @@ states), and nothing in a file is executed or leads to another file.
 """
 
 from gdlib.io.failures import ACCESS, SPACE, DataError, WriteError, writing
-from gdlib.io.files import atomic, beside, sha256, write_text
+from gdlib.io.files import atomic, beside, code_sha256, sha256, write_text
 from gdlib.io.hdf5 import (
     BLOCK,
     check_file,
@@ -60,6 +60,7 @@ __all__ = [
     "check_file",
     "check_header",
     "check_inside",
+    "code_sha256",
     "create_h5",
     "h5_file",
     "load_state",

@@ -10,6 +10,8 @@ from pathlib import Path
 from gdlib.io.failures import ACCESS, SPACE, writing
 from gdlib.io.failures import WriteError as WriteError
 
+PACKAGE = Path(__file__).parents[1]
+
 
 def beside(path: Path, ending: str) -> Path:
     """Return a hidden name beside a path, with this ending and short enough for file systems."""
@@ -81,3 +83,14 @@ def sha256(path: Path | str) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_sha256(folder: Path | str = PACKAGE) -> str:
+    """Return one SHA-256 of names and content of all Python files of gdlib: what was computed with
+    other code is another thing, also where there is no repository.
+    """
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+    return digest.hexdigest()

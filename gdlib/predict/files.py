@@ -19,7 +19,6 @@ import h5py
 import numpy as np
 import torch
 
-import gdlib
 from gdlib import io
 from gdlib.boxes import Box, intersection, relative
 from gdlib.predict.predictor import Predictor, Source
@@ -209,7 +208,7 @@ def made_with(predictor: Predictor) -> str:
         "device": predictor.device.type,
         "engine": predictor.engine,
         "torch": torch.__version__,
-        "code": [io.sha256(path) for path in sorted(Path(gdlib.__file__).parent.rglob("*.py"))],
+        "code": io.code_sha256(),
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

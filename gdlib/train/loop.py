@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import gdlib
 from gdlib import __version__, io, processes
 from gdlib.config import Recipe, RunSpec
 from gdlib.data.maps import TeacherMaps
@@ -513,8 +512,7 @@ def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:
     digest = hashlib.sha256(spec.model_dump_json().encode())
     for path in files:
         digest.update(io.sha256(path).encode() if path is not None else b"-")
-    for path in sorted(Path(gdlib.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    digest.update(io.code_sha256().encode())
     return digest.hexdigest()
 
 

@@ -41,11 +41,12 @@ from scipy.sparse.csgraph import connected_components
 from skimage.segmentation import relabel_sequential, watershed
 
 from gdlib import __version__, io
+from gdlib.boxes import absolute, intersection, relative
 from gdlib.data.files import open_volume
 from gdlib.data.intensity import working_type
 from gdlib.segment import segmenters
 from gdlib.segment.parameters import checked
-from gdlib.volumes.grid import Box, Grid
+from gdlib.volumes.grid import Grid
 
 COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "track_times": False}
 SLAB = 2**24  # pixels of a volume that are in memory at once when it is written as TIFF
@@ -157,7 +158,7 @@ def predict_with(
     sides = tuple(s.stop - s.start for s in core)
     try:
         parts = (
-            (box, predictor.predict(source, _moved(box, core))) for box in predictor.blocks(sides)
+            (box, predictor.predict(source, absolute(box, core))) for box in predictor.blocks(sides)
         )
         prediction = assembled(sides, parts)
     except io.DataError as error:
@@ -193,12 +194,12 @@ def segment(
     )
     for other in grid.touching(name):
         theirs = grid.core(other)
-        shared = _common(around, theirs)
+        shared = intersection(around, theirs)
         with _opened(predictions / f"{other}.h5", _fingerprint(plan)) as file:
-            affinity[(slice(None), *_inside(shared, around))] = file["affinity"][
-                (slice(None), *_inside(shared, theirs))
+            affinity[(slice(None), *relative(shared, around))] = file["affinity"][
+                (slice(None), *relative(shared, theirs))
             ]
-            foreground[_inside(shared, around)] = file["foreground"][_inside(shared, theirs)]
+            foreground[relative(shared, around)] = file["foreground"][relative(shared, theirs)]
     parameters = dict(settings["parameters"])
     min_fragment = parameters.pop("min_fragment", 0)
     parameters |= {"min_size": 0, "min_fragment": 0}
@@ -208,7 +209,7 @@ def segment(
     del affinity, foreground
     cut = [(s.start > 0, s.stop < n) for s, n in zip(around, grid.shape, strict=True)]
     label = _without_fragments(label, min_fragment, cut)
-    own = label[_inside(core, around)]
+    own = label[relative(core, around)]
     size = np.bincount(own.ravel(), minlength=int(label.max(initial=0)) + 1)
     size[0] = 0  # the background
     with io.create_h5(out, made_for=_fingerprint(plan, settings)) as file:
@@ -270,8 +271,8 @@ def match(
             box = list(grid.core(name))
             box[axis] = slice(grid.around(other)[axis].start, grid.around(name)[axis].stop)
             with _opened(segments / f"{other}.h5", mine.attrs["made_for"]) as theirs:
-                a = mine["label"][_inside(box, grid.around(name))]
-                b = theirs["label"][_inside(box, grid.around(other))]
+                a = mine["label"][relative(box, grid.around(name))]
+                b = theirs["label"][relative(box, grid.around(other))]
             target[str(axis)] = same(a, b, axis, face - box[axis].start)
 
 
@@ -392,7 +393,7 @@ def relabel(
     grid = _grid(plan, overlap)
     with _opened(segments / f"{name}.h5") as file:
         made_for = file.attrs["made_for"]
-        label = file["label"][_inside(grid.core(name), grid.around(name))]
+        label = file["label"][relative(grid.core(name), grid.around(name))]
         count = len(file["size"])
     with _opened(numbers, made_for) as file:
         start = file["start"][grid.names.index(name)]
@@ -458,10 +459,10 @@ def tiles(plan: Mapping[str, Any], labels: Path, tile: Sequence[int]) -> Iterato
         label = np.empty([s.stop - s.start for s in slab], np.uint32)
         for name in grid.names:
             core = grid.core(name)
-            shared = _common(slab, core)
+            shared = intersection(slab, core)
             if all(s.start < s.stop for s in shared):
                 with _opened(labels / f"{name}.h5") as file:
-                    label[_inside(shared, slab)] = file["label"][_inside(shared, core)]
+                    label[relative(shared, slab)] = file["label"][relative(shared, core)]
         for image in label.reshape(-1, *label.shape[-2:]):
             for y, x in itertools.product(
                 *(range(0, n, side) for n, side in zip(image.shape, tile, strict=True))
@@ -489,24 +490,3 @@ def _opened(path: Path, made_for: str | None = None) -> Iterator[h5py.File]:
                 "make it again"
             )
         yield file
-
-
-def _moved(box: Box, frame: Box) -> Box:
-    """Return where a box is that is given as seen from the corner of another."""
-    return tuple(
-        slice(s.start + f.start, s.stop + f.start) for s, f in zip(box, frame, strict=True)
-    )
-
-
-def _inside(box: Sequence[slice], frame: Box) -> Box:
-    """Return a box as seen from the corner of another."""
-    return tuple(
-        slice(s.start - f.start, s.stop - f.start) for s, f in zip(box, frame, strict=True)
-    )
-
-
-def _common(box: Box, other: Box) -> Box:
-    """Return what two boxes share; where that is nothing, a side ends before it begins."""
-    return tuple(
-        slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, other, strict=True)
-    )

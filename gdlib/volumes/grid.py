@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gdlib import io
+from gdlib.boxes import Box
 from gdlib.data.axes import kept_axes
 from gdlib.data.files import HDF5_SUFFIXES, open_volume, split_h5_path
 from gdlib.io import outputs
@@ -18,7 +19,6 @@ from gdlib.registry import nearest
 from gdlib.segment.parameters import chosen
 from gdlib.text import expanded
 
-Box = tuple[slice, ...]
 # By number of axes, pixels. Larger blocks cost fewer pixels twice, and more memory.
 BLOCK = {2: (4096, 4096), 3: (64, 512, 512)}
 OVERLAP = {2: (128, 128), 3: (8, 64, 64)}

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from gdlib import io
+from gdlib.boxes import Box
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import Overlaps
-from gdlib.report.figures.pictures import Box, pixel_size, scale_bar, show
+from gdlib.report.figures.pictures import pixel_size, scale_bar, show
 from gdlib.report.figures.sections import counted, partners, voxel_size
 from gdlib.report.figures.style import PAGE, STYLE, Titles, new_figure, title
 from gdlib.report.figures.surfaces import Surface, render, surface, view

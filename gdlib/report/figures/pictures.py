@@ -15,6 +15,7 @@ from matplotlib.patheffects import withStroke
 from scipy import linalg, ndimage
 
 from gdlib import io
+from gdlib.boxes import Box
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS, errors, evaluate, overlaps
 from gdlib.report.figures.style import PAGE, STYLE, Titles, new_figure, title
@@ -29,7 +30,6 @@ STATUS = {
     "missed": "#ff5a1f",
 }
 DASHES = (0, (2, 1))
-Box = tuple[slice, ...]
 
 
 def panel(

@@ -12,11 +12,11 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from gdlib import io
+from gdlib.boxes import Box
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS, Overlaps, overlaps
 from gdlib.report.figures.pictures import (
     STATUS,
-    Box,
     grey,
     outline,
     pixel_size,

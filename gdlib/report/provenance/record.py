@@ -70,17 +70,6 @@ def commit(folder: Path | str | None = None) -> str:
     return name.removesuffix("-dirty") + " with later changes" * name.endswith("-dirty")
 
 
-def code_sha256(folder: Path | str | None = None) -> str:
-    """Return one SHA-256 of names and content of all Python files of gdlib, which says the same
-    where there is no repository.
-    """
-    folder = Path(folder or PACKAGE)
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()} {io.sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
 def trained_on(weights: Iterable[Path | str]) -> dict[str, str]:
     """Read from the headers of weights what trained them.
 
@@ -172,7 +161,7 @@ def record(
     return {
         "study": study,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code": {"commit": commit(), "sha256": code_sha256()},
+        "code": {"commit": commit(), "sha256": io.code_sha256()},
         "software": {"python": platform.python_version(), **_versions()},
         "machine": {
             "system": platform.platform(),
