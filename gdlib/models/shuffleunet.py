@@ -57,7 +57,7 @@ class ShuffleUNet(nn.Module):
         self.up = nn.ModuleList(
             [ResidualBlock(f3 + f2, f2), ResidualBlock(f2 + f1, f1), ResidualBlock(f1 + f0, f0)]
         )
-        self.head = normed(nn.Conv2d(f0, head, 3, padding=1), nn.ReLU())
+        self.head = normed(nn.Conv2d(f0, head, 3, padding=1, bias=False), nn.ReLU())
         self.embedding = nn.Conv2d(head, 4 * embedding_dim, 1)
         self.foreground = nn.Conv2d(head, 4, 1)
 
