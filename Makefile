@@ -4,7 +4,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env study report test test-slurm test-faults test-conda docs clean
+.PHONY: env study report test test-workflow test-slurm test-faults test-conda docs clean
 
 env: $(BIN)/.installed
 
@@ -23,6 +23,9 @@ test: env
 	pytest -n 2
 
 # ONLY="name or name" runs a part of these: words in the names of tests
+test-workflow: env ## what takes many starts of Snakemake: minutes
+	pytest -n 2 tests/workflow $(if $(ONLY),-k "$(ONLY)")
+
 test-slurm: env ## on the cluster of this machine, or on one that SLURM_LOCAL=program starts; minutes
 	pip install --quiet -c constraints.txt -e ".[slurm]"
 	pytest -v -rs tests/slurm $(if $(ONLY),-k "$(ONLY)")

@@ -93,7 +93,8 @@ def actions(train, val, teacher, folder, spec, student):
     from gdlib import io
     from gdlib.cli import process
     from gdlib.config import RunSpec
-    from gdlib.data.download import fetch
+    from gdlib.config.sections import RemoteFile
+    from gdlib.data.download import download
     from gdlib.predict.cost import profile
     from gdlib.predict.predictor import Predictor
     from gdlib.report.figures import charts, style
@@ -114,7 +115,8 @@ def actions(train, val, teacher, folder, spec, student):
         with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
             threading.Thread(target=server.serve_forever).start()
             (Path(folder) / "a.txt").write_text("a")
-            fetch(f"http://127.0.0.1:{server.server_port}/a.txt", Path(folder) / "b.txt")
+            file = RemoteFile(url=f"http://127.0.0.1:{server.server_port}/a.txt")
+            download([file], Path(folder) / "raw")
             server.shutdown()
 
     def be_stopped():

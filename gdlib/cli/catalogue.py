@@ -34,10 +34,9 @@ def add_download(commands: argparse._SubParsersAction) -> None:
         "download",
         help="fetch public data sets",
         description="Fetch data sets of a catalogue from their official addresses, each into a "
-        "folder of its own that is complete or does not exist. A transfer that was "
-        "stopped goes on when the same command is given again; what is there is not "
-        "fetched again. For data that cannot be downloaded freely, say how to get "
-        "them.",
+        "folder of its own that is complete or does not exist. What has come whole is "
+        "not fetched again when the same command is given again. For data that "
+        "cannot be downloaded freely, say how to get them.",
     )
     download.add_argument("names", nargs="+", metavar="NAME", help="dataset of the catalogue")
     download.add_argument(
