@@ -420,7 +420,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         {*SAME, "loads", "results", "targets"} <= set(one) for one in machines
     ):
         raise io.DataError(
-            f"{path}: there are no results of machines in it; make it with `python -m benchmarks all`"
+            f"{path}: there are no results of machines in it; make it with "
+            "`python -m benchmarks all`"
         )
     return machines
 

@@ -115,14 +115,19 @@ def run(bench: Bench) -> None:
             return made.image[:, 0].cpu().numpy(), made.label.cpu().numpy()
 
         found = bench.compare(
-            f"a batch of patches, {axes}", ours, None if plain is None else lambda p=plain, s=theirs: p(next(s)),
-            differ=None if plain is None else differ, tolerance=1e-3, shape=[batch, *patch],
+            f"a batch of patches, {axes}",
+            ours,
+            None if plain is None else lambda p=plain, s=theirs: p(next(s)),
+            differ=None if plain is None else differ,
+            tolerance=1e-3,
+            shape=[batch, *patch],
             about="scipy map_coordinates and gaussian_filter for each patch",
-        )  # fmt: skip
+        )
         step = bench.compare(
-            f"the student's step that it feeds, {axes}", bare_step(bench, len(patch), (batch, 1, *patch)),
+            f"the student's step that it feeds, {axes}",
+            bare_step(bench, len(patch), (batch, 1, *patch)),
             about="forward, backward and optimizer",
-        )  # fmt: skip
+        )
         share = 100 * found["ms"] / step["ms"]
         bench.target(
             f"time to make a batch against the student's step on it, {axes}", share, 100, unit=" %"

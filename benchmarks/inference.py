@@ -52,10 +52,16 @@ def networks(bench: Bench, ndim: int, shape: tuple[int, ...]) -> None:
             return output.embedding[0], output.foreground[0, 0]
 
         found[role] = bench.compare(
-            f"{role}, {axes}", lambda p=predictor, x=image: p.forward(x), reference, differ=differ, tolerance=0.02, least=2,
-            about="the network as it was trained, eager, float32", shape=list(shape),
+            f"{role}, {axes}",
+            lambda p=predictor, x=image: p.forward(x),
+            reference,
+            differ=differ,
+            tolerance=0.02,
+            least=2,
+            about="the network as it was trained, eager, float32",
+            shape=list(shape),
             precision=str(predictor.dtype).removeprefix("torch."),
-        )  # fmt: skip
+        )
         found[role]["engine"] = getattr(predictor, "engine", "torch")
         found[role]["gflop_per_s"] = 2e-6 * count_macs(model, options, shape) / found[role]["ms"]
     share = 100 * found["student"]["ms"] / found["teacher"]["ms"]

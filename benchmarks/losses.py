@@ -65,7 +65,7 @@ class Scene:
         return self
 
 
-# --- The plain implementation ----------------------------------------------------------------------------------------
+# --- The plain implementation ---
 
 
 def shifted(x: Tensor, offset: Sequence[int]) -> Tensor:
@@ -168,7 +168,7 @@ def reference(scene: Scene, student: Tensor, names: Sequence[str]) -> Tensor:
     return total
 
 
-# --- Ours --------------------------------------------------------------------------------------------------------------
+# --- Ours ---
 
 
 class Fixed(nn.Module):
@@ -283,18 +283,28 @@ def run(bench: Bench) -> None:
         for title, names in PARTS.items():
             ours = Ours(scene, names)
             found = bench.compare(
-                f"{title}, {axes}", ours, plain(scene, names),
-                prepare=ours.prepare, differ=differ, tolerance=1e-3, least=2, about=about, shape=list(scene.student.shape),
-            )  # fmt: skip
+                f"{title}, {axes}",
+                ours,
+                plain(scene, names),
+                prepare=ours.prepare,
+                differ=differ,
+                tolerance=1e-3,
+                least=2,
+                about=about,
+                shape=list(scene.student.shape),
+            )
         ratio = found["ratio"]
         found["ratio_all_terms"] = ratio
         bench.extra["ratio_all_terms" if axes == "2D" else "ratio_all_terms_3d"] = ratio
         del ours
         unpooled = Ours(scene, tuple(TERMS), pool=1)
         full = bench.compare(
-            f"all terms, no pooling, {axes}", unpooled, prepare=unpooled.prepare,
-            about="the paper's formula: all pairs of pixels of two images, a matrix of which fits " "nowhere",
-        )  # fmt: skip
+            f"all terms, no pooling, {axes}",
+            unpooled,
+            prepare=unpooled.prepare,
+            about="the paper's formula: all pairs of pixels of two images, a matrix "
+            "that fits nowhere",
+        )
         step = bare_step(bench, len(shape), (len(scene.label), 1, *shape))
         bare = bench.compare(
             f"student's step without losses, {axes}", step, about="forward, backward and optimizer"
@@ -327,7 +337,8 @@ def _floor(bench: Bench, scene: Scene, axes: str) -> str:
     student, teacher = scene.student.clone(), scene.teacher
     gradient = torch.empty_like(student)
     least = bench.compare(
-        f"reading both embeddings and writing a gradient once, {axes}", lambda: torch.sub(student, teacher, out=gradient),
+        f"reading both embeddings and writing a gradient once, {axes}",
+        lambda: torch.sub(student, teacher, out=gradient),
         about="the least that any loss of both maps can take",
-    )  # fmt: skip
+    )
     return f"reading both embeddings and writing the gradient once takes {least['ms']:.1f} ms here"

@@ -71,8 +71,10 @@ def run(bench: Bench) -> None:
     """An image of nuclei and a volume of neurons."""
     nuclei = blobs(bench.pick((520, 696), (260, 348), (64, 80)), bench.pick(120, 60, 12), radius=14)
     neurons = tiled(
-        bench.pick((100, 1024, 1024), (32, 256, 256), (8, 64, 64)), bench.pick((100, 128, 128), (32, 128, 128), (8, 32, 32)), 40
-    )  # fmt: skip
+        bench.pick((100, 1024, 1024), (32, 256, 256), (8, 64, 64)),
+        bench.pick((100, 128, 128), (32, 128, 128), (8, 32, 32)),
+        40,
+    )
     for name, label, limit in (
         ("a volume of neurons", neurons, 2000),
         ("an image of nuclei", nuclei, 10),
@@ -80,9 +82,15 @@ def run(bench: Bench) -> None:
         pair = label, spoiled(label)
         shape = " x ".join(map(str, label.shape))
         found = bench.compare(
-            f"all metrics, {name}", lambda p=pair: evaluate(*p), lambda p=pair: of_skimage(*p), differ=differ, tolerance=1e-6,
-            about="scikit-image, for ARAND and VOI alone", shape=list(label.shape), least=2,
-        )  # fmt: skip
+            f"all metrics, {name}",
+            lambda p=pair: evaluate(*p),
+            lambda p=pair: of_skimage(*p),
+            differ=differ,
+            tolerance=1e-6,
+            about="scikit-image, for ARAND and VOI alone",
+            shape=list(label.shape),
+            least=2,
+        )
         bench.target(f"all metrics, {shape}", found["ms"], limit, unit=" ms")
         bench.target(
             f"against ARAND and VOI of scikit-image, {shape}",
@@ -92,6 +100,10 @@ def run(bench: Bench) -> None:
             unit=" x",
         )
     bench.compare(
-        "all metrics, an image of nuclei, loops", lambda: evaluate(*pair), lambda: of_loops(*pair), differ=differ, tolerance=1e-9,
+        "all metrics, an image of nuclei, loops",
+        lambda: evaluate(*pair),
+        lambda: of_loops(*pair),
+        differ=differ,
+        tolerance=1e-9,
         about="numpy, masks of every pair of objects that meet, for the metrics of objects",
-    )  # fmt: skip
+    )

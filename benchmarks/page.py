@@ -26,14 +26,17 @@ TITLES = {
 INTRODUCTION = """\
 # Performance
 
-Made by `python -m benchmarks page --json docs/{source}` from what `python -m benchmarks {command} --json docs/{source}`
-measured, on each of these machines:
+Made by `python -m benchmarks page --json docs/{source}` from what
+`python -m benchmarks {command} --json docs/{source}` measured, on each of these machines:
 
 {machines}
-Every case runs beside a plain implementation of the same (`benchmarks/`): loops over instances, whole matrices of pairs, one call
-of another library. The two take turns in one process, and neither is timed unless their results agree. Times are medians, with
-quartiles in brackets; memory is what a call takes on top of what was held before it. Ratios carry over to other machines better
-than times. A processor without units for bfloat16 computes in float32; `--precision float32` measures that on one that has them.
+
+Every case runs beside a plain implementation of the same (`benchmarks/`): loops over instances,
+whole matrices of pairs, one call of another library. The two take turns in one process, and neither
+is timed unless their results agree. Times are medians, with quartiles in brackets; memory is what a
+call takes on top of what was held before it. Ratios carry over to other machines better than times.
+A processor without units for bfloat16 computes in float32; `--precision float32` measures that on
+one that has them. gdlib 0.1.0 had its loops in C++, where they are compiled by Numba since.
 {smaller}"""
 MISSING = "not measured yet"
 Machine = dict[str, Any]  # what `benchmarks.bench.measure` returns
@@ -350,9 +353,13 @@ def draw(machines: Machines, names: Sequence[str], stem: Path) -> Path:
         for k, line in enumerate(lines):
             amount = [math.prod(size) for size in line["sizes"]]
             axes[1].loglog(
-                [a / amount[0] for a in amount], [ms / line["ms_by_size"][0] for ms in line["ms_by_size"]], "o-", markersize=2.5,
-                color=f"C{k}", label=f"{line['name']}: {line['slope']:.2f} ({line['expected']:g})",
-            )  # fmt: skip
+                [a / amount[0] for a in amount],
+                [ms / line["ms_by_size"][0] for ms in line["ms_by_size"]],
+                "o-",
+                markersize=2.5,
+                color=f"C{k}",
+                label=f"{line['name']}: {line['slope']:.2f} ({line['expected']:g})",
+            )
         if lines:
             axes[1].set(xlabel="size against the smallest", ylabel="time against the smallest")
             low, high = axes[1].get_ylim()

@@ -50,9 +50,15 @@ def grow(
     amounts = [float(np.prod(size)) for size in sizes]
     best = [float(np.median(found)) for found in times]
     bench.add(
-        name, times[-1], about=f"exponent of the cost by {axis}", axis=axis, expected=expected, slope=slope(amounts, best),
-        sizes=[np.atleast_1d(size).tolist() for size in sizes], ms_by_size=best,
-    )  # fmt: skip
+        name,
+        times[-1],
+        about=f"exponent of the cost by {axis}",
+        axis=axis,
+        expected=expected,
+        slope=slope(amounts, best),
+        sizes=[np.atleast_1d(size).tolist() for size in sizes],
+        ms_by_size=best,
+    )
 
 
 def fits(
@@ -162,12 +168,23 @@ def run(bench: Bench) -> None:
         return lambda: (network(), terms())
 
     fits(
-        bench, "training on images of BBBC039", "images in a batch", batches, step,
-        "a step of the small student, then all terms on embeddings of student and teacher; linear " "in the batch",
-    )  # fmt: skip
+        bench,
+        "training on images of BBBC039",
+        "images in a batch",
+        batches,
+        step,
+        "a step of the small student, then all terms on embeddings of student and teacher; "
+        "linear in the batch",
+    )
     sizes = [np.prod(volume) / 2**20 for volume in volumes[-2:]]
     fits(
-        bench, "prediction of a volume in memory", "2^20 voxels", sizes,
-        lambda size: predict((round(size * 2**20 / width**2), width, width), NETWORKS[3]["student"], block),
-        "image, affinities and foreground in memory, network block by block; gdlib reads larger " "volumes from disk",
-    )  # fmt: skip
+        bench,
+        "prediction of a volume in memory",
+        "2^20 voxels",
+        sizes,
+        lambda size: predict(
+            (round(size * 2**20 / width**2), width, width), NETWORKS[3]["student"], block
+        ),
+        "image, affinities and foreground in memory, network block by block; gdlib reads "
+        "larger volumes from disk",
+    )

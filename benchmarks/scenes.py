@@ -32,12 +32,15 @@ OFFSETS = {
     ),
 }
 NETWORKS = {
-    2: {"student": ("resunet", {"widths": [4, 8, 16, 32, 64]}), "teacher": ("resunet", {"widths": [32, 64, 179, 349, 680]})},
+    2: {
+        "student": ("resunet", {"widths": [4, 8, 16, 32, 64]}),
+        "teacher": ("resunet", {"widths": [32, 64, 179, 349, 680]}),
+    },
     3: {
         "student": ("resunet3d", {"widths": [4, 8, 16, 24, 32]}),
         "teacher": ("resunet3d", {"widths": [32, 64, 128, 256, 512]}),
     },
-}  # fmt: skip
+}
 _FOLDER = TemporaryDirectory(prefix="gdlib-bench-")
 
 

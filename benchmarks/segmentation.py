@@ -101,9 +101,17 @@ def run(bench: Bench) -> None:
 
         worse = Worse([case[0] for case in cases])
         found = bench.compare(
-            title, ours, reference, differ=worse, tolerance=0.01, least=2, shape=list(cases[0][0].shape), images=len(cases),
-            about="bioimage-cpp on all pixels and edges; the difference is how much lower our AJI " "is",
-        )  # fmt: skip
+            title,
+            ours,
+            reference,
+            differ=worse,
+            tolerance=0.01,
+            least=2,
+            shape=list(cases[0][0].shape),
+            images=len(cases),
+            about="bioimage-cpp on all pixels and edges; the difference is how much lower our "
+            "AJI is",
+        )
         found["aji"], found["reference_aji"] = worse.scores
         bench.target(
             f"{title}, against the plain use of the library",

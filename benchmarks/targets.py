@@ -74,9 +74,14 @@ def run(bench: Bench) -> None:
             ("targets, masks and class weights", everything, with_weights),
         ):
             found = bench.compare(
-                f"{name}, {axes}", ours, lambda f=theirs, x=image, o=offsets: f(x, o), differ=differ, tolerance=1e-5,
-                about="scipy.ndimage.shift of the label for every offset, as in the original", shape=list(image.shape),
-            )  # fmt: skip
+                f"{name}, {axes}",
+                ours,
+                lambda f=theirs, x=image, o=offsets: f(x, o),
+                differ=differ,
+                tolerance=1e-5,
+                about="scipy.ndimage.shift of the label for every offset, as in the original",
+                shape=list(image.shape),
+            )
             if name == "affinity targets":
                 bench.target(
                     f"{name} against shifting, {axes}", found["ratio"], 10, at_least=True, unit=" x"

@@ -47,9 +47,14 @@ def train(
     with contextlib.redirect_stdout(text.StringIO()), contextlib.redirect_stderr(text.StringIO()):
         fit(
             spec(ndim, patch, batch, [clock], steps=steps, precision=bench.precision),
-            train=data, val=data, weights=out / "weights.safetensors", last=out / "last.safetensors", history=out / "history.csv",
-            state=out / "state", device=str(bench.device),
-        )  # fmt: skip
+            train=data,
+            val=data,
+            weights=out / "weights.safetensors",
+            last=out / "last.safetensors",
+            history=out / "history.csv",
+            state=out / "state",
+            device=str(bench.device),
+        )
     return 1e3 * np.diff(Clock.seen)
 
 
@@ -77,9 +82,13 @@ def run(bench: Bench) -> None:
             synchronise(bench.device)
             reference.append(1e3 * (time.perf_counter() - start) / (together * count))
         found = bench.add(
-            f"a step of training, {axes}", times, reference, shape=[batch, *patch],
-            about="forward, backward and optimizer of the same network on a batch that is there " "already",
-        )  # fmt: skip
+            f"a step of training, {axes}",
+            times,
+            reference,
+            shape=[batch, *patch],
+            about="forward, backward and optimizer of the same network on a batch "
+            "that is there already",
+        )
         with FlopCounterMode(display=False) as counter:
             bare()
         found["precision"] = bench.precision

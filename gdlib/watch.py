@@ -69,7 +69,7 @@ class Watch(logging.Handler):
         self.over = threading.Event()
 
     def start(self, title: str) -> None:
-        """Say what is to be done, and from then on how far it is: every half, later every minute."""
+        """Say what is to be done, and then how far it is: every half, later every minute."""
         on = f" on {self.cores} core{'s' * (self.cores > 1)}" if self.cores else ""
         time_left = f": {in_words(self.left())}" if self.cores else ""
         self.say(f"{title}: {len(self.jobs)} steps{on}{time_left}")
@@ -146,7 +146,7 @@ class Watch(logging.Handler):
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Is this something else than that a job begins, or has failed, which a `Watch` says shorter?"""
+    """Is this more than that a job begins, or has failed, which a `Watch` says shorter?"""
     begins = str(getattr(record, "event", "")) == "job_started"
     failed = getattr(record, "exception", None) == "RuleException"
     return not (begins or failed or record.getMessage().startswith("Select jobs to execute"))

@@ -71,7 +71,8 @@ class PatchSampler:
         augment: `geometry`, `intensity` and, for volumes, `sections`: keyword arguments of
             `sampling_grid`, `augment_intensity` and `augment_sections`; and perhaps `empty`, the
             probability that a patch is one of `empty_patches` in place of what was drawn.
-        border: label pixels so near to another instance become background (`kernels.widen_borders`).
+        border: label pixels so near to another instance become background, see
+            `kernels.widen_borders`.
         seed: of the run.
         device: where patches are made and returned.
         maps: what a teacher says about these images, to be cut along; else batches come without.

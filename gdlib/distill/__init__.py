@@ -3,8 +3,8 @@
 
 A term never sees a network, nor from which of its maps the vectors are: the embedding or, by
 choice, a level inside. It gets a `View` of each network's output (the relations that several terms
-need, each computed once), the `Targets` of the batch, and, if it compares with other images, what was
-sampled from the memory bank.
+need, each computed once), the `Targets` of the batch, and, if it compares with other images, what
+was sampled from the memory bank.
 """
 
 from gdlib.distill.distiller import Asked, Distiller, forward_cropped

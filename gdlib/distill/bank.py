@@ -1,7 +1,7 @@
 """The memory bank: a ring of what the teacher said about recent crops of images.
 
-It stores *records*, not feature maps: by the Gram identity (`kernels.gram`) an inter-image term needs
-one D x D matrix of an image, which is 1 KiB instead of the 19 MiB of a 544 x 544 map of 16
+It stores *records*, not feature maps: by the Gram identity (`kernels.gram`) an inter-image term
+needs one D x D matrix of an image, which is 1 KiB instead of the 19 MiB of a 544 x 544 map of 16
 channels.
 """
 

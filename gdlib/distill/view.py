@@ -67,8 +67,8 @@ class View:
         return self._relate("nodes").nodes
 
     def gram(self, other: "View | None" = None) -> Tensor:
-        """(B, D, D) `kernels.gram` of the unit vectors, or of what they are more than those of another
-        view.
+        """(B, D, D) `kernels.gram` of the unit vectors, or of what they are more than those of
+        another view.
         """
         return self._relate("gram", other).gram
 

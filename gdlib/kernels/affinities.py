@@ -104,7 +104,7 @@ class _Affinities(torch.autograd.Function):
 
 
 def affinities(unit: Tensor, offsets: Offsets) -> Tensor:
-    """Cosine affinity of every pixel with its neighbours, `a[k, p] = <unit[p], unit[p + offsets[k]]>`.
+    """Cosine affinity of every pixel with its neighbours, `a[k, p] = <unit[p], unit[p + offset]>`.
 
     Args:
         unit: (B, [Z,] Y, X, D) rows of length one.

@@ -27,7 +27,7 @@ def usable(*tensors: Tensor | None) -> bool:
     return jit.ENABLED and kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
 
 
-# --- Affinities and second moments ------------------------------------------------------------------------------------
+# --- Affinities and second moments ---
 
 
 def relate(
@@ -45,7 +45,7 @@ def relate(
 
 
 class _Relate(torch.autograd.Function):
-    """Rows (B, Z, Y, X, D) -> affinities (B, K, Z, Y, X), second moments (B, D, D) of unit vectors."""
+    """Rows (B, Z, Y, X, D) -> affinities (B, K, Z, Y, X) and second moments (B, D, D)."""
 
     @staticmethod
     def forward(ctx, rows, displacements, moments, other):
@@ -89,7 +89,7 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     return unit, inverse
 
 
-# --- Losses of pairs --------------------------------------------------------------------------------------------------
+# --- Losses of pairs ---
 
 
 def pair_losses(
@@ -175,7 +175,7 @@ def count_pairs(
     return counts.sum((1, 2))
 
 
-# --- Calling compiled code --------------------------------------------------------------------------------------------
+# --- Calling compiled code ---
 
 
 def _displacements(offsets: Offsets, ndim: int) -> np.ndarray:

@@ -35,7 +35,7 @@ def turn_to_unit(first, last, rows, unit, inverse):
 
 @jit.kernel
 def dot(first, last, unit, offsets, out):
-    """Fill dot products of unit vectors and their neighbours (B, K, Z, Y, X); outside they are 0."""
+    """Fill dot products of unit vectors and neighbours (B, K, Z, Y, X); outside they are 0."""
     _, depth, height, dim, width = unit.shape
     for line in range(first, last):
         b, y, z = _place(line, depth, height)
@@ -162,7 +162,7 @@ def count(first, last, label, offsets, ignore, background, counts):
 
 @jit.summing_kernel
 def sum_losses(first, last, affinity, teacher, offsets, weights, label, ignore, background, sums):
-    """Fill three sums over each line: of w (a - target)^2, of w (a - teacher)^2, of (a - teacher)^2.
+    """Fill three sums over a line: of w (a - target)^2, of w (a - teacher)^2, of (a - teacher)^2.
 
     They are 0 without what they need.
     """

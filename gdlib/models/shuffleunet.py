@@ -1,4 +1,4 @@
-"""U-Net for processors: it works at half resolution and below, on pixels that were made channels."""
+"""U-Net for processors: it works at half resolution and below, on pixels made channels."""
 
 from collections.abc import Sequence
 

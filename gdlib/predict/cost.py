@@ -24,9 +24,9 @@ INTRODUCTION = """\
 
 Made by `gdlib models --markdown > docs/networks.md`. GMACs: 10^9 multiply-accumulates, those of
 attention among them, per million output pixels or voxels of an image of one channel, counted on
-544 x 544, or 32 x 256 x 256; a network that loses margins reads more than that, and one of attention
-needs more per pixel the larger the image. Halo: pixels of context on each side that a block needs to
-be exact. Levels: feature maps that terms can compare, with their channels.
+544 x 544, or 32 x 256 x 256; a network that loses margins reads more than that, and one of
+attention needs more per pixel the larger the image. Halo: pixels of context on each side that a
+block needs to be exact. Levels: feature maps that terms can compare, with their channels.
 """
 
 

@@ -274,7 +274,8 @@ def images_of(predictor: Predictor, samples: h5py.File) -> dict[str, Source]:
     for name in sorted(samples):
         if f"{name}/image" not in samples:
             raise io.DataError(
-                f'{samples.filename}: "{name}" has no image, so this is not a samples file; give one'
+                f'{samples.filename}: "{name}" has no image, so this is not a samples file; '
+                "give one"
             )
         try:
             images[name] = predictor.source(samples[name]["image"])

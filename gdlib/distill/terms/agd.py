@@ -23,14 +23,15 @@ def agd_inter_loss(difference: Tensor, memory: Tensor) -> Tensor:
         memory: (D, D), mean over the sampled images of `kernels.gram` of their unit vectors.
 
     Reference: arXiv 2401.06370, L_AGD^inter. PAPER: the original code sums over the batch and, on
-        most datasets, over the 12 memory images; with our mean its weight 1 is 24 on those datasets (batch 2), and 4 on CVPPP.
+        most datasets, over the 12 memory images; with our mean its weight 1 is 24 on those
+        datasets (batch 2), and 4 on CVPPP.
     """
     return (difference * memory).sum((1, 2)).mean()
 
 
 class AGD(Term):
-    """Affinity graph distillation: within an image, `kernels.pair_loss` of the student's affinities to
-    the teacher's.
+    """Affinity graph distillation: within an image, `kernels.pair_loss` of the student's affinities
+    to the teacher's.
 
     Args:
         memory: compare with images of the memory bank instead of within the image.

@@ -116,9 +116,15 @@ def methods(metrics: pd.DataFrame, keys: Sequence[str], titles: Titles = None) -
             for student in students:
                 top = min(y for row, y in place.items() if row[0] == student)
                 axis.annotate(
-                    title(student, titles), (0, top - 0.9), xycoords=axis.get_yaxis_transform(),
-                    xytext=(-4, 0), textcoords="offset points", weight="bold", ha="right", va="center",
-                )  # fmt: skip
+                    title(student, titles),
+                    (0, top - 0.9),
+                    xycoords=axis.get_yaxis_transform(),
+                    xytext=(-4, 0),
+                    textcoords="offset points",
+                    weight="bold",
+                    ha="right",
+                    va="center",
+                )
         for axis in axes.flat[len(keys) :]:
             axis.set_visible(False)
         handles = _seed_handles(several)
@@ -339,10 +345,14 @@ def tradeoff(
                 # Names stand below and above in turn: neighbours on the axis do not collide.
                 above = rank % 2
                 axis.annotate(
-                    text, (cost[network], ends[above]), xytext=(0, 6 if above else -6),
-                    textcoords="offset points", ha="center", va="bottom" if above else "top",
+                    text,
+                    (cost[network], ends[above]),
+                    xytext=(0, 6 if above else -6),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom" if above else "top",
                     fontsize=6.5,
-                )  # fmt: skip
+                )
             low, high = min(cost.values()), max(cost.values())
             room = max(high / low, 10) ** 0.2
             axis.set_xscale("log")

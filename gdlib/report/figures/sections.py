@@ -85,9 +85,12 @@ def panel(
             if not k:  # the cut has the same scale, both ways
                 scale_bar(axes[k, 0], pixel_size(sample), image.shape[:2], effects=SHADOW)
             axes[k, 0].axhline(
-                (section if k else row) - part[0].start, color="white", linewidth=0.7,
-                linestyle=(0, (4, 3)), path_effects=SHADOW,
-            )  # fmt: skip
+                (section if k else row) - part[0].start,
+                color="white",
+                linewidth=0.7,
+                linestyle=(0, (4, 3)),
+                path_effects=SHADOW,
+            )
             room = heights[k] * side > 0.5  # for words
             place = f"\nrow {row}" if k else f"\nsection {section}"
             axes[k, 0].set_ylabel(name + place * room, labelpad=3)
@@ -109,9 +112,16 @@ def panel(
                 outline(axis, truth, "white", 0.3)
                 if column == 2:
                     beside = axis.annotate(
-                        name + "\nmistakes" * room, (0, 0.5), (-3, 0), "axes fraction", "offset points",
-                        rotation=90, ha="right", va="center", ma="center",
-                    )  # fmt: skip
+                        name + "\nmistakes" * room,
+                        (0, 0.5),
+                        (-3, 0),
+                        "axes fraction",
+                        "offset points",
+                        rotation=90,
+                        ha="right",
+                        va="center",
+                        ma="center",
+                    )
                     beside.set_in_layout(False)  # there is room
                 if k:
                     axis.set_xlabel(
