@@ -20,7 +20,7 @@ from gdlib import io
 from gdlib.cli.main import main
 from gdlib.evaluate.metrics import evaluate
 from gdlib.segment import segmenters
-from gdlib.volumes import blockwise
+from gdlib.volumes import jobs, stitch
 from gdlib.volumes.grid import Grid, options
 
 ROOT = Path(__file__).parents[1]
@@ -94,24 +94,20 @@ def run_blocks(folder, label_affinity, foreground, grid, segmenter, **parameters
     for name in grid.names:
         core = grid.core(name)
         with io.create_h5(
-            folder / f"predictions/{name}.h5", made_for=blockwise._fingerprint(plan)
+            folder / f"predictions/{name}.h5", made_for=jobs._fingerprint(plan)
         ) as file:
             io.put(file, "affinity", label_affinity[(slice(None), *core)])
             io.put(file, "foreground", foreground[core])
     for name in reversed(grid.names):  # the order of jobs does not matter
-        blockwise.segment(
-            plan, name, folder / "predictions", folder / f"segments/{name}.h5", settings
-        )
+        jobs.segment(plan, name, folder / "predictions", folder / f"segments/{name}.h5", settings)
     for name in grid.names:
-        blockwise.match(
-            plan, name, folder / "segments", folder / f"matches/{name}.h5", grid.overlap
-        )
+        jobs.match(plan, name, folder / "segments", folder / f"matches/{name}.h5", grid.overlap)
     minimum = settings["parameters"]["min_size"]
-    count = blockwise.number(
+    count = jobs.number(
         plan, folder / "segments", folder / "matches", folder / "numbers.h5", minimum
     )
     for name in grid.names:
-        blockwise.relabel(
+        jobs.relabel(
             plan,
             name,
             folder / "segments",
@@ -119,11 +115,11 @@ def run_blocks(folder, label_affinity, foreground, grid, segmenter, **parameters
             folder / f"labels/{name}.h5",
             grid.overlap,
         )
-    blockwise.join(plan, folder / "labels", folder / "labels.h5", settings)
+    jobs.join(plan, folder / "labels", folder / "labels.h5", settings)
     with io.open_h5(folder / "labels.h5") as file:
         label = file["volumes/raw"][()]
         assert file["volumes/raw"].attrs["resolution"][-1] == 4.0
-    tiles = blockwise.tiles(plan, folder / "labels", (64, 32))
+    tiles = jobs.tiles(plan, folder / "labels", (64, 32))
     tifffile.imwrite(folder / "labels.tif", tiles, shape=grid.shape, dtype=np.uint32, tile=(64, 32))
     assert np.array_equal(tifffile.imread(folder / "labels.tif"), label)
     assert label.dtype == np.uint32
@@ -188,24 +184,24 @@ def test_pieces_that_are_the_same():
     # look.
     a[1:4] = a[6:9] = 7
     b[1:4], b[6:8] = 1, 2
-    assert blockwise.same(a, b, 1, 15).tolist() == [[7, 1, 3], [7, 2, 2]]
+    assert stitch.same(a, b, 1, 15).tolist() == [[7, 1, 3], [7, 2, 2]]
     # Neither is half of the other.
     a[1:9], b[1:9] = 7, 0
     b[7:12] = 1
-    assert blockwise.same(a, b, 1, 15).tolist() == []
+    assert stitch.same(a, b, 1, 15).tolist() == []
     # What does not cross the face is nobody's concern.
     b[1:9] = 1
-    assert blockwise.same(a, b, 1, 15).tolist() == [[7, 1, 8]]
+    assert stitch.same(a, b, 1, 15).tolist() == [[7, 1, 8]]
     a[:, 15:] = 0
-    assert blockwise.same(a, b, 1, 15).tolist() == []
-    assert blockwise.same(np.zeros_like(a), b, 1, 15).shape == (0, 3)
+    assert stitch.same(a, b, 1, 15).tolist() == []
+    assert stitch.same(np.zeros_like(a), b, 1, 15).shape == (0, 3)
 
 
 def test_contacts():
     label = np.array([[1, 1, 0, 3], [2, 2, 2, 3], [2, 0, 5, 5]], np.uint32)
-    assert blockwise.contacts(label).tolist() == [[1, 2, 2], [2, 3, 1], [2, 5, 1], [3, 5, 1]]
-    assert blockwise.contacts(np.stack([label, label + 5]))[:, 2].sum() > 12
-    assert blockwise.contacts(label * 0).shape == (0, 3)
+    assert stitch.contacts(label).tolist() == [[1, 2, 2], [2, 3, 1], [2, 5, 1], [3, 5, 1]]
+    assert stitch.contacts(np.stack([label, label + 5]))[:, 2].sum() > 12
+    assert stitch.contacts(label * 0).shape == (0, 3)
 
 
 def test_one_block_that_joins_two_objects_is_outvoted():
@@ -214,11 +210,11 @@ def test_one_block_that_joins_two_objects_is_outvoted():
     attracted = np.array([[1, 3, 9], [2, 3, 4], [3, 4, 9], [3, 5, 4], [6, 7, 1]])
     repelled = np.array([[1, 2, 20], [4, 5, 20]])
     group = np.array([0, 1, 1, 1, 1, 1, 2, 2])
-    divided = blockwise._divided(group, attracted, repelled)
+    divided = stitch.divided(group, attracted, repelled)
     assert divided[1] == divided[3] == divided[4]
     assert len(np.unique(divided)) == 5
     assert divided[6] == divided[7]
-    assert blockwise._divided(group, attracted, np.empty((0, 3), np.int64)) is group
+    assert stitch.divided(group, attracted, np.empty((0, 3), np.int64)) is group
 
 
 @pytest.mark.parametrize("segmenter", ["mutex_watershed", "waterz", "multicut"])
@@ -335,16 +331,16 @@ def test_what_was_made_for_other_settings_is_an_error(tmp_path):
         "parameters": segmenters.defaults("mutex_watershed", 2) | {"min_size": 7},
     }
     other = tmp_path / "segments" / "0-0.h5"
-    blockwise.segment(plan, "0-0", tmp_path / "predictions", other, settings)
+    jobs.segment(plan, "0-0", tmp_path / "predictions", other, settings)
     for step in (
-        lambda: blockwise.match(plan, "0-0", tmp_path / "segments", tmp_path / "m.h5", [8, 8]),
-        lambda: blockwise.number(
+        lambda: jobs.match(plan, "0-0", tmp_path / "segments", tmp_path / "m.h5", [8, 8]),
+        lambda: jobs.number(
             plan, tmp_path / "segments", tmp_path / "matches", tmp_path / "n.h5", 0
         ),
-        lambda: blockwise.relabel(
+        lambda: jobs.relabel(
             plan, "0-0", tmp_path / "segments", tmp_path / "numbers.h5", tmp_path / "l.h5", [8, 8]
         ),
-        lambda: blockwise.segment(
+        lambda: jobs.segment(
             plan | {"offsets": plan["offsets"][:2]},
             "0-0",
             tmp_path / "predictions",

@@ -26,7 +26,7 @@ from gdlib.predict.predictor import BLOCK, Predictor
 from gdlib.segment import mutex
 from gdlib.segment.parameters import defaults
 from gdlib.types import Embedding
-from gdlib.volumes import blockwise, footprint, grid, large, memory
+from gdlib.volumes import footprint, grid, jobs, large, memory
 from gdlib.volumes.footprint import choose, live_bytes
 from gdlib.volumes.memory import GIB
 
@@ -533,13 +533,13 @@ def stopped(monkeypatch, module, name, after):
 )
 def test_what_was_stopped_goes_on(step, after, field, one_piece, limited, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        stopped(patch, blockwise, step, after)
+        stopped(patch, jobs, step, after)
         with pytest.raises(Stop):
             limited(field)
     assert [path.name for path in (tmp_path / "blocks").iterdir()] == [".field.blocks"]
     with monkeypatch.context() as patch:
-        predicted = stopped(patch, blockwise, "predict_with", 99)
-        segmented = stopped(patch, blockwise, "segment", 99)
+        predicted = stopped(patch, jobs, "predict_with", 99)
+        segmented = stopped(patch, jobs, "segment", 99)
         limited(field)
     if step == "predict_with":
         assert len(predicted) == 9 - after
@@ -555,7 +555,7 @@ def test_what_was_stopped_goes_on(step, after, field, one_piece, limited, monkey
 def stop_after_segments(limited, field, monkeypatch, count):
     """Segment the first blocks of an image, and return the folder of what is left."""
     with monkeypatch.context() as patch:
-        stopped(patch, blockwise, "segment", count)
+        stopped(patch, jobs, "segment", count)
         with pytest.raises(Stop):
             limited(field)
     return limited.out / ".field.blocks"
@@ -566,8 +566,8 @@ def test_other_parameters_need_no_other_prediction(field, limited, monkeypatch):
     kept = {path.name for path in (folder / "predictions").iterdir()}
     assert len(kept) > 4
     with monkeypatch.context() as patch:
-        predicted = stopped(patch, blockwise, "predict_with", 99)
-        segmented = stopped(patch, blockwise, "segment", 99)
+        predicted = stopped(patch, jobs, "predict_with", 99)
+        segmented = stopped(patch, jobs, "segment", 99)
         limited(field, "--min-size", "30")
     assert len(predicted) == 9 - len(kept)
     assert len(segmented) == 9
@@ -577,14 +577,14 @@ def test_other_parameters_need_no_other_prediction(field, limited, monkeypatch):
 def test_nothing_is_kept_of_another_image(field, limited, monkeypatch):
     plan = stop_after_segments(limited, field, monkeypatch, 2) / "plan.json"
     io.write_text(plan, json.dumps(json.loads(plan.read_text()) | {"identity": "another"}))
-    predicted = stopped(monkeypatch, blockwise, "predict_with", 99)
+    predicted = stopped(monkeypatch, jobs, "predict_with", 99)
     limited(field)
     assert len(predicted) == 9
 
 
 def test_too_small_a_disk_is_said_before(field, limited, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
-    predicted = stopped(monkeypatch, blockwise, "predict_with", 0)
+    predicted = stopped(monkeypatch, jobs, "predict_with", 0)
     limited(field, code=1)
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"gdlib: error: {field}: in blocks it needs about ")

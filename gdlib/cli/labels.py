@@ -54,7 +54,7 @@ def write_blocks(
     """
     import tifffile
 
-    from gdlib.volumes import blockwise
+    from gdlib.volumes import jobs
 
     if dataset is None:
         shape, tile = tuple(plan["shape"]), CHUNK[2]
@@ -64,10 +64,10 @@ def write_blocks(
             "tile": tile,
         }
         with io.atomic(target) as temporary:
-            tifffile.imwrite(temporary, blockwise.tiles(plan, labels, tile), **options)
+            tifffile.imwrite(temporary, jobs.tiles(plan, labels, tile), **options)
         return
     with outputs.added_h5(target) as file:
-        label = blockwise.gathered(plan, labels, file, dataset)
+        label = jobs.gathered(plan, labels, file, dataset)
         label.attrs.update(attributes | {outputs.SOFTWARE: mark})
 
 

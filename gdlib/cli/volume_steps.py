@@ -1,6 +1,6 @@
 """The steps of one large volume, as `workflow/volume.smk` calls them.
 
-See `gdlib.volumes.blockwise`.
+See `gdlib.volumes.jobs`.
 """
 
 import argparse
@@ -35,12 +35,12 @@ def add_volume_steps(add: Callable[..., None]) -> None:
         step: str, function: str, help: str, /, own: Callable = OF_A_BLOCK, **arguments: dict
     ) -> None:
         def run(parsed: argparse.Namespace) -> None:
-            from gdlib.volumes import blockwise
+            from gdlib.volumes import jobs
 
             given = {key: getattr(parsed, key) for key in arguments if key != "threads"}
             if "plan" in given:
                 given["plan"] = _read_plan(given["plan"])
-            if (result := getattr(blockwise, function)(**given)) is not None:
+            if (result := getattr(jobs, function)(**given)) is not None:
                 print(f"{result} objects")
 
         add(step, run, help, {"out": own}, **arguments)

@@ -10,7 +10,7 @@ where that is too much.
 | | (`Segmenter.memory`) |
 
 It is what is needed at most, but for predictions that are little more than noise. Where objects
-fill a fifth of an image, a third is enough. In blocks (see `gdlib.volumes.blockwise`), a block is
+fill a fifth of an image, a third is enough. In blocks (see `gdlib.volumes.jobs`), a block is
 predicted while another one, with its overlap, is segmented.
 """
 

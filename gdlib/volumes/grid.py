@@ -1,4 +1,4 @@
-"""How a volume is cut into blocks, and what its user may choose; see `gdlib.volumes.blockwise`.
+"""How a volume is cut into blocks, and what its user may choose; see `gdlib.volumes.jobs`.
 
 Starts without torch.
 """

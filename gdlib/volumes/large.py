@@ -1,4 +1,4 @@
-"""One image that memory does not hold, in one process: the steps of `gdlib.volumes.blockwise`, one
+"""One image that memory does not hold, in one process: the steps of `gdlib.volumes.jobs`, one
 block after the other.
 
 Finished blocks wait as files in a folder beside the result, so that what was stopped goes on there.
@@ -18,7 +18,7 @@ from gdlib import io
 from gdlib.predict.files import lock, made_with
 from gdlib.predict.predictor import Predictor, Source
 from gdlib.progress import Progress
-from gdlib.volumes import blockwise
+from gdlib.volumes import jobs
 from gdlib.volumes.footprint import Choice, gib
 from gdlib.volumes.grid import Grid
 
@@ -63,7 +63,7 @@ def segment_in_blocks(
             "weights_sha256": weights_sha256,
             "made_with": made_with(predictor),
         }
-        plan |= blockwise.planned(predictor, source, grid.block, segmenter)
+        plan |= jobs.planned(predictor, source, grid.block, segmenter)
         settings = {"overlap": list(grid.overlap), "parameters": dict(parameters)}
         _begin(folder, plan, settings)
         _check_space(folder, choice, len(plan["offsets"]) + 1, image)
@@ -74,10 +74,10 @@ def segment_in_blocks(
         )
         for name in grid.names:
             if not (matches / f"{name}.h5").exists():
-                blockwise.match(plan, name, segments, matches / f"{name}.h5", grid.overlap)
-        count = blockwise.number(plan, segments, matches, numbers, parameters["min_size"])
+                jobs.match(plan, name, segments, matches / f"{name}.h5", grid.overlap)
+        count = jobs.number(plan, segments, matches, numbers, parameters["min_size"])
         for name in grid.names:
-            blockwise.relabel(plan, name, segments, numbers, labels / f"{name}.h5", grid.overlap)
+            jobs.relabel(plan, name, segments, numbers, labels / f"{name}.h5", grid.overlap)
         write(plan, labels)
     shutil.rmtree(folder)
     return count
@@ -140,7 +140,7 @@ def _segments(
     done = set(grid.names) - set(waiting)
 
     def finish(name: str) -> None:
-        blockwise.segment(plan, name, predictions, segments / f"{name}.h5", settings)
+        jobs.segment(plan, name, predictions, segments / f"{name}.h5", settings)
         done.add(name)
         bar.update()
         for other in grid.touching(name):
@@ -160,7 +160,7 @@ def _segments(
             out = predictions / f"{name}.h5"
             if name in wanted and not out.exists():
                 try:
-                    blockwise.predict_with(predictor, source, plan, name, out)
+                    jobs.predict_with(predictor, source, plan, name, out)
                 except io.DataError:
                     shutil.rmtree(folder, ignore_errors=True)
                     raise

@@ -33,12 +33,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import bioimage_cpp as bic
 import h5py
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from skimage.segmentation import relabel_sequential, watershed
 
 from gdlib import __version__, io
 from gdlib.boxes import absolute, intersection, relative
@@ -47,6 +45,7 @@ from gdlib.data.intensity import working_type
 from gdlib.segment import segmenters
 from gdlib.segment.parameters import checked
 from gdlib.volumes.grid import Grid
+from gdlib.volumes.stitch import contacts, divided, same, without_fragments
 
 COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "track_times": False}
 SLAB = 2**24  # pixels of a volume that are in memory at once when it is written as TIFF
@@ -208,7 +207,7 @@ def segment(
     )
     del affinity, foreground
     cut = [(s.start > 0, s.stop < n) for s, n in zip(around, grid.shape, strict=True)]
-    label = _without_fragments(label, min_fragment, cut)
+    label = without_fragments(label, min_fragment, cut)
     own = label[relative(core, around)]
     size = np.bincount(own.ravel(), minlength=int(label.max(initial=0)) + 1)
     size[0] = 0  # the background
@@ -216,43 +215,6 @@ def segment(
         io.put(file, "label", label, io.BLOCK if label.ndim == 3 else None)
         io.put(file, "size", size)
         file["contacts"] = contacts(own)
-
-
-def _without_fragments(
-    label: np.ndarray, min_fragment: int, cut: Sequence[tuple[bool, bool]]
-) -> np.ndarray:
-    """Give segments below `min_fragment` to touching larger ones, but for those that may go on
-    beyond the cuts.
-    """
-    small = np.bincount(label.ravel()) < min_fragment
-    small[:1] = False
-    for axis, ends in enumerate(cut):
-        for side, is_cut in zip((0, -1), ends, strict=True):
-            if is_cut:
-                small[label.take(side, axis)] = False
-    if small.any():
-        # As in gdlib.segment.segmenters: flooding without relief.
-        kept = np.where(small[label], 0, label).astype(np.int32)
-        flooded = watershed(np.zeros(label.shape, np.uint8), kept, mask=label > 0)
-        label = np.where(flooded > 0, flooded, label)
-    return relabel_sequential(label)[0].astype(np.uint32)
-
-
-def contacts(label: np.ndarray) -> np.ndarray:
-    """Return which segments touch: (n, 3) int64, the smaller label, the larger one, and how many
-    pairs of pixels do.
-    """
-    found = [np.empty(0, np.int64)]
-    count = int(label.max(initial=0)) + 1
-    for axis in range(label.ndim):
-        before, after = (
-            np.moveaxis(label, axis, 0)[part] for part in (slice(None, -1), slice(1, None))
-        )
-        touching = (before != after) & (before > 0) & (after > 0)
-        u, v = before[touching].astype(np.int64), after[touching].astype(np.int64)
-        found.append(np.minimum(u, v) * count + np.maximum(u, v))
-    code, area = np.unique(np.concatenate(found), return_counts=True)
-    return np.stack([code // count, code % count, area], 1)
 
 
 def match(
@@ -274,35 +236,6 @@ def match(
                 a = mine["label"][relative(box, grid.around(name))]
                 b = theirs["label"][relative(box, grid.around(other))]
             target[str(axis)] = same(a, b, axis, face - box[axis].start)
-
-
-def same(a: np.ndarray, b: np.ndarray, axis: int, face: int) -> np.ndarray:
-    """Return the pairs of labels that are the same region in two segmentations of one place.
-
-    Labels are compared piece by piece, a piece being what is connected here: an object that leaves
-    a block twice and is one only beyond has two pieces. Two pieces are the same if more than half
-    of the smaller one is common, and count if they cross the face.
-
-    Args:
-        a: ([Z,] Y, X) uint32, labels of one block, 0 = background.
-        b: labels of the next block.
-        axis: along which they are neighbours.
-        face: where, in pixels; what is before it is the first block's own.
-
-    Returns:
-        (n, 3) int64: a label of each, and the area in which a piece of them crosses the face.
-    """
-    pieces = [bic.segmentation.label(label, connectivity=1).astype(np.int64) for label in (a, b)]
-    sizes = [np.bincount(piece.ravel()) for piece in pieces]
-    both = np.where((a > 0) & (b > 0), pieces[0] * len(sizes[1]) + pieces[1], 0)
-    codes, first, common = np.unique(both, return_index=True, return_counts=True)
-    smaller = np.minimum(sizes[0][codes // len(sizes[1])], sizes[1][codes % len(sizes[1])])
-    planes = (np.searchsorted(codes, both.take(k, axis).ravel()) for k in (face - 1, face))
-    area = np.minimum(*(np.bincount(plane, minlength=len(codes)) for plane in planes))
-    found = (codes > 0) & (area > 0) & (2 * common > smaller)
-    return np.stack([a.ravel()[first[found]], b.ravel()[first[found]], area[found]], 1).astype(
-        np.int64
-    )
 
 
 def number(plan: Mapping[str, Any], segments: Path, matches: Path, out: Path, min_size: int) -> int:
@@ -344,7 +277,7 @@ def number(plan: Mapping[str, Any], segments: Path, matches: Path, out: Path, mi
         with _opened(segments / f"{name}.h5", made_for) as file:
             touching = file["contacts"][()] + [start[name], start[name], 0]
         pairs.append(touching[group[touching[:, 0]] == group[touching[:, 1]]])
-    group = _divided(group, attracted, np.concatenate(pairs))
+    group = divided(group, attracted, np.concatenate(pairs))
     kept = np.bincount(group, weights=size) >= max(1, min_size)
     if (count := int(kept.sum())) >= 2**32:
         raise ValueError(
@@ -354,29 +287,6 @@ def number(plan: Mapping[str, Any], segments: Path, matches: Path, out: Path, mi
         io.put(file, "number", np.where(kept, np.cumsum(kept), 0).astype(np.uint32)[group])
         io.put(file, "start", np.array(list(start.values()), np.int64))
     return count
-
-
-def _divided(group: np.ndarray, attracted: np.ndarray, repelled: np.ndarray) -> np.ndarray:
-    """Divide the groups in which segments repel each other, by a multicut (greedy additive, Keuper
-    et al., ICCV 2015).
-    """
-    doubtful = np.zeros(len(group), bool)
-    doubtful[group[repelled[:, 0]]] = True  # groups
-    edges = np.concatenate([attracted[doubtful[group[attracted[:, 0]]]], repelled * [1, 1, -1]])
-    if not len(edges):
-        return group
-    nodes, ends = np.unique(edges[:, :2], return_inverse=True)
-    code, index = np.unique(ends.reshape(-1, 2) @ [len(nodes), 1], return_inverse=True)
-    graph = bic.graph.UndirectedGraph.from_unique_edges(
-        len(nodes), np.stack([code // len(nodes), code % len(nodes)], 1).astype(np.uint64)
-    )
-    cost = np.bincount(index, weights=edges[:, 2])
-    parts = bic.graph.multicut.GreedyAdditiveMulticut().optimize(
-        bic.graph.multicut.MulticutObjective(graph, cost)
-    )
-    group = group.copy()
-    group[nodes] = len(group) + np.asarray(parts).astype(np.int64)
-    return np.unique(group, return_inverse=True)[1]
 
 
 def relabel(
