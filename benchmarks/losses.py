@@ -22,7 +22,7 @@ POOL = 7
 TERMS = {
     "supervised": ("supervised", 1.0, {}),
     "agd": ("agd", 1.0, {"balanced": True}),
-    "agd inter": ("agd", 1.0, {"memory": True, "pool": POOL}),
+    "agd inter": ("original", 1.0, {"part": "affinities", "memory": True, "pool": POOL}),
     "igd nodes": ("igd", 0.1, {"part": "nodes"}),
     "igd edges": ("igd", 1.0, {"part": "edges"}),
     "igd inter": ("igd", 1.0, {"memory": True, "part": "edges"}),

@@ -947,7 +947,7 @@ methods:
 ablations:
   bank_size: {title: bank size K, method: grd, keys: [recipe.bank.capacity], values: [4, 32]}
   both_weights: {method: grd, keys: [terms.agd.weight, terms.igd_edges_inter.weight], values: [0.5, 2]}
-  squared: {method: grd, keys: [terms.igd_nodes.options.power], values: [1, 2]}
+  squared: {method: grd_details, keys: [terms.original_nodes.options.power], values: [1, 2]}
   flip: {method: slow, keys: [recipe.augment.geometry.flip], values: [true, false]}
 """
 
@@ -1023,12 +1023,12 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(more):
         ),
         "term of an ablation": (
             "ablations.squared.keys",
-            ["terms.igd_node.options.power"],
-            "igd_nodes",
+            ["terms.original_node.options.power"],
+            "original_nodes",
         ),
         "option of an ablation": (
             "ablations.squared.keys",
-            ["terms.igd_nodes.options.powr"],
+            ["terms.original_nodes.options.powr"],
             "power",
         ),
         "value of an ablation": ("ablations.bank_size.values", [0], "greater than or equal to 1"),

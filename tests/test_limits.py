@@ -378,9 +378,9 @@ PLUG_INS = [
     (NETWORKS, "enet", {"dropout": 1}, "dropout must be a number of at least 0 and below 1"),
     (NETWORKS, "segformer", {"heads": [0, 2, 5, 8]}, "heads.0 must be"),
     (NETWORKS, "mobilenetv2", {"embedding_dim": 0}, f"embedding_dim must be {ONE}"),
-    (TERMS, "agd", {"pool": 0}, f"pool must be {ONE} (got 0)"),
+    (TERMS, "original", {"pool": 0}, f"pool must be {ONE} (got 0)"),
     (TERMS, "skd", {"pool": -2}, "pool"),
-    (TERMS, "igd", {"power": 3}, "power must be 1 or 2 (got 3)"),
+    (TERMS, "original", {"power": 3}, "power must be 1 or 2 (got 3)"),
     (TERMS, "igd", {"part": "node"}, "part must be 'nodes' or 'edges'"),
     (TERMS, "cwd", {"temperature": 0}, "temperature must be a number above 0"),
     (

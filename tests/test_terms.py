@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdlib import kernels
+from gdlib.config import Config
 from gdlib.distill import Targets, View, build_term
 from gdlib.distill.bank import mean_record
 from gdlib.distill.terms.agd import agd_inter_loss
@@ -175,29 +176,49 @@ def with_options(formula, **options):
 KD = {
     "agd": ("agd", {}, agd_intra),
     "agd balanced": ("agd", {"balanced": True}, with_options(agd_intra, balanced=True)),
-    "agd wrapped": ("agd", {"wrap_around": True}, with_options(agd_intra, wrap=True)),
+    "agd wrapped": (
+        "original",
+        {"part": "affinities", "wrap_around": True},
+        with_options(agd_intra, wrap=True),
+    ),
     "agd inter": ("agd", {"memory": True}, agd_inter),
-    "agd inter pooled": ("agd", {"memory": True, "pool": 7}, with_options(agd_inter, pool=7)),
+    "agd inter pooled": (
+        "original",
+        {"part": "affinities", "memory": True, "pool": 7},
+        with_options(agd_inter, pool=7),
+    ),
     "igd nodes": ("igd", {"part": "nodes"}, igd_nodes),
-    "igd nodes unsquared": ("igd", {"part": "nodes", "power": 1}, with_options(igd_nodes, power=1)),
+    "igd nodes unsquared": (
+        "original",
+        {"part": "nodes", "power": 1},
+        with_options(igd_nodes, power=1),
+    ),
     "igd nodes background": (
-        "igd",
+        "original",
         {"part": "nodes", "background": True},
         with_options(igd_nodes, background=True),
     ),
     "igd edges": ("igd", {"part": "edges"}, igd_edges),
-    "igd edges background": ("igd", {"background": True}, with_options(igd_edges, background=True)),
-    "igd edges detached": ("igd", {"detach_norm": True}, igd_edges),
+    "igd edges background": (
+        "original",
+        {"part": "edges", "background": True},
+        with_options(igd_edges, background=True),
+    ),
+    "igd edges detached": ("original", {"part": "edges", "detach_norm": True}, igd_edges),
     "igd inter": ("igd", {"memory": True}, igd_edges_inter),
     "igd inter background": (
-        "igd",
-        {"memory": True, "background": True},
+        "original",
+        {"part": "edges", "memory": True, "background": True},
         with_options(igd_edges_inter, background=True),
     ),
-    "igd inter detached": ("igd", {"memory": True, "detach_norm": True}, igd_edges_inter),
+    "igd inter detached": (
+        "original",
+        {"part": "edges", "memory": True, "detach_norm": True},
+        igd_edges_inter,
+    ),
     "igd inter accumulated": (
-        "igd",
-        {"memory": True, "accumulate": True},
+        "original",
+        {"part": "edges", "memory": True, "accumulate": True},
         with_options(igd_edges_inter, accumulate=5),
     ),
 }
@@ -458,7 +479,9 @@ def test_accumulated_weights_by_hand():
     ).repeat_interleave(2, 1)
     memory_label = memory_label[:, None].expand(4, *shape)
     images = random_images(4, shape, 3)
-    plain, accumulated = (build_term("igd", True, {"accumulate": a}) for a in (False, True))
+    plain, accumulated = (
+        build_term("original", True, {"part": "edges", "accumulate": a}) for a in (False, True)
+    )
     records = {
         n: r.float() for n, r in plain.record(view(images, Targets(memory_label, offsets))).items()
     }
@@ -488,6 +511,22 @@ def test_without_memory_the_loss_is_a_differentiable_zero(name):
         assert float(value.detach()) == 0
         value.backward()
         assert student.grad.abs().max() == 0
+
+
+def test_without_its_differences_the_original_is_agd_and_igd(catalogue):
+    """So that ablations of single differences are ablations of `grd`."""
+    student, teacher, label = case(2)
+    targets = Targets(label, OFFSETS[2])
+    methods = Config.parse(catalogue).methods
+    of_both = list(zip(methods["grd"].terms, methods["grd_details"].terms, strict=True))
+    assert {other.term for _, other in of_both} == {"original"}
+    for one, other in of_both:
+        values = []
+        for term in (one, other):
+            built = build_term(term.term, term.memory, term.options)
+            memory = recall(built, 2)
+            values.append(built(view(student, targets), view(teacher, targets), targets, memory))
+        assert (one.weight, values[0]) == (other.weight, values[1])
 
 
 def test_mean_record_ignores_what_is_not_valid():
@@ -679,13 +718,8 @@ def test_a_view_computes_in_float32():
 def test_what_a_view_computes_together_is_what_it_computes_alone(ndim):
     targets = Targets(torch.randint(0, 3, (2, 5, 9, 8)[: 1 + ndim]), OFFSETS[ndim])
     output = Embedding(torch.randn(2, 4, *targets.label.shape[1:]), None, {})
-    together = View(output, targets, {"affinity", "nodes", "gram", ("means", 2), ("means", 3)})
+    together = View(output, targets, {"affinity", "nodes", "gram"})
     alone = View(output, targets)
-    for side in (2, 3, 4):  # one of the first two is made with the rest
-        window = (3, side, side)[3 - ndim :]
-        expected = kernels.pool_windows(alone.unit, window)
-        for view in (together, alone):
-            torch.testing.assert_close(view.means(side), expected)
     torch.testing.assert_close(together.affinity, alone.affinity)
     torch.testing.assert_close(together.nodes, alone.nodes)
     torch.testing.assert_close(together.gram(), kernels.gram(alone.unit.flatten(1, -2)))
@@ -694,13 +728,10 @@ def test_what_a_view_computes_together_is_what_it_computes_alone(ndim):
 def test_wrong_names_and_options():
     with pytest.raises(UnknownName, match=r'"adg".*did you mean "agd"'):
         build_term("adg", False, {})
-    for options in (
-        {"part": "edge"},
-        {"part": "nodes", "memory": True},
-        {"part": "nodes", "power": 3},
-    ):
-        with pytest.raises(ValueError, match=r'loss term "igd".*(part|power)'):
-            build_term("igd", False, options)
+    for options in ({"part": "edge"}, {"part": "nodes", "memory": True}):
+        for name in ("igd", "original"):
+            with pytest.raises(ValueError, match=rf'loss term "{name}".*part'):
+                build_term(name, False, options)
         with pytest.raises(ValueError, match="igd: part"):
             IGD(**options)
     for name in ("supervised", "foreground"):

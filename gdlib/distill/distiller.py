@@ -211,7 +211,7 @@ class Distiller(nn.Module):
             projected = view(feature, teacher)
         return Views(student, projected, teacher, at_level)
 
-    def _uses(self, level: str | None) -> set[str | tuple[str, int]]:
+    def _uses(self, level: str | None) -> set[str]:
         """What terms ask of the views at a level."""
         return {
             use

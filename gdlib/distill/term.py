@@ -25,8 +25,8 @@ class Term(nn.Module):
             configuration refuses them.
         levels: feature maps that it reads from `View.output` itself, as far as the networks have
             them.
-        uses: which of `affinity`, `nodes`, `gram`, `("means", side)` and `kernels.PAIR_LOSSES` of
-            the student's view it asks for. Only for speed: these are computed together.
+        uses: which of `affinity`, `nodes`, `gram` and `kernels.PAIR_LOSSES` of the student's view
+            it asks for. Only for speed: these are computed together.
     """
 
     needs_teacher = True
@@ -34,7 +34,7 @@ class Term(nn.Module):
     projected = True
     apart: Sequence[dict[str, Any]] = ()
     levels: Sequence[str] = ()
-    uses: Collection[str | tuple[str, int]] = ()
+    uses: Collection[str] = ()
 
     def __init__(self, memory: bool = False) -> None:
         super().__init__()

@@ -28,14 +28,12 @@ class View:
         self,
         output: Embedding,
         targets: Targets,
-        uses: Collection[str | tuple[str, int]] = (),
+        uses: Collection[str] = (),
         other: "View | None" = None,
     ) -> None:
         self.output = output
         self.targets = targets
-        # windows of one size in a pass
-        one = max((use for use in uses if isinstance(use, tuple)), default=None)
-        self.uses = {use for use in uses if isinstance(use, str) or use == one}
+        self.uses = {*uses}
         if self.uses.intersection(kernels.PAIR_LOSSES):
             self.uses.add("affinity")
         self.other = other
@@ -85,14 +83,7 @@ class View:
         teacher = None if kinds == ["labels"] else self.other.affinity
         return kernels.pair_losses(self.affinity, teacher, self.targets.pairs, kinds)
 
-    def means(self, side: int) -> Tensor:
-        """(B, [z,] y, x, D) means of the unit vectors over windows of `side` pixels.
-
-        In 3D they are 3 sections deep.
-        """
-        return self._relate(("means", side)).means
-
-    def _relate(self, use: str | tuple[str, int], other: "View | None" = None) -> kernels.Relations:
+    def _relate(self, use: str, other: "View | None" = None) -> kernels.Relations:
         if use not in self.uses or (use == "gram" and other is not self.other):
             return self._compute({use}, other)
         return self._together
@@ -101,23 +92,16 @@ class View:
     def _together(self) -> kernels.Relations:
         return self._compute(self.uses, self.other)
 
-    def _compute(
-        self, uses: Collection[str | tuple[str, int]], other: "View | None"
-    ) -> kernels.Relations:
+    def _compute(self, uses: Collection[str], other: "View | None") -> kernels.Relations:
         subtract = other is not None and "gram" in uses
         if subtract:
             check_comparable(self.rows, other.rows)
-        windows = [
-            (3, side, side)[5 - self.rows.ndim :]
-            for _, side in (use for use in uses if isinstance(use, tuple))
-        ]
         return kernels.relate(
             self.rows,
             self.targets.offsets if "affinity" in uses else (),
             self.targets.instances if "nodes" in uses else None,
             "gram" in uses,
             other.rows if subtract else None,
-            *windows,
         )
 
 

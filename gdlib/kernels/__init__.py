@@ -10,7 +10,6 @@ ones beside them, which say what it means.
 
 from gdlib.kernels.affinities import (
     affinities,
-    affinities_wrapped,
     affinity_targets,
     balance,
     class_weights,
@@ -22,7 +21,7 @@ from gdlib.kernels.affinities import (
     unit,
     widen_borders,
 )
-from gdlib.kernels.nodes import Instances, gram, node_grams, numbered, pool_instances, pool_windows
+from gdlib.kernels.nodes import Instances, gram, node_grams, numbered, pool_instances
 from gdlib.kernels.relate import PAIR_LOSSES, Pairs, Relations, pair_loss, pair_losses, relate
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "Pairs",
     "Relations",
     "affinities",
-    "affinities_wrapped",
     "affinity_targets",
     "balance",
     "class_weights",
@@ -45,7 +43,6 @@ __all__ = [
     "pair_losses",
     "pairs_of",
     "pool_instances",
-    "pool_windows",
     "relate",
     "rows",
     "unit",

@@ -118,15 +118,6 @@ def affinities(unit: Tensor, offsets: Offsets) -> Tensor:
     return _Affinities.apply(unit, tuple(map(tuple, offsets)))
 
 
-def affinities_wrapped(unit: Tensor, offsets: Offsets) -> Tensor:
-    """Like `affinities`, but the image is a torus.
-
-    PAPER: what the original 2D code distils (`torch.roll`).
-    """
-    dims = tuple(range(1, unit.ndim - 1))
-    return torch.stack([(unit * unit.roll([-d for d in o], dims)).sum(-1) for o in offsets], 1)
-
-
 def inside(offsets: Offsets, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Boolean (K, [Z,] Y, X): is the neighbour inside the image?"""
     out = torch.zeros(len(offsets), *shape, dtype=torch.bool, device=device)

@@ -1,7 +1,5 @@
 """Instances as nodes: which pixel belongs to which, means over them, Gram matrices."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -78,30 +76,6 @@ def pool_instances(rows: Tensor, instances: Instances) -> Tensor:
     size = instances.size.to(flat.dtype)
     total = flat.new_zeros(size.numel() + 1, flat.shape[1]).index_add(0, instances.index, flat)
     return total[:-1].reshape(*size.shape, flat.shape[1]) / size.clamp(min=1)[..., None]
-
-
-def pool_windows(rows: Tensor, window: Sequence[int]) -> Tensor:
-    """Mean over windows that lie side by side; the last one of an axis may be cut off.
-
-    One matrix product for each axis, forward and backward faster on a CPU than torch's pooling.
-
-    Args:
-        rows: (B, [Z,] Y, X, D).
-        window: ([z,] y, x) side lengths, in pixels.
-
-    Returns:
-        (B, [ceil(Z / z),] ceil(Y / y), ceil(X / x), D).
-    """
-    for axis, width in enumerate(window, 1):
-        before, sides = rows.shape[:axis], rows.shape[axis + 1 :]
-        number = torch.arange(rows.shape[axis], device=rows.device) // width
-        member = (
-            number == torch.arange(-(-rows.shape[axis] // width), device=rows.device)[:, None]
-        ).to(rows.dtype)
-        mean = member / member.sum(1, keepdim=True)
-        flat = rows.reshape(before.numel(), rows.shape[axis], sides.numel())
-        rows = (mean @ flat).reshape(*before, len(mean), *sides)
-    return rows
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from gdlib.kernels.affinities import (
     pairs_of,
     unit,
 )
-from gdlib.kernels.nodes import Instances, gram, numbered, pool_instances, pool_windows
+from gdlib.kernels.nodes import Instances, gram, numbered, pool_instances
 from gdlib.types import Offsets
 
 
@@ -131,13 +131,11 @@ class Relations(NamedTuple):
         affinity: (B, K, [Z,] Y, X), `affinities` of the unit vectors.
         nodes: (B, M, D), `pool_instances` of the raw vectors.
         gram: (B, D, D), `gram` of the unit vectors.
-        means: `pool_windows` of the unit vectors.
     """
 
     affinity: Tensor | None = None
     nodes: Tensor | None = None
     gram: Tensor | None = None
-    means: Tensor | None = None
 
 
 def relate(
@@ -146,7 +144,6 @@ def relate(
     instances: Instances | None = None,
     moments: bool = False,
     other: Tensor | None = None,
-    window: Sequence[int] | None = None,
 ) -> Relations:
     """Compute what losses need of a map, in as few passes over it as possible.
 
@@ -156,12 +153,11 @@ def relate(
         instances: for nodes.
         moments: also compute the Gram matrix.
         other: rows, without gradient, whose unit vectors are subtracted before that.
-        window: side lengths, for means.
     """
-    vectors = unit(rows) if window or not fused.usable(rows, other) else None
     if fused.usable(rows, other):
         affinity, second = fused.relate(rows, offsets, moments, other)
     else:
+        vectors = unit(rows)
         affinity = affinities(vectors, offsets) if offsets else None
         difference = vectors if other is None or not moments else vectors - unit(other)
         second = gram(difference.flatten(1, -2)) if moments else None
@@ -169,5 +165,4 @@ def relate(
         affinity,
         pool_instances(rows, instances) if instances else None,
         second,
-        pool_windows(vectors, window) if window else None,
     )

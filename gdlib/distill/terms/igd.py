@@ -10,23 +10,65 @@ from torch import Tensor
 
 from gdlib import kernels
 from gdlib.distill import Targets, Term, View, check_comparable
+from gdlib.distill.bank import mean_record
 
 __all__ = ["IGD"]
 
 
-def node_loss(student: Tensor, teacher: Tensor, count: Tensor, power: int = 2) -> Tensor:
-    """`mean_b mean_i ||v_i^S - v_i^T||^power` over the instances i of each image b.
+class IGD(Term):
+    """Instance graph distillation, one part of it.
+
+    Args:
+        part: `nodes` or `edges`.
+        memory: compare with nodes of the memory bank (edges only) instead of within the image.
+    """
+
+    apart = ({"part": "nodes", "memory": True},)  # nodes of other images are other objects
+    uses = ("nodes",)
+
+    def __init__(self, *, part: Literal["nodes", "edges"] = "edges", memory: bool = False) -> None:
+        super().__init__(memory)
+        if part not in ("nodes", "edges") or (part == "nodes" and memory):
+            raise ValueError(
+                f'igd: part "{part}" with memory {memory}: part is "nodes" (within the image only) '
+                'or "edges"'
+            )
+        self.part = part
+
+    def record(self, teacher: View) -> dict[str, Tensor]:
+        """Keep the Gram matrix of each image's unit nodes, and their number."""
+        count = teacher.targets.instances.count
+        gram = kernels.node_grams(F.normalize(teacher.nodes, dim=2), count)
+        return {"gram": gram, "count": count.float()}
+
+    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
+        """Return the scalar loss; a differentiable 0 without instances or memory."""
+        if self.part == "nodes" or self.memory:
+            check_comparable(student.nodes, teacher.nodes)
+        count = targets.instances.count
+        if self.part == "nodes":
+            return node_loss(student.nodes, teacher.nodes, count)
+        edges = F.normalize(student.nodes, dim=2), F.normalize(teacher.nodes, dim=2), count
+        if not self.memory:
+            return edge_loss(*edges)
+        if not memory:
+            return student.nodes.sum() * 0
+        return edge_inter_loss(*edges, mean_record(with_nodes(memory), "gram"))
+
+    def entries(self, memory: dict) -> Tensor:
+        """Count the sampled entries that have an instance."""
+        return with_nodes(memory)["valid"].sum()
+
+
+def node_loss(student: Tensor, teacher: Tensor, count: Tensor) -> Tensor:
+    """`mean_b mean_i ||v_i^S - v_i^T||^2` over the instances i of each image b.
 
     Args:
         student: (B, M, D) nodes, 0 where an image has fewer than M.
         teacher: likewise, no gradient.
         count: (B,) nodes of each image; one without instances counts as 0.
-        power: 2 is the paper's formula. PAPER: the original code takes the norm without the square,
-            power 1.
     """
     squared = (student - teacher).square().sum(2)
-    if power == 1:  # the root has no gradient at 0
-        squared = torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
     return (squared.sum(1) / count.clamp(min=1)).mean()
 
 
@@ -71,96 +113,6 @@ def edge_inter_loss(student: Tensor, teacher: Tensor, count: Tensor, memory_gram
     return (kernels.node_grams(student - teacher, count) * memory_gram).sum((1, 2)).mean()
 
 
-class IGD(Term):
-    """Instance graph distillation, one part of it.
-
-    Args:
-        part: `nodes` or `edges`.
-        memory: compare with nodes of the memory bank (edges only) instead of within the image.
-        power: exponent of the node distance; see `node_loss`.
-        background: PAPER: make the background a node too, as the original 3D code does.
-        detach_norm: PAPER: treat the norm in the cosine of an edge as a constant, as the original
-            code does; same value, other gradient.
-        accumulate: PAPER: weigh the sampled memory images as the original code does, whose node
-            list grows inside its loop: the l-th image gets `2 N_b / (N_b + sum_(k<l) K_k)` instead
-            of 1.
-    """
-
-    apart = ({"part": "nodes", "memory": True},)  # nodes of other images are other objects
-
-    def __init__(
-        self,
-        *,
-        part: Literal["nodes", "edges"] = "edges",
-        memory: bool = False,
-        power: Literal[1, 2] = 2,
-        background: bool = False,
-        detach_norm: bool = False,
-        accumulate: bool = False,
-    ) -> None:
-        super().__init__(memory)
-        if part not in ("nodes", "edges") or (part == "nodes" and memory) or power not in (1, 2):
-            raise ValueError(
-                f'igd: part "{part}" with memory {memory} and power {power}: part is "nodes" '
-                "(within the image only; "
-                'power 1 or 2) or "edges"'
-            )
-        self.part = part
-        self.power = power
-        self.background = background
-        self.detach_norm = detach_norm
-        self.accumulate = accumulate
-        self.uses = () if background else ("nodes",)
-
-    def _graph(self, view: View) -> tuple[Tensor, kernels.Instances]:
-        if self.background:
-            instances = view.targets.instances_and_background
-            return kernels.relate(view.rows, instances=instances).nodes, instances
-        return view.nodes, view.targets.instances
-
-    def _unit(self, nodes: Tensor) -> Tensor:
-        if self.detach_norm:
-            return nodes / (nodes.norm(dim=2, keepdim=True).detach() + 1e-8)
-        return F.normalize(nodes, dim=2)
-
-    def record(self, teacher: View) -> dict[str, Tensor]:
-        """Keep the Gram matrix of each image's unit nodes, and their number."""
-        nodes, instances = self._graph(teacher)
-        return {
-            f"igd_gram_{self.background:d}": kernels.node_grams(self._unit(nodes), instances.count),
-            f"igd_count_{self.background:d}": instances.count.float(),
-        }
-
-    def forward(self, student: View, teacher: View, targets: Targets, memory: dict) -> Tensor:
-        """Return the scalar loss; a differentiable 0 without instances or memory."""
-        nodes, instances = self._graph(student)
-        nodes_teacher, _ = self._graph(teacher)
-        if self.part == "nodes" or self.memory:
-            check_comparable(nodes, nodes_teacher)
-        if self.part == "nodes":
-            return node_loss(nodes, nodes_teacher, instances.count, power=self.power)
-        if not self.memory:
-            return edge_loss(self._unit(nodes), self._unit(nodes_teacher), instances.count)
-        if f"igd_gram_{self.background:d}" not in memory:
-            return nodes.sum() * 0
-        gram = self._memory_gram(memory, instances)
-        return edge_inter_loss(self._unit(nodes), self._unit(nodes_teacher), instances.count, gram)
-
-    def entries(self, memory: dict) -> Tensor:
-        """Count the sampled entries that have an instance."""
-        return self._usable(memory).sum()
-
-    def _usable(self, memory: dict) -> Tensor:
-        return memory["valid"] & (memory[f"igd_count_{self.background:d}"] > 0)
-
-    def _memory_gram(self, memory: dict, instances: kernels.Instances) -> Tensor:
-        gram = memory[f"igd_gram_{self.background:d}"]
-        count = memory[f"igd_count_{self.background:d}"]
-        weight = self._usable(memory).float()
-        if self.accumulate:
-            count = count * weight
-            before = count.cumsum(0) - count
-            own = instances.count.float()[:, None]
-            share = 2 * own / (own + before).clamp(min=1) * weight
-            return torch.einsum("bl,lde->bde", share, gram) / len(weight)
-        return torch.tensordot(weight, gram, dims=1) / weight.sum().clamp(min=1)
+def with_nodes(memory: dict) -> dict:
+    """The memory of which only entries that have an instance are valid."""
+    return memory | {"valid": memory["valid"] & (memory["count"] > 0)}

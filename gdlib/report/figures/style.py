@@ -67,6 +67,7 @@ METHODS = {
     "grd_inter": Look("IGD + AGD inter", "#8A3C00", "^", (0, (1, 1))),
     "igd_nodes": Look("IGD nodes", "#9FB8D9", "P", (0, (4, 1))),
     "igd_edges": Look("IGD edges", "#2F6FA8", "X", (0, (4, 1))),
+    "grd_details": Look("IGD + AGD", "#D55E00"),
     "grd_original": Look("IGD + AGD, original code", "#FF7F50", "X", (0, (3, 1, 1, 1))),
     "at": Look("AT", "#CC79A7", "v"),
     "response": Look("response KD", "#E69F00", "p"),
