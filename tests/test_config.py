@@ -2,6 +2,7 @@
 and nearest valid name."""
 
 import copy
+import functools
 import json
 import math
 import subprocess
@@ -169,13 +170,26 @@ def test_studies_of_the_catalogue(catalogue):
     assert Config.parse(catalogue).study == "quick"
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
+@functools.cache
+def built(model, options):
+    """A network without weights, made once for all runs that have it."""
     import torch
 
-    from gdlib.distill import build_term
     from gdlib.models import build
 
+    with torch.device("meta"):
+        return build(model, json.loads(options))
+
+
+@functools.cache
+def built_term(name, memory, options):
+    from gdlib.distill import build_term
+
+    return build_term(name, memory, json.loads(options))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
     config = Config.parse(catalogue | {"study": study})
     runs = config.runs()
     chosen = config.selected
@@ -201,19 +215,18 @@ def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
         assert config.is_teacher(network) == (method == TEACHER)
         assert spec.options["in_channels"] == spec.channels == config.datasets[dataset].channels
         assert len(spec.patch) == len(spec.offsets[0])
-        with torch.device("meta"):
-            built = build(spec.model, spec.options)
-        assert built.ndim == len(spec.patch)
-        assert built.ndim == config.datasets[dataset].ndim
-        sides = zip(spec.patch, built.divisor, built.remainder, strict=True)
+        made = built(spec.model, json.dumps(spec.options))
+        assert made.ndim == len(spec.patch)
+        assert made.ndim == config.datasets[dataset].ndim
+        sides = zip(spec.patch, made.divisor, made.remainder, strict=True)
         assert not [n for n, divisor, remainder in sides if (n - remainder) % divisor]
         names = [term.name for term in spec.all_terms]
         assert len(set(names)) == len(names) >= 2
         for term in spec.all_terms:
-            build_term(term.term, term.memory, term.options)
+            assert built_term(term.term, term.memory, json.dumps(term.options))
         for segmenter in spec.segmenters:
             fixed = config.datasets[dataset].segmentation.get(segmenter, {})
-            assert fixed.keys() <= segmenters.defaults(segmenter, built.ndim).keys()
+            assert fixed.keys() <= segmenters.defaults(segmenter, made.ndim).keys()
 
 
 def test_segmenters_are_those_there_are():
@@ -301,7 +314,7 @@ TYPOS = {
     ),
     "term key": (rename("methods.agd.0.weight", "wieght"), "methods.agd.terms.0.wieght", "weight"),
     "term name": (put("methods.agd.0.term", "adg"), "methods.agd", "agd"),
-    "term option": (put("methods.agd.0.options", {"poool": 2}), "poool", "pool"),
+    "term option": (put("methods.agd.0.options", {"balancd": True}), "balancd", "balanced"),
     "model key": (
         rename("students.resunet_tiny.options", "option"),
         "students.resunet_tiny.option",
@@ -947,7 +960,7 @@ methods:
 ablations:
   bank_size: {title: bank size K, method: grd, keys: [recipe.bank.capacity], values: [4, 32]}
   both_weights: {method: grd, keys: [terms.agd.weight, terms.igd_edges_inter.weight], values: [0.5, 2]}
-  squared: {method: grd_details, keys: [terms.original_nodes.options.power], values: [1, 2]}
+  balance: {method: grd, keys: [terms.agd.options.balanced], values: [false, true]}
   flip: {method: slow, keys: [recipe.augment.geometry.flip], values: [true, false]}
 """
 
@@ -1000,10 +1013,10 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(more):
         "igd_nodes": 0.1,
         "igd_edges_inter": 2,
     }
-    squared = {v: config.method(f"squared={v}").terms[2] for v in (1, 2)}
-    assert {v: term.options for v, term in squared.items()} == {
-        v: {"part": "nodes", "power": v} for v in (1, 2)
-    }
+    for value in (False, True):
+        assert config.method(f"balance={str(value).lower()}").terms[0].options == {
+            "balanced": value
+        }
     still = config.run("nuclei_phantom", "resunet_tiny", "flip=false", 0)
     assert not still.recipe.augment.geometry.flip
     assert still.recipe.optimizer.lr == 1e-4
@@ -1022,14 +1035,14 @@ def test_an_ablation_changes_what_it_names_and_nothing_else(more):
             "write weight, recipe.",
         ),
         "term of an ablation": (
-            "ablations.squared.keys",
-            ["terms.original_node.options.power"],
-            "original_nodes",
+            "ablations.balance.keys",
+            ["terms.agdd.options.balanced"],
+            "agd",
         ),
         "option of an ablation": (
-            "ablations.squared.keys",
-            ["terms.original_nodes.options.powr"],
-            "power",
+            "ablations.balance.keys",
+            ["terms.agd.options.balancd"],
+            "balanced",
         ),
         "value of an ablation": ("ablations.bank_size.values", [0], "greater than or equal to 1"),
         "no value": ("ablations.bank_size.values", [], "ablations.bank_size.values"),
