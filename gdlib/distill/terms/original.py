@@ -48,7 +48,7 @@ class Original(Term):
     def __init__(
         self,
         *,
-        part: Literal["affinities", "nodes", "edges"],
+        part: Literal["affinities", "nodes", "edges"] = "edges",
         memory: bool = False,
         balanced: bool = False,
         wrap_around: bool = False,
