@@ -4,7 +4,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env study report test test-workflow test-slurm test-faults test-conda docs clean
+.PHONY: env study report test test-workflow test-slurm test-faults test-conda test-export docs clean
 
 env: $(BIN)/.installed
 
@@ -35,6 +35,10 @@ test-faults: env ## killed, full disk, damaged files, closed folders, on a real 
 
 test-conda: env ## the smoke study with --use-conda, where there is a conda command: minutes
 	pytest -v -rs tests/conda
+
+test-export: env ## what `gdlib export` writes for other programs; installs them; a minute or two
+	pip install --quiet -c constraints.txt -e ".[export]"
+	pytest -v -rs --durations=0 tests/export $(if $(ONLY),-k "$(ONLY)")
 
 docs: env ## the pages that are made from the code
 	gdlib schema > workflow/schemas/config.schema.json

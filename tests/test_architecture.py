@@ -46,19 +46,20 @@ ROOMS = {
     "segment": "io jit evaluate",
     "distill": "kernels models",
     "predict": "io kernels models data",
+    "export": "io kernels models data predict",
     "config": "evaluate segment",
     "train": "io kernels models evaluate data segment distill predict config",
     "volumes": "io data segment predict",
     "report": "io evaluate config",
     "trained": "io data segment predict",
-    "cli": "io models evaluate data segment predict config train volumes report trained",
+    "cli": "io models evaluate data segment predict export config train volumes report trained",
     "__main__": "cli",
 }
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds
 # that torch takes.
 WITH_TORCH = re.compile(
-    r"gdlib\.(processes|kernels|models|distill|predict|train|data\.(augment|maps|patches)|volumes\.(footprint|large))(\..*)?"
+    r"gdlib\.(processes|kernels|models|distill|predict|export|train|data\.(augment|maps|patches)|volumes\.(footprint|large))(\..*)?"
 )
 
 

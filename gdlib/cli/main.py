@@ -1,5 +1,5 @@
-"""The command line: `gdlib segment`, `distill`, `evaluate`, `info`, `models` for people, `gdlib step
-...` for the workflow.
+"""The command line: `gdlib segment`, `distill`, `evaluate`, `export`, `info`, `models` for people,
+`gdlib step ...` for the workflow.
 """
 
 import argparse
@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   gdlib segment volume.h5:volumes/raw --model weights.safetensors --out found/
   gdlib evaluate ground_truth/ found/ --out scores.csv
   gdlib info weights.safetensors
+  gdlib export nuclei --to onnx --out nuclei.onnx
   gdlib models
   gdlib download bbbc039
 """
@@ -32,6 +33,7 @@ COMMANDS = {
     "segment": Command("find the objects in images", "gdlib.cli.segment"),
     "distill": Command("train a network of your own from images and labels", "gdlib.cli.distill"),
     "evaluate": Command("compare segmentations with the ground truth", "gdlib.cli.evaluate"),
+    "export": Command("write a trained network for other programs", "gdlib.cli.export"),
     "info": Command("say what a weights file is", "gdlib.cli.info"),
     "models": Command("list the networks", "gdlib.cli.models"),
     "check": Command("look for mistakes in a configuration", "gdlib.cli.catalogue"),

@@ -11,6 +11,7 @@
 | segmentations `.h5` | per sample: `label` ([Z,] Y, X) uint32, consecutive |
 | weights `.safetensors` | parameters; the header holds one JSON text with all that is needed |
 | | to run the network alone |
+| exported `.onnx` | a graph; one of its metadata holds the same JSON text |
 | history, metrics `.csv` | long form |
 
 All writers are atomic: a file either is complete or does not exist. Equal content gives equal
@@ -31,12 +32,14 @@ from gdlib.io.hdf5 import (
     put,
     readable,
 )
+from gdlib.io.onnx import EXPORTED, is_onnx, onnx_session
 from gdlib.io.samples import Sample, read_array, read_attrs, read_samples, sample_ids, write_samples
 from gdlib.io.tables import HISTORY_COLUMNS, METRIC_COLUMNS, write_rows
 from gdlib.io.weights import (
     HEADER,
     PLUGINS,
     check_header,
+    check_trusted,
     load_state,
     load_weights,
     read_header,
@@ -47,6 +50,7 @@ from gdlib.io.weights import (
 __all__ = [
     "ACCESS",
     "BLOCK",
+    "EXPORTED",
     "HEADER",
     "HISTORY_COLUMNS",
     "METRIC_COLUMNS",
@@ -60,11 +64,14 @@ __all__ = [
     "check_file",
     "check_header",
     "check_inside",
+    "check_trusted",
     "code_sha256",
     "create_h5",
     "h5_file",
+    "is_onnx",
     "load_state",
     "load_weights",
+    "onnx_session",
     "open_h5",
     "put",
     "read_array",

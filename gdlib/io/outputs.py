@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -127,6 +128,18 @@ def has_attributes(*names: str) -> Callable[[Path], bool]:
 def is_weights(path: Path) -> bool:
     """Is this a weights file of ours?"""
     return _no_if_unreadable(lambda path: bool(io.read_header(path)))(path)
+
+
+def is_export(path: Path) -> bool:
+    """Is this a file of `gdlib export`?"""
+
+    def test(path: Path) -> bool:
+        if io.is_onnx(path):
+            return bool(io.read_header(path))
+        with zipfile.ZipFile(path) as archive:
+            return any(Path(name).name == io.EXPORTED for name in archive.namelist())
+
+    return _no_if_unreadable(test)(path)
 
 
 def mark(image: Path, dataset: str | None = None) -> str:

@@ -15,6 +15,7 @@ from gdlib.io.failures import DataError
 from gdlib.io.failures import WriteError as WriteError
 from gdlib.io.files import atomic
 from gdlib.io.hdf5 import check_file
+from gdlib.io.onnx import is_onnx, read_onnx_header
 
 # Environment variable with the modules outside gdlib, separated by commas, whose networks a weights
 # file may name.
@@ -51,10 +52,10 @@ def _checksum(tensors: dict[str, Any], header: dict[str, Any]) -> str:
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
-    """Return the JSON header of a weights file without reading the parameters (and without
-    torch).
+    """Return the JSON header of a weights file, or of an ONNX file made of one, without reading the
+    parameters (and without torch).
     """
-    return _header_and_checksum(path)[0]
+    return read_onnx_header(path) if is_onnx(path) else _header_and_checksum(path)[0]
 
 
 def _header_and_checksum(path: Path | str) -> tuple[dict[str, Any], str | None]:
@@ -123,6 +124,12 @@ def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path}: it is damaged, its checksum is not the one it was written with; get it "
             "again, or train again"
         )
+    check_trusted(path, header)
+    return state, header
+
+
+def check_trusted(path: Path | str, header: dict[str, Any]) -> None:
+    """Raise `DataError` if a header names code which nobody said is trusted."""
     module, elsewhere, _ = str(header.get("model", "")).partition(":")
     trusted = ("gdlib", *filter(None, os.environ.get(PLUGINS, "").split(",")))
     if elsewhere and not any(f"{module}.".startswith(f"{name}.") for name in trusted):
@@ -131,7 +138,6 @@ def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
             "run; if you trust it, set the "
             f"environment variable {PLUGINS}={module}"
         )
-    return state, header
 
 
 def save_state(path: Path | str, content: dict[str, Any]) -> None:

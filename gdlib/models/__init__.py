@@ -63,11 +63,34 @@ def trained(path: Path | str, *needed: str) -> tuple[nn.Module, dict[str, Any]]:
             of its network.
     """
     state, header = io.load_weights(path)
+    return _made(path, header, needed, state), header
+
+
+def untrained(path: Path | str, *needed: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of an ONNX file of `gdlib export` at random, and the header.
+
+    Such a network only says of which sides and how much of an image the graph wants.
+
+    Raises:
+        DataError: the file cannot be used, or there is no such network.
+    """
+    header = io.read_header(path)
+    io.check_trusted(path, header)
+    return _made(path, header, needed), header
+
+
+def _made(
+    path: Path | str,
+    header: dict[str, Any],
+    needed: Sequence[str],
+    state: dict[str, Any] | None = None,
+) -> nn.Module:
     io.check_header(path, header, ("model", "options", *needed))
     try:
         with torch.random.fork_rng([]):
             network = build(header["model"], header["options"])
-        network.load_state_dict(state)
+        if state is not None:
+            network.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as error:
         # torch says first that there are errors
         cause = (str(error).splitlines()[1:] or [str(error)])[0].strip()
@@ -86,7 +109,7 @@ def trained(path: Path | str, *needed: str) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}: its network takes images with {network.ndim} axes, and its offsets have "
             f"{len(header['offsets'][0])} numbers; get it again, or train again"
         )
-    return network, header
+    return network
 
 
 def normed(convolution: nn.Module, activation: nn.Module | None = None) -> nn.Sequential:

@@ -31,13 +31,18 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gdlib import io
+
 ENGINES = ("auto", "torch", "openvino")
+ONNX = "onnxruntime"  # of files of `gdlib export`, which nothing else runs here
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # relative error of the trial image; of bfloat16 it is below 0.01, of another function about 1
 TOLERANCE = 0.1
@@ -188,4 +193,48 @@ def _openvino(maps: _Maps, channels: int, dtype: torch.dtype) -> Engine:
     for found, wanted in zip(run(trial), expected, strict=True):
         if found.shape != wanted.shape or not (found - wanted).norm() <= TOLERANCE * wanted.norm():
             raise ValueError("an image of another size gives another result than torch")
+    return run
+
+
+def check_onnx(
+    path: Path | str, engine: str, device: str = "auto", precision: str = "auto", **others: Any
+) -> dict[str, Any]:
+    """Return keyword arguments for the `Predictor` of an ONNX file.
+
+    Raises:
+        ValueError: something that is wanted is not how it is run.
+    """
+    for name, wanted, only in (
+        ("engine", engine, ONNX),
+        ("device", str(device), "cpu"),
+        ("precision", precision, "float32"),
+    ):
+        if wanted not in ("auto", only):
+            raise ValueError(
+                f"{path}: ONNX files are run by {ONNX} on the CPU in float32, not with {name} "
+                f"{wanted}; leave --{name} out, or take the weights it was exported from"
+            )
+    return {"device": "cpu", "precision": "float32", **others}
+
+
+def onnx_engine(path: Path | str, channels: int) -> Engine:
+    """Make the graph of `gdlib export` ready to run, on images that are normalised.
+
+    Args:
+        path: of an ONNX file.
+        channels: of its images.
+    """
+    from onnxruntime import RunOptions
+
+    session = io.onnx_session(path, torch.get_num_threads())
+    options = RunOptions()
+    options.only_execute_path_to_fetches = True  # affinities are computed from the embedding here
+    same = {"low": np.zeros(channels, np.float32), "high": np.ones(channels, np.float32)}
+
+    def run(image: Tensor) -> tuple[Tensor, ...]:
+        given = {"image": image.contiguous().numpy(), **same}
+        out = session.run(["embedding", "foreground"], given, options)
+        embedding, foreground = map(torch.from_numpy, out)
+        return embedding, foreground.logit()
+
     return run

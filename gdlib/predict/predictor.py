@@ -30,8 +30,15 @@ from gdlib.data.axes import SECTIONS, View, fitted, kept_axes
 from gdlib.data.intensity import intensity_range, rescale
 from gdlib.devices import choose_device, choose_precision
 from gdlib.kernels.quantised import as_uint8, quantised_affinities
-from gdlib.models import folded, trained
-from gdlib.predict.engine import Engine, choose_engine, make_engine
+from gdlib.models import folded, trained, untrained
+from gdlib.predict.engine import (
+    ONNX,
+    Engine,
+    check_onnx,
+    choose_engine,
+    make_engine,
+    onnx_engine,
+)
 from gdlib.types import Prediction
 
 # pixels; larger ones waste less on context, where there is memory
@@ -181,9 +188,16 @@ class Predictor:
 
     @classmethod
     def load(cls, weights: Path | str, *, engine: str = "auto", **kwargs: Any) -> "Predictor":
-        """Read a weights file and make its network, to be run by the fastest engine there is."""
-        network, header = trained(weights, *io.HEADER)
-        return cls(network, header, engine=engine, **kwargs)
+        """Read a weights file and make its network, to be run by the fastest engine there is; or
+        an ONNX file of `gdlib export`, to be run by ONNX Runtime on the CPU.
+        """
+        if not io.is_onnx(weights):
+            return cls(*trained(weights, *io.HEADER), engine=engine, **kwargs)
+        kwargs = check_onnx(weights, engine, **kwargs)
+        network, header = untrained(weights, *io.HEADER)
+        predictor = cls(network, header, **kwargs)
+        predictor.engine, predictor.run = ONNX, onnx_engine(weights, header["channels"])
+        return predictor
 
     def __call__(
         self, image: np.ndarray | h5py.Dataset, *, keep_embedding: bool = False

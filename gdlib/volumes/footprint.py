@@ -36,7 +36,11 @@ from gdlib.volumes.memory import GIB
 # How much of the tensors that are alive an engine holds, by axes: what was measured in float32 over
 # the networks of the catalogue is between half and 1.25 times as much. Both keep some in an order
 # of their own, and share others.
-HELD = {"torch": {2: 1.4, 3: 1.0}, "openvino": {2: 1.75, 3: 0.75}}
+HELD = {
+    "torch": {2: 1.4, 3: 1.0},
+    "openvino": {2: 1.75, 3: 0.75},
+    "onnxruntime": {2: 1.75, 3: 1.5},
+}
 # pixels of an image on which tensors are counted; they grow with it
 TRIAL = {2: (128, 128), 3: (8, 32, 32)}
 SMALLEST_PASS = {2: (128, 128), 3: (8, 64, 64)}  # pixels; smaller ones compute little but context
