@@ -46,7 +46,7 @@ ROOMS = {
     "segment": "io jit evaluate",
     "distill": "kernels models",
     "predict": "io kernels models data",
-    "export": "io kernels models data predict",
+    "export": "io kernels models data segment predict",
     "config": "evaluate segment",
     "train": "io kernels models evaluate data segment distill predict config",
     "volumes": "io data segment predict",

@@ -37,6 +37,13 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         help="an image of the kind the network is for, with which it is tried, and which a package "
         "shows (default: a synthetic one)",
     )
+    export.add_argument(
+        "--license",
+        default="MIT",
+        metavar="SPDX",
+        help="of the weights, for a package of bioimage.io, e.g. CC-BY-4.0 (default: that of the "
+        "built-in networks, MIT)",
+    )
     export.add_argument("--threads", type=argument(Threads), help="CPU threads (default: all)")
     export.add_argument("--overwrite", action="store_true", help=outputs.HELP)
     export.set_defaults(function=_export)
@@ -57,7 +64,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
     export.check_installed(arguments.to)
     image = _image(arguments.image, header)
-    difference = export.write(out, arguments.to, weights, image)
+    difference = export.write(out, arguments.to, weights, image, arguments.license)
     size = out.stat().st_size / 1e6
     print(
         f"{out}: {size:.1f} MB; of affinities and foreground, from 0 to 1, none differs from that "

@@ -16,6 +16,7 @@ NEEDED = {
     "torchscript": (),
     "bioimageio": ("onnx", "onnxscript", "onnxruntime", "bioimageio.core"),
 }
+LICENCE = "MIT"  # of gdlib, and of the networks that come with it
 
 
 def check_installed(kind: str) -> None:
@@ -48,7 +49,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def write(path: Path, kind: str, weights: Path, image: Any) -> float:
+def write(path: Path, kind: str, weights: Path, image: Any, licence: str = LICENCE) -> float:
     """Write a trained network as a file of another program, after a comparison with torch.
 
     Args:
@@ -56,6 +57,7 @@ def write(path: Path, kind: str, weights: Path, image: Any) -> float:
         kind: key of `NEEDED`.
         weights: file of the weights.
         image: (C, [Z,] Y, X) as recorded, of the kind that the network is for.
+        licence: of the weights, an identifier of SPDX, for a package of bioimage.io.
 
     Returns:
         The largest difference of an affinity or foreground from that of torch.
@@ -78,6 +80,10 @@ def write(path: Path, kind: str, weights: Path, image: Any) -> float:
 
             write_onnx(temporary, predictor.network, predictor.header, **about)
             return checked(run_onnx(temporary), predictor, image)
+        if kind == "bioimageio":
+            from gdlib.export.bioimageio import write_bioimageio
+
+            return write_bioimageio(temporary, predictor, weights, image, licence, about)
         from gdlib.export.torchscript import run_torchscript, write_torchscript
 
         write_torchscript(temporary, predictor.network, predictor.header | about)

@@ -39,7 +39,7 @@ def write_torchscript(
     except Exception as error:  # of a compiler there is no telling which
         cause = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the network {header['model']} cannot be written as TorchScript ({cause})"
+            f"the network {header['model']} cannot be written as TorchScript ({cause}); choose onnx"
         ) from error
     torch.jit.save(scripted, path, _extra_files={io.EXPORTED: json.dumps(dict(header))})
 

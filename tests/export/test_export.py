@@ -4,7 +4,6 @@ minutes, for torch's exporter takes 10 to 40 seconds of a processor for a networ
 What these tests need is the extra `export`.
 """
 
-import contextlib
 import json
 import re
 import subprocess
@@ -90,13 +89,20 @@ def noise(ndim, dtype=np.uint8):
     return np.random.default_rng(0).gamma(3.0, 25, shape).clip(0, 255).astype(dtype)
 
 
-@pytest.mark.parametrize("model", SMALL)
-def test_every_network_as_torchscript(model, tmp_path, small):
-    found = {"lower": 1.0, "upper": 99.8}
-    predictor = predictor_of(model, found)
+@pytest.mark.parametrize("model", sorted(set(SMALL) - {"enet"}))
+def test_networks_as_torchscript(model, tmp_path, small):
+    predictor = predictor_of(model, {"lower": 1.0, "upper": 99.8})
     write_torchscript(tmp_path / "a.pt", predictor.network, predictor.header)
     run = run_torchscript(tmp_path / "a.pt")
-    assert checked(run, predictor, noise(predictor.network.ndim)) < 1e-4
+    assert checked(run, predictor, noise(predictor.network.ndim)) < 1e-3
+
+
+def test_a_network_that_is_no_torchscript(tmp_path):
+    predictor = predictor_of("enet", {"lower": 1.0, "upper": 99.8})
+    with pytest.raises(
+        ValueError, match=r"network enet cannot be written as TorchScript .* choose onnx"
+    ):
+        write_torchscript(tmp_path / "a.pt", predictor.network, predictor.header)
 
 
 @pytest.mark.parametrize("model", SMALL)
@@ -104,13 +110,12 @@ def test_every_network_as_onnx(model, tmp_path, small):
     predictor = predictor_of(model, {"lower": 1.0, "upper": 99.8})
     write_onnx(tmp_path / "a.onnx", predictor.network, predictor.header, normalised=True)
     image = noise(predictor.network.ndim)
-    assert checked(run_onnx(tmp_path / "a.onnx"), predictor, image, own_range=False) < 1e-4
+    assert checked(run_onnx(tmp_path / "a.onnx"), predictor, image, own_range=False) < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["script", "eager"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("shape", [(1, 90, 71), (2, 60, 83), (1, 7, 50, 41)])
-def test_the_range_is_that_of_gdlib(shape, dtype, kind):
+def test_the_range_is_that_of_gdlib(shape, dtype):
     """Percentiles and noise by torch's operations, against those of `gdlib.data.intensity`."""
     rng = np.random.default_rng(1)
     channels, ndim = shape[0], len(shape) - 1
@@ -119,11 +124,9 @@ def test_the_range_is_that_of_gdlib(shape, dtype, kind):
     image[:, ..., :9, :9] *= 4
     flat = np.full(shape, 7)
     empty = rng.normal(120, 5, shape)
-    contrasts = [{}, {"contrast": [40.0] * channels, "level": [0.25] * channels}]
-    for more in contrasts:
+    for more in ({}, {"contrast": [40.0] * channels, "level": [0.25] * channels}):
         how = {"lower": 1.0, "upper": 99.8, **more}
         graph = Graph(network, OFFSETS[ndim], how)
-        graph = torch.jit.script(torch_only(graph)) if kind == "script" else graph
         for one in (image, flat, empty):
             one = one.clip(0, 255).astype(dtype)
             if dtype == np.float32:
@@ -132,12 +135,6 @@ def test_the_range_is_that_of_gdlib(shape, dtype, kind):
             found = graph._range(torch.from_numpy(one[None].astype(np.float32)))
             for a, b in zip(found, wanted, strict=True):
                 np.testing.assert_allclose(a[0].numpy(), b, rtol=1e-5, atol=1e-4)
-
-
-def torch_only(graph):
-    graph.heads = torch.nn.Identity()
-    graph.forward = graph._range
-    return graph
 
 
 @pytest.fixture(scope="module")
@@ -350,11 +347,86 @@ def test_a_difference_is_found():
     predictor = predictor_of("resunet", {"lower": 1.0, "upper": 99.8})
 
     def wrong(image, low, high):
-        with contextlib.suppress(StopIteration):
-            return [
-                np.zeros((len(image), 5, *image.shape[2:])),
-                np.zeros((len(image), 1, *image.shape[2:])),
-            ]
+        return [np.zeros((len(image), count, *image.shape[2:])) for count in (5, 1)]
 
     with pytest.raises(Different, match="affinity of an image of 1x90x71, one of 1, differs"):
         checked(wrong, predictor, noise(2))
+
+
+@pytest.fixture(scope="module")
+def package(teacher, squares, tmp_path_factory):
+    """Return a package of bioimage.io of the trained network of the suite, and an image for it."""
+    pytest.importorskip("bioimageio.core", reason='pip install "gdlib[export]"')
+    folder = tmp_path_factory.mktemp("package")
+    image = squares(2, shape=(300, 280))[0]
+    tifffile.imwrite(folder / "image.tif", image[0])
+    words = ["export", teacher, "--to", "bioimageio", "--out", folder / "cells.zip"]
+    run(*words, "--image", folder / "image.tif")
+    return folder / "cells.zip", image
+
+
+def test_a_package_passes_the_test_of_core(package):
+    """As anybody would test it: in a process of its own, which knows nothing of gdlib."""
+    code = (
+        "import sys; from bioimageio.core import test_model; "
+        "summary = test_model(sys.argv[1], devices=['cpu']); "
+        "print(summary.status, 'gdlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, package[0]], capture_output=True, text=True)
+    if "index_key" in done.stdout + done.stderr:
+        pytest.skip("bioimageio.spec 0.5.12 does not load any package beside pydantic 2.14")
+    assert done.stdout.splitlines()[-1] == "passed False", done.stdout + done.stderr
+
+
+def test_a_licence_that_there_is_not(teacher, tmp_path, capsys):
+    words = ["export", teacher, "--to", "bioimageio", "--out", tmp_path / "a.zip"]
+    run(*words, "--license", "mine", code=1)
+    assert 'there is no licence "mine"' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_a_package(package, teacher):
+    import yaml
+    from PIL import Image
+
+    with zipfile.ZipFile(package[0]) as archive:
+        names = set(archive.namelist())
+        text = next(name for name in names if name.endswith((".yaml", ".yml")))
+        about = yaml.safe_load(archive.read(text))
+        assert json.loads(archive.read(io.EXPORTED)) == io.read_header(teacher)
+        with archive.open(about["covers"][0]) as file:
+            width, height = Image.open(file).size
+        card = archive.read("README.md").decode()
+    assert width == 2 * height
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert [author["name"] for author in about["authors"]] == [citation["authors"][0]["name"]]
+    assert about["license"] == citation["license"]
+    (paper,) = citation["references"]
+    assert about["cite"][0]["url"] == paper["url"]
+    assert paper["title"] in about["cite"][0]["text"]
+    assert about["config"]["gdlib"]["offsets"] == io.read_header(teacher)["offsets"]
+    assert set(about["weights"]) == {"onnx", "torchscript"}
+    halo = {axis.get("halo") for axis in about["outputs"][0]["axes"]}
+    reach = np.abs(io.read_header(teacher)["offsets"]).max()
+    assert build("resunet", io.read_header(teacher)["options"]).halo[0] + reach in halo
+    for heading in ("Objects", "Intensities", "Training", "Validation"):
+        assert f"## {heading}" in card
+
+
+def test_objects_as_the_card_of_a_package_says(package, teacher):
+    with zipfile.ZipFile(package[0]) as archive:
+        card = archive.read("README.md").decode()
+        scope = {}
+        for name in ("affinity", "foreground"):
+            with archive.open(f"{name}.npy") as file:
+                scope[name] = np.load(file)[0]
+        with archive.open("image.npy") as file:
+            image = np.load(file)[0]
+    scope["foreground"] = scope["foreground"][0]
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    exec(code, scope)
+    model = gdlib.load(teacher, device="cpu", precision="float32", engine="torch")
+    labels = model.segment(image, min_fragment=0, min_size=0)
+    assert labels.max() > 30
+    pairs = np.unique(np.stack([labels.ravel(), scope["labels"].ravel()]), axis=1)
+    assert pairs.shape[1] <= 1.2 * (labels.max() + 1)
