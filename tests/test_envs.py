@@ -27,6 +27,7 @@ DISTRIBUTION = {
     "yaml": "pyyaml",
     "bioimage_cpp": "bioimage-cpp",
 }
+DISTRIBUTION |= dict.fromkeys(("bioimageio", "loguru"), "bioimageio.core")  # logs by the other
 DISTRIBUTION |= {"contourpy": "matplotlib"}  # a part of it that has its own package
 # what tables and figures import
 TORCH_FREE = ("report/*.py", "metrics.py", "io.py", "config.py", "registry.py")
