@@ -29,7 +29,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     evaluate.add_argument(
         "labels",
-        help="ground truth: a PNG or TIFF file, volume.h5:name/of/dataset, or a folder of files",
+        help="ground truth: a PNG or TIFF file, volume.h5:name/of/dataset, image.zarr:labels/NAME, "
+        "or a folder of files",
     )
     evaluate.add_argument("segmentations", help="the same for what is to be judged")
     evaluate.add_argument(
@@ -48,8 +49,12 @@ def _metric_help() -> str:
 @contextlib.contextmanager
 def _open_label(path: Path | str) -> Iterator[Any]:
     from gdlib.data.files import open_volume, read_label
+    from gdlib.data.omezarr import open_zarr, split_zarr_path
 
-    if is_hdf5(path):
+    if not is_hdf5(path) and split_zarr_path(path):
+        image = open_zarr(path)
+        yield image if image.dtype.kind != "f" and "C" not in image.letters else read_label(path)
+    elif is_hdf5(path):
         with open_volume(path) as volume:
             # that may be whole numbers
             yield volume if volume.dtype.kind != "f" else read_label(path)
@@ -58,16 +63,19 @@ def _open_label(path: Path | str) -> Iterator[Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from gdlib.data.files import find_files, spelt, split_h5_path
+    from gdlib.data.files import find_files, is_folder, spelt, split_h5_path
+    from gdlib.data.omezarr import split_zarr_path
 
     def files(path: str) -> dict[str, Path | str]:
-        if Path(path).is_dir():
+        if is_folder(path):
             return find_files(Path(path))
+        if not is_hdf5(path) and (split := split_zarr_path(path)):
+            return {split[0].stem: path}
         io.check_file(file := split_h5_path(path)[0])
         return {file.stem: path}
 
     labels, segmentations = files(arguments.labels), files(arguments.segmentations)
-    if not any(Path(path).is_dir() for path in (arguments.labels, arguments.segmentations)):
+    if not any(map(is_folder, (arguments.labels, arguments.segmentations))):
         segmentations = dict(zip(labels, segmentations.values(), strict=True))
     if not labels.keys() & segmentations.keys():
         raise io.DataError(

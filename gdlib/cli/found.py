@@ -114,11 +114,6 @@ def _measured(
         yield (path, frame, int(number), area, *centre, mean, size)
 
 
-def preview_of(label: Path) -> Path:
-    """Return where the picture beside a label file goes."""
-    return label.with_name(f"{label.stem}.preview.png")
-
-
 def preview_output(path: Path, mark: str) -> outputs.Output:
     """Return a picture for a check whether it may be replaced."""
 

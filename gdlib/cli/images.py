@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gdlib import io
+from gdlib import io, trained
 
 
 def is_hdf5(path: Path | str) -> bool:
@@ -36,10 +36,12 @@ def open_image(
 
     Yields:
         `gdlib.data.frames.Frames` where there are several frames, or where `axes` or `channel` are
-        given; else the array of an image file, a map of a large one, or an open dataset of HDF5,
-        which are read piece by piece. And what the file says of how large its pixels are and where.
+        given; else the array of an image file, a map of a large one, or an open dataset of HDF5 or
+        Zarr, which are read piece by piece. And what the file says of how large its pixels are and
+        where; of a Zarr, `zarr` is all that it says.
     """
     from gdlib.data.files import open_volume
+    from gdlib.data.omezarr import open_zarr, split_zarr_path
 
     if is_hdf5(path):
         with open_volume(path) as volume:
@@ -53,6 +55,10 @@ def open_image(
             if axes or channel or many:
                 seen = _frames(path, volume, "", ndim, axes, channel)
             yield seen, attributes
+        return
+    if split_zarr_path(path):
+        stored = open_zarr(path)
+        yield _seen(path, stored, ndim, channels, axes, channel), _about(stored)
         return
     from gdlib.data.calibration import calibration
     from gdlib.data.files import arranged, read_raw
@@ -70,12 +76,35 @@ def open_image(
     yield image, calibration(Path(path))
 
 
+def _seen(
+    path: Path | str, image: Any, ndim: int, channels: int, axes: str | None, channel: str | None
+) -> Any:
+    """Return an image of a Zarr, whose axes are known in most cases."""
+    many = ndim == 2 and channels == 1 and sum(n > 1 for n in image.shape) > ndim
+    if not (image.letters or axes or channel or many):
+        return image
+    if ndim == 3 and not axes and image.letters and "Z" not in image.letters:
+        raise io.DataError(
+            f"{path}: an image with the axes {image.letters} has no depth, which this network "
+            f"wants{trained.fitting(2)}"
+        )
+    frames = _frames(path, image, image.letters, ndim, axes, channel)
+    image.letters = axes.upper() if axes else image.letters
+    return frames
+
+
+def _about(image: Any) -> dict[str, Any]:
+    found = {"zarr": image}
+    return found | ({"element_size_um": image.microns} if image.microns else {})
+
+
 def _frames(
     path: Path | str, array: Any, letters: str, ndim: int, axes: str | None, channel: str | None
 ) -> Any:
     from gdlib.data.axes import View
     from gdlib.data.frames import Frames, channel_names, channel_number, named
 
+    names = getattr(array, "channels", None)
     try:
         if axes is None:
             if channel is not None and not letters and array.ndim == ndim + 1:
@@ -88,7 +117,8 @@ def _frames(
         frames = Frames(array, axes, ndim)
         if channel is None:
             return frames
-        names = [] if is_hdf5(path) else channel_names(Path(path))
+        if names is None:
+            names = [] if is_hdf5(path) else channel_names(Path(path))
         return Frames(array, axes, ndim, channel_number(channel, names, frames.channels))
     except io.DataError as error:
         raise io.DataError(f"{path}: {error}") from None

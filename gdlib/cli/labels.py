@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gdlib import io
+from gdlib.cli import zarr_labels
 from gdlib.io import outputs
 from gdlib.volumes.grid import CHUNK
 
@@ -22,7 +23,8 @@ def write_label(
     """Write a label.
 
     Args:
-        target: TIFF file; HDF5 file, whose other datasets stay, if there is a `dataset`.
+        target: TIFF file; HDF5 file, whose other datasets stay, if there is a `dataset`; folder of
+            a label of a Zarr image.
         dataset: name in the HDF5 file, or None.
         label: uint32.
         attributes: size of the pixels, as of `gdlib.cli.images.open_image`.
@@ -31,6 +33,9 @@ def write_label(
     """
     import tifffile
 
+    if "zarr" in attributes:
+        zarr_labels.write_label(target, attributes["zarr"], label, mark, axes)
+        return
     if dataset is None:
         options = _tiff_options(label.shape, attributes, mark, axes)
         with io.atomic(target) as temporary:
@@ -49,13 +54,16 @@ def write_blocks(
     attributes: dict[str, Any],
     mark: str,
 ) -> None:
-    """Write the label of an image that was segmented in blocks: a TIFF of tiles, or a dataset whose
-    chunks are copied.
+    """Write the label of an image that was segmented in blocks: a TIFF of tiles, a dataset whose
+    chunks are copied, or OME-Zarr.
     """
     import tifffile
 
     from gdlib.volumes import jobs
 
+    if "zarr" in attributes:
+        zarr_labels.write_blocks(target, attributes["zarr"], plan, labels, mark)
+        return
     if dataset is None:
         shape, tile = tuple(plan["shape"]), CHUNK[2]
         options = _tiff_options(shape, attributes, mark, None) | {

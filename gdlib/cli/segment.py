@@ -10,7 +10,7 @@ from typing import Any
 
 from gdlib import io, trained
 from gdlib.cli import BLOCK_HELP
-from gdlib.cli.found import COLUMNS, preview_of, preview_output
+from gdlib.cli.found import COLUMNS, preview_output
 from gdlib.cli.work import Job, Work
 from gdlib.io import outputs
 from gdlib.io.failures import Failures
@@ -28,7 +28,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "gives one file of the same name in the output folder, with 32-bit labels: 0 "
         "= background, 1, 2, ... = objects. PNG and TIFF give TIFF, which opens in "
         "napari and Fiji; a dataset of an HDF5 file gives a dataset of the same name "
-        "in an HDF5 file, whose other datasets stay. Labels that are there already "
+        "in an HDF5 file, whose other datasets stay; OME-Zarr gives OME-Zarr. Labels that are there already "
         "are replaced if they were made of the same image by this command, others "
         "never without --overwrite. A volume that was stopped half-way goes on from "
         "there when the same command is given again.",
@@ -37,7 +37,8 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="PNG or TIFF files (stacks too), volume.h5:name/of/dataset, or folders of files",
+        help="PNG or TIFF files (stacks too), volume.h5:name/of/dataset, image.zarr or a resolution "
+        "level of it, image.zarr:1, or folders of these",
     )
     segment.add_argument(
         "--model",
@@ -47,7 +48,11 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         f"own (default: {trained.DEFAULT})",
     )
     segment.add_argument(
-        "--out", required=True, type=place, metavar="DIR", help="folder for the labels"
+        "--out",
+        required=True,
+        type=place,
+        metavar="DIR",
+        help="folder for the labels; or image.zarr:labels/NAME, which puts them into the image",
     )
     segment.add_argument(
         "--channel",
@@ -142,7 +147,7 @@ def _parameter(text: str) -> tuple[str, float]:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from gdlib.data.files import find_files
+    from gdlib.data.files import find_files, is_folder
     from gdlib.data.scale import factors
 
     if arguments.model is None:
@@ -150,9 +155,9 @@ def _segment(arguments: argparse.Namespace) -> None:
     arguments.model = trained.find(arguments.model or trained.DEFAULT)
     paths: list[str] = []
     for path in arguments.images:
-        paths += map(str, find_files(Path(path)).values()) if Path(path).is_dir() else [path]
+        paths += map(str, find_files(Path(path)).values()) if is_folder(path) else [path]
     failed = Failures()
-    jobs = _jobs(paths, arguments.out, failed)
+    jobs = _jobs(paths, arguments, failed)
     _check_outputs(arguments, jobs)
     header = io.read_header(arguments.model)
     io.check_header(arguments.model, header, ("offsets", "segmentation"))
@@ -190,19 +195,19 @@ def _check_outputs(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
     inputs = [arguments.model, *(job.file for job in jobs)]
     wanted = [job.output for job in jobs]
     if arguments.preview:
-        wanted += [preview_output(preview_of(job.target), job.mark) for job in jobs]
+        wanted += [preview_output(job.preview, job.mark) for job in jobs]
     outputs.check(wanted, inputs, overwrite=arguments.overwrite)
     if arguments.table:
         table = outputs.Output(arguments.table, outputs.has_columns(*set(COLUMNS) - {"z"}))
         outputs.check([table], inputs, overwrite=arguments.overwrite, option="--table")
 
 
-def _jobs(paths: Sequence[str], out: Path, failed: Failures) -> list[Job]:
+def _jobs(paths: Sequence[str], arguments: argparse.Namespace, failed: Failures) -> list[Job]:
     """Find out where all labels go; what is given twice is done once."""
     found = {}
     for path in paths:
         with failed.noted():
-            job = Job.of(path, out)
+            job = Job.of(path, arguments.out, arguments.model.stem)
             found.setdefault(job.mark, job)
     jobs = list(found.values())
     if not jobs:

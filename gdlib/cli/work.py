@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from gdlib import io, trained
-from gdlib.cli import labels
-from gdlib.cli.found import Found, draw, preview_of
+from gdlib.cli import labels, zarr_labels
+from gdlib.cli.found import Found, draw
 from gdlib.cli.images import is_hdf5, open_image
 from gdlib.io import outputs
 from gdlib.io.failures import Failures, is_lack_of_memory
@@ -31,20 +31,30 @@ class Job:
         path: as it was given.
         file: without the name of a dataset.
         dataset: of an HDF5 file, None of another one.
-        target: file of the label.
+        target: file of the label; a folder where the image is OME-Zarr.
+        inner: what is named in a Zarr folder, None of an image that is none.
     """
 
     path: str
     file: Path
     dataset: str | None
     target: Path
+    inner: str | None = None
 
     @classmethod
-    def of(cls, path: str, folder: Path) -> "Job":
-        """Find out where the label of an image goes."""
+    def of(cls, path: str, folder: Path, name: str) -> "Job":
+        """Find out where the label of an image goes; `name` is for labels in an OME-Zarr."""
         from gdlib.data.files import open_volume, split_h5_path
+        from gdlib.data.omezarr import split_zarr_path
 
         file, dataset = split_h5_path(path)[0], None
+        if not is_hdf5(path) and (split := split_zarr_path(path)):
+            return cls(path, split[0], None, zarr_labels.target(path, folder, name), split[1])
+        if split_zarr_path(folder):
+            raise io.DataError(
+                f"{folder}: labels of {path}, which is no OME-Zarr, cannot be put into one; choose "
+                "another --out"
+            )
         if is_hdf5(path):
             with open_volume(path) as volume:
                 dataset = volume.name.strip("/")
@@ -55,13 +65,23 @@ class Job:
     @property
     def mark(self) -> str:
         """What the label says of itself."""
-        return outputs.mark(self.file, self.dataset)
+        return outputs.mark(self.file, self.dataset or self.inner)
 
     @property
     def output(self) -> outputs.Output:
         """The label, for a check."""
+        if self.inner is not None:
+            return zarr_labels.output(self.target, self.mark)
         shown = f"{self.target}:{self.dataset}" if self.dataset else ""
         return outputs.Output(self.target, outputs.has_mark(self.mark, self.dataset), shown)
+
+    @property
+    def preview(self) -> Path:
+        """The picture with outlines: beside the label, or beside the image that has it inside."""
+        beside, name = self.target, self.target.stem
+        if self.inner is not None and self.file in self.target.parents:
+            beside, name = self.file, f"{self.file.stem}.{self.target.name}"
+        return beside.with_name(f"{name}.preview.png")
 
     def hidden(self, ending: str) -> Path:
         """Return a hidden path beside the label, for what is not finished."""
@@ -126,7 +146,8 @@ class Work:
                 arguments.channel,
             ) as (image, attributes),
         ):  # fmt: skip
-            identity = f"{file_identity(job.file)} {job.path}"
+            stored = attributes.get("zarr")
+            identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
             by = self._factors(job, attributes)
             if isinstance(image, Frames) and not image.shape:
                 image = image[()]
@@ -226,7 +247,7 @@ class Work:
         labels.write_label(job.target, job.dataset, label, attributes, job.mark, axes)
         if self.arguments.preview:
             middle = tuple(n // 2 for n in image.shape)
-            draw(preview_of(job.target), np.asarray(image[middle]), label[middle], job.mark)
+            draw(job.preview, np.asarray(image[middle]), label[middle], job.mark)
         count = sum(
             len(np.unique(label[index])) - (0 in label[index]) for index in np.ndindex(image.shape)
         )
@@ -257,7 +278,7 @@ class Work:
             labels.write_label(job.target, job.dataset, label, attributes, job.mark)
             self._count(job, "", image, label, attributes, None)
             if self.arguments.preview and image is not None:
-                draw(preview_of(job.target), image, label, job.mark)
+                draw(job.preview, image, label, job.mark)
             self._done(job, int(label.max()))
 
     def _write_blocks(

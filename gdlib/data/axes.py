@@ -2,10 +2,9 @@
 array.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import h5py
 import numpy as np
 
 # Ends a sentence about a volume that was read as channels.
@@ -25,18 +24,26 @@ def kept_axes(shape: Sequence[int], ndim: int) -> list[int]:
 
 
 class View:
-    """A dataset on disk seen without some axes of one pixel, and with a first axis of one channel
-    if wanted.
+    """A dataset on disk seen without some of its axes, and with a first axis of one channel if
+    wanted.
 
     Args:
         array: the dataset; parts of it are read by integers and slices.
-        kept: its other axes.
+        kept: its other axes, in the order wanted.
         channel: add the axis.
+        at: of axes that are left out, which pixel is seen; the first if it is not said.
     """
 
-    def __init__(self, array: h5py.Dataset, kept: Sequence[int], *, channel: bool = False) -> None:
+    def __init__(
+        self,
+        array: Any,
+        kept: Sequence[int],
+        *,
+        channel: bool = False,
+        at: Mapping[int, int] | None = None,
+    ) -> None:
         self.array = array
-        self.kept = list(kept)
+        self.kept, self.at = list(kept), dict(at or {})
         self.channel = channel
         self.dtype = array.dtype
         self.shape = (1,) * channel + tuple(array.shape[axis] for axis in kept)
@@ -46,11 +53,15 @@ class View:
     def __getitem__(self, key: Any) -> np.ndarray:
         key = key if isinstance(key, tuple) else (key,)
         first, key = (key[0], key[1:]) if self.channel and key else (slice(None), key)
-        inside: list[int | slice] = [0] * self.array.ndim
+        inside: list[int | slice] = [self.at.get(axis, 0) for axis in range(self.array.ndim)]
         for place, axis in enumerate(self.kept):
             inside[axis] = key[place] if place < len(key) else slice(None)
-        part = self.array[tuple(inside)]
+        left = [axis for axis in self.kept if isinstance(inside[axis], slice)]
+        part = self.array[tuple(inside)].transpose([sorted(left).index(axis) for axis in left])
         return part[None][first] if self.channel else part
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[()], dtype)
 
 
 def fitted(array: np.ndarray, ndim: int, leading: int = 0) -> np.ndarray:
@@ -65,10 +76,8 @@ def fitted(array: np.ndarray, ndim: int, leading: int = 0) -> np.ndarray:
     return array.reshape(*array.shape[:leading], *(array.shape[leading + axis] for axis in kept))
 
 
-def without_single_axes(array: np.ndarray | h5py.Dataset) -> np.ndarray | View:
-    """Return an array or a dataset without any axis of one pixel."""
-    return (
-        View(array, kept_axes(array.shape, 0))
-        if isinstance(array, h5py.Dataset)
-        else fitted(array, 0)
-    )
+def without_single_axes(array: Any) -> np.ndarray | View:
+    """Return an array, or a dataset on disk, without any axis of one pixel."""
+    if isinstance(array, np.ndarray):
+        return fitted(array, 0)
+    return View(array, kept_axes(array.shape, 0))

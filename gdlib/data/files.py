@@ -16,6 +16,7 @@ import numpy as np
 from bioimage_cpp.segmentation import label as connected_regions
 from PIL import Image
 
+from gdlib.data import omezarr
 from gdlib.data.tiff import read_tiff
 from gdlib.io import Sample, check_file, check_inside, h5_file
 from gdlib.io.failures import DataError
@@ -23,7 +24,7 @@ from gdlib.registry import nearest
 from gdlib.text import read_text
 
 HDF5_SUFFIXES = (".h5", ".hdf", ".hdf5")
-SUFFIXES = (".png", ".tif", ".tiff", *HDF5_SUFFIXES)
+SUFFIXES = (".png", ".tif", ".tiff", *HDF5_SUFFIXES, omezarr.SUFFIX)
 # no images
 BESIDE = (
     ".txt",
@@ -56,8 +57,13 @@ def existing_folder(path: Path | str | None) -> Path:
     return Path(path)
 
 
+def is_folder(path: Path | str) -> bool:
+    """Is this a folder of images, and no image itself, as a Zarr is?"""
+    return Path(path).is_dir() and not omezarr.split_zarr_path(path)
+
+
 def find_files(folder: Path) -> dict[str, Path]:
-    """Return name -> path of the PNG, TIFF and HDF5 files of a folder, sorted by name.
+    """Return name -> path of the PNG, TIFF, HDF5 and OME-Zarr images of a folder, sorted by name.
 
     Hidden files are left out.
 
@@ -124,7 +130,8 @@ def read_image(
     expected.
 
     Args:
-        path: PNG, TIFF or HDF5 file; `file.h5:inner/path` names a dataset of an HDF5 file.
+        path: PNG, TIFF or HDF5 file, or OME-Zarr; `file.h5:inner/path` names a dataset of an HDF5
+            file, and `image.zarr:1` a level of an OME-Zarr.
         channels: number expected; also used to find the channel axis of a file that does not name
             its axes.
         dataset: of an HDF5 file; see `read_volume`.
@@ -479,6 +486,9 @@ def _read(
     file, inner = split_h5_path(path)
     if file.suffix.lower() in HDF5_SUFFIXES:
         return read_volume(file, inner or dataset), "", False
+    if omezarr.split_zarr_path(path):
+        stored = omezarr.open_zarr(path)
+        return stored[...], stored.letters, False
     path = Path(path)
     check_file(path)
     if path.suffix.lower() != ".png":

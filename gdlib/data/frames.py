@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from gdlib.data.axes import View
 from gdlib.io.failures import DataError
 from gdlib.registry import nearest
 
@@ -56,14 +57,25 @@ class Frames:
         self.sides = tuple(sizes[axis] for axis in own)
         self.channels = sizes.get("C", 1) if channel is None else 1
 
-    def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
-        """Return one frame, (C, [Z,] Y, X)."""
+    def __getitem__(self, index: tuple[int, ...]) -> np.ndarray | View:
+        """Return one frame, (C, [Z,] Y, X); of a dataset on disk, without reading it."""
+        if not isinstance(self._array, np.ndarray):
+            return self._view(index)
         where = dict(zip(self.axes, index, strict=True)) | {"C": self._channel}
         frame = self._array[tuple(where.get(axis, slice(None)) for axis in self._letters)]
         left = [axis for axis in self._letters if axis not in self.axes]
         if "C" not in left:
             return frame.transpose([left.index(axis) for axis in self._own])[None]
         return frame.transpose([left.index(axis) for axis in ("C", *self._own)])
+
+    def _view(self, index: tuple[int, ...]) -> View:
+        at = dict(zip(self.axes, index, strict=True))
+        one = "C" not in self._letters or self._channel != slice(None)
+        if "C" in self._letters and one:
+            at["C"] = self._channel.start
+        kept = [self._letters.index(axis) for axis in ("C" * (not one) + self._own)]
+        where = {self._letters.index(axis): place for axis, place in at.items()}
+        return View(self._array, kept, channel=one, at=where)
 
 
 def named(shape: Sequence[int], axes: str, ndim: int) -> tuple[list[int], str]:
@@ -82,7 +94,7 @@ def named(shape: Sequence[int], axes: str, ndim: int) -> tuple[list[int], str]:
     (([0, 2, 3], 'TYX'), ([0, 1, 2], 'ZYX'), ([0, 1, 2], 'YXC'))
     """
     axes = axes.replace("S", "C") or "Q" * (len(shape) - 2) + "YX"
-    kept = [k for k, n in enumerate(shape) if n > 1 or axes[k] in "YX"]
+    kept = [k for k, n in enumerate(shape) if n > 1 or axes[k] in "ZYX"[-ndim:]]
     letters = [axes[k] for k in kept]
     free = [axis for axis in ("ZTC" if ndim == 3 else "TZC") if axis not in letters]
     for place, letter in enumerate(letters):

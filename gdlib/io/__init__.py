@@ -21,7 +21,7 @@ states), and nothing in a file is executed or leads to another file.
 """
 
 from gdlib.io.failures import ACCESS, SPACE, DataError, WriteError, writing
-from gdlib.io.files import atomic, beside, code_sha256, sha256, write_text
+from gdlib.io.files import atomic, atomic_folder, beside, code_sha256, sha256, write_text
 from gdlib.io.hdf5 import (
     BLOCK,
     check_file,
@@ -60,6 +60,7 @@ __all__ = [
     "Sample",
     "WriteError",
     "atomic",
+    "atomic_folder",
     "beside",
     "check_file",
     "check_header",

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,9 +48,42 @@ def atomic(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a new folder beside `path`, to be filled, that takes its place, and that of what is
+    there, only when the block ends without an error.
+
+    Raises:
+        WriteError: there is no space, or the folder around it cannot be written.
+    """
+    path = Path(path)
+    ending = f"{platform.node()}.{os.getpid()}.tmp"
+    temporary, before = beside(path, f".{ending}"), beside(path, f".before.{ending}")
+    with writing(path, SPACE | ACCESS):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(temporary)
+        _remove_leftovers(before)
+        temporary.mkdir()
+    try:
+        with writing(path):
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    with open(Path(folder, name), "rb+") as file:
+                        os.fsync(file.fileno())  # as in `atomic`
+            if path.exists():  # no folder takes the place of another in one step everywhere
+                os.rename(path, before)
+            os.rename(temporary, path)
+    finally:
+        if before.exists() and not path.exists():
+            os.rename(before, path)
+        for folder in (temporary, before):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_leftovers(temporary: Path) -> None:
-    """Remove files that are called like a temporary one, whose writers were killed on this
-    machine.
+    """Remove files and folders that are called like a temporary one, whose writers were killed on
+    this machine.
     """
     for file in temporary.parent.glob(".*.tmp"):
         name, process, _ = file.name.rsplit(".", 2)
@@ -58,7 +92,7 @@ def _remove_leftovers(temporary: Path) -> None:
             and process.isdecimal()
             and not _is_running(int(process))
         ):
-            file.unlink(missing_ok=True)
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:

@@ -28,11 +28,19 @@ HELP = "replace what is there also if this command did not write it"
 
 
 class Output(NamedTuple):
-    """A file that will be written, and how to know whether one that is there may be replaced."""
+    """A file that will be written, and how to know whether one that is there may be replaced.
+
+    Attributes:
+        path: of the file; or of a folder, where `is_kind` is given.
+        is_own: is it of the same command, and of the same input?
+        shown: how messages name it, if not by its path.
+        is_kind: is a folder that is there of the kind that will be written? Others never go.
+    """
 
     path: Path
     is_own: Callable[[Path], bool]
-    shown: str = ""  # how messages name it, if not by its path
+    shown: str = ""
+    is_kind: Callable[[Path], bool] | None = None
 
 
 def check(
@@ -57,11 +65,12 @@ def check(
     outputs = list(outputs)
     used = {identity for path in inputs if (identity := _identity(path))}
     foreign = []
-    for path, is_own, shown in outputs:
+    for path, is_own, shown, is_kind in outputs:
         check_writable(path)
-        if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "a device"
-            raise io.DataError(f"{path}: there is {what} of this name; choose another {option}")
+        is_right = path.is_file() if is_kind is None else path.is_dir() and is_kind(path)
+        if path.exists() and not is_right:
+            what = "folder" if path.is_dir() else "file" if path.is_file() else "device"
+            raise io.DataError(f"{path}: there is a {what} of this name; choose another {option}")
         if _identity(path) in used:
             raise io.DataError(
                 f"{path}: it is an input of this command and would be written over; choose another "
@@ -69,7 +78,7 @@ def check(
             )
         if not overwrite and path.exists() and not is_own(path):
             foreign.append(shown or path)
-    names = [str(shown or path) for path, _, shown in outputs]
+    names = [str(one.shown or one.path) for one in outputs]
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise io.DataError(f"{twice}: two outputs would be written there; choose another {option}")
     if foreign:

@@ -39,7 +39,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from gdlib import __version__, io
-from gdlib.boxes import absolute, intersection, relative
+from gdlib.boxes import Box, absolute, intersection, relative
 from gdlib.data.files import open_volume
 from gdlib.data.intensity import working_type
 from gdlib.segment import segmenters
@@ -350,6 +350,15 @@ def gathered(plan: Mapping[str, Any], labels: Path, file: h5py.File, name: str) 
                 mask, content = chunks.id.read_direct_chunk(at)
                 label.id.write_direct_chunk(tuple(np.add(corner, at)), content, mask)
     return label
+
+
+def parts(plan: Mapping[str, Any], labels: Path) -> Iterator[tuple[Box, np.ndarray]]:
+    """Yield all relabelled blocks, and which part of the whole each is."""
+    grid, made_for = _grid(plan), None
+    for name in grid.names:
+        with _opened(labels / f"{name}.h5", made_for) as file:
+            made_for = file.attrs["made_for"]
+            yield grid.core(name), file["label"][()]
 
 
 def tiles(plan: Mapping[str, Any], labels: Path, tile: Sequence[int]) -> Iterator[np.ndarray]:
