@@ -5,6 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: env study report test test-workflow test-slurm test-faults test-conda test-export docs clean
+.PHONY: env study report test test-workflow test-slurm test-faults test-conda test-napari test-wheel docs clean
 
 env: $(BIN)/.installed
 
@@ -39,6 +40,13 @@ test-conda: env ## the smoke study with --use-conda, where there is a conda comm
 test-export: env ## what `gdlib export` writes for other programs; installs them; a minute or two
 	pip install --quiet -c constraints.txt -e ".[export]"
 	pytest -v -rs --durations=0 tests/export $(if $(ONLY),-k "$(ONLY)")
+test-napari: env ## the plug-in in a real viewer; without a screen: xvfb-run -a make test-napari
+	pip install --quiet -c constraints.txt -e ".[napari]" pyqt6 pytest-qt
+	pytest -v -rs tests/napari $(if $(ONLY),-k "$(ONLY)")
+
+test-wheel: env ## a wheel in an empty environment, without a clone: minutes, and the packages anew
+	pip install --quiet -c constraints.txt build
+	pytest -v -rs --durations=0 tests/wheel $(if $(ONLY),-k "$(ONLY)")
 
 docs: env ## the pages that are made from the code
 	gdlib schema > workflow/schemas/config.schema.json

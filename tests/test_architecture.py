@@ -53,6 +53,8 @@ ROOMS = {
     "report": "io evaluate config",
     "trained": "io data segment predict",
     "cli": "io models evaluate data segment predict export config train volumes report trained",
+    "napari": "io data trained",
+    "cli": "io models evaluate data segment predict config train volumes report trained",
     "__main__": "cli",
 }
 
