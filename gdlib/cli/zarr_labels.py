@@ -12,7 +12,7 @@ import numpy as np
 from gdlib import io
 from gdlib.data.omezarr import SUFFIX, Level, ZarrImage, library, open_zarr, split_zarr_path
 from gdlib.io import outputs
-from gdlib.volumes import blockwise
+from gdlib.volumes import jobs
 
 CHUNK = {2: (1024, 1024), 3: (64, 128, 128)}  # pixels of a file, along the last axes
 VERSION = {2: "0.4", 3: "0.5"}  # of OME-Zarr, by that of Zarr
@@ -83,7 +83,7 @@ def write_blocks(
     folder: Path, image: ZarrImage, plan: dict[str, Any], labels: Path, mark: str
 ) -> None:
     """Write the label of an image that was segmented in blocks, block by block."""
-    _write(folder, image, blockwise.parts(plan, labels), plan["shape"], None, mark)
+    _write(folder, image, jobs.parts(plan, labels), plan["shape"], None, mark)
 
 
 def _write(
