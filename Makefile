@@ -4,8 +4,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env study report test test-workflow test-slurm test-faults test-conda test-export docs clean
-.PHONY: env study report test test-workflow test-slurm test-faults test-conda test-napari test-wheel docs clean
+.PHONY: env study report test test-workflow test-slurm test-faults test-conda test-export test-napari test-wheel docs clean
 
 env: $(BIN)/.installed
 
@@ -40,6 +39,7 @@ test-conda: env ## the smoke study with --use-conda, where there is a conda comm
 test-export: env ## what `gdlib export` writes for other programs; installs them; a minute or two
 	pip install --quiet -c constraints.txt -e ".[export]"
 	pytest -v -rs --durations=0 tests/export $(if $(ONLY),-k "$(ONLY)")
+
 test-napari: env ## the plug-in in a real viewer; without a screen: xvfb-run -a make test-napari
 	pip install --quiet -c constraints.txt -e ".[napari]" pyqt6 pytest-qt
 	pytest -v -rs tests/napari $(if $(ONLY),-k "$(ONLY)")

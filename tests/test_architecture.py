@@ -52,9 +52,8 @@ ROOMS = {
     "volumes": "io data segment predict",
     "report": "io evaluate config",
     "trained": "io data segment predict",
-    "cli": "io models evaluate data segment predict export config train volumes report trained",
     "napari": "io data trained",
-    "cli": "io models evaluate data segment predict config train volumes report trained",
+    "cli": "io models evaluate data segment predict export config train volumes report trained",
     "__main__": "cli",
 }
 
