@@ -84,6 +84,6 @@ def _image(path: str | None, header: dict[str, Any]) -> Any:
 
     print("no --image is given: it is tried with a synthetic one", file=sys.stderr)
     name, count = {2: ("nuclei_phantom", "images"), 3: ("neurites_phantom", "volumes")}[ndim]
-    counts = {"train": 1, "val": 0, "test": 0}
+    counts = dict.fromkeys(("train", "val", "test"), 1)  # none is made before it is asked for
     sample = next(iter(SOURCES.make(name, None, **{count: counts})["train"]))
     return np.repeat(sample.image, channels, axis=0)
