@@ -46,6 +46,8 @@ class Batch:
         ignore: (B, [Z,] Y, X) boolean, where the label is not known.
         teacher: what the teacher says of these patches, if it was asked before (`gdlib.data.maps`).
         largest: no id in the label is larger; known where a device is better not asked.
+        unlabelled: so many of the last patches are of unlabelled images: their label is what a
+            teacher or another program found there, and `ignore` where it is not sure.
     """
 
     image: Tensor
@@ -54,6 +56,7 @@ class Batch:
     ignore: Tensor | None = None
     teacher: Embedding | None = None
     largest: int | None = None
+    unlabelled: int = 0
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,10 @@ def jobs_of(config: Config) -> dict[str, Job]:
 
     for dataset in datasets:
         data = config.datasets[dataset]
-        read = data.model_dump(mode="json", include={"source", "options", "channels", "patch"})
-        prepared = add(
-            f"Prepare {dataset}", "prepare", [compact(read)], asked.prepare_code(dataset)
-        )
+        keys = {"source", "options", "channels", "patch", "unlabelled"}
+        read = data.model_dump(mode="json", include=keys)
+        rule = "prepare_with_unlabelled" if data.unlabelled else "prepare"
+        prepared = add(f"Prepare {dataset}", rule, [compact(read)], asked.prepare_code(dataset))
         for network in asked.networks_of(dataset):
             net = config.network(network)
             options = net.options | {"in_channels": data.channels}
@@ -86,12 +86,18 @@ def jobs_of(config: Config) -> dict[str, Job]:
         for run in asked.runs_on(dataset):
             _, network, method, _ = run
             before, trained = [prepared], bool(asked.trained([run]))
+            whose, found = asked.unlabelled_of(run), ""
+            teacher = config.teacher_of(dataset, method)
+            source = [
+                f"Train {named(one)}"
+                for one in asked.trained(asked.teacher_runs(dataset, teacher)[:1])
+            ]
+            if whose == "teacher":
+                found = f"Let {teacher} label the unlabelled images of {dataset}"
+                told = [compact(asked.labelling(dataset))]
+                code = asked.network_code("label", teacher)
+                before.append(add(found, "label_unlabelled", told, code, [prepared, *source]))
             if method != TEACHER and config.method(method).terms:
-                teacher = config.teacher_of(dataset, method)
-                source = [
-                    f"Train {named(one)}"
-                    for one in asked.trained(asked.teacher_runs(dataset, teacher)[:1])
-                ]
                 if asked.spec_of(run).recipe.teacher == "online":
                     before += source
                 else:
@@ -100,9 +106,13 @@ def jobs_of(config: Config) -> dict[str, Job]:
                         ask = f"Ask {teacher} for the {part} of the training images of {dataset}"
                         level = ["--level", part] if part != "embedding" else []
                         code = asked.network_code("ask", teacher)
-                        before.append(
-                            add(ask, "ask_teacher", [level, precision], code, [prepared, *source])
-                        )
+                        told = [level, precision]
+                        before.append(add(ask, "ask_teacher", told, code, [prepared, *source]))
+                        if whose:
+                            ask = f"Ask {teacher} for the {part} of the unlabelled images of {dataset}"
+                            before.append(
+                                add(ask, "ask_of_unlabelled", told, code, [found, *source])
+                            )
             if trained:
                 rule = "train_teacher" if method == TEACHER else "train_student"
                 told = compact(asked.train_spec(run))
@@ -150,6 +160,7 @@ def jobs_of(config: Config) -> dict[str, Job]:
         titles | settings,
         {d: asked.budget(d) for d in datasets},
         {name: one["method"] for name, one in asked.ablations.items()},
+        asked.unlabelled,
     ]
     table = add(
         "Summarize the study", "summarize", told, report, [*everything, *teachers, *trivial]
@@ -370,6 +381,50 @@ def test_an_edit_runs_again_exactly_what_depends_on_it(what, before):
         assert again(before, before, change) == expected
     else:
         assert again(before, jobs_of(changed(change))) == expected
+
+
+SOME = {
+    "datasets": {DATA: {"unlabelled": ["train_000[2-7]"]}},
+    "studies": {
+        "smoke": {"datasets": [DATA], "methods": ["none", "grd", "grd_labelled", "pseudo"]}
+    },
+}
+LABELLED = {f"Let {TEACHER_2D} label the unlabelled images of {DATA}"}
+ASKED_OF_THEM = {f"Ask {TEACHER_2D} for the embedding of the unlabelled images of {DATA}"}
+WITH_THEM = (
+    jobs(GRD, "pseudo/seed0", datasets=(DATA,)) | TABLES | drawn(*FIGURES[DATA], datasets=(DATA,))
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"recipes": {"student": {"unlabelled": {"share": 0.3}}}}, WITH_THEM),
+        (
+            {"recipes": {"student": {"unlabelled": {"sure": 0.8}}}},
+            LABELLED | ASKED_OF_THEM | WITH_THEM,
+        ),
+        (
+            {"datasets": {DATA: {"segmentation": {"mutex_watershed": {"min_size": 30}}}}},
+            LABELLED
+            | ASKED_OF_THEM
+            | WITH_THEM
+            | jobs(
+                TEACHING,
+                NONE,
+                "grd_labelled/seed0",
+                steps=("Segment", "Evaluate"),
+                datasets=(DATA,),
+            ),
+        ),
+        ("train/label.py", LABELLED | ASKED_OF_THEM | WITH_THEM),
+    ],
+)
+def test_an_edit_of_what_is_unlabelled_is_for_those_who_see_it(change, expected):
+    code = change if isinstance(change, str) else ""
+    edit = {} if code else change
+    new = jobs_of(changed(updated(SOME, edit)))
+    assert again(jobs_of(changed(SOME)), new, code) == expected
 
 
 def test_the_order_of_keys_runs_nothing(before):

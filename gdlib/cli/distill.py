@@ -50,6 +50,13 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         help="folder of files of the same names: a number for each object, 0 = background",
     )
     distill.add_argument(
+        "--unlabelled",
+        type=place,
+        metavar="DIR",
+        help="folder of more images, without labels: the teacher says what it sees in them, and one of "
+        "the students learns from that too",
+    )
+    distill.add_argument(
         "--out", required=True, type=place, metavar="DIR", help="folder for all that is made"
     )
     distill.add_argument(
@@ -104,7 +111,7 @@ def _distill(arguments: argparse.Namespace) -> None:
     if find_spec("snakemake") is None:
         raise ValueError('the workflow needs Snakemake; install it: pip install "gdlib[workflow]"')
     config = out / "config.yaml"
-    _link(arguments.images, arguments.labels, out)
+    _link(arguments.images, arguments.labels, arguments.unlabelled, out)
     if config.exists():
         _say(f"{config}: is there and is used as it is; to have it chosen anew, move it away")
     else:
@@ -130,9 +137,9 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _link(images: Path, labels: Path, out: Path) -> None:
+def _link(images: Path, labels: Path, unlabelled: Path | None, out: Path) -> None:
     """Make links to the folders where the source `folder` looks for them."""
-    for folder in (images, labels):
+    for folder in filter(None, (images, labels, unlabelled)):
         if not folder.is_dir():
             cause = "a file" if folder.exists() else "not there"
             raise DataError(
@@ -145,8 +152,14 @@ def _link(images: Path, labels: Path, out: Path) -> None:
             )
     if images.resolve() == labels.resolve():
         raise DataError(f"{images}: images and labels are the same folder; give one for each")
+    if unlabelled and unlabelled.resolve() in (images.resolve(), labels.resolve()):
+        raise DataError(
+            f"{unlabelled}: these are the images that have labels; give a folder of others with "
+            "--unlabelled"
+        )
     raw = out / "raw" / own.NAME
     links = {raw / "images": images, raw / "labels": labels}
+    links |= {raw / "unlabelled": unlabelled} if unlabelled else {}
     if images.resolve().parent == labels.resolve().parent:
         lists = (images.resolve().parent / f"{split}.txt" for split in ("train", "val", "test"))
         links |= {raw / path.name: path for path in lists if path.is_file()}
@@ -203,7 +216,7 @@ def _given(path: Path, found: own.Measured) -> dict[str, Any]:
 def _measure(arguments: argparse.Namespace) -> own.Measured:
     """Read all images and labels as the workflow will, and return what they are."""
     from gdlib.data import sense
-    from gdlib.data.files import find_files
+    from gdlib.data.files import UNLABELLED, find_files
     from gdlib.data.prepare import check_sample
     from gdlib.data.sources.folder import folder
 
@@ -213,10 +226,15 @@ def _measure(arguments: argparse.Namespace) -> own.Measured:
     channels = _channels(first, labels.get(first.stem), ndim)
     regions = arguments.regions or None
     splits = folder(arguments.out / "raw" / own.NAME, channels=channels, label_regions=regions)
+    if not arguments.unlabelled:  # those of an earlier command may be there
+        splits.pop(UNLABELLED, None)
     seen, shapes, sizes = [], [], []
     for split, samples in splits.items():
         for sample in samples:
             checked = check_sample(sample, channels, (1,) * ndim)
+            if split == UNLABELLED:  # patches are cut from these too
+                shapes.append(checked.image.shape[1:])
+                continue
             seen.append(sense.look(checked, split))
             shapes.append(checked.label.shape)
             sizes += _sizes(checked.label)
@@ -226,6 +244,7 @@ def _measure(arguments: argparse.Namespace) -> own.Measured:
     width, length, depth = np.array(sizes).T
     return own.Measured(
         images=len(seen),
+        unlabelled=len(shapes) - len(seen),
         objects=len(sizes),
         channels=channels,
         smallest=tuple(np.min(shapes, 0).tolist()),

@@ -14,7 +14,7 @@ from gdlib.cli import BLOCK_HELP, process
 from gdlib.cli.volume_steps import add_volume_steps
 from gdlib.io import outputs
 from gdlib.io.outputs import has_attributes, has_columns, has_keys, is_weights
-from gdlib.limits import NotNegative, Threads, Whole, argument, sides
+from gdlib.limits import NotNegative, Share, Threads, Whole, argument, sides
 from gdlib.segment.parameters import checked, is_masked
 
 BASELINE_COLUMNS = ("dataset", "split", "baseline", "sample", "metric", "value")
@@ -45,11 +45,12 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
             read = [
                 one for value in values for one in (value if isinstance(value, list) else [value])
             ]
+            made = {key: path for key in own if (path := getattr(parsed, key))}
             outputs.check(
-                [outputs.Output(getattr(parsed, key), test) for key, test in own.items()],
+                [outputs.Output(path, own[key]) for key, path in made.items()],
                 [split_h5_path(one)[0] for one in read if isinstance(one, str | Path)],
                 overwrite=parsed.overwrite,
-                option=" or ".join(f"--{key}" for key in own),
+                option=" or ".join(f"--{key}" for key in made),
             )
             function(parsed)
 
@@ -78,9 +79,19 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         files=rows, folder={"type": Path, "required": True, "metavar": "DIR"},
     )  # fmt: skip
     add(
-        "prepare", _prepare, "Check the images of a dataset and write its train, val and test " "samples.",
-        dict.fromkeys(("train", "val", "test"), has_attributes("split", "sha256")),
+        "prepare", _prepare, "Check the images of a dataset and write its train, val and test samples.",
+        dict.fromkeys(("train", "val", "test", "unlabelled"), has_attributes("split", "sha256")),
         dataset=text, root={"type": Path, "metavar": "DIR"}, train=file, val=file, test=file,
+        unlabelled={**maybe, "help": "and those of unlabelled images, if the dataset says which"},
+    )  # fmt: skip
+    add(
+        "label", _label, "Let a teacher find objects in images that nobody has labelled.",
+        {"out": has_attributes("teacher", "sure")},
+        teacher=file, samples=file, out=file,
+        sure={"type": argument(Share), "required": True, "metavar": "P", "help": "where it gives less probability to what it found, that is ignored"},
+        segmenter={**segmenter, "required": False}, parameters={**text, "required": False, "default": {}},
+        block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP},
+        engine={"default": "auto", "help": "auto, torch, openvino"}, threads=threads, device=device,
     )  # fmt: skip
     add(
         "ask", _ask, "Ask a teacher once about every training image, for all students.",
@@ -93,7 +104,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
     add(
         "train", _train, "Train a teacher or a student.",
         {"weights": is_weights, "last": is_weights, "history": has_columns(*io.HISTORY_COLUMNS)},
-        spec=text, train=file, val=file, teacher=maybe, maps=many, weights=file, last=file, history=file,
+        spec=text, train=file, val=file, teacher=maybe, maps=many, unlabelled=maybe, unlabelled_maps=many, weights=file, last=file, history=file,
         state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
         max_seconds={"type": argument(NotNegative), "default": math.inf, "metavar": "S", "help": "stop, resumable, " "after it"},
     )  # fmt: skip
@@ -141,7 +152,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from gdlib.data.prepare import prepare
 
     dataset = _complete("--dataset", arguments.dataset, "source", "options", "patch", "channels")
-    outputs = {split: getattr(arguments, split) for split in ("train", "val", "test")}
+    splits = ("train", "val", "test", "unlabelled")
+    outputs = {split: path for split in splits if (path := getattr(arguments, split))}
     prepare(
         dataset["source"],
         dataset["options"],
@@ -149,7 +161,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
         outputs,
         tuple(dataset["patch"]),
         dataset["channels"],
+        arguments.dataset.get("unlabelled", False),
     )
+
+
+def _label(arguments: argparse.Namespace) -> None:
+    from gdlib.train.label import label_images
+
+    keys = ("sure", "segmenter", "parameters", "block", "engine", "device", "threads")
+    options = {key: getattr(arguments, key) for key in keys}
+    label_images(arguments.teacher, arguments.samples, arguments.out, **options)
 
 
 def _ask(arguments: argparse.Namespace) -> None:
@@ -169,7 +190,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     process.keep_memory()
     keys = (
-        "train", "val", "teacher", "maps", "weights", "last", "history", "state", "device", "max_seconds",
+        "train", "val", "teacher", "maps", "unlabelled", "unlabelled_maps", "weights", "last", "history", "state", "device", "max_seconds",
     )  # fmt: skip
     options = {key: getattr(arguments, key) for key in keys}
     with within("--spec"):

@@ -165,7 +165,10 @@ class Config(Section):
         study = self.selected
         other = self.teachers_of(dataset)[1:]
         more = [
-            f"{m}@{teacher}" for teacher in other for m in study.methods if self.methods[m].terms
+            f"{m}@{teacher}"
+            for teacher in other
+            for m in study.methods
+            if self.methods[m].terms or self.unlabelled_of(dataset, m) == "teacher"
         ]
         return [*study.methods, *more, *self.own_methods(study)[len(study.methods) :]]
 
@@ -191,6 +194,18 @@ class Config(Section):
         for key in chosen.keys:
             _put(raw, key, value)
         return Method.model_validate(raw)
+
+    def unlabelled_of(self, dataset: str, method: str) -> str | None:
+        """Return whose instances a method sees in the unlabelled images of a dataset: of the
+        `teacher`, or those `given` with them; None if it sees no such image.
+        """
+        if method == TEACHER or not self.datasets[dataset].unlabelled:
+            return None
+        chosen, recipe = self.method(method), self.recipe(self.study, dataset, "student")
+        own = recipe.changed(chosen.recipe).unlabelled
+        if own.share == 0:
+            return None
+        return own.labels if own.labels != "none" else "teacher" if chosen.terms else None
 
     def shown(self, dataset: str) -> PlotMetrics:
         """Return which metrics the report shows of a dataset."""

@@ -4,13 +4,15 @@ What an entry or a recipe can be asked by itself is in `gdlib.config.checks`.
 """
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gdlib import registry
 from gdlib.config.checks import check_metrics, check_patch, check_recipe, check_terms
 from gdlib.config.mistakes import check_name, within
+from gdlib.config.recipe import Recipe
 from gdlib.config.sections import TEACHER, Method
-from gdlib.segment.parameters import check_offsets, checked
+from gdlib.segment.parameters import check_offsets, checked, is_masked
 
 if TYPE_CHECKING:
     from gdlib.config.catalogue import Config
@@ -180,7 +182,56 @@ def check_study(config: "Config", name: str) -> None:
                 next(iter(patches.items())) if recipe.patch else (f"datasets.{dataset}", None)
             )
             check_patch(f"{where}.patch", patch or data.patch, dataset, data, used)
+        with within(f"studies.{name}"):
+            _check_unlabelled(config, config.own_methods(study), dataset, recipe)
         for method in config.own_methods(study):
             if "patch" in (changes := config.method(method).recipe):
                 patch = recipe.changed(changes).patch or data.patch
                 check_patch(f"methods.{method}.recipe.patch", patch, dataset, data, used)
+
+
+def _check_unlabelled(
+    config: "Config", methods: Iterable[str], dataset: str, recipe: Recipe
+) -> None:
+    """Can these methods learn from unlabelled images of a dataset as they want to?"""
+    data = config.datasets[dataset]
+    for name in methods:
+        method = config.method(name)
+        own = recipe.changed(method.recipe) if method.recipe else recipe
+        said, labels = f'method "{name}" on dataset "{dataset}"', own.unlabelled.labels
+        if labels != "none" and not data.unlabelled:
+            raise ValueError(
+                f"{said} learns from unlabelled images, of which there are none; name some in "
+                f"`unlabelled` of the dataset, or leave the method out"
+            )
+        if (
+            not data.unlabelled
+            or not own.unlabelled.share
+            or not (method.terms or labels != "none")
+        ):
+            continue
+        if labels == "given" and method.terms:
+            raise ValueError(
+                f"{said} learns from given labels and from a teacher; make two methods of it"
+            )
+        if labels == "given" and data.unlabelled is not True:
+            raise ValueError(
+                f"{said} learns from labels that are given with unlabelled images, but those are "
+                "training images without theirs; put images into `unlabelled/` and labels into "
+                "`unlabelled_labels/` of a dataset of the source `folder`, with `unlabelled: true`"
+            )
+        if own.batch_size < 2:
+            raise ValueError(
+                f"{said} learns from labelled and unlabelled images, and a batch of 1 patch has no "
+                "room for both; make batch_size 2 or more"
+            )
+        if own.unlabelled.sure != recipe.unlabelled.sure:
+            raise ValueError(
+                f"{said} has an `unlabelled.sure` of its own, but a teacher labels an image once for "
+                "all methods; write it into the recipe of the study or dataset"
+            )
+        if all(map(is_masked, data.segmenters)):
+            raise ValueError(
+                f"{said} learns from what the teacher finds in unlabelled images, and all segmenters "
+                "of the dataset need the true foreground; add `mutex_watershed`"
+            )

@@ -40,6 +40,7 @@ class Measured:
             their largest section.
         length: 95th percentile over objects of the longer side of their box in y and x.
         depth: median over objects of their number of sections; 1 in images.
+        unlabelled: number of images without labels.
     """
 
     images: int
@@ -50,6 +51,7 @@ class Measured:
     width: float
     length: float
     depth: float = 1
+    unlabelled: int = 0
 
     @property
     def ndim(self) -> int:
@@ -70,7 +72,8 @@ class Measured:
             f"{self.objects} objects with a median diameter of {self.width:.1f} pixels, 5 % "
             f"longer than {self.length:.0f}"
         )
-        return text + f", half in more than {self.depth:.0f} sections" * (self.ndim == 3)
+        text += f", half in more than {self.depth:.0f} sections" * (self.ndim == 3)
+        return text + f"; {self.unlabelled} {kind} without labels" * bool(self.unlabelled)
 
 
 class Choice(NamedTuple):
@@ -193,6 +196,8 @@ def written(
         f"    folder: {NAME}",
         f"    options: {text(options)} # more in gdlib/data/sources/folder.py",
     ]
+    if found.unlabelled:
+        lines += ["    unlabelled: true # from these a student of a teacher learns, too"]
     if found.channels > 1:
         lines += [f"    channels: {found.channels}"]
     lines += [

@@ -7,7 +7,7 @@ import ast
 import json
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -235,7 +235,7 @@ def _type(annotation: Any) -> str:
             if inner[-1] is Ellipsis
             else f"[{', '.join(map(_type, inner))}]"
         )
-    if origin is dict:
+    if origin in (dict, Mapping):
         return f"{{name: {_type(inner[1])}, …}}"
     if annotation is Any:
         return "any"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from gdlib import registry
 from gdlib.config.catalogue import TEACHER, Config
 from gdlib.config.sections import RunSpec
+from gdlib.segment.parameters import is_masked
 
 Run = tuple[str, str, str, int]  # dataset, network, method, seed
 
@@ -31,6 +32,7 @@ NUMBERS = ("evaluate/metrics.py", "evaluate/scores.py")
 STEPS = {
     "prepare": Step(("data/prepare.py",)),
     "ask": Step(("train/ask.py",), ("kernels/fused.py",)),  # no loss is computed
+    "label": Step(("train/label.py",), ("kernels/fused.py",)),
     "train": Step(("train/loop.py",), ("predict/predictor.py", "train/validator.py", *NUMBERS)),
     "predict": Step(("predict/files.py",), ("kernels/fused.py",)),
     "profile": Step(("predict/cost.py", "predict/files.py"), ("kernels/fused.py",)),
@@ -107,14 +109,35 @@ class Plan:
     def train_spec(self, run: Run) -> dict[str, Any]:
         """Return what a training depends on.
 
-        The memory bank, and how a teacher is asked, only where a term needs it.
+        The memory bank, and how a teacher is asked, only where a term needs it; unlabelled images
+        only where it sees some.
         """
         spec = self.spec_of(run).model_dump(mode="json")
+        if not self.unlabelled_of(run):
+            del spec["recipe"]["unlabelled"]
         if not spec["terms"]:
             del spec["recipe"]["teacher"]
         if not any(term["memory"] for term in spec["terms"]):
             del spec["recipe"]["bank"]
         return spec
+
+    def unlabelled_of(self, run: Run) -> str | None:
+        """Return whose instances a run sees in unlabelled images; see `Config.unlabelled_of`."""
+        return self.config.unlabelled_of(run[0], run[2])
+
+    def labelling(self, dataset: str) -> dict[str, Any]:
+        """Return how a teacher's instances in unlabelled images are found, and what it must be sure
+        of: the dataset's first segmenter that does without the true foreground, its fixed
+        parameters, and `sure`.
+        """
+        data = self.config.datasets[dataset]
+        segmenter = next(one for one in data.segmenters if not is_masked(one))
+        recipe = self.config.recipe(self.config.study, dataset, "student")
+        return {
+            "segmenter": segmenter,
+            "parameters": data.segmentation.get(segmenter, {}),
+            "sure": recipe.unlabelled.sure,
+        }
 
     def parts_of(self, method: str) -> list[str]:
         """Return what its terms compare of a teacher's output: the embedding, with the foreground,
@@ -163,6 +186,19 @@ class Plan:
         return {network.model.partition(":")[0] for network in networks if ":" in network.model}
 
     # What readers see
+
+    @property
+    def unlabelled(self) -> dict[str, dict[str, bool]]:
+        """Datasets with unlabelled images, and whether a method, or the training of a teacher, sees
+        these.
+        """
+        return {
+            dataset: {
+                run[2]: bool(self.unlabelled_of(run)) for run in self.trained(self.runs_on(dataset))
+            }
+            for dataset in self.study.datasets
+            if self.config.datasets[dataset].unlabelled
+        }
 
     @property
     def ablations(self) -> dict[str, dict[str, Any]]:

@@ -96,6 +96,31 @@ class Bank(Section):
     original_ring: bool = Field(False, description="PAPER: order and sampling of the original code")
 
 
+class Unlabelled(Section):
+    """What students learn from the unlabelled images of a dataset."""
+
+    share: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="of the patches of a batch, rounded, but at least one patch of each kind, that "
+        "is of such images: for methods that learn from a teacher, or from `labels`; 0 for none",
+    )
+    labels: Literal["none", "teacher", "given"] = Field(
+        "none",
+        description="whose instances the losses of labels learn there. none: nobody's, and only "
+        "what compares with a teacher acts there; teacher: those that the teacher finds and is sure "
+        "of; given: those in `unlabelled_labels`, of any program",
+    )
+    sure: float = Field(
+        0.75,
+        ge=0.5,
+        lt=1,
+        description="where the teacher gives foreground, background or the border of two instances "
+        "less probability than this, what it found is ignored; for all methods alike",
+    )
+
+
 class Geometry(Section):
     """Geometric augmentation; see `gdlib.data.augment.sampling_grid`."""
 
@@ -250,6 +275,9 @@ class Recipe(Entry):
     )
     augment: Augment = Field(Augment(), description="random changes of the training patches")
     bank: Bank = Field(Bank(), description="memory of other images, for terms with `memory`")
+    unlabelled: Unlabelled = Field(
+        Unlabelled(), description="of students, on datasets that have `unlabelled` images"
+    )
 
     def changed(self, changes: dict[str, Any]) -> "Recipe":
         """Return it with nested changes, checked."""

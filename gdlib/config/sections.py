@@ -118,6 +118,12 @@ class Dataset(Entry):
         description="fixed parameters of a segmenter on test images, in place of those tuned "
         "on validation images",
     )
+    unlabelled: bool | Names = Field(
+        False,
+        description="images without labels that students may learn from; true: those of the source "
+        "itself (`folder`: in `unlabelled/`), or training images whose labels are not looked at, by "
+        "name, in which `*` stands for any characters",
+    )
     recipe: dict[str, Any] = Field({}, description="changes to both recipes for this dataset")
 
     @property
@@ -299,5 +305,6 @@ class RunSpec(Section):
             **recipe,
             "normalisation": normalisation,
             "border": self.targets.border,
+            "share": self.recipe.unlabelled.share,
             "seed": self.seed,
         }

@@ -41,6 +41,7 @@ BESIDE = (
     ".db",
 )
 SPLITS = ("train", "val", "test")
+UNLABELLED = "unlabelled"  # images beside the splits, from which a student may learn
 OVERLAPS = ("ignore", "first", "last")
 Splits = dict[str, Iterator[Sample]]
 

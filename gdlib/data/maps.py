@@ -25,6 +25,7 @@ class TeacherMaps:
         levels: feature maps that the teacher has, in these files or not, by name: channels and
             stride.
         identity: says which teacher this is, and what it was asked.
+        teacher: SHA-256 of its weights.
 
     Raises:
         gdlib.io.DataError: it was asked about other images, or the files are of several teachers.
@@ -55,6 +56,7 @@ class TeacherMaps:
             if found
             else {}
         )
+        self.teacher = found[0]["teacher"] if found else None
         self.identity = json.dumps(found, sort_keys=True)
 
     def cut(

@@ -54,6 +54,20 @@ def largest_id(
     return largest if largest <= pixels else None
 
 
+def of_unlabelled(share: float, batch_size: int) -> int:
+    """Return how many patches of a batch are of unlabelled images, at least one of each kind.
+
+    >>> of_unlabelled(0.5, 4), of_unlabelled(0.1, 2), of_unlabelled(0.9, 2), of_unlabelled(0.3, 8)
+    (2, 1, 1, 2)
+    """
+    if batch_size < 2:
+        raise ValueError(
+            "a batch of 1 patch has no room for labelled and unlabelled images; make batch_size 2 "
+            "or more"
+        )
+    return min(max(round(share * batch_size), 1), batch_size - 1)
+
+
 class PatchSampler:
     """Random augmented training patches; `batch(step)` depends on the seed and the step alone.
 
@@ -78,9 +92,13 @@ class PatchSampler:
         maps: what a teacher says about these images, to be cut along; else batches come without.
         levels: for each of its feature maps that is wanted, the sides that the student's has of a
             patch.
+        unlabelled: samples `.h5` of images that nobody has labelled, with what was found in them;
+            the last patches of every batch are of them, the others are as without.
+        share: part of the patches that these are, rounded to whole ones, at least one of each kind.
+        unlabelled_maps: what a teacher says about them; needed if there are `maps`.
 
     Attributes:
-        normalisation: keyword arguments of `intensity_range`, as learned from the images.
+        normalisation: keyword arguments of `intensity_range`, as learned from the labelled images.
     """
 
     def __init__(
@@ -97,6 +115,9 @@ class PatchSampler:
         device: torch.device | str = "cpu",
         maps: TeacherMaps | None = None,
         levels: Mapping[str, Sequence[int]] | None = None,
+        unlabelled: Path | str | None = None,
+        share: float = 0.5,
+        unlabelled_maps: TeacherMaps | None = None,
     ) -> None:
         self.maps = maps
         self.levels = levels or {}
@@ -107,7 +128,22 @@ class PatchSampler:
         self.border = border
         self.seed = seed
         self.device = torch.device(device)
-        self.samples: list[dict[str, Any]] = []
+        found = self._open(path)
+        if not found:
+            raise io.DataError(f"{path}: there is no image to train on; check the split lists")
+        others = {} if unlabelled is None else self._open(unlabelled)
+        self.normalisation = learn(found.values(), **normalisation)
+        self.samples = [self._held(name, arrays, maps) for name, arrays in found.items()]
+        self.samples += [self._held(name, a, unlabelled_maps) for name, a in others.items()]
+        self.labelled = len(found)  # the first of them
+        self.of_unlabelled = of_unlabelled(share, batch_size) if others else 0
+        labels = [arrays["label"] for arrays in (*found.values(), *others.values())]
+        in_memory = labels if all(isinstance(label, np.ndarray) for label in labels) else []
+        self.largest = largest_id(in_memory, math.prod(self.patch), self.device)
+        self.ignores = any("ignore" in sample for sample in self.samples)
+
+    def _open(self, path: Path | str) -> dict[str, dict[str, Any]]:
+        """Return the arrays of all samples of a file by name, in memory or not."""
         with io.open_h5(path):  # tells a broken file in one sentence
             file = h5py.File(path, "r", rdcc_nbytes=2**26)
             size = sum(array.nbytes for sample in file.values() for array in sample.values())
@@ -119,32 +155,35 @@ class PatchSampler:
                 for name in sorted(file)
             }
         for name, arrays in found.items():
+            if "label" not in arrays:
+                raise io.DataError(
+                    f'{path}: image "{name}" has no label; let a teacher find objects in it (`gdlib '
+                    "step label`), or put those of another program into `unlabelled_labels/`"
+                )
             if any(n < p for n, p in zip(arrays["label"].shape, self.patch, strict=True)):
                 raise io.DataError(
                     f'{path}: image "{name}" of {arrays["label"].shape} pixels is smaller than the '
                     f"patch {self.patch}; "
                     "choose a smaller patch"
                 )
-        self.normalisation = learn(found.values(), **normalisation)
-        for name, arrays in found.items():
-            low, high = intensity_range(arrays["image"], **self.normalisation)
-            column = (-1,) + (1,) * len(self.patch)
-            held = arrays | {
-                "name": name,
-                "low": low.reshape(column),
-                "span": span(low, high).reshape(column),
-            }
-            self.samples.append(
-                {
-                    k: _tensor(a).to(self.device) if isinstance(a, np.ndarray) else a
-                    for k, a in held.items()
-                }
-            )
-        in_memory = [arrays["label"] for arrays in found.values() if size <= IN_MEMORY]
-        self.largest = largest_id(in_memory, math.prod(self.patch), self.device)
-        self.ignores = any("ignore" in sample for sample in self.samples)
-        if not self.samples:
-            raise io.DataError(f"{path}: there is no image to train on; check the split lists")
+        return found
+
+    def _held(
+        self, name: str, arrays: Mapping[str, Any], maps: TeacherMaps | None
+    ) -> dict[str, Any]:
+        """Return all that patches of an image are made of."""
+        low, high = intensity_range(arrays["image"], **self.normalisation)
+        column = (-1,) + (1,) * len(self.patch)
+        held = arrays | {
+            "name": name,
+            "maps": maps,
+            "low": low.reshape(column),
+            "span": span(low, high).reshape(column),
+        }
+        return {
+            k: _tensor(a).to(self.device) if isinstance(a, np.ndarray) else a
+            for k, a in held.items()
+        }
 
     def choose(self, step: int) -> tuple[torch.Generator, list[int]]:
         """Return which image each patch of a step is of, and the generator that draws everything
@@ -153,9 +192,14 @@ class PatchSampler:
         # The CPU generator looks at the last 32 bits only; an odd factor spreads the seeds over
         # them.
         generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + step) % 2**32)
-        return generator, torch.randint(
-            len(self.samples), (self.batch_size,), generator=generator
-        ).tolist()
+        sources = torch.randint(self.labelled, (self.batch_size,), generator=generator)
+        if self.of_unlabelled:  # random numbers of their own leave all others as they are
+            seed = (self.seed * 2_654_435_761 + step) % 2**32 ^ 0x55555555
+            own = torch.Generator().manual_seed(seed)
+            sources[-self.of_unlabelled :] = torch.randint(
+                self.labelled, len(self.samples), (self.of_unlabelled,), generator=own
+            )
+        return generator, sources.tolist()
 
     def batch(self, step: int) -> Batch:
         """Return the patches of one step: image (B, C, *patch + margins) float32, label (B, *patch)
@@ -186,7 +230,8 @@ class PatchSampler:
             if self.maps
             else None
         )
-        return Batch(image, label, devices.send(ids, self.device), ignore, teacher, self.largest)
+        ids = devices.send(ids, self.device)
+        return Batch(image, label, ids, ignore, teacher, self.largest, self.of_unlabelled)
 
     def _emptied(
         self,
@@ -242,9 +287,9 @@ class PatchSampler:
         grid = torch.stack([place - s.start for place, s in zip(places, box, strict=True)])
         nearest = grid[(slice(None), *inner)].round().long()  # of label and maps alike
         said = {}
-        if self.maps is not None:
+        if sample["maps"] is not None:
             pixels = [place + s.start for place, s in zip(nearest, box, strict=True)]
-            said = self.maps.cut(sample["name"], pixels, self.levels)
+            said = sample["maps"].cut(sample["name"], pixels, self.levels)
             said = {part: devices.send(vectors, self.device) for part, vectors in said.items()}
         grid, nearest = devices.send(grid, self.device), tuple(devices.send(nearest, self.device))
 

@@ -1,4 +1,4 @@
-"""Turn a data source into the three sample files.
+"""Turn a data source into the three sample files, and one of unlabelled images where they are wanted.
 
 All images are checked, and one bad image means no file at all.
 """
@@ -8,8 +8,9 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from skimage.segmentation import relabel_sequential
 from gdlib import io
 from gdlib.data import sense
 from gdlib.data.axes import SECTIONS, fitted
-from gdlib.data.files import SPLITS, check_label, check_shapes
+from gdlib.data.files import SPLITS, UNLABELLED, Splits, check_label, check_shapes
 from gdlib.data.intensity import as_float32
 from gdlib.io import Sample
 from gdlib.io.failures import DataError
@@ -34,9 +35,10 @@ def prepare(
     outputs: Mapping[str, Path | str],
     min_size: Sequence[int],
     channels: int,
+    unlabelled: bool | Sequence[str] = False,
 ) -> dict[str, dict[str, Any]]:
-    """Write the train, val and test samples of a data source, all three or none, and print a line
-    about each.
+    """Write the train, val and test samples of a data source, and those of unlabelled images if there
+    shall be some, all or none, and print a line about each.
 
     What is probably not meant (see `gdlib.data.sense`) is printed on stderr, `warning: ` before
     each sentence.
@@ -49,14 +51,17 @@ def prepare(
         source: name of a data source.
         options: its keyword arguments.
         root: folder of the raw data; None for synthetic data.
-        outputs: `train`, `val` and `test` -> `.h5` file; files that are there are replaced, or
-            removed on failure.
+        outputs: `train`, `val` and `test` -> `.h5` file, and `unlabelled` if there shall be such;
+            files that are there are replaced, or removed on failure.
         min_size: n smallest side lengths in pixels, usually the patch; its length says whether the
             data are 2D or 3D.
         channels: of every image.
+        unlabelled: true for the unlabelled images that the source has, which may come with labels of
+            another program; or the names of training images whose labels are not looked at, in which
+            `*` stands for any characters; else there are none.
 
     Returns:
-        For each split the file attributes: `samples`, `instances`, `empty_labels`, `ignored`
+        For each file the file attributes: `samples`, `instances`, `empty_labels`, `ignored`
         (voxels), `types`, `sha256` (of names and content), `source`, `options`, `provenance`,
         `channels`, `axes`, `split`; `warnings`, if there are any, are of all three.
 
@@ -64,15 +69,18 @@ def prepare(
         DataError: for input that cannot be used.
     """
     SOURCES.check(source, dict(options))
-    if set(outputs) != set(SPLITS):
+    wanted = (*SPLITS, UNLABELLED) if unlabelled else SPLITS
+    if set(outputs) != set(wanted):
         raise DataError(
-            f"outputs: there must be one file each for {', '.join(SPLITS)}, not for "
+            f"outputs: there must be one file each for {', '.join(wanted)}, not for "
             f"{', '.join(outputs)}"
         )
     for path in outputs.values():
         Path(path).unlink(missing_ok=True)
     read = SOURCES.get(source)
-    splits = read(None if root is None else Path(root), **options)
+    splits = _with_unlabelled(
+        source, unlabelled, lambda: read(None if root is None else Path(root), **options)
+    )
     fixed = {
         "source": source,
         "options": dict(options),
@@ -87,19 +95,31 @@ def prepare(
     seen: list[sense.Seen] = []
     temporary: dict[str, Path] = {}
     with contextlib.ExitStack() as stack:
-        for split in SPLITS:
+        for split in wanted:
             temporary[split] = stack.enter_context(io.atomic(outputs[split]))
             tally = _Tally()
             checked = _checked(splits[split], split, names, seen, channels, min_size)
+            if split == UNLABELLED:
+                checked = _told_apart(checked, seen)
             io.write_samples(temporary[split], tally.count(checked), split=split, **fixed)
+            if split == UNLABELLED and isinstance(unlabelled, Sequence):
+                _check_found(unlabelled, [name for name, at in names.items() if at == split])
             if not tally.samples:
                 raise DataError(
                     f'data source "{source}": split "{split}" has no image; check the split lists'
                 )
-            sense.check_splits(seen)
+            if split in SPLITS:
+                sense.check_splits(seen)
             summary[split] = tally.attrs()
             print(f"{source} {split}: {tally}")
-        if found := _senseless(source, options, seen):
+        # those of another program may be masks, too
+        others = [one for one in seen if one.split == UNLABELLED]
+        if found := [
+            sentence
+            for group in ([one for one in seen if one.split in SPLITS], others)
+            if any(one.ids for one in group)
+            for sentence in _senseless(source, options, group)
+        ]:
             summary = {split: {**attrs, "warnings": found} for split, attrs in summary.items()}
             print(*(f"warning: {sentence}" for sentence in found), sep="\n", file=sys.stderr)
         for split, attrs in summary.items():
@@ -107,6 +127,61 @@ def prepare(
                 for key, value in attrs.items():
                     file.attrs[key] = json.dumps(value) if isinstance(value, list) else value
     return {split: {**fixed, "split": split, **attrs} for split, attrs in summary.items()}
+
+
+def _is(name: str, wanted: str) -> bool:
+    return name == wanted or fnmatchcase(name, wanted)
+
+
+def _check_found(wanted: Sequence[str], found: Sequence[str]) -> None:
+    for name in wanted:
+        if not any(_is(one, name) for one in found):
+            raise DataError(
+                f'unlabelled: there is no training image "{name}"; correct the name, or leave it out'
+            )
+
+
+def _with_unlabelled(
+    source: str, unlabelled: bool | Sequence[str], read: Callable[[], Splits]
+) -> Splits:
+    """Return the splits of a source with the unlabelled images that are wanted, or none."""
+    splits = read()
+    if unlabelled is True:
+        if UNLABELLED not in splits:
+            raise DataError(
+                f'data source "{source}" has no unlabelled images of its own; the source `folder` '
+                "reads them in `unlabelled/` beside `images/`, of others name training images in "
+                "`unlabelled`"
+            )
+        return splits
+    if splits.pop(UNLABELLED, None) is not None:
+        print(
+            "warning: the unlabelled images that are there are not used; set `unlabelled: true` of "
+            "the dataset",
+            file=sys.stderr,
+        )
+    if unlabelled:
+
+        def chosen(sample: Sample) -> bool:
+            return any(_is(sample.id, name) for name in unlabelled)
+
+        again = read()["train"]  # each is written to a file of its own, one image after the other
+        splits["train"] = (one for one in splits["train"] if not chosen(one))
+        splits[UNLABELLED] = (replace(one, label=None, ignore=None) for one in again if chosen(one))
+    return splits
+
+
+def _told_apart(samples: Iterable[Sample], seen: Sequence[sense.Seen]) -> Iterator[Sample]:
+    """Raise `DataError` where an unlabelled image is one that networks are judged on."""
+    judged = {one.image: one for one in seen if one.split in ("val", "test") and one.values > 1}
+    for sample in samples:
+        if other := judged.get(sense.digest(sample.image)):
+            raise DataError(
+                f"{sample.attrs.get('source', sample.id)}, which is unlabelled, and {other.name} in "
+                f"split {other.split} are the same image; take one of them out, or what is trained "
+                "on would also be judged"
+            )
+        yield sample
 
 
 def _senseless(source: str, options: Mapping[str, Any], seen: Sequence[sense.Seen]) -> list[str]:
@@ -130,7 +205,7 @@ def _senseless(source: str, options: Mapping[str, Any], seen: Sequence[sense.See
 
 
 def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Sample:
-    """Return a sample that keeps the file contract, or raise `DataError`.
+    """Return a sample, labelled or not, that keeps the file contract, or raise `DataError`.
 
     Args:
         sample: image (C, [Z,] Y, X) of any real type, label ([Z,] Y, X) of any integer type, not
@@ -144,6 +219,9 @@ def check_sample(sample: Sample, channels: int, min_size: Sequence[int]) -> Samp
         from any other type, float32 (less an offset beside which that would have no contrast);
         without `ignore` where that is False everywhere.
     """
+    if sample.label is None:  # all that can be wrong is the image
+        blank = replace(sample, label=np.zeros(sample.image.shape[1:], np.uint8))
+        return replace(check_sample(blank, channels, min_size), label=None)
     ndim = len(min_size)
     image, label = fitted(sample.image, ndim, leading=1), fitted(sample.label, ndim)
     name = sample.attrs.get("source", sample.id)
@@ -228,7 +306,8 @@ def _checked(
             )
         names[sample.id] = split
         checked = check_sample(sample, channels, min_size)
-        seen.append(sense.look(checked, split))
+        if checked.label is not None:
+            seen.append(sense.look(checked, split))
         yield checked
 
 
@@ -242,9 +321,9 @@ class _Tally:
 
     def count(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
-            instances = int(sample.label.max())
+            instances = None if sample.label is None else int(sample.label.max())
             self.samples += 1
-            self.instances += instances
+            self.instances += instances or 0
             self.empty += instances == 0
             self.ignored += 0 if sample.ignore is None else int(sample.ignore.sum())
             self.types[str(sample.image.dtype)] += 1

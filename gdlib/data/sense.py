@@ -71,8 +71,8 @@ def look(sample: Sample, split: str) -> Seen:
     return Seen(
         name=str(sample.attrs.get("source", sample.id)),
         split=split,
-        image=_digest(image),
-        label=_digest(label),
+        image=digest(image),
+        label=digest(label),
         values=1 if low == high else 2 if ((channel == low) | (channel == high)).all() else 3,
         areas=areas[1:],
         pieces=int(connected_regions(label, connectivity=label.ndim).max()),
@@ -85,10 +85,11 @@ def look(sample: Sample, split: str) -> Seen:
     )
 
 
-def _digest(array: np.ndarray) -> bytes:
-    digest = hashlib.blake2b(f"{array.dtype} {array.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(array).data)
-    return digest.digest()
+def digest(array: np.ndarray) -> bytes:
+    """Return what only equal arrays have in common."""
+    found = hashlib.blake2b(f"{array.dtype} {array.shape}".encode(), digest_size=16)
+    found.update(np.ascontiguousarray(array).data)
+    return found.digest()
 
 
 def _enclosed(background: np.ndarray) -> int:

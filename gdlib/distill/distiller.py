@@ -72,6 +72,8 @@ class Distiller(nn.Module):
             trained along, one for all terms that want it; it is used for nothing else. PAPER: the
             original's projections are drawn anew at every step and never trained, and its labels
             cover another field of view than its maps.
+        pseudo: losses of labels act on unlabelled images too, on what was found there; else these
+            see the labelled ones alone, and what compares with the teacher sees all.
         together: so many batches are one optimizer step; they enter the bank together, after the
             last, with those of all processes (`gdlib.processes`): no batch meets another of its
             step.
@@ -87,8 +89,10 @@ class Distiller(nn.Module):
         target_options: Mapping[str, bool] | None = None,
         levels: Sequence[str | Sequence[str] | None] | None = None,
         together: int = 1,
+        pseudo: bool = False,
     ) -> None:
         super().__init__()
+        self.pseudo = pseudo
         self.together = together
         self.waiting: list[tuple[Tensor, Memory]] = []
         self.student = student
@@ -143,13 +147,12 @@ class Distiller(nn.Module):
         How many entries of the memory bank were sampled is then in `entries["entries"]`, with how
         many of them a term with memory compared in `entries["entries/<name>"]`.
         """
-        targets = Targets(
-            batch.label,
-            self.offsets,
-            ignore=batch.ignore,
-            largest=batch.largest,
-            **self.target_options,
-        )
+        label, ignore = batch.label, batch.ignore
+        if batch.unlabelled and ignore is not None:
+            # Where a teacher is unsure there is no instance, but what it says there counts.
+            label, ignore = label.masked_fill(ignore, 0), ignore.clone()
+            ignore[-batch.unlabelled :] = False
+        targets = self._targets(label, ignore, batch.largest)
         teacher, memory = None, {}
         if self.teacher is not None:
             with torch.no_grad():
@@ -158,7 +161,10 @@ class Distiller(nn.Module):
                     targets,
                     self._uses(None) - {"labels"},
                 )
-        student = View(forward_cropped(self.student, batch), targets, self._uses(None), teacher)
+        output = forward_cropped(self.student, batch)
+        labelled = self._labelled(batch, output) if batch.unlabelled else None
+        uses = self._uses(None) - ({"labels"} if labelled else set())
+        student = View(output, targets, uses, teacher)
         # Loss arithmetic is float32 whatever precision the networks run in.
         with torch.autocast(batch.image.device.type, enabled=False):
             views = {level: self._at(level, student, teacher) for level in self.levels}
@@ -170,6 +176,8 @@ class Distiller(nn.Module):
             losses = {}
             for name, term, level in zip(self.names, self.terms, self.levels, strict=True):
                 at, its = views[level], _of(name, memory)
+                if labelled and not term.needs_teacher:
+                    at = Views(labelled, labelled, None, labelled.targets)
                 seen = at.projected if term.projected else at.student
                 losses[name] = term(seen, at.teacher, at.targets, its)
                 if term.memory:
@@ -180,6 +188,17 @@ class Distiller(nn.Module):
                 weight * losses[name] for name, weight in zip(self.names, self.weights, strict=True)
             )
         return total, losses
+
+    def _targets(self, label: Tensor, ignore: Tensor | None, largest: int | None) -> Targets:
+        return Targets(label, self.offsets, ignore=ignore, largest=largest, **self.target_options)
+
+    def _labelled(self, batch: Batch, output: Embedding) -> View:
+        """What losses of labels look at where some patches of a batch are of unlabelled images."""
+        part = slice(None if self.pseudo else len(batch.label) - batch.unlabelled)
+        ignore = None if batch.ignore is None else batch.ignore[part]
+        targets = self._targets(batch.label[part], ignore, batch.largest)
+        output = Embedding(output.embedding[part], output.foreground[part], {})
+        return View(output, targets, {"labels"})
 
     def _at(self, level: str | None, student: View, teacher: View | None) -> Views:
         """What terms see at a feature map, where affinities are of nearest neighbours, or of the

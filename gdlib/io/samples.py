@@ -16,12 +16,12 @@ from gdlib.io.hdf5 import BLOCK, create_h5, open_h5, put
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its ground truth.
+    """One image with its ground truth, if there is any.
 
     Attributes:
         id: unique name within the dataset.
         image: (C, [Z,] Y, X), uint8, uint16 or float32, intensities as recorded.
-        label: ([Z,] Y, X) uint32 instance map, 0 = background.
+        label: ([Z,] Y, X) uint32 instance map, 0 = background; None of an unlabelled image.
         ignore: ([Z,] Y, X) bool, True where the label is not known: such voxels count neither in a
             loss nor in a metric. None if every voxel counts.
         attrs: what a reader may want to know: `source` (file name), `voxel_size_nm` (one number per
@@ -30,7 +30,7 @@ class Sample:
 
     id: str
     image: np.ndarray
-    label: np.ndarray
+    label: np.ndarray | None
     ignore: np.ndarray | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
 
@@ -41,9 +41,10 @@ def write_samples(path: Path | str, samples: Iterable[Sample], **attrs: Any) -> 
     with create_h5(path, **attrs) as file:
         for sample in samples:
             group = file.create_group(sample.id)
-            block = BLOCK if sample.label.ndim == len(BLOCK) else None
+            block = BLOCK if sample.image.ndim - 1 == len(BLOCK) else None
             put(group, "image", sample.image, block)
-            put(group, "label", sample.label.astype(np.uint32, copy=False), block)
+            if sample.label is not None:
+                put(group, "label", sample.label.astype(np.uint32, copy=False), block)
             if sample.ignore is not None:
                 put(group, "ignore", sample.ignore, block)
             for key, value in sample.attrs.items():

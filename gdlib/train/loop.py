@@ -49,6 +49,8 @@ def fit(
     state: Path | str,
     teacher: Path | str | None = None,
     maps: Sequence[Path | str] = (),
+    unlabelled: Path | str | None = None,
+    unlabelled_maps: Sequence[Path | str] = (),
     device: str = "auto",
     max_seconds: float = math.inf,
     stop: Callable[[], bool] = lambda: False,
@@ -73,6 +75,9 @@ def fit(
         teacher: weights of the teacher, if a term needs one and the recipe asks it online.
         maps: files of `gdlib.train.ask.ask`, if a term needs a teacher and the recipe takes its
             maps.
+        unlabelled: samples `.h5` of images that nobody has labelled, with what was found in them
+            (`gdlib.train.label.label_images`), if the run shall learn from them too.
+        unlabelled_maps: of the same teacher, for these images; as many as `maps`.
         device: name, or `auto`.
         max_seconds: stop and save the state after this time.
         stop: asked after every step whether to do so, e.g. the `is_set` of a `threading.Event`.
@@ -95,6 +100,8 @@ def fit(
         # Validation first: a file that cannot be used must not cost a training.
         validator = Validator(spec, val, target) if leader else None
         known = TeacherMaps(maps, train) if maps else None
+        more = TeacherMaps(unlabelled_maps, unlabelled) if unlabelled and unlabelled_maps else None
+        _check_maps(known, more, unlabelled)
         trainer = _Trainer(spec, known or teacher, target)
         sampler = PatchSampler(
             train,
@@ -103,11 +110,14 @@ def fit(
             device=target,
             maps=known,
             levels=trainer.levels,
+            unlabelled=unlabelled,
+            unlabelled_maps=more,
         )
         if validator is not None:
             validator.normalisation = sampler.normalisation
         resume = Path(state) / "resume.pt"
-        fingerprint = _fingerprint(spec, train, val, teacher) + (known.identity if known else "")
+        fingerprint = _fingerprint(spec, train, val, teacher, unlabelled)
+        fingerprint += "".join(maps.identity for maps in (known, more) if maps)
         if resume.exists():
             trainer.resume(resume, fingerprint)
 
@@ -218,7 +228,15 @@ class _Trainer:
         levels = [t.level for t in spec.all_terms]
         together = recipe.accumulate // processes.world()
         self.distiller = Distiller(
-            student, frozen, terms, spec.offsets, bank, targets, levels, together
+            student,
+            frozen,
+            terms,
+            spec.offsets,
+            bank,
+            targets,
+            levels,
+            together,
+            pseudo=recipe.unlabelled.labels != "none",
         ).to(device)
         for network in networks:
             network.to(memory_format=self.layout)
@@ -477,6 +495,22 @@ def _teacher(source: TeacherMaps | Path | str | None, spec: RunSpec) -> nn.Modul
             f'method "{spec.method}" learns from a teacher that is asked online: give its weights'
         )
     return _load_teacher(source, spec)
+
+
+def _check_maps(
+    maps: TeacherMaps | None, more: TeacherMaps | None, unlabelled: Path | str | None
+) -> None:
+    """Raise unless one teacher has spoken of the unlabelled images too, if there are any."""
+    if maps and unlabelled and not (more and {*maps.files} <= {*more.files}):
+        raise ValueError(
+            f"{unlabelled}: there are not all maps of the teacher for these images; give as many as "
+            "for the training images"
+        )
+    if maps and more and maps.teacher != more.teacher:
+        raise io.DataError(
+            f"{unlabelled}: another teacher was asked about these images than about the training "
+            "images; ask one of them again"
+        )
 
 
 def _sides_of_maps(spec: RunSpec) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,8 @@ RUN = f"{RESULTS}/runs/{ID}"
 NAME = ID.replace("{", "{wildcards.")  # the same in messages
 SEGMENTED = f"{RUN}/{{segmenter}}"  # a run's instances, by one way to find them
 MAPS = f"{RESULTS}/maps/{{dataset}}/{{network}}/{{part}}.h5"
+FOUND = f"{RESULTS}/unlabelled/{{dataset}}/{{network}}.h5"  # by a teacher
+MAPS_OF_FOUND = f"{RESULTS}/unlabelled/{{dataset}}/{{network}}/{{part}}.h5"
 PROFILE = f"{RESULTS}/profile/{{dataset}}/{{network}}.json"
 
 # Beside this workflow in a clone; an installed package has the workflow in it.
@@ -42,6 +44,11 @@ try:
     ALL_CORES = workflow.cores
 except WorkflowError:  # nobody says how many: --report, or a cluster
     ALL_CORES = 8
+
+
+def one_of(names):
+    """What a wildcard may be: one of these names."""
+    return "|".join(map(re.escape, names)) or "(?!)"  # else nothing
 
 
 def share(jobs):
@@ -151,16 +158,26 @@ def teacher_files(dataset):
 
 
 def taught(wildcards):
-    """What a student learns from: the maps of its teacher, the teacher itself, or nothing; then it need not wait."""
+    """What a student learns from beside labels: the maps of its teacher, the teacher itself, unlabelled images, or nothing;
+    then it need not wait."""
     dataset, method = wildcards.dataset, wildcards.method
-    if not CFG.method(method).terms:
-        return {}
-    teacher = CFG.teacher_of(dataset, method)
-    if PLAN.spec_of(run_of(wildcards)).recipe.teacher == "online":
-        return {"teacher": weights_of(dataset, teacher)[0]}
+    run, teacher = run_of(wildcards), CFG.teacher_of(dataset, method)
     names = {"dataset": dataset, "network": teacher}
+    found, whose = {}, PLAN.unlabelled_of(run)
+    if whose:
+        place = FOUND if whose == "teacher" else f"{DATA}/unlabelled.h5"
+        found["unlabelled"] = place.format(**names)
+    if not CFG.method(method).terms:
+        return found
+    if PLAN.spec_of(run).recipe.teacher == "online":
+        return found | {"teacher": weights_of(dataset, teacher)[0]}
     parts = PLAN.parts_of(method)
-    return {"maps": [MAPS.format(part=part, **names) for part in parts]}
+    found["maps"] = [MAPS.format(part=part, **names) for part in parts]
+    if whose:
+        found["unlabelled_maps"] = [
+            MAPS_OF_FOUND.format(part=part, **names) for part in parts
+        ]
+    return found
 
 
 def true_foreground(wildcards):
@@ -198,7 +215,11 @@ def known_of_study():
     """What the record of the study cannot know from its files: arguments of `gdlib.report.provenance.record.record`."""
     # Sorted below the first level, so that the order of keys in the configuration does not matter.
     text = {key: json.loads(compact(value)) for key, value in PLAN.record().items()}
-    splits, datasets = ("train", "val", "test"), STUDY.datasets
+    datasets = STUDY.datasets
+    splits = {
+        d: ["train", "val", "test"] + ["unlabelled"] * (d in PLAN.unlabelled)
+        for d in datasets
+    }
     return {
         "study": CFG.study,
         "configuration": yaml.safe_dump(
@@ -210,7 +231,8 @@ def known_of_study():
         ),
         "benchmarks": BENCHMARKS,
         "data": {
-            d: {s: f"{DATA}/{s}.h5".format(dataset=d) for s in splits} for d in datasets
+            d: {s: f"{DATA}/{s}.h5".format(dataset=d) for s in splits[d]}
+            for d in datasets
         },
         "teachers": {
             d: f"{CFG.teacher_of(d)}/{TEACHER}/seed{STUDY.teacher_seeds[0]}"

@@ -31,6 +31,11 @@ rule summarize:
         profiles=profiles_of(*STUDY.datasets),
         baselines=expand(f"{RESULTS}/baselines/{{dataset}}.csv", dataset=PLAN.volumes),
         weights=[file for dataset in PLAN.volumes for file in teacher_files(dataset)],
+        images=[
+            f"{DATA}/{split}.h5".format(dataset=dataset)
+            for dataset in PLAN.unlabelled
+            for split in ("train", "unlabelled")
+        ],
         code=code_of("report"),
     output:
         summary=f"{RESULTS}/summary.csv",
@@ -62,6 +67,7 @@ rule summarize:
         | SETTINGS,
         budget={dataset: PLAN.budget(dataset) for dataset in STUDY.datasets},
         ablations={name: ABLATIONS[name]["method"] for name in sorted(ABLATIONS)},
+        unlabelled=PLAN.unlabelled,
     message:
         "Summarize the study"
     script:

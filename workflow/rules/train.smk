@@ -75,6 +75,56 @@ rule ask_teacher:
         " {params.level} --precision {params.precision} --threads {threads} > {log} 2>&1"
 
 
+rule label_unlabelled:
+    input:
+        teacher=lambda wildcards: weights_of(wildcards.dataset, wildcards.network)[0],
+        samples=f"{DATA}/unlabelled.h5",
+        code=network_code("label"),
+    output:
+        FOUND,
+    log:
+        f"{LOGS}/unlabelled/{{dataset}}/{{network}}.log",
+    benchmark:
+        f"{BENCHMARKS}/unlabelled/{{dataset}}/{{network}}.tsv"
+    priority: 1
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: share(2)
+    resources:
+        gpu=GPU,
+        mem_mb=grow(6000),
+        runtime=grow(120),
+    params:
+        told=lambda wildcards: [
+            word
+            for key, value in PLAN.labelling(wildcards.dataset).items()
+            for word in option(
+                f"--{key}", compact(value) if isinstance(value, dict) else value
+            )
+        ],
+    message:
+        "Let {wildcards.network} label the unlabelled images of {wildcards.dataset}"
+    shell:
+        "python -m gdlib step label --teacher {input.teacher:q} --samples {input.samples} --out {output}"
+        " {params.told:q} --threads {threads} > {log} 2>&1"
+
+
+# What is not named here is as above: the code, the command and its parameters.
+use rule ask_teacher as ask_of_unlabelled with:
+    input:
+        teacher=lambda wildcards: weights_of(wildcards.dataset, wildcards.network)[0],
+        samples=FOUND,
+        code=network_code("ask"),
+    output:
+        MAPS_OF_FOUND,
+    log:
+        f"{LOGS}/unlabelled/{{dataset}}/{{network}}/{{part}}.log",
+    benchmark:
+        f"{BENCHMARKS}/unlabelled/{{dataset}}/{{network}}/{{part}}.tsv"
+    message:
+        "Ask {wildcards.network} for the {wildcards.part} of the unlabelled images of {wildcards.dataset}"
+
+
 # What is not named here is the teacher's: outputs, command, and the parameters `spec` and `state`.
 use rule train_teacher as train_student with:
     input:
@@ -91,6 +141,12 @@ use rule train_teacher as train_student with:
         mem_mb=grow(6000),
         runtime=grow(240),
     params:
-        taught=lambda wildcards, input: option("--teacher", input.get("teacher"))
-        + ["--maps"] * bool(input.get("maps"))
-        + list(input.get("maps", [])),
+        taught=lambda wildcards, input: [
+            word
+            for name in ("teacher", "maps", "unlabelled", "unlabelled_maps")
+            if (files := input.get(name))
+            for word in (
+                f"--{name.replace('_', '-')}",
+                *([files] if isinstance(files, str) else files),
+            )
+        ],

@@ -17,4 +17,8 @@ results.write(
     ablations=snakemake.params.ablations,
     baselines=snakemake.input.baselines,
     weights=snakemake.input.weights,
+    images={
+        dataset: (*snakemake.input.images[2 * number : 2 * number + 2], methods)
+        for number, (dataset, methods) in enumerate(snakemake.params.unlabelled.items())
+    },
 )

@@ -7,6 +7,9 @@ count, but not how an accent is stored. Grey and colour images, 2D or 3D; axes i
 The voxel size is the attribute `resolution` (nm) or `element_size_um` of the arrays of an HDF5
 file, or an option. Files of other kinds are listed as not read.
 
+`unlabelled/` beside them has images without labels, for students to learn from; what another
+program found in them may be in `unlabelled_labels/`, in files of the same names.
+
 Splits: if `train.txt`, `val.txt` and `test.txt` lie beside the two folders, they say which images
     (one name per line, in
 UTF-8, or UTF-16 with a mark) go where, and an image on no list is left out. Otherwise the SHA-256
@@ -18,7 +21,7 @@ the image whose place is nearest to its own range, until an image of its own arr
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ import numpy as np
 from gdlib.data.files import (
     HDF5_SUFFIXES,
     SPLITS,
+    UNLABELLED,
     Splits,
     check_label,
     existing_folder,
@@ -74,22 +78,12 @@ def folder(
         voxel_size_nm: one number per axis ([Z,] Y, X), instead of what HDF5 files say.
 
     Returns:
-        For each split the samples: image (C, [Z,] Y, X) and label ([Z,] Y, X) as stored.
+        For each split the samples: image (C, [Z,] Y, X) and label ([Z,] Y, X) as stored; and
+        `unlabelled` ones, if that folder is there, whose label is None without the other.
     """
     root = existing_folder(root)
     images, labels = find_files(root / "images"), find_files(root / "labels")
-    for name in sorted(images.keys() - labels.keys()):
-        hint = spelt(name, labels)
-        raise DataError(
-            f"{images[name]}: this image has no label{hint}; add labels/{name}.tif or "
-            "remove the image"
-        )
-    for name in sorted(labels.keys() - images.keys()):
-        hint = spelt(name, images)
-        raise DataError(
-            f"{labels[name]}: this label has no image{hint}; add images/{name}.tif or "
-            "remove the label"
-        )
+    _check_pairs(images, labels)
     lists = [root / f"{split}.txt" for split in SPLITS]
     for path in root.iterdir():
         if path not in lists and path.name.lower() in [other.name for other in lists]:
@@ -115,23 +109,47 @@ def folder(
                     )
     else:
         split_names = _split(list(images), val_fraction, test_fraction)
+    files = {
+        split: [(name, images[name], labels[name]) for name in names]
+        for split, names in split_names.items()
+    }
+    if (root / UNLABELLED).is_dir():
+        images, labels = find_files(root / UNLABELLED), {}
+        if (root / f"{UNLABELLED}_labels").is_dir():
+            labels = find_files(root / f"{UNLABELLED}_labels")
+            _check_pairs(images, labels)
+        files[UNLABELLED] = [(name, path, labels.get(name)) for name, path in images.items()]
     return {
         split: _read(
             root,
-            [(name, images[name], labels[name]) for name in names],
+            own,
             channels,
             image_dataset,
             label_dataset,
             bool(label_regions),
             voxel_size_nm,
         )
-        for split, names in split_names.items()
+        for split, own in files.items()
     }
+
+
+def _check_pairs(images: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
+    """Raise `DataError` unless each image has a label, and each label an image."""
+    for one, other, what, lacks in (
+        (images, labels, "image", "label"),
+        (labels, images, "label", "image"),
+    ):
+        for name in sorted(one.keys() - other.keys()):
+            folder = next(iter(other.values())).parent.name
+            raise DataError(
+                f"{one[name]}: this {what} has no {lacks}{spelt(name, other)}; add "
+                f"{folder}/{name}.tif or remove the {what}"
+            )
 
 
 def _read(
     root: Path,
-    files: list[tuple[str, Path, Path]],
+    files: list[tuple[str, Path, Path | None]],
     channels: int,
     image_dataset: str | None,
     label_dataset: str | None,
@@ -140,8 +158,12 @@ def _read(
 ) -> Iterator[Sample]:
     for name, image, path in files:
         attrs = {"source": image.relative_to(root).as_posix()}
-        if found := size or _stored_size((image, image_dataset), (path, label_dataset)):
+        both = [(image, image_dataset), *([(path, label_dataset)] if path else [])]
+        if found := size or _stored_size(*both):
             attrs["voxel_size_nm"] = [float(side) for side in found]
+        if path is None:
+            yield Sample(name, read_image(image, channels, image_dataset), None, attrs=attrs)
+            continue
         label = read_label(path, label_dataset)
         if regions and label.dtype == bool:
             label = label.astype(np.uint8)

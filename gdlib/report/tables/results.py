@@ -49,6 +49,7 @@ def result_tables(
     ablations: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
     validation: pd.DataFrame | None = None,
+    images: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[tuple[str, list[Table]]]:
     """Lay out the tables of all datasets.
 
@@ -66,7 +67,9 @@ def result_tables(
         )
         require(runs, (*shown, chief))
         tables = [
-            _results(runs, chief, shown, titles, training, ablations or {}),
+            _results(
+                runs, chief, shown, titles, training, ablations or {}, (images or {}).get(dataset)
+            ),
             *false_tables(runs, titles),
         ]
         for name in dict.fromkeys(filter(None, map(ablation_of, runs["method"].unique()))):
@@ -244,10 +247,12 @@ def _results(
     titles: Titles,
     budget: str,
     ablations: Mapping[str, str],
+    images: Mapping[str, str] | None,
 ) -> Table:
     """Lay out the results on one dataset, one block of rows per segmenter.
 
-    The values of an ablation are a block too.
+    The values of an ablation are a block too. Which images each method has learned from stands there
+    if some were unlabelled.
     """
     rows, name = summarise(runs), METRICS[main].title
     paired = compare(one_metric(runs, main)).set_index(["segmenter", "student", "method"])
@@ -255,6 +260,7 @@ def _results(
     header = [
         "network",
         "method",
+        *["images"] * bool(images),
         *map(metric_title, keys),
         f"Δ {name}",
         "gap closed",
@@ -290,6 +296,7 @@ def _results(
                     names = (
                         Cell("" if group else title(student, titles)),
                         Cell(title(method, titles)),
+                        *([Cell(images.get(method, "–"))] if images else []),
                     )
                     group.append([*names, *cells, *extra])
                 groups.append(heading + group)
@@ -305,6 +312,8 @@ def _results(
             "Gap closed: (method − student) / (teacher − student)" + _own_teacher(runs) + "."
         )
     notes += gap_notes(runs, main, groups)
+    if images:
+        notes.append("Images: labelled ones, and unlabelled ones, that the network learned from.")
     return Table(
         runs["dataset"].iloc[0],
         f"{description(runs, titles, budget)}.",
@@ -495,6 +504,14 @@ def _percent(share: float) -> str:
     return f"{share:.2g}" if share < 99.5 else f"{share:.0f}"
 
 
+def _images_of(
+    labelled: Path | str, unlabelled: Path | str, methods: Mapping[str, bool]
+) -> dict[str, str]:
+    """Return from how many images each method has learned, `5 + 20` where some were unlabelled."""
+    own, more = (io.read_attrs(path)["samples"] for path in (labelled, unlabelled))
+    return {name: f"{own} + {more}" if both else f"{own}" for name, both in methods.items()}
+
+
 def table_markdown(metrics: pd.DataFrame, profiles: Profiles | None = None, **layout: Any) -> str:
     """Return the results as Markdown.
 
@@ -506,7 +523,8 @@ def table_markdown(metrics: pd.DataFrame, profiles: Profiles | None = None, **la
             mapping, for every one of them; `titles` of datasets, networks, methods, segmenters,
             baselines and ablations; `ablations`, name to the method that is changed; `baselines`
             and `validation`, frames of `read_baselines` and `read_validation`, for a table that
-            sets the teacher beside trivial baselines.
+            sets the teacher beside trivial baselines; `images`, by dataset and method from how many
+            images it has learned, for datasets with unlabelled ones.
     """
     return markup.markdown(result_tables(metrics, profiles, **layout))
 
@@ -530,6 +548,7 @@ def write(
     html: Path | str | None = None,
     baselines: Iterable[Path | str] = (),
     weights: Iterable[Path | str] = (),
+    images: Mapping[str, tuple[Path | str, Path | str, Mapping[str, bool]]] | None = None,
     **layout: Any,
 ) -> None:
     """Read what the pipeline wrote; write summary and comparison (CSV) and the tables.
@@ -545,10 +564,13 @@ def write(
         baselines: files with the columns `summary.BASELINE_COLUMNS`; leave them out for no table of
             baselines.
         weights: weights of the teachers, whose headers say what they reached on validation images.
+        images: of datasets with unlabelled images the samples files of these and of the labelled
+            ones, labelled ones first, and for every method whether it has seen both.
         layout: as for `table_markdown`.
     """
     frame, costs = read_metrics(metrics), read_profiles(profiles)
     layout |= {"baselines": read_baselines(baselines), "validation": read_validation(weights)}
+    layout["images"] = {name: _images_of(*about) for name, about in (images or {}).items()}
     for path, table in ((summary, summarise(frame)), (comparison, compare(frame))):
         # an empty field where there is no number
         rows = table.astype(object).where(table.notna(), "")
