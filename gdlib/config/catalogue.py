@@ -202,7 +202,7 @@ class Config(Section):
         if method == TEACHER or not self.datasets[dataset].unlabelled:
             return None
         chosen, recipe = self.method(method), self.recipe(self.study, dataset, "student")
-        own = recipe.changed(chosen.recipe).unlabelled
+        own = (recipe.changed(chosen.recipe) if chosen.recipe else recipe).unlabelled
         if own.share == 0:
             return None
         return own.labels if own.labels != "none" else "teacher" if chosen.terms else None

@@ -135,16 +135,19 @@ def folder(
 
 def _check_pairs(images: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
     """Raise `DataError` unless each image has a label, and each label an image."""
-    for one, other, what, lacks in (
-        (images, labels, "image", "label"),
-        (labels, images, "label", "image"),
-    ):
-        for name in sorted(one.keys() - other.keys()):
-            folder = next(iter(other.values())).parent.name
-            raise DataError(
-                f"{one[name]}: this {what} has no {lacks}{spelt(name, other)}; add "
-                f"{folder}/{name}.tif or remove the {what}"
-            )
+    folders = [next(iter(files.values())).parent.name for files in (images, labels)]
+    for name in sorted(images.keys() - labels.keys()):
+        hint = spelt(name, labels)
+        raise DataError(
+            f"{images[name]}: this image has no label{hint}; add {folders[1]}/{name}.tif or "
+            "remove the image"
+        )
+    for name in sorted(labels.keys() - images.keys()):
+        hint = spelt(name, images)
+        raise DataError(
+            f"{labels[name]}: this label has no image{hint}; add {folders[0]}/{name}.tif or "
+            "remove the label"
+        )
 
 
 def _read(
