@@ -151,6 +151,24 @@ def test_a_plan_is_written_and_kept_and_of_these_images(folders, capsys):
     assert "choose another --out" in capsys.readouterr().err
 
 
+def test_images_without_labels_are_linked_looked_at_and_planned_with(folders, squares, capsys):
+    Path("more").mkdir()
+    for seed in range(20, 23):
+        tifffile.imwrite(f"more/{seed}.tif", squares(seed, shape=(60, 90))[0][0])
+    command = ["distill", "images", "labels", "--unlabelled", "more", "--out", "new", "--dry-run"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "9 images of 60 x 90 to 70 x 90 pixels" in said
+    assert "; 3 images without labels" in said
+    for job in ("1 prepare_with_unlabelled", "1 label_unlabelled", "1 ask_of_unlabelled"):
+        assert job in said
+    config = load(parts.home(), Path("new/config.yaml"))
+    assert config.datasets[own.NAME].unlabelled is True
+    assert plan.Plan(config).unlabelled[own.NAME] == {"teacher": False, "none": False, "grd": True}
+    assert main([*command[:4], "images", *command[5:]]) == 1
+    assert "these are the images that have labels" in capsys.readouterr().err
+
+
 def test_the_time_of_steps_is_measured(splits, make_spec, tmp_path):
     from gdlib.train.pace import seconds_per_step
 

@@ -1008,6 +1008,11 @@ def test_joined_datasets_are_all_their_images(tmp_path, squares):
     np.testing.assert_array_equal(first.image, original.image)
     np.testing.assert_array_equal(first.label, original.label)
     assert first.attrs == {"source": "b/0", "dataset": "b"}
+    some = joined(tmp_path, datasets=["b", "a"], only={"val": ["a"], "test": ["b"]})
+    names = {split: [sample.id for sample in samples] for split, samples in some.items()}
+    assert names == {"train": ["b-s0", "a-s0", "a-s1"], "val": ["a-s0"], "test": ["b-s0"]}
+    with pytest.raises(DataError, match='"c", only of split val, is none of'):
+        joined(tmp_path, datasets=["b", "a"], only={"val": ["c"]})
 
 
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "a", "b"]])

@@ -26,6 +26,7 @@ from gdlib.predict.predictor import Predictor
 from gdlib.segment.parameters import defaults
 from gdlib.segment.tune import score
 from gdlib.train import loop, validator
+from gdlib.train.label import label_images
 from gdlib.types import Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -844,6 +845,24 @@ def test_what_is_ignored_does_not_matter_for_the_validation(
     io.write_samples(tmp_path / "val.h5", [io.Sample(sample.id, sample.image, label)])
     validator = loop.Validator(spec, tmp_path / "val.h5", torch.device("cpu"))
     assert validator(network) != judged[0][0]
+
+
+def test_a_student_learns_from_volumes_without_labels(
+    volume_runs, train_volume, volume_splits, make_spec, tmp_path
+):
+    weights = volume_runs["teacher"][2] / "weights.safetensors"
+    label_images(weights, volume_splits["train"], tmp_path / "found.h5", sure=0.75, device="cpu")
+    found = {sample.id: sample for sample in io.read_samples(tmp_path / "found.h5")}
+    for sample in io.read_samples(volume_splits["train"]):
+        assert np.array_equal(found[sample.id].image, sample.image)
+        assert found[sample.id].label.shape == found[sample.id].ignore.shape == sample.label.shape
+    spec = make_spec("grd", **VOLUME, unlabelled={"labels": "teacher"})
+    train_volume(spec, tmp_path / "run", teacher=weights, unlabelled=tmp_path / "found.h5")
+    names = {term.name for term in spec.all_terms}
+    losses = {name: rows(tmp_path / "run", "train", f"loss/{name}") for name in names}
+    without = volume_runs["student"][2]
+    assert all(math.isfinite(value) for found in losses.values() for _, value in found)
+    assert all(losses[name] != rows(without, "train", f"loss/{name}") for name in names)
 
 
 def test_mala_learns_from_mala(make_spec, train_volume, volume_splits, tmp_path):
