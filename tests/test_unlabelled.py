@@ -433,6 +433,8 @@ def test_who_sees_unlabelled_images(raw):
     ("dataset", "method", "message"),
     [
         ({"unlabelled": False}, None, "learns from unlabelled images, of which there are none"),
+        ({"unlabelled": "A01"}, None, "must be true, or a list of names of images, each as text"),
+        ({"unlabelled": [1, 2]}, None, "must be true, or a list of names of images, each as text"),
         ({}, {"recipe": {"unlabelled": {"labels": "given"}}}, "are training images without theirs"),
         (
             {"unlabelled": True},

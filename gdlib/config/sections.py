@@ -4,7 +4,7 @@ default and what it means. Torch-free.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AllowInfNan, Field, PositiveInt, model_validator
+from pydantic import AllowInfNan, Field, PositiveInt, field_validator, model_validator
 
 from gdlib.config.recipe import Entry, Names, Recipe, Section, TermOptions
 from gdlib.limits import Offsets, Once, Place, Seed
@@ -125,6 +125,14 @@ class Dataset(Entry):
         "name, in which `*` stands for any characters",
     )
     recipe: dict[str, Any] = Field({}, description="changes to both recipes for this dataset")
+
+    @field_validator("unlabelled", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        is_list = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+        if not isinstance(value, bool) and not is_list:
+            raise ValueError("must be true, or a list of names of images, each as text")
+        return value
 
     @property
     def ndim(self) -> int:

@@ -19,7 +19,7 @@ ALIKE = ("studies", "datasets", "teachers", "students", "ablations", "recipes")
 # What goes with a key: it is not taken over by an entry whose source, network or folder is another
 # one.
 BELONGS = {
-    "source": ("options",),
+    "source": ("options", "unlabelled"),
     "model": ("options", "weights"),
     "folder": ("download", "by_hand"),
 }
