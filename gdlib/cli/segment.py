@@ -28,17 +28,17 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "gives one file of the same name in the output folder, with 32-bit labels: 0 "
         "= background, 1, 2, ... = objects. PNG and TIFF give TIFF, which opens in "
         "napari and Fiji; a dataset of an HDF5 file gives a dataset of the same name "
-        "in an HDF5 file, whose other datasets stay; OME-Zarr gives OME-Zarr. Labels that are there already "
-        "are replaced if they were made of the same image by this command, others "
-        "never without --overwrite. A volume that was stopped half-way goes on from "
-        "there when the same command is given again.",
+        "in an HDF5 file, whose other datasets stay; OME-Zarr gives OME-Zarr. Labels "
+        "that are there already are replaced if they were made of the same image by "
+        "this command, others never without --overwrite. A volume that was stopped "
+        "half-way goes on from there when the same command is given again.",
     )
     segment.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="PNG or TIFF files (stacks too), volume.h5:name/of/dataset, image.zarr or a resolution "
-        "level of it, image.zarr:1, or folders of these",
+        help="PNG or TIFF files (stacks too), volume.h5:name/of/dataset, image.zarr or a resolution"
+        " level of it, image.zarr:1, or folders of these",
     )
     segment.add_argument(
         "--model",

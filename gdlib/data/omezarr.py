@@ -322,12 +322,13 @@ def _axes(given: Any, ndim: int, path: Path | str) -> tuple[list[dict[str, Any]]
         raise _unclear(path, f"`axes` {given}, but an array of {ndim} axes")
     axes, letters = [], ""
     for one in given:
-        one = {"name": one} if isinstance(one, str) else one
-        name = str(one.get("name")) if isinstance(one, dict) else ""
-        letter = name.upper() if name.upper() in set("TCZYX") else KINDS.get(str(one.get("type")) if isinstance(one, dict) else "", "")  # fmt: skip
+        axis = one if isinstance(one, dict) else {"name": str(one)}  # a name alone before 0.4
+        name = str(axis.get("name"))
+        known = name.upper() if len(name) == 1 and name.upper() in "TCZYX" else ""
+        letter = known or KINDS.get(str(axis.get("type")), "")
         if not letter or letter in letters:
             raise _unclear(path, f'an axis "{name}", and axes are t, c, z, y and x, each once')
-        axes.append(dict(one))
+        axes.append(dict(axis))
         letters += letter
     if not set("YX") <= set(letters):
         raise _unclear(path, f"the axes {letters}, without y and x")

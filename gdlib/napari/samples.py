@@ -4,7 +4,7 @@ from typing import Any
 
 
 def nuclei() -> list[tuple[Any, dict[str, Any], str]]:
-    """Return an image of synthetic nuclei, made when it is asked for (CC0), as a layer of napari."""
+    """Return an image of synthetic nuclei (CC0), made when it is asked for, as a layer."""
     from gdlib.data.sources.nuclei_phantom import nuclei_phantom
 
     splits = nuclei_phantom(None, size=(384, 512), images={"train": 0, "val": 0, "test": 1}, seed=7)
