@@ -91,9 +91,6 @@ def of_dataset(asked):
     return lambda wildcards: asked(wildcards.dataset)
 
 
-PACKAGE = os.path.relpath(os.path.join(ROOT, "gdlib"))
-
-
 def files_of(code):
     """Files of the package where they are; relative, so that a moved project re-runs nothing."""
     return [os.path.relpath(os.path.join(PACKAGE, path)) for path in code]
