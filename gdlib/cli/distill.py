@@ -53,7 +53,8 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         "--unlabelled",
         type=place,
         metavar="DIR",
-        help="folder of more images, without labels: the teacher says what it sees in them, and one of "
+        help="folder of more images, without labels: the teacher says what it sees in them, and "
+        "one of "
         "the students learns from that too",
     )
     distill.add_argument(
@@ -70,7 +71,8 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         type=_seconds,
         metavar="TIME",
         help="about how long the trainings may take, e.g. 30m or 2h: steps are chosen by the "
-        f"measured time of some (default: {own.STEPS.teacher} steps of the teacher and {own.STEPS.student} of "
+        f"measured time of some (default: {own.STEPS.teacher} steps of the teacher and "
+        f"{own.STEPS.student} of "
         "each student)",
     )
     distill.add_argument(

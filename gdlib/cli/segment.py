@@ -62,7 +62,8 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     segment.add_argument(
         "--axes",
         metavar="LETTERS",
-        help="which axis of the array is which, of TCZYX, e.g. YXC (default: what the file says); a "
+        help="which axis of the array is which, of TCZYX, e.g. YXC (default: what the file "
+        "says); a "
         "2D network segments every frame and section on its own, and all go to one file",
     )
     segment.add_argument(

@@ -74,70 +74,148 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         "help": "mutex_watershed, waterz, multicut or mutex_watershed_masked",
     }
     add(
-        "download", _download, "Download the files of a dataset, all or none.",
+        "download",
+        _download,
+        "Download the files of a dataset, all or none.",
         {},
-        files=rows, folder={"type": Path, "required": True, "metavar": "DIR"},
-    )  # fmt: skip
+        files=rows,
+        folder={"type": Path, "required": True, "metavar": "DIR"},
+    )
     add(
-        "prepare", _prepare, "Check the images of a dataset and write its train, val and test samples.",
+        "prepare",
+        _prepare,
+        "Check the images of a dataset and write its train, val and test samples.",
         dict.fromkeys(("train", "val", "test", "unlabelled"), has_attributes("split", "sha256")),
-        dataset=text, root={"type": Path, "metavar": "DIR"}, train=file, val=file, test=file,
+        dataset=text,
+        root={"type": Path, "metavar": "DIR"},
+        train=file,
+        val=file,
+        test=file,
         unlabelled={**maybe, "help": "and those of unlabelled images, if the dataset says which"},
-    )  # fmt: skip
+    )
     add(
-        "label", _label, "Let a teacher find objects in images that nobody has labelled.",
+        "label",
+        _label,
+        "Let a teacher find objects in images that nobody has labelled.",
         {"out": has_attributes("teacher", "sure")},
-        teacher=file, samples=file, out=file,
-        sure={"type": argument(Share), "required": True, "metavar": "P", "help": "where it gives less probability to what it found, that is ignored"},
-        segmenter={**segmenter, "required": False}, parameters={**text, "required": False, "default": {}},
+        teacher=file,
+        samples=file,
+        out=file,
+        sure={
+            "type": argument(Share),
+            "required": True,
+            "metavar": "P",
+            "help": "where it gives less probability to what it found, that is ignored",
+        },
+        segmenter={**segmenter, "required": False},
+        parameters={**text, "required": False, "default": {}},
         block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP},
-        engine={"default": "auto", "help": "auto, torch, openvino"}, threads=threads, device=device,
-    )  # fmt: skip
+        engine={"default": "auto", "help": "auto, torch, openvino"},
+        threads=threads,
+        device=device,
+    )
     add(
-        "ask", _ask, "Ask a teacher once about every training image, for all students.",
+        "ask",
+        _ask,
+        "Ask a teacher once about every training image, for all students.",
         {"out": has_attributes("teacher", "parts")},
-        teacher=file, samples=file, out=file,
+        teacher=file,
+        samples=file,
+        out=file,
         level={"metavar": "NAME", "help": "a feature map, in place of embedding and foreground"},
-        block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP}, precision={"default": "auto"},
-        engine={"default": "auto", "help": "auto, torch, openvino"}, threads=threads, device=device,
-    )  # fmt: skip
+        block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP},
+        precision={"default": "auto"},
+        engine={"default": "auto", "help": "auto, torch, openvino"},
+        threads=threads,
+        device=device,
+    )
     add(
-        "train", _train, "Train a teacher or a student.",
+        "train",
+        _train,
+        "Train a teacher or a student.",
         {"weights": is_weights, "last": is_weights, "history": has_columns(*io.HISTORY_COLUMNS)},
-        spec=text, train=file, val=file, teacher=maybe, maps=many, unlabelled=maybe, unlabelled_maps=many, weights=file, last=file, history=file,
-        state={"type": Path, "required": True, "metavar": "DIR"}, threads=threads, device=device,
-        max_seconds={"type": argument(NotNegative), "default": math.inf, "metavar": "S", "help": "stop, resumable, " "after it"},
-    )  # fmt: skip
+        spec=text,
+        train=file,
+        val=file,
+        teacher=maybe,
+        maps=many,
+        unlabelled=maybe,
+        unlabelled_maps=many,
+        weights=file,
+        last=file,
+        history=file,
+        state={"type": Path, "required": True, "metavar": "DIR"},
+        threads=threads,
+        device=device,
+        max_seconds={
+            "type": argument(NotNegative),
+            "default": math.inf,
+            "metavar": "S",
+            "help": "stop, resumable, after it",
+        },
+    )
     add(
-        "predict", _predict, "Predict affinities and foreground of a split.",
+        "predict",
+        _predict,
+        "Predict affinities and foreground of a split.",
         {"out": has_attributes("weights_sha256", "kept")},
-        weights=file, data=file, out=file, threads=threads, device=device,
+        weights=file,
+        data=file,
+        out=file,
+        threads=threads,
+        device=device,
         keep_embeddings={"type": argument(Whole), "metavar": "N", "default": 0},
         block={"type": sides, "metavar": "SIDES", "help": BLOCK_HELP},
         engine={"default": "auto", "help": "auto, torch, openvino"},
-    )  # fmt: skip
+    )
     add(
-        "segment", _segment, "Turn predictions into instances.",
+        "segment",
+        _segment,
+        "Turn predictions into instances.",
         {"out": has_attributes("weights_sha256", "segmenter")},
-        predictions=file, out=file, segmenter=segmenter, override={**text, "required": False, "default": {}},
-        data={"type": Path, "metavar": "FILE", "help": "samples, for a segmenter that needs the " "true foreground"},
+        predictions=file,
+        out=file,
+        segmenter=segmenter,
+        override={**text, "required": False, "default": {}},
+        data={
+            "type": Path,
+            "metavar": "FILE",
+            "help": "samples, for a segmenter that needs the true foreground",
+        },
         threads=threads,
-    )  # fmt: skip
+    )
     add(
-        "evaluate", _evaluate, "Compute every metric of a split.",
+        "evaluate",
+        _evaluate,
+        "Compute every metric of a split.",
         {"out": has_columns(*io.METRIC_COLUMNS)},
-        data=file, segmentation=file, out=file, run=text, segmenter=segmenter,
-    )  # fmt: skip
+        data=file,
+        segmentation=file,
+        out=file,
+        run=text,
+        segmenter=segmenter,
+    )
     add(
-        "baselines", _baselines, "Compute every metric of segmentations that need no network.",
+        "baselines",
+        _baselines,
+        "Compute every metric of segmentations that need no network.",
         {"out": has_columns(*BASELINE_COLUMNS)},
-        dataset={"required": True, "metavar": "NAME"}, val=file, test=file, out=file,
-    )  # fmt: skip
+        dataset={"required": True, "metavar": "NAME"},
+        val=file,
+        test=file,
+        out=file,
+    )
     add(
-        "profile", _profile, "Measure parameters, operations, latency and memory of a network.",
+        "profile",
+        _profile,
+        "Measure parameters, operations, latency and memory of a network.",
         {"out": has_keys("macs", "latency_ms")},
-        spec=text, data=file, out=file, threads=threads, device=device,
-    )  # fmt: skip
+        spec=text,
+        data=file,
+        out=file,
+        threads=threads,
+        device=device,
+    )
     add_volume_steps(add)
 
 
@@ -190,8 +268,19 @@ def _train(arguments: argparse.Namespace) -> None:
 
     process.keep_memory()
     keys = (
-        "train", "val", "teacher", "maps", "unlabelled", "unlabelled_maps", "weights", "last", "history", "state", "device", "max_seconds",
-    )  # fmt: skip
+        "train",
+        "val",
+        "teacher",
+        "maps",
+        "unlabelled",
+        "unlabelled_maps",
+        "weights",
+        "last",
+        "history",
+        "state",
+        "device",
+        "max_seconds",
+    )
     options = {key: getattr(arguments, key) for key in keys}
     with within("--spec"):
         spec = RunSpec.model_validate(arguments.spec)

@@ -46,37 +46,83 @@ def add_volume_steps(add: Callable[..., None]) -> None:
         add(step, run, help, {"out": own}, **arguments)
 
     command(
-        "plan-volume", "plan", "Blocks: find what all blocks of a volume have in common.",
+        "plan-volume",
+        "plan",
+        "Blocks: find what all blocks of a volume have in common.",
         has_keys("weights_sha256", "range"),
-        image={"required": True, "metavar": "FILE"}, weights=file, out=file, block=block,
+        image={"required": True, "metavar": "FILE"},
+        weights=file,
+        out=file,
+        block=block,
         segmenter={"required": True, "metavar": "NAME"},
-    )  # fmt: skip
+    )
     command(
-        "predict-block", "predict", "Blocks: predict affinities and foreground of a block.",
-        plan=plan, name=name, weights=file, out=file, device={"default": "auto"},
+        "predict-block",
+        "predict",
+        "Blocks: predict affinities and foreground of a block.",
+        plan=plan,
+        name=name,
+        weights=file,
+        out=file,
+        device={"default": "auto"},
         threads={"type": argument(Threads), "metavar": "N"},
-        passes={"type": sides, "metavar": "SIDES", "help": "largest part that goes through the " "network at once"},
-    )  # fmt: skip
+        passes={
+            "type": sides,
+            "metavar": "SIDES",
+            "help": "largest part that goes through the network at once",
+        },
+    )
     command(
-        "segment-block", "segment", "Blocks: segment a block with its overlap.",
-        plan=plan, name=name, predictions=folder, out=file, settings=text,
-    )  # fmt: skip
+        "segment-block",
+        "segment",
+        "Blocks: segment a block with its overlap.",
+        plan=plan,
+        name=name,
+        predictions=folder,
+        out=file,
+        settings=text,
+    )
     command(
-        "match-block", "match", "Blocks: find equal segments of a block and the next ones.",
-        plan=plan, name=name, segments=folder, out=file, overlap=overlap,
-    )  # fmt: skip
+        "match-block",
+        "match",
+        "Blocks: find equal segments of a block and the next ones.",
+        plan=plan,
+        name=name,
+        segments=folder,
+        out=file,
+        overlap=overlap,
+    )
     command(
-        "number-blocks", "number", "Blocks: number the objects of the whole volume.",
-        plan=plan, segments=folder, matches=folder, out=file, min_size={"type": argument(Whole), "metavar": "N", "default": 0},
-    )  # fmt: skip
+        "number-blocks",
+        "number",
+        "Blocks: number the objects of the whole volume.",
+        plan=plan,
+        segments=folder,
+        matches=folder,
+        out=file,
+        min_size={"type": argument(Whole), "metavar": "N", "default": 0},
+    )
     command(
-        "relabel-block", "relabel", "Blocks: give a block the numbers of the whole volume.",
-        plan=plan, name=name, segments=folder, numbers=file, out=file, overlap=overlap,
-    )  # fmt: skip
+        "relabel-block",
+        "relabel",
+        "Blocks: give a block the numbers of the whole volume.",
+        plan=plan,
+        name=name,
+        segments=folder,
+        numbers=file,
+        out=file,
+        overlap=overlap,
+    )
     command(
-        "join-blocks", "join", "Blocks: put all blocks into one file.", has_attributes("weights_sha256", "range"),
-        plan=plan, labels=folder, out=file, about={**text, "required": False, "default": {}},
-    )  # fmt: skip
+        "join-blocks",
+        "join",
+        "Blocks: put all blocks into one file.",
+        has_attributes("weights_sha256", "range"),
+        plan=plan,
+        labels=folder,
+        out=file,
+        about={**text, "required": False, "default": {}},
+    )
 
 
 def _read_plan(path: Path) -> dict[str, Any]:

@@ -142,10 +142,14 @@ class Work:
         with (
             lack_of_memory(job.path),
             open_image(
-                job.path, self.ndim, predictor.header["channels"], arguments.out, arguments.axes,
+                job.path,
+                self.ndim,
+                predictor.header["channels"],
+                arguments.out,
+                arguments.axes,
                 arguments.channel,
             ) as (image, attributes),
-        ):  # fmt: skip
+        ):
             stored = attributes.get("zarr")
             identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
             by = self._factors(job, attributes)
@@ -161,10 +165,14 @@ class Work:
                 large = self.budget and (arguments.memory or is_large(predictor, source.shape))
                 if large:
                     choice = choose(
-                        predictor, source.shape, self.segmenter, self.parameters,
-                        held=self.held + in_memory(image), budget=self.budget,
+                        predictor,
+                        source.shape,
+                        self.segmenter,
+                        self.parameters,
+                        held=self.held + in_memory(image),
+                        budget=self.budget,
                         before=block_before(job.hidden("blocks")),
-                    )  # fmt: skip
+                    )
             if large:
                 print(f"{job.path}: {choice.sentence(self.budget)}", file=sys.stderr, flush=True)
                 need = choice.need
@@ -172,9 +180,16 @@ class Work:
                     finishing.result()
                 if choice.grid is not None:
                     count = segment_in_blocks(
-                        choice, source, job.path, job.hidden("blocks"), partial(self._write_blocks, job, attributes),
-                        identity=identity, weights_sha256=self.weights, segmenter=self.segmenter, parameters=self.parameters,
-                    )  # fmt: skip
+                        choice,
+                        source,
+                        job.path,
+                        job.hidden("blocks"),
+                        partial(self._write_blocks, job, attributes),
+                        identity=identity,
+                        weights_sha256=self.weights,
+                        segmenter=self.segmenter,
+                        parameters=self.parameters,
+                    )
                     if self.found.wants_image:
                         self._say("segmented in blocks: no table and no picture of it", job)
                     self.found.objects += count
@@ -237,9 +252,13 @@ class Work:
             frame = np.asarray(image[index])
             with self._about(job.path, frame):
                 label[index] = trained.objects(
-                    self.predictor, frame, self.predictor.header["offsets"], self.segmenter,
-                    self.parameters, by,
-                )  # fmt: skip
+                    self.predictor,
+                    frame,
+                    self.predictor.header["offsets"],
+                    self.segmenter,
+                    self.parameters,
+                    by,
+                )
             name = " ".join(f"{axis}{k + 1}" for axis, k in zip(image.axes, index, strict=True))
             self._count(job, name, frame, label[index], attributes, by)
         self._check(job)

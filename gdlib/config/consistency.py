@@ -227,11 +227,13 @@ def _check_unlabelled(
             )
         if own.unlabelled.sure != recipe.unlabelled.sure:
             raise ValueError(
-                f"{said} has an `unlabelled.sure` of its own, but a teacher labels an image once for "
+                f"{said} has an `unlabelled.sure` of its own, but a teacher labels an image once "
+                "for "
                 "all methods; write it into the recipe of the study or dataset"
             )
         if all(map(is_masked, data.segmenters)):
             raise ValueError(
-                f"{said} learns from what the teacher finds in unlabelled images, and all segmenters "
+                f"{said} learns from what the teacher finds in unlabelled images, and all "
+                "segmenters "
                 "of the dataset need the true foreground; add `mutex_watershed`"
             )

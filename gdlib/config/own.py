@@ -62,13 +62,15 @@ class Measured:
         """Say what there is.
 
         >>> Measured(2, 40, 1, (64, 80), (64, 96), 12.3, 20).sentence()
-        '2 images of 64 x 80 to 64 x 96 pixels (y, x), 1 channel; 40 objects with a median diameter of 12.3 pixels, 5 % longer than 20'
+        "2 images of 64 x 80 to 64 x 96 pixels (y, x), 1 channel; 40 objects with a median "
+        "diameter of 12.3 pixels, 5 % longer than 20"
         """
         kind = "volumes" if self.ndim == 3 else "images"
         sizes = dict.fromkeys(" x ".join(map(str, side)) for side in (self.smallest, self.largest))
         text = (
             f"{self.images} {kind} of {' to '.join(sizes)} pixels "
-            f"({', '.join('zyx'[-self.ndim :])}), {self.channels} channel{'s' * (self.channels > 1)}; "
+            f"({', '.join('zyx'[-self.ndim :])}), {self.channels} "
+            f"channel{'s' * (self.channels > 1)}; "
             f"{self.objects} objects with a median diameter of {self.width:.1f} pixels, 5 % "
             f"longer than {self.length:.0f}"
         )
@@ -180,7 +182,8 @@ def written(
     options |= {"label_regions": True} if regions else {}
     lines = [
         "# What `gdlib distill` found and chose. Edit it, and give the same command again: what",
-        "# depends on the edit is made again, and nothing else. Every key is in docs/configuration.md",
+        "# depends on the edit is made again, and nothing else. Every key is in "
+        "docs/configuration.md",
         "# of the project, https://arxiv.org/abs/2401.06370 is the method.",
         f"# {found.sentence()}",
         f"study: {NAME}",
@@ -231,7 +234,9 @@ def written(
         "    methods: [none, grd] # from your labels alone, and from the teacher too",
         "    seeds: [0] # [0, 1, 2] tells whether a difference is more than chance",
         f"    # {steps.why}",
-        f"    teacher_recipe: {{steps: {steps.teacher}, batch_size: {batch}, validate_every: {validate[0]}}}",
-        f"    student_recipe: {{steps: {steps.student}, batch_size: {batch}, validate_every: {validate[1]}}}",
+        "    teacher_recipe: "
+        f"{{steps: {steps.teacher}, batch_size: {batch}, validate_every: {validate[0]}}}",
+        "    student_recipe: "
+        f"{{steps: {steps.student}, batch_size: {batch}, validate_every: {validate[1]}}}",
     ]
     return "\n".join(lines) + "\n"

@@ -109,7 +109,8 @@ class Unlabelled(Section):
     labels: Literal["none", "teacher", "given"] = Field(
         "none",
         description="whose instances the losses of labels learn there. none: nobody's, and only "
-        "what compares with a teacher acts there; teacher: those that the teacher finds and is sure "
+        "what compares with a teacher acts there; teacher: those that the teacher finds and is "
+        "sure "
         "of; given: those in `unlabelled_labels`, of any program",
     )
     sure: float = Field(

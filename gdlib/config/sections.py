@@ -121,7 +121,8 @@ class Dataset(Entry):
     unlabelled: bool | Names = Field(
         False,
         description="images without labels that students may learn from; true: those of the source "
-        "itself (`folder`: in `unlabelled/`), or training images whose labels are not looked at, by "
+        "itself (`folder`: in `unlabelled/`), or training images whose labels are not looked at, "
+        "by "
         "name, in which `*` stands for any characters",
     )
     recipe: dict[str, Any] = Field({}, description="changes to both recipes for this dataset")

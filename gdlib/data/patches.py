@@ -157,7 +157,8 @@ class PatchSampler:
         for name, arrays in found.items():
             if "label" not in arrays:
                 raise io.DataError(
-                    f'{path}: image "{name}" has no label; let a teacher find objects in it (`gdlib '
+                    f'{path}: image "{name}" has no label; let a teacher find objects in it '
+                    "(`gdlib "
                     "step label`), or put those of another program into `unlabelled_labels/`"
                 )
             if any(n < p for n, p in zip(arrays["label"].shape, self.patch, strict=True)):

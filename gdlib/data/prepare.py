@@ -1,5 +1,5 @@
-"""Turn a data source into the three sample files, and one of unlabelled images where they are wanted.
-
+"""Turn a data source into the three sample files, and one of unlabelled images where they are
+wanted.
 All images are checked, and one bad image means no file at all.
 """
 
@@ -37,8 +37,8 @@ def prepare(
     channels: int,
     unlabelled: bool | Sequence[str] = False,
 ) -> dict[str, dict[str, Any]]:
-    """Write the train, val and test samples of a data source, and those of unlabelled images if there
-    shall be some, all or none, and print a line about each.
+    """Write the train, val and test samples of a data source, and those of unlabelled images if
+    there shall be some, all or none, and print a line about each.
 
     What is probably not meant (see `gdlib.data.sense`) is printed on stderr, `warning: ` before
     each sentence.
@@ -56,9 +56,9 @@ def prepare(
         min_size: n smallest side lengths in pixels, usually the patch; its length says whether the
             data are 2D or 3D.
         channels: of every image.
-        unlabelled: true for the unlabelled images that the source has, which may come with labels of
-            another program; or the names of training images whose labels are not looked at, in which
-            `*` stands for any characters; else there are none.
+        unlabelled: true for the unlabelled images that the source has, which may come with labels
+            of another program; or the names of training images whose labels are not looked at, in
+            which `*` stands for any characters; else there are none.
 
     Returns:
         For each file the file attributes: `samples`, `instances`, `empty_labels`, `ignored`
@@ -137,7 +137,8 @@ def _check_found(wanted: Sequence[str], found: Sequence[str]) -> None:
     for name in wanted:
         if not any(_is(one, name) for one in found):
             raise DataError(
-                f'unlabelled: there is no training image "{name}"; correct the name, or leave it out'
+                f'unlabelled: there is no training image "{name}"; correct the name, or leave it '
+                "out"
             )
 
 
@@ -177,7 +178,8 @@ def _told_apart(samples: Iterable[Sample], seen: Sequence[sense.Seen]) -> Iterat
     for sample in samples:
         if other := judged.get(sense.digest(sample.image)):
             raise DataError(
-                f"{sample.attrs.get('source', sample.id)}, which is unlabelled, and {other.name} in "
+                f"{sample.attrs.get('source', sample.id)}, which is unlabelled, and {other.name} "
+                "in "
                 f"split {other.split} are the same image; take one of them out, or what is trained "
                 "on would also be judged"
             )

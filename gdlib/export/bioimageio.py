@@ -1,5 +1,5 @@
-"""Packages of bioimage.io: weights as ONNX and TorchScript, with what their makers' programs ask for
-beside them.
+"""Packages of bioimage.io: weights as ONNX and TorchScript, with what their makers' programs ask
+for beside them.
 
 Normalisation is left to those programs (`scale_range`), which look at the whole image before they
 cut it into tiles. Their custom postprocessing gets one tensor, and may not change its shape

@@ -63,7 +63,8 @@ def write_onnx(
     except Exception as error:  # of an exporter there is no telling which
         cause = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the network {header['model']} cannot be exported to ONNX ({cause}); choose torchscript"
+            f"the network {header['model']} cannot be exported to ONNX ({cause}); choose "
+            "torchscript"
         ) from error
     model = program.model_proto
     for name in ranges:  # may be left out: not a number is "the image's own"

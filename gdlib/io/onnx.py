@@ -66,7 +66,8 @@ def read_onnx_header(path: Path | str) -> dict[str, Any]:
         header = None
     if not isinstance(header, dict):
         raise DataError(
-            f"{path}: this ONNX file was not written by `gdlib export`: nothing in it says what its "
+            f"{path}: this ONNX file was not written by `gdlib export`: nothing in it says what "
+            "its "
             "outputs mean; run it with the program it is from, or export weights of gdlib"
         )
     return header

@@ -1,8 +1,8 @@
 """Let a teacher find objects in images that nobody has labelled, for students to learn from.
 
 Images are predicted and segmented by the code, and with the tuned parameters, of test images. What
-comes out is an ordinary samples file: the teacher's instances are the label, and `ignore` marks where
-it is unsure of them, see `unsure`.
+comes out is an ordinary samples file: the teacher's instances are the label, and `ignore` marks
+where it is unsure of them, see `unsure`.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ def unsure(
     """Mark where a teacher gives what was found less probability than `sure`.
 
     A pixel is marked if its own side is not likely enough: foreground inside of an instance, 1 -
-    foreground outside. Nearest neighbours in two instances are marked, both, if 1 - affinity is not.
-    Affinities within an instance are not looked at: losses balance pairs, so that they are low in a
-    ring of several pixels at the border of every object, where most of what was found is right.
+    foreground outside. Nearest neighbours in two instances are marked, both, if 1 - affinity is
+    not. Affinities within an instance are not looked at: losses balance pairs, so that they are low
+    in a ring of several pixels at the border of every object, where most of it is right.
 
     Args:
         label: ([Z,] Y, X) instances.

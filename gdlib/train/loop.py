@@ -503,7 +503,8 @@ def _check_maps(
     """Raise unless one teacher has spoken of the unlabelled images too, if there are any."""
     if maps and unlabelled and not (more and {*maps.files} <= {*more.files}):
         raise ValueError(
-            f"{unlabelled}: there are not all maps of the teacher for these images; give as many as "
+            f"{unlabelled}: there are not all maps of the teacher for these images; give as many "
+            "as "
             "for the training images"
         )
     if maps and more and maps.teacher != more.teacher:

@@ -251,8 +251,8 @@ def _results(
 ) -> Table:
     """Lay out the results on one dataset, one block of rows per segmenter.
 
-    The values of an ablation are a block too. Which images each method has learned from stands there
-    if some were unlabelled.
+    The values of an ablation are a block too. Which images each method has learned from stands
+    there if some were unlabelled.
     """
     rows, name = summarise(runs), METRICS[main].title
     paired = compare(one_metric(runs, main)).set_index(["segmenter", "student", "method"])
