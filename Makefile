@@ -4,7 +4,7 @@ CORES ?= all
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env study report test test-workflow test-slurm test-faults test-conda test-export test-napari test-wheel docs clean
+.PHONY: env study report test test-workflow test-long test-slurm test-faults test-conda test-export test-napari test-wheel docs clean
 
 env: $(BIN)/.installed
 
@@ -19,12 +19,18 @@ study: env ## STUDY=nuclei runs another study than the default of config.yaml
 report: env
 	snakemake --report report.html $(if $(STUDY),--config study=$(STUDY))
 
+# each file is tested by one process, so that nothing is made twice; see FIRST in tests/conftest.py
+TEST := pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: env
-	pytest -n 2
+	$(TEST)
 
 # ONLY="name or name" runs a part of these: words in the names of tests
-test-workflow: env ## what takes many starts of Snakemake: minutes
-	pytest -n 2 tests/workflow $(if $(ONLY),-k "$(ONLY)")
+test-workflow: env ## pages done as they say, downloads, a volume that is killed: minutes
+	$(TEST) tests/workflow $(if $(ONLY),-k "$(ONLY)")
+
+test-long: env ## peaks of memory, every network in OpenVINO and bfloat16, torch.compile: minutes
+	$(TEST) -m long $(if $(ONLY),-k "$(ONLY)")
 
 test-slurm: env ## on the cluster of this machine, or on one that SLURM_LOCAL=program starts; minutes
 	pip install --quiet -c constraints.txt -e ".[slurm]"

@@ -8,12 +8,16 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import copy
+import fcntl
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# What takes longest begins first, so that no process of the tests is alone with it in the end.
+FIRST = ("test_workflow.py", "test_training.py", "test_segmentation.py", "test_inference.py")
 METHODS = {
     "teacher": [],
     "none": [],
@@ -62,6 +66,32 @@ def _squares(seed, shape=(40, 44), side=9, gap=3):
     bright = np.append(20.0, rng.uniform(80, 230, label.max()))
     image = np.clip(bright[label] + rng.normal(0, 5, shape), 0, 255).round().astype(np.uint8)
     return image[None], label
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Return `once(name, make)` -> folder: the first process of the tests that asks makes it, and
+    all use it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def get(name, make):
+        folder, made = base / f"once_{name}", base / f"once_{name}.made"
+        with open(base / f"once_{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -170,10 +200,9 @@ def train(splits):
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory, make_spec, train):
+def teacher(once, make_spec, train):
     """Return the weights file of a teacher that has learnt to tell bright from dark, on one core in
     seconds."""
-    folder = tmp_path_factory.mktemp("teacher")
     optimizer = {"lr": 0.02}
     spec = make_spec(
         "teacher",
@@ -183,5 +212,4 @@ def teacher(tmp_path_factory, make_spec, train):
         validate_every=20,
         optimizer=optimizer,
     )
-    train(spec, folder)
-    return folder / "weights.safetensors"
+    return once("teacher", lambda folder: train(spec, folder)) / "weights.safetensors"

@@ -341,10 +341,3 @@ def test_no_absolute_paths():
             if ABSOLUTE.search(line)
         ]
     assert not found
-
-
-def test_the_search_for_absolute_paths_finds_them():
-    for folder in ("home", "work", "Users"):
-        assert ABSOLUTE.search(f'open("/{folder}/me/a.png")')
-        for before in ("a", "..", "https://x.org", "{x}", "/proc"):
-            assert not ABSOLUTE.search(f"{before}/{folder}/b")

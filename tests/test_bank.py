@@ -39,8 +39,10 @@ def drawn(memory):
 # --- The ring -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 5, 11])
-@pytest.mark.parametrize("capacity", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize(
+    ("batch", "capacity"),
+    [(1, 1), (2, 1), (11, 2), (3, 2), (1, 7), (5, 7), (2, 8), (3, 9), (11, 9)],
+)
 def test_ring_keeps_the_newest_and_never_returns_a_current_image(capacity, batch):
     rng = np.random.default_rng(0)
     for sample_size in (1, 4, 12):
@@ -134,8 +136,9 @@ def test_sample_depends_on_seed_and_step_only():
     assert sum(first[s] == other[s] for s in first) < 3
 
 
-@pytest.mark.parametrize("written", [0, 3, 7, 10])
-@pytest.mark.parametrize("original_ring", [False, True])
+@pytest.mark.parametrize(
+    ("written", "original_ring"), [(0, False), (3, True), (7, False), (10, False), (10, True)]
+)
 def test_state_goes_on_in_a_new_bank(written, original_ring):
     options = {"capacity": 7, "sample_size": 4, "seed": 5, "original_ring": original_ring}
     bank = MemoryBank(**options)
@@ -178,8 +181,9 @@ def test_entries_are_copies_of_the_records():
 # --- The ring of the original code ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 5])
-@pytest.mark.parametrize(("capacity", "sample_size"), [(32, 12), (3, 2)])
+@pytest.mark.parametrize(
+    ("batch", "capacity", "sample_size"), [(1, 3, 2), (2, 32, 12), (3, 3, 2), (5, 32, 12)]
+)
 def test_original_ring_writes_like_the_original(capacity, sample_size, batch):
     """A pointer runs to the capacity.
 

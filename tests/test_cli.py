@@ -619,13 +619,7 @@ def test_models(capsys, raw, refusal, tmp_path):
     assert table["resunet"][0] == "teacher"
     small, large = (int(table[name][1].replace(",", "")) for name in ("resunet_tiny", "resunet"))
     assert 100 * small < large
-    macs, shape = table["resunet"][3:]
-    assert shape == "544x544"
-    run("models", "--config", ROOT / "config.yaml", "--shape", 272, 272)
-    quarter = {
-        line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]
-    }
-    assert float(quarter["resunet"][3]) == pytest.approx(float(macs) / 4, rel=1e-3)
+    assert table["resunet"][4] == "544x544"
     catalogue["teachers"]["volumes"] = {"model": "mala", "options": {"widths": [12, 60, 300, 1500]}}
     (tmp_path / "volumes.yaml").write_text(yaml.safe_dump(catalogue))
     run("models", "--config", tmp_path / "volumes.yaml", "--shape", 25, 56, 56)

@@ -3,12 +3,8 @@ lead somewhere."""
 
 import ast
 import json
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
@@ -19,7 +15,6 @@ import pytest
 import tifffile
 import yaml
 from test_architecture import GROUND, ROOMS
-from test_workflow import PARTS, planned, snakemake
 
 from gdlib import __version__
 from gdlib.cli.main import EXAMPLES, _parser
@@ -350,69 +345,6 @@ def test_the_catalogue_of_workflows_can_list_this_one():
     assert about["report"] is True
     assert about["software-stack-deployment"]["conda"] is True
     assert (ROOT / "config" / "README.md").exists()
-
-
-def test_the_workflow_is_where_the_catalogue_looks_for_it(tmp_path):
-    plans = []
-    for start in ("Snakefile", "workflow/Snakefile"):
-        result = snakemake(
-            ROOT, tmp_path, "--dry-run", "--snakefile", ROOT / start, "--config", "study=smoke"
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        plans.append(planned(result.stdout + result.stderr))
-    assert plans[0] == plans[1]
-    assert len(plans[0]) > 50
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, squares):
-    """Return a folder with the project and the tutorial's images and file, but few and small."""
-    folder = tmp_path_factory.mktemp("tutorial") / "project"
-    folder.mkdir()
-    for part in (*PARTS, "docs"):
-        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, folder / part)
-    for name, count in (("raw/mycells", 9), ("new", 2)):
-        for part in ("images", "labels"):
-            (folder / name / part).mkdir(parents=True)
-        for seed in range(count):
-            image, label = squares(seed, shape=(128, 128))
-            tifffile.imwrite(folder / name / "images" / f"{seed}.tif", image[0])
-            tifffile.imwrite(folder / name / "labels" / f"{seed}.tif", label.astype(np.uint16))
-    (entry,) = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, flags=re.MULTILINE | re.DOTALL)
-    entry, count = re.subn(
-        r"steps: \d+, batch_size: \d+, validate_every: \d+",
-        "steps: 2, batch_size: 2, validate_every: 2",
-        entry,
-    )
-    assert count == 2
-    entry = entry.replace("teacher: resunet_w16", "teacher: resunet_w8")
-    (folder / "mycells.yaml").write_text(entry)
-    return folder
-
-
-def test_the_tutorial_works(project):
-    blocks = re.findall(r"^```sh\n(.*?)^```", TUTORIAL, flags=re.MULTILINE | re.DOTALL)
-    commands = [command for block in blocks[2:] for command in block.splitlines()]
-    assert "pip install" in blocks[0]
-    assert blocks[1] == "gdlib download bbbc039\n"
-    assert len(commands) == 9
-    environment = os.environ | {"PYTHONPATH": str(project)}
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        start = {
-            "gdlib": [sys.executable, "-m", "gdlib"],
-            "snakemake": [Path(sys.executable).with_name("snakemake")],
-        }.get(program, [program])
-        done = subprocess.run(
-            [*start, *arguments], cwd=project, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        if command == "cat logs/prepare/mycells.log":
-            assert sum(map(int, re.findall(r"(\d+) images \(", done.stdout))) == 9
-        if command.startswith("gdlib evaluate"):
-            assert done.stdout.splitlines()[-1].startswith("mean,")
-    assert (project / "mycells.html").stat().st_size > 1_000_000
-    assert len(list((project / "new" / "found").glob("*.tif"))) == 2
 
 
 def test_the_tutorial_makes_images_of_a_public_dataset(tmp_path, monkeypatch):

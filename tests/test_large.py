@@ -222,6 +222,7 @@ print(peak() - held)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+@pytest.mark.long
 @pytest.mark.parametrize("segmenter", ["mutex_watershed", "waterz", "multicut"])
 @pytest.mark.parametrize("shape", [(700, 700), (8, 250, 250)], ids=["2D", "3D"])
 def test_the_estimate_of_the_segmentation_is_near_what_it_takes(segmenter, shape):
@@ -238,6 +239,7 @@ def test_the_estimate_of_the_segmentation_is_near_what_it_takes(segmenter, shape
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_the_estimate_of_a_pass_is_near_what_it_takes(engine):
     if engine == "openvino":

@@ -220,7 +220,7 @@ def test_maps_and_online_are_the_same_where_the_patch_is_the_image(
     [
         ("resunet", (2, 2, 4, 4, 4), (40, 60), 16),
         ("resunet3d", (2, 2, 3, 3, 3), (5, 40, 36), (2, 16, 24)),
-        ("mala", (2, 2, 3, 3), (6, 40, 61), (4, 27, 30)),
+        pytest.param("mala", (2, 2, 3, 3), (6, 40, 61), (4, 27, 30), marks=pytest.mark.long),
     ],
 )
 def test_every_part_is_what_the_network_says_of_the_whole_image(

@@ -19,7 +19,7 @@ from gdlib.evaluate.metrics import METRICS, THRESHOLDS, errors, evaluate, is_bet
 HIGHER = [key for key, metric in METRICS.items() if metric.better == "higher"]
 LOWER = [key for key, metric in METRICS.items() if metric.better == "lower"]
 FOREGROUND_ONLY = ["arand", "voi_split", "voi_merge", "voi"]
-SEEDS = range(12)
+SEEDS = range(4)
 
 
 def random_pair(seed, shape=(12, 14), objects=5):
@@ -185,7 +185,7 @@ def test_matching_agrees_with_stardist(seed):
 # --- Closed forms ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shift", range(11))
+@pytest.mark.parametrize("shift", [0, 1, 2, 5, 8, 9, 10])
 def test_shifted_square_has_the_overlap_of_geometry(shift):
     label, segmentation = square(5, 5), square(5, 5 + shift)
     scores = evaluate(label, segmentation)
@@ -309,8 +309,7 @@ def test_table_counts_every_pixel():
 # --- Slabs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sections", [1, 2, 3, 4, 7, 50])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("sections", "seed"), [(1, 0), (2, 1), (3, 2), (7, 0), (50, 1)])
 def test_slabs_of_any_thickness_give_the_same_table(monkeypatch, seed, sections):
     label, segmentation = random_pair(seed, (7, 11, 13), objects=9)
     label, segmentation = renamed(label, seed), renamed(segmentation, seed + 1)
@@ -345,6 +344,7 @@ def test_datasets_are_read_in_slabs(tmp_path, monkeypatch, chunks):
             evaluate(stored[0], segmentation[1:])
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_volume():
     def peak(sections):
         label = np.kron(

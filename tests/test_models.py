@@ -279,7 +279,11 @@ def along(array, axis, start, stop):
     return array.narrow(axis + 2, start, stop - start)
 
 
-@pytest.mark.parametrize(("name", "axis"), AXES)
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    # the first axis of every network, and all of those whose axes differ
+    [(name, axis) for name, axis in AXES if axis == 0 or registry.axes(name) == 3],
+)
 def test_the_output_moves_with_the_image(name, axis):
     """By one divisor; for networks that pad, away from the borders that only one of the two images
     has."""
@@ -304,7 +308,11 @@ def test_the_output_moves_with_the_image(name, axis):
         assert (part - other).abs().max() > 1e-3 * moved.abs().max()
 
 
-@pytest.mark.parametrize(("name", "axis"), AXES)
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    # the last one, likewise
+    [(name, axis) for name, axis in AXES if axis == 1 or registry.axes(name) == 3],
+)
 def test_halo_is_true_and_tight(name, axis):
     """Nothing farther than the halo of a block changes it, down to the last bit.
 
@@ -456,9 +464,17 @@ class Unfused(nn.Module):
         self.load_state_dict(mine)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 3, 3), (3, 3, 3)])
-@pytest.mark.parametrize(("i", "o"), [(3, 4), (5, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("i", "o", "kernel", "training"),
+    [
+        (3, 4, (3, 3), False),
+        (5, 2, (3, 3), True),
+        (4, 4, (1, 3, 3), False),
+        (3, 4, (1, 3, 3), True),
+        (5, 2, (3, 3, 3), False),
+        (4, 4, (3, 3, 3), True),
+    ],
+)
 def test_fused_block_equals_the_unfused(i, o, kernel, training):
     fused = randomise(ResidualBlock(i, o, kernel)).double().train(training)
     plain = Unfused(i, o, kernel).double().train(training)

@@ -281,6 +281,7 @@ def same(found, expected):
 
 
 @compiled
+@pytest.mark.long
 def test_it_is_compiled_once_and_two_processes_at_once_do_not_disturb_each_other(
     tmp_path, expected
 ):
@@ -303,6 +304,7 @@ def test_it_is_compiled_once_and_two_processes_at_once_do_not_disturb_each_other
 
 
 @compiled
+@pytest.mark.long
 def test_where_it_cannot_be_kept_every_process_compiles(tmp_path, expected):
     (tmp_path / "file").touch()
     *found, err = told(run(NUMBA_CACHE_DIR=tmp_path / "file"))

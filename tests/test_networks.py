@@ -317,12 +317,14 @@ def losses(name, phantom, steps, precision):
     return [value for _, _, key, value in trainer.history if key == "loss"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FLAT)
 def test_training_lowers_the_loss(name, phantom):
     values = losses(name, phantom, 30, "float32")
     assert np.mean(values[-5:]) < 0.8 * values[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FLAT)
 def test_bfloat16_is_enough_precision(name, phantom):
     """The first losses are about the same; dropout draws the same channels."""

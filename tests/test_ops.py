@@ -329,8 +329,9 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("spare", [None, 0, 3])
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("spare", "background"), [(None, False), (None, True), (0, False), (3, True)]
+)
 @pytest.mark.parametrize("label", LABELS.values(), ids=LABELS)
 def test_instances_and_their_means_equal_the_loop(label, background, spare):
     """`spare`: how much larger the largest id is said to be than it is.

@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.measure import label as connected_regions
 from skimage.segmentation import relabel_sequential
 
-from gdlib import config, jit, kernels
+from gdlib import jit, kernels
 from gdlib.evaluate import metrics
 from gdlib.segment import agglomerate, mutex, segmenters
 from gdlib.segment.parameters import defaults, grid, is_masked
@@ -100,7 +100,7 @@ def boxes(*corners, shape=(30, 40)):
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(3))
 def test_perfect_affinities_give_the_truth_back(seed, ndim):
     label = random_map(seed, ndim)
     assert len(np.unique(label)) > 4
@@ -111,7 +111,7 @@ def test_perfect_affinities_give_the_truth_back(seed, ndim):
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_little_noise_does_no_harm(seed, ndim):
     label = random_map(seed, ndim)
     rng = np.random.default_rng(seed)
@@ -144,15 +144,6 @@ def test_a_map_of_touching_objects_without_background(ndim):
     label[(np.bincount(label.ravel()) < 30)[label]] = 0
     assert np.count_nonzero(label) > 0.95 * label.size
     assert same_partition(label, segment(*perfect(label), OFFSETS[ndim], **PLAIN))
-
-
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
-def test_input_is_left_as_it_is(segmenter):
-    affinity, foreground = perfect(random_map(2, 2))
-    copies = affinity.copy(), foreground.copy()
-    segment(affinity, foreground, OFFSETS[2], segmenter)
-    assert np.array_equal(affinity, copies[0])
-    assert np.array_equal(foreground, copies[1])
 
 
 def test_a_mirrored_image_gives_mirrored_objects():
@@ -327,21 +318,6 @@ def test_a_stride_is_for_the_last_two_axes_only():
     affinity, foreground = perfect(label)
     affinity[:3] = np.maximum(affinity[:3], 0.4)
     assert segment(affinity, foreground, OFFSETS[3], **PLAIN | {"stride": 100}).max() == 2
-
-
-@pytest.mark.parametrize("ndim", [2, 3])
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
-def test_every_default_is_in_the_grid(segmenter, ndim):
-    values = grid(segmenter, ndim)
-    assert list(values) == list(defaults(segmenter, ndim))
-    for name, default in defaults(segmenter, ndim).items():
-        # otherwise it would be a choice that tuning cannot come back to
-        assert default in values[name]
-        assert list(values[name]) == sorted(set(values[name]))
-
-
-def test_the_configuration_names_the_same_segmenters():
-    assert set(config.SEGMENTERS) == set(SEGMENTERS)
 
 
 def test_unknown_names_are_one_clear_sentence():
@@ -648,7 +624,7 @@ def touching(label):
         if case != ("waterz", 3, False)
     ],
 )
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_fragments_give_the_truth_back_but_for_borders(seed, membrane, ndim, segmenter):
     """Fragments may end one pixel beside a border, and where an object is that thin it may be lost:
     0.1 bits at most."""
@@ -672,7 +648,7 @@ def test_fragments_give_the_truth_back_but_for_borders(seed, membrane, ndim, seg
 
 
 @pytest.mark.parametrize("segmenter", PREDICTED)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_volume_of_one_section_is_an_image(seed, segmenter):
     affinity, foreground, _ = noisy(seed, 2)
     parameters = {"foreground_threshold": 0.5, "min_fragment": 5, "min_size": 5}
@@ -802,9 +778,10 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("ndim", [2, 3])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize(
+    ("share", "ndim", "stride"),
+    [(0.0, 2, 1), (0.3, 2, 3), (0.7, 2, 2), (1.0, 2, 1), (0.3, 3, 1), (0.7, 3, 3), (1.0, 3, 2)],
+)
 def test_the_mutex_watershed_is_that_of_the_library_at_once(share, ndim, stride, way):
     """Same numbers too, with few levels of affinity, so that many edges are equally strong."""
     shape = {2: (43, 57), 3: (5, 21, 26)}[ndim]

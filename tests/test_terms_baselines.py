@@ -171,7 +171,7 @@ def loss(name, student, teacher, label, offsets=None, ignore=None):
 
 def case(ndim, kind="usual", shape=None):
     shape = shape or SHAPES[ndim]
-    label = torch.cat([labels(kind, shape), labels("usual", shape).flip(1)])
+    label = torch.cat([labels(kind, shape), labels("usual", shape).flip(1)])[:COUNT]
     return random_images(COUNT, shape, 1), random_images(COUNT, shape, 2), label
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from gdlib import io
 from gdlib.config import RunSpec, load
+from gdlib.config.sections import Method
 from gdlib.data.maps import TeacherMaps
 from gdlib.data.patches import PatchSampler, largest_id
 from gdlib.train import loop
@@ -22,6 +23,10 @@ from gdlib.train.ask import ask
 
 META = torch.device("meta")
 METHODS = load(Path(__file__).resolve().parents[1]).methods
+# One method with a term of every kind; those of the original code have names of others and a bank of
+# their own.
+EVERY = {term.name: term for method in METHODS.values() for term in method.terms}
+METHODS["every term"] = Method(terms=tuple(EVERY.values()))
 # Every augmentation is on, each in every patch.
 MORE = {
     "augment": {
@@ -132,7 +137,7 @@ def parts(tmp_path, splits, make_spec):
     return make
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["none", "every term", "grd_original"])
 @pytest.mark.parametrize("axes", NETWORKS)
 def test_a_step_does_not_wait(axes, method, parts, monkeypatch):
     spec, samples, weights = parts(axes, method, **MORE, ema=0.9, clip=1.0, accumulate=2)

@@ -7,9 +7,7 @@ count as made.
 """
 
 import csv
-import fcntl
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tifffile
 import yaml
 from test_plan import (
     CATALOGUE,
@@ -66,29 +63,23 @@ def planned(output: str) -> set[str]:
     return set(re.findall(r"^Job \d+: (.*)$", output, flags=re.MULTILINE))
 
 
-@pytest.fixture(scope="session")
+def copied(folder: Path) -> Path:
+    """Copy what a study needs of the repository."""
+    folder.mkdir()
+    for part in PARTS:
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, folder / part)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Path:
     """Folder with a copy of the repository in `repository` and the finished smoke study in
     `work`."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # one study for all workers
-    folder = base / "smoke"
-    with open(base / "smoke.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            unneeded = lambda path, names: [
-                n for n in names if Path(path) == ROOT and n not in PARTS
-            ]
-            shutil.copytree(ROOT, folder / "repository", ignore=unneeded)
-            result = snakemake(
-                folder / "repository", folder / "work", "--cores", "all", "--config", "study=smoke"
-            )
-            (folder / "output.txt").write_text(
-                f"{result.stdout}{result.stderr}\nexit status {result.returncode}\n"
-            )
-    output = (folder / "output.txt").read_text()
-    assert output.endswith("exit status 0\n"), output
+    folder = tmp_path_factory.mktemp("smoke")
+    result = snakemake(
+        copied(folder / "repository"), folder / "work", "--cores", "all", "--config", "study=smoke"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
 
@@ -97,11 +88,7 @@ def on_paper(tmp_path_factory) -> Path:
     """Folder with a copy of the repository, and in `work` the smoke study, for which no job has
     run: all its files are empty."""
     folder = tmp_path_factory.mktemp("on_paper")
-    (folder / "repository").mkdir()
-    for part in PARTS:
-        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(
-            ROOT / part, folder / "repository" / part
-        )
+    copied(folder / "repository")
     study = folder / "repository", folder / "work"
     for line in snakemake(*study, "--summary", "--config", "study=smoke").stdout.splitlines()[1:]:
         file = folder / "work" / line.split("\t")[0]
@@ -328,70 +315,3 @@ def test_a_typo_is_one_line(changes, message, tmp_path):
     assert message in result.stderr.splitlines()
     assert "Traceback" not in result.stdout + result.stderr
     assert result.stderr.splitlines()[-1] == message
-
-
-def test_prepared_data_need_no_raw_data(tmp_path):
-    for split in ("train", "val", "test"):
-        (tmp_path / "data" / "bbbc039").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / "bbbc039" / f"{split}.h5").touch()
-    changes = {"study": "smoke", "raw_folders": ["nowhere"]}
-    changes["studies"] = {"smoke": {"datasets": ["bbbc039"]}}
-    result = dry_run(ROOT, tmp_path, changes)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Prepare bbbc039" not in planned(result.stdout + result.stderr)
-
-
-def test_a_failing_job_shows_its_reason(tmp_path):
-    for split in ("train", "val", "test"):
-        (tmp_path / "data" / DATA).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / DATA / f"{split}.h5").write_text("not HDF5")
-    run = run_of(DATA, TEACHING)
-    target = f"results/smoke/runs/{run}/weights.safetensors"
-    result = snakemake(ROOT, tmp_path, "--cores", "1", "--config", "study=smoke", "--", target)
-    assert result.returncode != 0
-    log = tmp_path / "logs" / "smoke" / "train" / f"{run}.log"
-    last = log.read_text().splitlines()[-1]
-    assert last.startswith("gdlib: error:")
-    assert "not a readable HDF5 file" in last
-    assert last in result.stdout + result.stderr
-
-
-def test_warnings_about_data_reach_the_terminal_and_not_only_a_file(tmp_path, squares):
-    """From the job at once, and again at the end of everything."""
-    for folder, part in (("images", 0), ("labels", 1)):
-        (tmp_path / "raw" / "mine" / folder).mkdir(parents=True)
-        for seed in range(6):
-            array = squares(seed, shape=(64, 64))[part].squeeze().astype("uint16")
-            mirrored = array[:: 1 - 2 * part]  # the label
-            tifffile.imwrite(tmp_path / "raw" / "mine" / folder / f"{seed}.tif", mirrored)
-    changes = {
-        "study": "mine",
-        "raw_folders": [str(tmp_path / "raw")],
-        "datasets": {
-            "mine": {
-                "source": "folder",
-                "folder": "mine",
-                "offsets": [[-1, 0], [0, -1], [-9, 0], [0, -9]],
-                "patch": [64, 64],
-            }
-        },
-        "studies": {"mine": CATALOGUE["studies"]["smoke"] | {"datasets": ["mine"], "recipes": {}}},
-    }
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(changes))
-    result = snakemake(
-        ROOT,
-        tmp_path,
-        "--cores",
-        "1",
-        "--configfile",
-        tmp_path / "mine.yaml",
-        "--",
-        "data/mine/train.h5",
-    )
-    assert result.returncode == 0, result.stderr
-    log = (tmp_path / "logs" / "prepare" / "mine.log").read_text()
-    (warning,) = re.findall("^warning: (.*)$", log, re.MULTILINE)
-    assert "mirrored" in warning
-    lines = result.stderr.splitlines()
-    of_job, at_end = f"mine: warning: {warning}", f"logs/prepare/mine.log: warning: {warning}"
-    assert lines.index(of_job) < lines.index("1 of 1 steps (100%) done") < lines.index(at_end)

@@ -67,7 +67,7 @@ METHODS = {
     "grd_inter": Look("IGD + AGD inter", "#8A3C00", "^", (0, (1, 1))),
     "igd_nodes": Look("IGD nodes", "#9FB8D9", "P", (0, (4, 1))),
     "igd_edges": Look("IGD edges", "#2F6FA8", "X", (0, (4, 1))),
-    "grd_details": Look("IGD + AGD", "#D55E00"),
+    "grd_details": Look("IGD + AGD, details", "#E07B39", "h", (0, (3, 1, 1, 1))),
     "grd_original": Look("IGD + AGD, original code", "#FF7F50", "X", (0, (3, 1, 1, 1))),
     "pseudo": Look("pseudo-labels", "#5B3A29", "s"),
     "grd_pseudo": Look("IGD + AGD, pseudo-labels", "#A0522D", "s"),

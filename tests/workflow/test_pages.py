@@ -1,17 +1,23 @@
-"""What README says about images of one's own, and docs/extend.md about a dataset, a student and a
-loss, done as they say."""
+"""What README says about images of one's own, docs/extend.md about a dataset, a student and a loss,
+and docs/tutorial.md from its beginning to its end, done as they say."""
 
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import yaml
-from test_workflow import PARTS, ROOT, snakemake
+from test_workflow import ROOT, copied, planned, snakemake
 
 README = (ROOT / "README.md").read_text()
 EXTEND = (ROOT / "docs" / "extend.md").read_text()
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 FILES = dict(
     re.findall(
         r"^`(gdlib/\S+\.py)`[^\n]*\n\n```python\n(.*?)^```", EXTEND, flags=re.MULTILINE | re.DOTALL
@@ -28,11 +34,7 @@ FEW = {"batch_size": 2, "patch": [32, 32], "validate_every": 2}
 def project(tmp_path):
     """Return `add(entry)` -> folder with the project, the files of docs/extend.md, and an entry of
     the configuration."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    for part in PARTS:
-        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-        copy(ROOT / part, folder / part)
+    folder = copied(tmp_path / "project")
     for path, text in FILES.items():
         assert not (folder / path).exists()
         (folder / path).write_text(text)
@@ -95,3 +97,64 @@ def test_images_of_ones_own_in_two_folders(project, squares):
     result = snakemake(folder, folder, *command.replace("all", "1").split()[1:], "--", weights)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (folder / weights).exists()
+
+
+@pytest.fixture
+def tutorial(tmp_path, squares):
+    """Return a folder with the project and the tutorial's images and file, but few and small."""
+    folder = copied(tmp_path / "project")
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    for name, count in (("raw/mycells", 9), ("new", 2)):
+        for part in ("images", "labels"):
+            (folder / name / part).mkdir(parents=True)
+        for seed in range(count):
+            image, label = squares(seed, shape=(128, 128))
+            tifffile.imwrite(folder / name / "images" / f"{seed}.tif", image[0])
+            tifffile.imwrite(folder / name / "labels" / f"{seed}.tif", label.astype(np.uint16))
+    (entry,) = re.findall(r"^```yaml\n(.*?)^```", TUTORIAL, flags=re.MULTILINE | re.DOTALL)
+    entry, count = re.subn(
+        r"steps: \d+, batch_size: \d+, validate_every: \d+",
+        "steps: 2, batch_size: 2, validate_every: 2",
+        entry,
+    )
+    assert count == 2
+    entry = entry.replace("teacher: resunet_w16", "teacher: resunet_w8")
+    (folder / "mycells.yaml").write_text(entry)
+    return folder
+
+
+def test_the_tutorial_works(tutorial):
+    blocks = re.findall(r"^```sh\n(.*?)^```", TUTORIAL, flags=re.MULTILINE | re.DOTALL)
+    commands = [command for block in blocks[2:] for command in block.splitlines()]
+    assert "pip install" in blocks[0]
+    assert blocks[1] == "gdlib download bbbc039\n"
+    assert len(commands) == 9
+    environment = os.environ | {"PYTHONPATH": str(tutorial)}
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        start = {
+            "gdlib": [sys.executable, "-m", "gdlib"],
+            "snakemake": [Path(sys.executable).with_name("snakemake")],
+        }.get(program, [program])
+        done = subprocess.run(
+            [*start, *arguments], cwd=tutorial, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        if command == "cat logs/prepare/mycells.log":
+            assert sum(map(int, re.findall(r"(\d+) images \(", done.stdout))) == 9
+        if command.startswith("gdlib evaluate"):
+            assert done.stdout.splitlines()[-1].startswith("mean,")
+    assert (tutorial / "mycells.html").stat().st_size > 1_000_000
+    assert len(list((tutorial / "new" / "found").glob("*.tif"))) == 2
+
+
+def test_the_workflow_is_where_the_catalogue_looks_for_it(tmp_path):
+    plans = []
+    for start in ("Snakefile", "workflow/Snakefile"):
+        result = snakemake(
+            ROOT, tmp_path, "--dry-run", "--snakefile", ROOT / start, "--config", "study=smoke"
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        plans.append(planned(result.stdout + result.stderr))
+    assert plans[0] == plans[1]
+    assert len(plans[0]) > 50
