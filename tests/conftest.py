@@ -17,7 +17,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What takes longest begins first, so that no process of the tests is alone with it in the end.
-FIRST = ("test_workflow.py", "test_training.py", "test_segmentation.py", "test_inference.py")
+FIRST = (
+    "test_workflow.py",
+    "test_models.py",
+    "test_cli.py",
+    "test_training.py",
+    "test_waiting.py",
+    "test_inference.py",
+)
 METHODS = {
     "teacher": [],
     "none": [],
