@@ -203,7 +203,8 @@ def load(
     """Load a trained network.
 
     Args:
-        model: `names()` says which come with the package; or a weights file of your own.
+        model: `names()` says which come with the package; or a weights file of your own, or
+            what `gdlib export` made of one as ONNX.
         device: `auto`, `cpu`, `cuda`, `mps`, ...
         precision: of the arithmetic: `auto`, `float32`, `bfloat16` or `float16`.
         engine: what runs the network: `auto`, `torch` or `openvino`.

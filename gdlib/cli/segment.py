@@ -45,7 +45,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         type=place,
         metavar="NAME|FILE",
         help="a built-in network (`gdlib models` lists them), or the weights.safetensors of your "
-        f"own (default: {trained.DEFAULT})",
+        f"own, or the ONNX file that `gdlib export` made of one (default: {trained.DEFAULT})",
     )
     segment.add_argument(
         "--out",

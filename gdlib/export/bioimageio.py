@@ -1,5 +1,4 @@
-"""Packages of bioimage.io: weights as ONNX and TorchScript, with what their makers' programs ask
-for beside them.
+"""Packages of bioimage.io: weights as ONNX and TorchScript, and what its programs want to know.
 
 Normalisation is left to those programs (`scale_range`), which look at the whole image before they
 cut it into tiles. Their custom postprocessing gets one tensor, and may not change its shape
@@ -20,7 +19,7 @@ import torch
 
 from gdlib import __version__, io
 from gdlib.data.axes import fitted
-from gdlib.export.check import checked
+from gdlib.export.check import checked, cut
 from gdlib.export.graph import OUTPUTS, Graph
 from gdlib.export.onnx import OPSET, run_onnx, write_onnx
 from gdlib.export.torchscript import run_torchscript, write_torchscript
@@ -34,7 +33,7 @@ PAPER = (
     "https://arxiv.org/abs/2401.06370",
 )
 EPSILON = 1e-6  # of `scale_range`
-SIDES = {2: (256, 256), 3: (16, 96, 96)}  # least pixels of the test image
+SIDES = {2: (256, 256), 3: (12, 64, 64)}  # least pixels of the test image
 COVER = 400  # pixels of its height
 MEANING = {
     "affinity": "is the pixel at each offset (see config.gdlib.offsets) of the same object, 0 to 1",
@@ -82,8 +81,9 @@ def write_bioimageio(
             checked(run(folder / file), predictor, image, own_range=False)
             for run, file in ((run_onnx, "weights.onnx"), (run_torchscript, "weights.pt"))
         )
-        part = _test_tensors(folder, predictor, image)
-        _cover(folder / "cover.png", predictor, weights, part)
+        image = fitted(np.asarray(image), network.ndim, leading=1)
+        _test_tensors(folder, predictor, image)
+        _cover(folder / "cover.png", predictor, weights, image)
         (folder / "README.md").write_text(_documentation(weights.stem, header), "utf-8")
         (folder / io.EXPORTED).write_text(json.dumps(header, sort_keys=True))
         with _mended_spec():
@@ -115,14 +115,10 @@ def _silent() -> Iterator[None]:
         logger.enable("bioimageio")
 
 
-def _test_tensors(folder: Path, predictor: Predictor, image: np.ndarray) -> np.ndarray:
-    """Write what goes in and what has to come out; return the image (C, [Z,] Y, X) float32."""
+def _test_tensors(folder: Path, predictor: Predictor, image: np.ndarray) -> None:
+    """Write what goes in, the middle of an image (C, [Z,] Y, X), and what has to come out."""
     network, header = predictor.network, predictor.header
-    image = fitted(np.asarray(image), network.ndim, leading=1).astype(np.float32)
-    least = _least(predictor)
-    missing = [max(0, a - n) for a, n in zip(least, image.shape[1:], strict=True)]
-    image = np.pad(image, [(0, 0), *((0, n) for n in missing)], mode="symmetric")
-    image = image[(slice(None), *(slice(0, n) for n in least))]
+    image = cut(network, image, _least(predictor)).astype(np.float32)
     how, space = header["normalisation"], tuple(range(1, image.ndim))
     limits = np.percentile(image, [how["lower"], how["upper"]], axis=space, keepdims=True)
     seen = ((image - limits[0]) / (limits[1] - limits[0] + EPSILON)).astype(np.float32)
@@ -131,7 +127,6 @@ def _test_tensors(folder: Path, predictor: Predictor, image: np.ndarray) -> np.n
     np.save(folder / "image.npy", image[None])
     for name, array in zip(OUTPUTS, found, strict=True):
         np.save(folder / f"{name}.npy", array.numpy())
-    return image
 
 
 def _halo(predictor: Predictor) -> list[int]:
@@ -161,7 +156,8 @@ def _cover(path: Path, predictor: Predictor, weights: Path, image: np.ndarray) -
     from PIL import Image
     from skimage.color import label2rgb
 
-    header = predictor.header
+    header, side = predictor.header, min(*image.shape[-2:], COVER)
+    image = cut(predictor.network, image, [*SIDES[3][: image.ndim - 3], side, side])
     how, parameters = chosen(weights, header, None, {})
     found = predictor(image)
     label = segment(found.affinity, found.foreground, header["offsets"], how, **parameters)

@@ -1,7 +1,7 @@
 """Is what was exported the same function? Asked of images of several sizes, numbers and ranges."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def cases(network: nn.Module, image: np.ndarray) -> Iterator[tuple[list[np.ndarr
     yield [cut(network, image, SMALL[network.ndim])], False
 
 
-def cut(network: nn.Module, image: np.ndarray, sides: list[int] | tuple[int, ...]) -> np.ndarray:
+def cut(network: nn.Module, image: np.ndarray, sides: Sequence[int]) -> np.ndarray:
     """Return the middle of an image, of at least these sides where the graph wants others."""
     if any(network.margin):
         sides = legal_shape(network, sides)

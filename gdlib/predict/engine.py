@@ -21,8 +21,8 @@ A step of training in bfloat16 takes 0.69 (ResUNet-tiny), 0.70 (MobileNetV2), 0.
 On the 20 validation images of BBBC039, bfloat16 in OpenVINO instead of float32 in torch moved AJI
 by -0.0004 and PQ by +0.0004. Hence the rule of `auto`: on a CPU OpenVINO where it is installed,
 else torch. To make a network ready takes it about a second. Measured too and left out: ONNX
-Runtime, slower than OpenVINO in float32, and `torch.compile`, which is slower in bfloat16, needs a
-compiler and compiles for half a minute.
+Runtime, slower than OpenVINO in float32, which only runs what was exported (`gdlib export`), and
+`torch.compile`, which is slower in bfloat16, needs a compiler and compiles for half a minute.
 """
 
 import functools

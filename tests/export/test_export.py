@@ -296,6 +296,16 @@ def test_files_of_others_are_one_sentence(tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+def test_code_that_nobody_trusts_is_not_run(exported, tmp_path):
+    model = onnx.load(exported[0])
+    for entry in model.metadata_props:
+        if entry.key == "gdlib":
+            entry.value = json.dumps(json.loads(entry.value) | {"model": "evil.module:Network"})
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(io.DataError, match=r'a.onnx: its network is "evil.module:Network"'):
+        gdlib.load(tmp_path / "a.onnx")
+
+
 def test_what_is_another_function_is_not_written(teacher, tmp_path, monkeypatch, capsys, squares):
     """A network that is not what the exporter sees: it is told, and nothing is left."""
     from gdlib.export import torchscript
@@ -391,9 +401,8 @@ def test_a_package_that_fails_the_test_is_not_written(
             path.write_bytes(archive.read("weights.onnx"))
 
     def wrong(folder, *others):
-        image = tensors(folder, *others)
+        tensors(folder, *others)
         np.save(folder / "foreground.npy", np.load(folder / "foreground.npy") * 0.9)
-        return image
 
     tensors = bioimageio._test_tensors
     monkeypatch.setattr(bioimageio, "write_onnx", again)
