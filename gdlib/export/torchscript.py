@@ -41,7 +41,8 @@ def write_torchscript(
         raise ValueError(
             f"the network {header['model']} cannot be written as TorchScript ({cause}); choose onnx"
         ) from error
-    torch.jit.save(scripted, path, _extra_files={io.EXPORTED: json.dumps(dict(header))})
+    with quiet():
+        torch.jit.save(scripted, path, _extra_files={io.EXPORTED: json.dumps(dict(header))})
 
 
 def legal(network: nn.Module) -> list[int]:
