@@ -46,6 +46,7 @@ def found():
     return measure([group for group in GROUPS if group != "workflow"], "tiny", "cpu")
 
 
+@pytest.mark.long
 def test_every_result_keeps_the_contract(found):
     assert {result["group"] for result in found["results"]} == set(GROUPS) - {"workflow"}
     names = [(result["group"], result["name"]) for result in found["results"]]
@@ -63,6 +64,7 @@ def test_every_result_keeps_the_contract(found):
 
 
 @pytest.mark.parametrize("group", AGREE)
+@pytest.mark.long
 def test_the_plain_implementation_gives_the_same(found, group):
     compared = {
         r["name"]: r["difference"]
@@ -74,12 +76,14 @@ def test_the_plain_implementation_gives_the_same(found, group):
         assert compared[name] <= tolerance, name
 
 
+@pytest.mark.long
 def test_the_ratio_of_all_terms_is_that_of_its_case(found):
     for key, axes in (("ratio_all_terms", "2D"), ("ratio_all_terms_3d", "3D")):
         (case,) = (r for r in found["results"] if r["name"] == f"all terms, {axes}")
         assert found[key] == case["ratio"] == case["ratio_all_terms"]
 
 
+@pytest.mark.long
 def test_it_says_where_it_was_measured(found):
     assert found["device"] == "cpu"
     assert found["size"] == "tiny"
@@ -88,6 +92,7 @@ def test_it_says_where_it_was_measured(found):
     assert found["cpu"]
 
 
+@pytest.mark.long
 def test_targets_say_whether_they_are_met(found):
     texts = [target["text"] for target in found["targets"]]
     for part in (
@@ -103,6 +108,7 @@ def test_targets_say_whether_they_are_met(found):
         assert target["met"] == (over if target["at_least"] else target["value"] <= target["limit"])
 
 
+@pytest.mark.long
 def test_growth_has_an_exponent(found):
     grown = [result for result in found["results"] if "slope" in result]
     assert {"image area", "instances", "images in memory", "batch", "volume"} == {
@@ -115,6 +121,7 @@ def test_growth_has_an_exponent(found):
         )
 
 
+@pytest.mark.long
 def test_the_page_tells_it_all(found, tmp_path, capsys):
     """From the file alone, by the command, and again with the same bytes."""
     source = tmp_path / "performance.json"

@@ -61,6 +61,7 @@ def history(folder, split):
         }
 
 
+@pytest.mark.long
 def test_two_processes_train_what_one_trains_and_go_on_where_they_were_stopped(
     make_spec, train, splits, teacher, tmp_path
 ):
