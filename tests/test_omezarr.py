@@ -21,6 +21,7 @@ from gdlib.cli.images import open_image
 from gdlib.cli.main import main
 from gdlib.data.files import find_files, is_folder, read_image, read_label
 from gdlib.data.omezarr import ZarrImage, open_zarr, split_zarr_path
+from gdlib.data.sources.folder import folder
 from gdlib.io.failures import DataError
 from gdlib.predict.predictor import Predictor
 from gdlib.volumes import grid, memory
@@ -519,6 +520,19 @@ def test_folders_and_evaluation(teacher, model, squares, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "truth"), str(tmp_path / "out"), "--out", str(tmp_path / "s.csv")]) == 0  # fmt: skip
     mean = (tmp_path / "s.csv").read_text().splitlines()[-1]
     assert mean.startswith("mean,0.")
+
+
+def test_folders_to_learn_from(squares, tmp_path):
+    for k in range(10):
+        image, label = squares(k)
+        write(tmp_path / "images" / f"{k}.zarr", [image[0], image[0, ::2, ::2]], "yx", 3)
+        write(tmp_path / "labels" / f"{k}.zarr", [label], "yx", 2)
+    found = [sample for samples in folder(tmp_path).values() for sample in samples]
+    assert sorted(sample.id for sample in found) == [str(k) for k in range(10)]
+    for sample in found:
+        image, label = squares(int(sample.id))
+        assert np.array_equal(sample.image, image)
+        assert np.array_equal(sample.label, label)
 
 
 def test_a_network_that_knows_the_size_of_pixels(teacher, squares, tmp_path, capsys):

@@ -41,7 +41,7 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         "depends on that is made again, and nothing else.",
     )
     distill.add_argument(
-        "images", type=place, metavar="IMAGES", help="folder of PNG, TIFF or HDF5 files"
+        "images", type=place, metavar="IMAGES", help="folder of PNG, TIFF, HDF5 or OME-Zarr"
     )
     distill.add_argument(
         "labels",
@@ -337,7 +337,7 @@ def _timed(
     times = f"{one * 1000:.0f} ms of the teacher, " if one else ""
     times += f"{both * 1000:.0f} ms of the students together"
     why = (
-        f"as many as --time {arguments.time / 60:g}m allows here: a step took {times}; validation "
+        f"as many as --time {arguments.time / 60:.3g}m allows here: a step took {times}; validation "
         "and what comes after the trainings are not counted"
     )
     _say(f"chosen: {steps[0] if one else 'no'} steps for the teacher, {steps[1]} for the students")
