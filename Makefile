@@ -50,7 +50,7 @@ test-napari: env ## the plug-in in a real viewer; without a screen: xvfb-run -a 
 	pip install --quiet -c constraints.txt -e ".[napari]" pyqt6 pytest-qt
 	pytest -v -rs tests/napari $(if $(ONLY),-k "$(ONLY)")
 
-test-wheel: env ## a wheel in an empty environment, without a clone: minutes, and the packages anew
+test-wheel: env ## a wheel without the project around: minutes; WHEEL_PACKAGES=anew installs all packages anew too
 	pip install --quiet -c constraints.txt build
 	pytest -v -rs --durations=0 tests/wheel $(if $(ONLY),-k "$(ONLY)")
 
