@@ -337,8 +337,8 @@ def _timed(
     times = f"{one * 1000:.0f} ms of the teacher, " if one else ""
     times += f"{both * 1000:.0f} ms of the students together"
     why = (
-        f"as many as --time {arguments.time / 60:.3g}m allows here: a step took {times}; validation "
-        "and what comes after the trainings are not counted"
+        f"as many as --time {arguments.time / 60:.3g}m allows here: a step took {times}; "
+        "validation and what comes after the trainings are not counted"
     )
     _say(f"chosen: {steps[0] if one else 'no'} steps for the teacher, {steps[1]} for the students")
     _say(f"        {why}")
