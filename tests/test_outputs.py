@@ -189,7 +189,7 @@ STEPS = {"prepare": ["train", "val", "test"], "train": ["weights", "last", "hist
 STEPS |= {
     step: ["out"]
     for step in (
-        *("ask", "predict", "segment", "evaluate", "baselines", "profile"),
+        *("label", "ask", "predict", "segment", "evaluate", "baselines", "profile"),
         *(
             "plan-volume",
             "predict-block",
@@ -400,7 +400,7 @@ def test_the_commands_of_the_readme_lose_nothing(teacher, squares, tmp_path, mon
         (ROOT / "README.md").read_text(),
         flags=re.MULTILINE,
     )
-    assert [line.split()[1] for line in lines] == ["segment", "evaluate"]
+    assert [line.split()[1] for line in lines] == ["segment", "segment", "evaluate"]
     image, label = squares(1)
     for name, array in (("images", image[0]), ("labels", label), ("ground_truth", label)):
         (tmp_path / name).mkdir()
@@ -412,5 +412,6 @@ def test_the_commands_of_the_readme_lose_nothing(teacher, squares, tmp_path, mon
         run(*shlex.split(line, comments=True)[1:])
     assert before == {path: path.read_bytes() for path in before}
     assert {path.name for path in tmp_path.rglob("*.*")} - {path.name for path in before} == {
-        "scores.csv"
+        "a.preview.png",
+        "scores.csv",
     }

@@ -61,9 +61,10 @@ class Measured:
     def sentence(self) -> str:
         """Say what there is.
 
-        >>> Measured(2, 40, 1, (64, 80), (64, 96), 12.3, 20).sentence()
-        "2 images of 64 x 80 to 64 x 96 pixels (y, x), 1 channel; 40 objects with a median "
-        "diameter of 12.3 pixels, 5 % longer than 20"
+        >>> known = Measured(2, 40, 1, (64, 80), (64, 96), 12.3, 20)
+        >>> print(known.sentence())  # doctest: +NORMALIZE_WHITESPACE
+        2 images of 64 x 80 to 64 x 96 pixels (y, x), 1 channel; 40 objects with a median
+        diameter of 12.3 pixels, 5 % longer than 20
         """
         kind = "volumes" if self.ndim == 3 else "images"
         sizes = dict.fromkeys(" x ".join(map(str, side)) for side in (self.smallest, self.largest))
