@@ -183,6 +183,8 @@ def test_page_about_the_networks_is_up_to_date():
         ([Layer(2, 2), Layer(3), Layer(2, up=2)], 1 + 2),
         ([Layer(2, 2), Layer.linear(2)], 2),  # the first pixel sees the two before it
         ([Layer(3, 3), Layer.linear(3)], 3),
+        # the last of three pixels sees all of the next three
+        ([Layer(3, 3), Layer(4, up=3)], 3),
         ([Layer.linear(1)], 0),
     ],
 )
