@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tifffile
 from test_large import matched
+from test_use import model, segment
 
-import gdlib
 from gdlib import io
 from gdlib.cli import zarr_labels
 from gdlib.cli.images import open_image
@@ -27,6 +27,7 @@ from gdlib.predict.predictor import Predictor
 from gdlib.volumes import grid, memory
 from gdlib.volumes.footprint import choose
 
+__all__ = ["model"]
 zarr = pytest.importorskip("zarr", reason="the extra `zarr` is not installed")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,17 +80,6 @@ def metadata(folder):
     if (folder / "zarr.json").exists():
         return json.loads((folder / "zarr.json").read_text())["attributes"]["ome"]
     return json.loads((folder / ".zattrs").read_text())
-
-
-def segment(model, out, *arguments, code=0):
-    command = ["segment", "--model", model, "--out", out, "--device", "cpu"]
-    command += ["--precision", "float32", "--engine", "torch", *arguments]
-    assert main([str(part) for part in command]) == code
-
-
-@pytest.fixture(scope="module")
-def model(teacher):
-    return gdlib.load(teacher, device="cpu", precision="float32", engine="torch")
 
 
 @pytest.fixture(scope="module")
