@@ -86,8 +86,7 @@ def write_bioimageio(
         _cover(folder / "cover.png", predictor, weights, image)
         (folder / "README.md").write_text(_documentation(weights.stem, header), "utf-8")
         (folder / io.EXPORTED).write_text(json.dumps(header, sort_keys=True))
-        with _mended_spec():
-            _package(folder / "package.zip", folder, weights.stem, predictor, licence)
+        _package(folder / "package.zip", folder, weights.stem, predictor, licence)
         shutil.copyfile(folder / "package.zip", path)
     return difference
 
@@ -244,37 +243,6 @@ def _documentation(name: str, header: Mapping[str, Any]) -> str:
         data=header.get("data", "see the header of the weights"),
         scores=json.dumps(test, indent=1, sort_keys=True),
     )
-
-
-@contextmanager
-def _mended_spec() -> Iterator[None]:
-    """Make bioimageio.spec 0.5.12 work with pydantic 2.14.
-
-    Two of its serializers pass on what they know of a serialization as the index of an item, which
-    pydantic looked over before and refuses now.
-    """
-    from bioimageio.spec._internal import io_packaging
-    from bioimageio.spec.model import v0_4
-
-    def package_file(value, handler, info):
-        ret = handler(value)
-        ret["source"] = _package(value.source, info, sha256=value.sha256)
-        return ret
-
-    def package_weights(value, handler, info):
-        return handler(value)
-
-    # they are bound into the fields of many classes, so that other functions would come too late
-    mended = {io_packaging.package_file_descr_serializer: package_file}
-    mended[v0_4.package_weights] = package_weights
-    before = {function: function.__code__ for function in mended}
-    for function, other in mended.items():
-        function.__code__ = other.__code__
-    try:
-        yield
-    finally:
-        for function, code in before.items():
-            function.__code__ = code
 
 
 def _package(path: Path, folder: Path, name: str, predictor: Predictor, licence: str) -> None:
