@@ -39,9 +39,15 @@ class Frames:
     def __init__(self, array: Any, axes: str, ndim: int, channel: int | None = None) -> None:
         own, axes = "ZYX"[-ndim:], axes.upper()
         known = sorted(set(axes)) == sorted(axes) and set(own) <= set(axes) <= set("TCZYX")
+        if "T" in axes and "Z" in set(own) - set(axes):
+            raise DataError(
+                f"an image of shape {tuple(array.shape)}, axes {axes}, is a time series without "
+                "depth, which this network wants; choose a 2D network, or, if these are the "
+                f"sections of a volume, say so by the axes {axes.replace('T', 'Z')}"
+            )
         if not known or len(axes) != array.ndim:
             raise DataError(
-                f"an image of shape {tuple(array.shape)} does not have the axes {axes}: give a "
+                f"an image of shape {tuple(array.shape)} does not have the axes {axes}; give a "
                 "letter of TCZYX for each axis, once, "
                 f"with {' and '.join(own)} among them, as in axes={f'C{own}'!r}"
             )

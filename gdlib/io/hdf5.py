@@ -66,15 +66,30 @@ def put(
     )
 
 
+# What stands in the place of a file that was not got: how it begins, in small letters, and what to
+# say of it.
+STAND_INS = {
+    b"version https://git-lfs.": "only a pointer of Git LFS, which stands for the file; get the "
+    "file itself with `git lfs pull`",
+    b"<!doctype html": "a web page, as a failed download leaves it; get it again",
+    b"<html": "a web page, as a failed download leaves it; get it again",
+}
+
+
 def check_file(path: Path | str) -> None:
-    """Raise `DataError` unless there is a file that may be read."""
+    """Raise `DataError` unless there is a file that may be read, and is not what a download left
+    in its place.
+    """
     try:
-        with open(path, "rb"):
-            pass
+        with open(path, "rb") as file:
+            begin = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     except FileNotFoundError:
         raise DataError(f"{path}: the file is missing; check its name and folder") from None
     except OSError as error:
         raise DataError(*sentences(error)) from error
+    for other, what in STAND_INS.items():
+        if begin.startswith(other):
+            raise DataError(f"{path}: this is {what}")
 
 
 def h5_file(path: Path | str, mend: str = "move it away, and make it again") -> h5py.File:

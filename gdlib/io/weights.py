@@ -20,6 +20,7 @@ from gdlib.io.onnx import is_onnx, read_onnx_header
 # Environment variable with the modules outside gdlib, separated by commas, whose networks a weights
 # file may name.
 PLUGINS = "GDLIB_PLUGINS"
+PICKLED = (b"PK\x03\x04", *(b"\x80" + bytes([k]) for k in range(2, 6)))  # torch.save, new and old
 
 
 def save_weights(path: Path | str, state: dict[str, Any], header: dict[str, Any]) -> None:
@@ -67,6 +68,11 @@ def _header_and_checksum(path: Path | str) -> tuple[dict[str, Any], str | None]:
             metadata = file.metadata() or {}
         header = json.loads(metadata.get("gdlib", "null"))
     except (OSError, SafetensorError, ValueError) as error:
+        if _begin(path).startswith(PICKLED):
+            raise DataError(
+                f"{path}: PyTorch saved this, and there may be code in it; give a .safetensors "
+                "file that gdlib wrote, or train a network with it"
+            ) from error
         raise DataError(
             f"{path}: not a readable safetensors file ({error}); get it again, or train again"
         ) from error
@@ -76,6 +82,11 @@ def _header_and_checksum(path: Path | str) -> tuple[dict[str, Any], str | None]:
             "export them with it"
         )
     return header, header.pop("sha256", None)  # earlier weights have none
+
+
+def _begin(path: Path | str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4)
 
 
 HEADER = {
