@@ -155,6 +155,19 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         },
     )
     add(
+        "join",
+        _join,
+        "Make one teacher of several networks.",
+        {"weights": is_weights},
+        spec=text,
+        members={**many, "required": True, "nargs": "+", "help": "weights, in the spec's order"},
+        train=file,
+        val=file,
+        weights=file,
+        threads=threads,
+        device=device,
+    )
+    add(
         "predict",
         _predict,
         "Predict affinities and foreground of a split.",
@@ -263,7 +276,6 @@ def _ask(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from gdlib.config import RunSpec
     from gdlib.config.mistakes import within
-    from gdlib.evaluate.scores import in_empty
     from gdlib.train.loop import Interrupted, fit
 
     process.keep_memory()
@@ -290,10 +302,25 @@ def _train(arguments: argparse.Namespace) -> None:
     except Interrupted:
         raise SystemExit(INTERRUPTED) from None
     if scores:  # of several processes, one validates
-        keys = ("aji", "pq", "f1_50", "dice", "arand", "voi")
-        print(
-            "validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in keys) + in_empty(scores)
-        )
+        _say_validation(scores)
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    from gdlib.config import RunSpec
+    from gdlib.config.mistakes import within
+    from gdlib.train.join import join
+
+    with within("--spec"):
+        spec = RunSpec.model_validate(arguments.spec)
+    options = {key: getattr(arguments, key) for key in ("train", "val", "weights", "device")}
+    _say_validation(join(spec, arguments.members, **options))
+
+
+def _say_validation(scores: dict[str, float]) -> None:
+    from gdlib.evaluate.scores import in_empty
+
+    keys = ("aji", "pq", "f1_50", "dice", "arand", "voi")
+    print("validation:", ", ".join(f"{key} {scores[key]:.4f}" for key in keys) + in_empty(scores))
 
 
 def _predict(arguments: argparse.Namespace) -> None:

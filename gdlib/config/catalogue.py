@@ -33,6 +33,7 @@ from gdlib.config.words import spelt_out
 from gdlib.limits import Offsets, Place
 
 SEGMENTERS = get_args(Segmenter)
+ENSEMBLE = "ensemble"  # the model of a teacher that has members
 
 
 def load(place: Path | str, *own: Path | str, changes: Mapping[str, Any] | None = None) -> "Config":
@@ -129,8 +130,43 @@ class Config(Section):
         ]
 
     def network(self, name: str) -> Network:
-        """Return a teacher or student of the catalogue."""
-        return (self.teachers | self.students)[name]
+        """Return a teacher or student of the catalogue.
+
+        Of several networks, the model is `ensemble`, and its options say what each of them is.
+        """
+        network = (self.teachers | self.students)[name]
+        if not network.members:
+            return network
+        members = [
+            {"model": one.model, "options": one.options}
+            for one in (self.teachers[member] for member, _ in self.members(name))
+        ]
+        options = {**network.options, "members": members, "augment": network.augment}
+        return network.model_copy(update={"model": ENSEMBLE, "options": options})
+
+    def members(self, network: str) -> list[tuple[str, int]]:
+        """Return name and seed of the members of an ensemble; nothing of any other network.
+
+        One whose weights are given is there once.
+        """
+        chosen = (self.teachers | self.students)[network]
+        return [
+            (member, seed)
+            for member in chosen.members
+            for seed in (
+                chosen.member_seeds[:1] if self.teachers[member].weights else chosen.member_seeds
+            )
+        ]
+
+    def members_or_itself(self, network: str) -> tuple[str, ...]:
+        """Return the names of networks that one is made of: of its members, or its own."""
+        return (self.teachers | self.students)[network].members or (network,)
+
+    def teacher_runs(self, dataset: str, teacher: str) -> list[tuple[str, str, str, int]]:
+        """Return the runs of a teacher, the one that students learn from first."""
+        seeds = self.selected.teacher_seeds
+        seeds = seeds[:1] if self.members(teacher) else seeds
+        return [(dataset, teacher, TEACHER, seed) for seed in seeds]
 
     def is_teacher(self, network: str) -> bool:
         """Is this the name of a teacher?"""
@@ -152,11 +188,12 @@ class Config(Section):
 
     def fitting(self, networks: Iterable[str], dataset: str) -> list[str]:
         """Those of these networks that take images with as many axes as the dataset has."""
-        return [
-            n
-            for n in networks
-            if registry.axes(self.network(n).model) in (None, self.datasets[dataset].ndim)
-        ]
+        return [n for n in networks if self.axes(n) in (None, self.datasets[dataset].ndim)]
+
+    def axes(self, network: str) -> int | None:
+        """Return the number of axes that a network takes, where its source text says it."""
+        first = self.members_or_itself(network)[0]
+        return registry.axes(self.network(first).model)
 
     def methods_of(self, dataset: str) -> list[str]:
         """Return all methods of the selected study on a dataset: by name, with its other teachers,
@@ -214,16 +251,16 @@ class Config(Section):
     def runs(self) -> list[tuple[str, str, str, int]]:
         """Return (dataset, network, method, seed) of every run of the selected study.
 
-        Teachers first.
+        Teachers first, members of ensembles after them.
         """
         study = self.selected
         out: list[tuple[str, str, str, int]] = []
         for dataset in study.datasets:
-            out += [
-                (dataset, t, TEACHER, seed)
-                for t in self.teachers_of(dataset)
-                for seed in study.teacher_seeds
-            ]
+            teachers = self.teachers_of(dataset)
+            out += [run for t in teachers for run in self.teacher_runs(dataset, t)]
+            members = [(dataset, *one) for t in teachers for one in self.members(t)]
+            members = [(dataset, name, TEACHER, seed) for dataset, name, seed in members]
+            out += [run for run in dict.fromkeys(members) if run not in out]
             methods = self.methods_of(dataset)
             out += [
                 (dataset, s, m, k)

@@ -68,17 +68,35 @@ def _check_networks(config: "Config") -> None:
     for group, networks in (("teachers", config.teachers), ("students", config.students)):
         for key, network in networks.items():
             with within(f"{group}.{key}"):
+                _check_members(config, network.members)
+                network = config.network(key)
                 registry.NETWORKS.check(network.model, network.options)
     for key, network in config.students.items():
-        if network.weights is not None:
-            raise registry.UnknownName(
-                f"students.{key}: a student is trained here; only a teacher can have `weights`"
-            )
+        for word, given in (("weights", network.weights), ("members", network.members)):
+            if given:
+                raise registry.UnknownName(
+                    f"students.{key}: a student is trained here; only a teacher can have `{word}`"
+                )
     clash = set(config.teachers) & set(config.students)
     if clash:
         raise registry.UnknownName(
             f"{sorted(clash)[0]} is both a teacher and a student: rename one"
         )
+
+
+def _check_members(config: "Config", members: Iterable[str]) -> None:
+    """Can these networks be joined to one teacher?"""
+    for name in members:
+        check_name("members", name, config.teachers)
+        network = config.teachers[name]
+        if network.members:
+            raise registry.UnknownName(f'members: "{name}" has members itself; name these')
+        if any(registry.NETWORKS.written(network.model, "remainder") or ()):
+            raise registry.UnknownName(
+                f'members: "{name}" loses margins, and cannot be joined with others'
+            )
+    if len({config.axes(name) for name in members} - {None}) > 1:
+        raise registry.UnknownName("members: some take images with 2 axes, and others with 3")
 
 
 def _check_methods(config: "Config") -> None:
@@ -168,6 +186,7 @@ def check_study(config: "Config", name: str) -> None:
                 *config.fitting(study.teachers, dataset)[:1],
                 *config.fitting(study.more_teachers, dataset),
             ]
+            networks = [one for name in networks for one in config.members_or_itself(name)]
             if role == "student":  # a teacher that is asked online sees the patches too
                 own = [config.method(method) for method in config.own_methods(study)]
                 asked = any(

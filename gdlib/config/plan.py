@@ -31,6 +31,7 @@ NUMBERS = ("evaluate/metrics.py", "evaluate/scores.py")
 # that use it on test images.
 STEPS = {
     "prepare": Step(("data/prepare.py",)),
+    "join": Step(("train/join.py",), ("kernels/fused.py",)),
     "ask": Step(("train/ask.py",), ("kernels/fused.py",)),  # no loss is computed
     "label": Step(("train/label.py",), ("kernels/fused.py",)),
     "train": Step(("train/loop.py",), ("predict/predictor.py", "train/validator.py", *NUMBERS)),
@@ -70,8 +71,13 @@ class Plan:
         return [run for run in self.runs if run[0] == dataset]
 
     def trained(self, runs: Iterable[Run]) -> list[Run]:
-        """Return those of these runs that are trained here."""
-        return [run for run in runs if not self.config.network(run[1]).weights]
+        """Return those of these runs that are trained here, and not given or made of others."""
+        networks = self.config.teachers | self.config.students
+        return [run for run in runs if not (networks[run[1]].weights or networks[run[1]].members)]
+
+    def members_of(self, dataset: str, teacher: str) -> list[Run]:
+        """Return the runs of the members of an ensemble."""
+        return [(dataset, name, TEACHER, seed) for name, seed in self.config.members(teacher)]
 
     def shown_on(self, dataset: str) -> list[Run]:
         """Return the runs that stand for all in figures of images: the teacher and some methods of
@@ -91,12 +97,14 @@ class Plan:
         ]
 
     def networks_of(self, dataset: str) -> list[str]:
-        """Return the teachers and the students of a dataset."""
-        return [*self.config.teachers_of(dataset), *self.config.students_of(dataset)]
+        """Return the teachers of a dataset with the members of each, and its students."""
+        teachers = self.config.teachers_of(dataset)
+        members = [name for one in teachers for name, _ in self.config.members(one)]
+        return list(dict.fromkeys([*teachers, *members, *self.config.students_of(dataset)]))
 
     def teacher_runs(self, dataset: str, teacher: str) -> list[Run]:
-        """Return the trainings of a teacher, the one that students learn from first."""
-        return [(dataset, teacher, TEACHER, seed) for seed in self.study.teacher_seeds]
+        """Return the runs of a teacher, the one that students learn from first."""
+        return self.config.teacher_runs(dataset, teacher)
 
     # What a training depends on
 
@@ -175,7 +183,9 @@ class Plan:
 
     def network_code(self, step: str, network: str) -> list[str]:
         """Return what computes the output of a network in a step."""
-        return code(step, registry.NETWORKS.file(self.config.network(network).model))
+        members = [name for name, _ in self.config.members(network)]
+        models = [self.config.network(name).model for name in (network, *members)]
+        return code(step, *dict.fromkeys(map(registry.NETWORKS.file, models)))
 
     @property
     def plugins(self) -> set[str]:
@@ -232,7 +242,8 @@ class Plan:
         teacher, student = (
             config.recipe(config.study, dataset, role) for role in ("teacher", "student")
         )
-        given = all(config.network(name).weights for name in config.teachers_of(dataset))
+        names = [run[1] for run in self.runs_on(dataset) if run[2] == TEACHER]
+        given = not self.trained((dataset, name, TEACHER, 0) for name in names)
         return (
             "training: "
             + (

@@ -145,11 +145,33 @@ class Network(Entry):
     """A teacher or a student of the catalogue."""
 
     title: str = Field("", description="name in tables and figures")
-    model: str = Field(description="a file stem of gdlib/models, or package.module:Class")
+    model: str = Field(
+        "", description="a file stem of gdlib/models, or package.module:Class; or `members`"
+    )
     options: dict[str, Any] = Field({}, description="keyword arguments of the model")
     weights: Place | None = Field(
         None, description="trained weights of your own; then it is not trained"
     )
+    members: Names = Field(
+        (),
+        description="in place of `model`, a teacher that is several: teachers that are trained "
+        "first, and whose affinities and foreground are averaged",
+    )
+    member_seeds: Seeds = Field((0,), min_length=1, description="with which each is trained")
+    augment: bool = Field(
+        False, description="members see an image turned and mirrored, in all eight ways"
+    )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "Network":
+        if bool(self.model) == bool(self.members):
+            raise ValueError("must have either `model`, or `members`, which are teachers")
+        if self.members and self.weights:
+            raise ValueError("is made of its `members`, and cannot have `weights`")
+        several = {"member_seeds", "augment"} & self.model_fields_set
+        if several and not self.members:
+            raise ValueError(f"{sorted(several)[0]} is of a teacher that has `members`; add them")
+        return self
 
 
 class Method(Section):

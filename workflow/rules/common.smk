@@ -56,11 +56,9 @@ def share(jobs):
     return 1 if GPU else max(1, min(8, ALL_CORES // max(1, jobs)))
 
 
-TEACHERS = sum(
-    len(PLAN.trained(PLAN.teacher_runs(dataset, teacher)))
-    for dataset in STUDY.datasets
-    for teacher in CFG.teachers_of(dataset)
-)
+TEACHERS = len([run for run in PLAN.trained(PLAN.runs) if run[2] == TEACHER])
+SEVERAL = [name for name in CFG.teachers if CFG.members(name)]  # networks in one
+SINGLE = [name for name in CFG.teachers if name not in SEVERAL]
 
 # Weights may name a network from outside gdlib only if the configuration does, too.
 ALLOWED = PLAN.plugins.union(filter(None, os.getenv("GDLIB_PLUGINS", "").split(",")))
@@ -145,6 +143,14 @@ def weights_of(dataset, teacher):
     given = CFG.network(teacher).weights
     runs = PLAN.teacher_runs(dataset, teacher)
     return [given] if given else of_runs("weights.safetensors", runs)
+
+
+def member_files(dataset, teacher):
+    """The weights of the members of a teacher that is several."""
+    return [
+        CFG.network(run[1]).weights or of_runs("weights.safetensors", [run])[0]
+        for run in PLAN.members_of(dataset, teacher)
+    ]
 
 
 def teacher_files(dataset):

@@ -1,4 +1,4 @@
-"""Teachers and students. A teacher is a run without distillation terms: one command trains both.
+"""Teachers and students. A teacher is a run without distillation terms: one command trains both. One that is several is joined.
 
 Students learn from a teacher's maps of the whole training images, made once, or ask it at every step (`teacher: online`).
 """
@@ -19,6 +19,7 @@ rule train_teacher:
         f"{BENCHMARKS}/train/{ID}.tsv"
     wildcard_constraints:
         method=TEACHER,
+        network=one_of(SINGLE),
     priority: 1
     conda:
         "../../envs/gdlib.yaml"
@@ -39,6 +40,38 @@ rule train_teacher:
         "exec python -m gdlib step train --spec {params.spec:q} --train {input.train} --val {input.val} {params.taught:q}"
         " --weights {output.weights} --last {output.last} --history {output.history} --state {params.state}"
         " --threads {threads} ${{CLUSTER_JOB:+--max-seconds $(({resources.runtime} * 54))}} > {log} 2>&1"
+
+
+rule join_teachers:
+    input:
+        train=f"{DATA}/train.h5",
+        val=f"{DATA}/val.h5",
+        members=lambda wildcards: member_files(wildcards.dataset, wildcards.network),
+        code=network_code("join"),
+    output:
+        weights=f"{RUN}/weights.safetensors",
+    log:
+        f"{LOGS}/join/{ID}.log",
+    benchmark:
+        f"{BENCHMARKS}/join/{ID}.tsv"
+    wildcard_constraints:
+        method=TEACHER,
+        network=one_of(SEVERAL),
+    priority: 1
+    conda:
+        "../../envs/gdlib.yaml"
+    threads: share(2)
+    resources:
+        gpu=GPU,
+        mem_mb=grow(8000),
+        runtime=grow(120),
+    params:
+        spec=lambda wildcards: compact(PLAN.train_spec(run_of(wildcards))),
+    message:
+        f"Join the members of {NAME}"
+    shell:
+        "python -m gdlib step join --spec {params.spec:q} --members {input.members:q} --train {input.train} --val {input.val}"
+        " --weights {output.weights} --threads {threads} > {log} 2>&1"
 
 
 # No temporary file: Snakemake would make it again for one more method, and then train every student again.
