@@ -223,6 +223,15 @@ REAL = {
     "enet": (trained("enet"), (20, 1300), [(20, 440)]),
     "erfnet": (trained("erfnet"), (20, 1300), [(20, 440)]),
     "espnet": (trained("espnet"), (20, 1700), [(20, 560)]),
+    "ensemble": (
+        trained(
+            "ensemble",
+            members=[{"model": "resunet", "options": {"widths": [2, 2, 3, 4, 4]}}] * 2,
+            embedding_dim=4,
+        ),
+        (40, 330),
+        [(40, 64), 144],
+    ),
 }
 
 

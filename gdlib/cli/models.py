@@ -79,7 +79,7 @@ def _models(arguments: argparse.Namespace) -> None:
             registry.axes(network.model) or build(network.model, network.options).ndim,
         )
         for role, group in (("teacher", config.teachers), ("student", config.students))
-        for name, network in group.items()
+        for name, network in ((name, config.network(name)) for name in group)
     ]
     if arguments.markdown:
         print(

@@ -150,13 +150,11 @@ class Config(Section):
         One whose weights are given is there once.
         """
         chosen = (self.teachers | self.students)[network]
-        return [
-            (member, seed)
-            for member in chosen.members
-            for seed in (
-                chosen.member_seeds[:1] if self.teachers[member].weights else chosen.member_seeds
-            )
-        ]
+        found = []
+        for member in chosen.members:
+            once = self.teachers[member].weights is not None
+            found += [(member, seed) for seed in chosen.member_seeds[: 1 if once else None]]
+        return found
 
     def members_or_itself(self, network: str) -> tuple[str, ...]:
         """Return the names of networks that one is made of: of its members, or its own."""

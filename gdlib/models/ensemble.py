@@ -112,17 +112,17 @@ class Ensemble(nn.Module):
             image: (B, C, [Z,] Y, X).
 
         Yields:
-            Unit vectors (B, D, [Z,] Y, X) and foreground probability (B, 1, [Z,] Y, X), float32,
-            both turned back.
+            Unit vectors (B, D, [Z,] Y, X) and foreground probability (B, 1, [Z,] Y, X), of at least
+            float32, both turned back.
         """
         for network in self.members:
             for view in range(self.views):
                 found = network(turned(image, view))
-                vectors = turned(found.embedding, view, back=True).float()
-                yield (
-                    F.normalize(vectors, dim=1),
-                    turned(found.foreground, view, back=True).float().sigmoid(),
+                vectors, logit = (
+                    turned(maps, view, back=True).to(torch.promote_types(maps.dtype, torch.float32))
+                    for maps in (found.embedding, found.foreground)
                 )
+                yield F.normalize(vectors, dim=1), logit.sigmoid()
 
     def forward(self, image: Tensor) -> Embedding:
         """Map images (B, C, [Z,] Y, X), sides multiples of `divisor`, to embedding and foreground
@@ -132,8 +132,7 @@ class Ensemble(nn.Module):
         count = len(parts)
         embedding = foreground = torch.zeros((), device=image.device)
         for part, (vectors, probability) in zip(parts, self.seen(image), strict=True):
-            with torch.autocast(image.device.type, enabled=False):
-                embedding = embedding + torch.einsum("kd,bd...->bk...", part, vectors)
+            embedding = embedding + torch.einsum("kd,bd...->bk...", part, vectors)
             foreground = foreground + probability / count
         foreground = foreground.clamp(1e-6, 1 - 1e-6)
         logit = foreground.log() - (1 - foreground).log()
