@@ -245,6 +245,8 @@ def test_a_study_trains_the_members_and_joins_them(raw):
     members = [(data, "resunet_w8", "teacher", seed) for seed in (0, 3)]
     assert teachers == [(data, "several", "teacher", 0), *members]
     assert asked.trained(teachers) == asked.members_of(data, "several") == members
+    volumes = config.selected.datasets[1]
+    assert [run[3] for run in asked.teacher_runs(volumes, "resunet3d_w8")] == [0, 1]
     spec = asked.spec_of(teachers[0])
     one = {"model": "resunet", "options": {"widths": [8, 16, 32, 64, 128]}}
     assert (spec.model, spec.options["members"]) == ("ensemble", [one, one])
