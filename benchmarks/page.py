@@ -10,7 +10,8 @@ import matplotlib as mpl
 from matplotlib.patches import Patch
 
 from gdlib import io
-from gdlib.report.figures.style import PAGE, SPARE, STYLE, new_figure, save
+from gdlib.report.figures.style import PAGE, STYLE, new_figure, save
+from gdlib.report.names import SPARE
 
 TITLES = {
     "losses": "Loss terms, forward and backward",

@@ -179,6 +179,19 @@ def test_torch_free_in_practice():
     assert done.stdout.strip() == "False"
 
 
+def test_a_job_of_the_report_imports_what_it_needs():
+    """Of the packages that take long: tables draw nothing, and most figures test nothing."""
+    heavy = {"matplotlib", "pandas", "scipy"}
+    for name, needed in {
+        "gdlib.report.tables.results": {"pandas"},
+        "gdlib.report.provenance.record": set(),
+        "gdlib.report.figures.make": {"matplotlib"},
+        "gdlib.report.figures.charts": {"matplotlib", "pandas"},
+    }.items():
+        found = {module.partition(".")[0] for module in loaded(name)} & heavy
+        assert found == needed, name
+
+
 def test_to_segment_an_image_nothing_of_training_is_imported():
     for name in (
         "gdlib.cli.segment",

@@ -16,6 +16,7 @@ from scipy import stats
 from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS, evaluate, overlaps
+from gdlib.report import names
 from gdlib.report.figures import charts, make, neurons, pictures, sections, style, surfaces
 from gdlib.report.tables import results, summary
 
@@ -891,17 +892,17 @@ def test_names_of_the_pipeline_have_their_titles():
     from gdlib.evaluate.trivial import BASELINES
     from gdlib.segment.segmenters import SEGMENTERS
 
-    assert {name: style.title(name) for name in BASELINES} == {
+    assert {name: names.title(name) for name in BASELINES} == {
         name: one[0] for name, one in BASELINES.items()
     }
-    assert not any("_" in style.title(name) for name in (*BASELINES, *SEGMENTERS))
+    assert not any("_" in names.title(name) for name in (*BASELINES, *SEGMENTERS))
 
 
 def test_methods_look_the_same_everywhere():
-    look = style.looks(["mine", TEACHER, "none", "grd", "other"], {"grd": "GRD"})
-    assert look["grd"] == style.looks(["grd"])["grd"]._replace(title="GRD")
+    look = names.looks(["mine", TEACHER, "none", "grd", "other"], {"grd": "GRD"})
+    assert look["grd"] == names.looks(["grd"])["grd"]._replace(title="GRD")
     assert (look["mine"].title, look["none"].title) == ("mine", "student")
-    assert len({one.colour for one in style.METHODS.values()}) == len(style.METHODS)
+    assert len({one.colour for one in names.METHODS.values()}) == len(names.METHODS)
     assert look["mine"].colour != look["other"].colour
 
 
@@ -944,7 +945,7 @@ def test_tradeoff_says_how_much_cheaper():
 
 def test_curves_compare_only_what_methods_share(files):
     inputs, params = files["curves"]
-    history = make.read_histories(inputs["histories"], params["runs"])
+    history = summary.read_histories(inputs["histories"], params["runs"])
     left, right = charts.curves(history, "aji", TITLES).axes
     assert [line.get_ydata()[0] for line in left.lines] == [pytest.approx(0.15)] * 3  # loss/a alone
     assert right.lines[-1].get_ydata()[0] == pytest.approx(0.4 + 100 / 300)  # the teacher
@@ -1257,6 +1258,8 @@ def test_picture_of_balls():
         assert both[0, 0, 3] == 0
         assert both.min() >= 0
         assert both.max() <= 1
+    part = surfaces.render([(near, red)], axes, (300.0, 500.0, -450.0, -300.0), 5.0, 10.0)[..., 3]
+    assert (part[3:-3, 3:-3] == alone[63:87, 63:97, 3]).all(), "the frame cuts, and no more"
 
 
 def test_window_stays_inside_and_finds_what_matters():
@@ -1300,4 +1303,4 @@ def test_every_figure_has_a_caption_and_every_metric_an_arrow():
     captions = {path.stem for path in (ROOT / "workflow" / "report").glob("*.rst")}
     pages = {"table", "paper", "workflow", "configuration", "data", "time", "provenance"}
     assert captions == {*make.FIGURES, *pages}
-    assert all(style.metric_title(key)[-1] in "↑↓" for key in METRICS)
+    assert all(names.metric_title(key)[-1] in "↑↓" for key in METRICS)

@@ -13,8 +13,8 @@ from matplotlib.text import Text
 
 from gdlib import io
 from gdlib.config import TEACHER, load
-from gdlib.report import markup
-from gdlib.report.figures import charts, style
+from gdlib.report import markup, names
+from gdlib.report.figures import charts
 from gdlib.report.provenance import record
 from gdlib.report.tables import paper, results, summary
 
@@ -163,7 +163,7 @@ def test_teachers_stand_beside_baselines_by_name(tmp_path):
 
 
 def test_other_teachers_look_alike_but_hollow():
-    look = style.looks(["grd", "grd@nestedunet", "mine@nestedunet", "mine"], TITLES)
+    look = names.looks(["grd", "grd@nestedunet", "mine@nestedunet", "mine"], TITLES)
     assert look["grd@nestedunet"] == look["grd"]._replace(
         title="IGD + AGD from NestedUNet", hollow=True
     )
@@ -320,7 +320,7 @@ def test_rows_and_columns_are_the_papers():
     ((heading, (table,)),) = laid_out(em(), trained={"ac34": "A100, torch 2"}, code="abc123")
     assert heading == "ac34"
     rows = lines(table)
-    known = [f"+ {style.title(method)}" for method in ("at", "spkd", "rekd", "biskd")]
+    known = [f"+ {names.title(method)}" for method in ("at", "spkd", "rekd", "biskd")]
     block = ["teacher", "student", *known, "+ ours: IGD + AGD", "+ RKD"]
     assert [row[1] if len(row) > 1 else row[0] for row in rows] == [
         "waterz",

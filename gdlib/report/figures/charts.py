@@ -19,18 +19,15 @@ from matplotlib.transforms import ScaledTranslation
 from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS
-from gdlib.report.figures.style import (
-    COLUMN,
+from gdlib.report.figures.style import COLUMN, PAGE, STYLE, new_figure
+from gdlib.report.names import (
     NONE,
-    PAGE,
-    STYLE,
     Look,
     Titles,
     ablation_of,
     looks,
     metric_title,
     named_teacher,
-    new_figure,
     title,
 )
 from gdlib.report.tables.summary import measured_on, per_seed, require

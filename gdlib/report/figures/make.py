@@ -1,4 +1,7 @@
-"""Draw one figure of the report from the files of the pipeline."""
+"""Draw one figure of the report from the files of the pipeline.
+
+A job draws one figure, and imports only what this one needs.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -6,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
 from gdlib import io
-from gdlib.report.figures import charts, neurons, pictures, sections
 from gdlib.report.figures.style import save
-from gdlib.report.tables.summary import read_metrics, read_profiles
 
 Files = Mapping[str, Any]
 Params = Mapping[str, Any]
@@ -33,22 +33,11 @@ def draw(figure: str, inputs: Files, params: Params, outputs: Sequence[Path | st
         save(drawn, output.with_suffix(""), [output.suffix[1:]], params.get("dpi", 200))
 
 
-def read_histories(paths: Sequence[Path | str], runs: Sequence[Sequence[Any]]) -> pd.DataFrame:
-    """Read history files into one frame; `runs` are their (network, method, seed)."""
-    frames = []
-    for path, (network, method, seed) in zip(paths, runs, strict=True):
-        frame = pd.read_csv(path, dtype={"step": int, "value": float}, keep_default_na=False)
-        if tuple(frame.columns) != io.HISTORY_COLUMNS:
-            raise io.DataError(
-                f"{path}: the columns are {', '.join(frame.columns)}, not "
-                f"{', '.join(io.HISTORY_COLUMNS)}; train this run again"
-            )
-        frames.append(frame.assign(network=network, method=method, seed=seed))
-    return pd.concat(frames, ignore_index=True)
-
-
 def _methods(inputs: Files, params: Params) -> Figure:
     """Inputs: metrics (list). Params: metrics (list of keys)."""
+    from gdlib.report.figures import charts
+    from gdlib.report.tables.summary import read_metrics
+
     return charts.methods(read_metrics(inputs["metrics"]), params["metrics"], params.get("titles"))
 
 
@@ -56,6 +45,9 @@ def _ablation(inputs: Files, params: Params) -> Figure:
     """Inputs: metrics (list). Params: ablation (its name), base (method), metrics (list of
     keys).
     """
+    from gdlib.report.figures import charts
+    from gdlib.report.tables.summary import read_metrics
+
     metrics = read_metrics(inputs["metrics"])
     return charts.ablation(
         metrics, params["ablation"], params["base"], params["metrics"], params.get("titles")
@@ -64,6 +56,9 @@ def _ablation(inputs: Files, params: Params) -> Figure:
 
 def _tradeoff(inputs: Files, params: Params) -> Figure:
     """Inputs: metrics (list), profiles (list, one per network). Params: metric."""
+    from gdlib.report.figures import charts
+    from gdlib.report.tables.summary import read_metrics, read_profiles
+
     profiles = {
         network: profile for (_, network), profile in read_profiles(inputs["profiles"]).items()
     }
@@ -74,6 +69,9 @@ def _tradeoff(inputs: Files, params: Params) -> Figure:
 
 def _curves(inputs: Files, params: Params) -> Figure:
     """Inputs: histories (list). Params: runs (for each its network, method, seed), metric."""
+    from gdlib.report.figures import charts
+    from gdlib.report.tables.summary import read_histories
+
     return charts.curves(
         read_histories(inputs["histories"], params["runs"]), params["metric"], params.get("titles")
     )
@@ -84,6 +82,8 @@ def _panel(inputs: Files, params: Params) -> Figure:
 
     Params: methods (one per segmentation), metric, sample (number), crop.
     """
+    from gdlib.report.figures import pictures, sections
+
     sample, segmentations = _segmented(inputs, params)
     draw = sections.panel if sample.label.ndim == 3 else pictures.panel
     return draw(sample, segmentations, params["metric"], params.get("titles"), params.get("crop"))
@@ -94,6 +94,8 @@ def _neurons(inputs: Files, params: Params) -> Figure:
 
     Params: methods (one per segmentation), sample (number).
     """
+    from gdlib.report.figures import neurons
+
     sample, segmentations = _segmented(inputs, params)
     if sample.label.ndim != 3:
         raise io.DataError(
@@ -107,6 +109,8 @@ def _embeddings(inputs: Files, params: Params) -> Figure:
 
     Params: methods (one per prediction), sample (number of those kept), crop.
     """
+    from gdlib.report.figures import pictures
+
     kept = io.read_attrs(inputs["predictions"][0])["kept"]
     number = params.get("sample", 0)
     if number >= len(kept):

@@ -18,7 +18,8 @@ from gdlib import io
 from gdlib.boxes import Box
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS, errors, evaluate, overlaps
-from gdlib.report.figures.style import PAGE, STYLE, Titles, new_figure, title
+from gdlib.report.figures.style import PAGE, STYLE, new_figure
+from gdlib.report.names import Titles, title
 
 # Bright, for dark images; they differ in lightness too, for readers who see fewer hues. Drawn in
 # this order.

@@ -24,7 +24,8 @@ from gdlib.report.figures.pictures import (
     show,
     window,
 )
-from gdlib.report.figures.style import PAGE, STYLE, Titles, new_figure, title
+from gdlib.report.figures.style import PAGE, STYLE, new_figure
+from gdlib.report.names import Titles, title
 
 MISTAKES = {  # 1, 2 and 3 in `mistakes`
     "split": "another segment holds more of the object",

@@ -41,15 +41,22 @@ def surface(mask: np.ndarray, voxel: tuple[float, ...], cell: float) -> Surface:
     step = np.maximum(np.round(cell / np.array(voxel)), 1).astype(int)  # voxels per block
     repeat = np.maximum(np.round(np.array(voxel) * step / cell), 1).astype(int)  # cells per block
     size = np.array(voxel) * step / repeat  # of a cell
+    found = ndimage.find_objects(mask.astype(np.uint8))
+    if not found:
+        return Surface(np.zeros((0, 3)), np.zeros((0, 3)))
+    first = np.array([side.start for side in found[0]]) // step * step  # of a block
+    mask = mask[tuple(slice(k, side.stop) for k, side in zip(first, found[0], strict=True))]
     field = np.pad(
         mask, [(2 * s, 2 * s + -n % s) for n, s in zip(mask.shape, step, strict=True)]
     ).astype(np.float32)
     for axis in range(3):
         blocks = field.shape[axis] // step[axis]
         shape = (*field.shape[:axis], blocks, step[axis], *field.shape[axis + 1 :])
-        field = np.repeat(field.reshape(shape).mean(axis=axis + 1), repeat[axis], axis=axis)
-    # The stairs between blocks that are thicker than cells become slopes.
-    field = ndimage.gaussian_filter(field, np.maximum(0.5 * repeat, 0.8), truncate=3)
+        field = field.reshape(shape).mean(axis=axis + 1)
+    # Then larger: the stairs between blocks that are thicker than cells become slopes.
+    for axis in range(3):
+        slopes = _slopes(field.shape[axis], repeat[axis])
+        field = np.moveaxis(np.tensordot(slopes, field, (1, axis)), 0, axis)
     inside = field > 0.5
     border = np.zeros_like(inside)
     for axis in range(3):
@@ -64,8 +71,17 @@ def surface(mask: np.ndarray, voxel: tuple[float, ...], cell: float) -> Surface:
     # to where the field is a half, between the cells
     out = (field[tuple(at.T)][:, None] - 0.5) / steep
     return Surface(
-        (at + 0.5) * size - 2 * step * voxel + normals * np.minimum(out, size.min()), normals
+        (at + 0.5) * size + (first - 2 * step) * voxel + normals * np.minimum(out, size.min()),
+        normals,
     )
+
+
+def _slopes(blocks: int, repeat: int) -> np.ndarray:
+    """Return how much of every block is in every cell, (blocks * repeat, blocks): each block is so
+    many equal cells, which a Gaussian makes smooth.
+    """
+    stairs = np.repeat(np.eye(blocks, dtype=np.float32), repeat, axis=0)
+    return ndimage.gaussian_filter1d(stairs, max(0.5 * repeat, 0.8), axis=0, truncate=3)
 
 
 def view(azimuth: float, elevation: float = 25.0) -> np.ndarray:
@@ -118,31 +134,33 @@ def render(
     front = np.flatnonzero(normals[:, 2] < 0)
     # the nearest last: what is drawn last stays
     front = front[np.argsort(-points[front, 2], kind="stable")]
-    half = int(np.ceil(0.9 * cell / fine))  # no holes, whatever the slope
-    square = np.arange(-half, half + 1)
-    column = np.floor((points[front, 0, None] - left) / fine + square).astype(int)[:, None, :]
-    row = np.floor((top - points[front, 1, None]) / fine + square).astype(int)[:, :, None]
-    valid = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
-    nearest, depth = np.full(shape, -1), np.zeros(shape)
-    nearest.ravel()[(row * shape[1] + column)[valid]] = np.broadcast_to(
-        front[:, None, None], valid.shape
-    )[valid]
-    seen = ndimage.minimum_filter(nearest >= 0, len(square))  # squares stand out over the edge
+    half = int(np.ceil(0.9 * cell / fine))  # of a square: no holes, whatever the slope
+    # Around the picture is room for points whose squares reach into it.
+    row = np.floor((top - points[front, 1]) / fine).astype(int) + half
+    column = np.floor((points[front, 0] - left) / fine).astype(int) + half
+    order = np.zeros((shape[0] + 2 * half, shape[1] + 2 * half), np.int32)
+    valid = (row >= 0) & (row < order.shape[0]) & (column >= 0) & (column < order.shape[1])
+    order[row[valid], column[valid]] = 1 + np.flatnonzero(valid)  # the nearer, the larger
+    order = ndimage.maximum_filter(order, 2 * half + 1)[half:-half, half:-half]
+    nearest, depth = np.append(-1, front)[order], np.zeros(shape)
+    # squares stand out over the edge
+    seen = ndimage.minimum_filter(nearest >= 0, 2 * half + 1)
     out = np.zeros((*shape, 4))
     if seen.any():
         depth[seen] = points[nearest[seen], 2]
         near, far = depth[seen].min(), depth[seen].max()
         depth[~seen] = far
+        hollow = (depth - ndimage.gaussian_filter(depth, 12))[seen] / (0.15 * (right - left))
+        outline = (ndimage.maximum_filter(depth, 3) - depth)[seen] > 6 * cell
+        nearest, depth = nearest[seen], depth[seen]
         light = np.clip(normals[nearest] @ (LIGHT / np.linalg.norm(LIGHT)), 0, 1)
         shade = 0.42 + 0.58 * light
-        hollow = (depth - ndimage.gaussian_filter(depth, 12)) / (0.15 * (right - left))
         shade *= 1 - 0.45 * np.clip(hollow, 0, 1)  # less light where the surroundings are nearer
-        shade[ndimage.maximum_filter(depth, 3) - depth > 6 * cell] *= 0.55  # outlines
-        rgb = np.clip(colours[nearest] * shade[..., None] + 0.18 * light[..., None] ** 24, 0, 1)
+        shade[outline] *= 0.55
+        rgb = np.clip(colours[nearest] * shade[:, None] + 0.18 * light[:, None] ** 24, 0, 1)
         haze = 0.35 * (depth - near) / max(far - near, 1e-12)  # what is far is pale
-        out[..., :3] = rgb + (1 - rgb) * haze[..., None]
-        out[..., 3] = 1
-        out *= seen[..., None]
+        out[seen, :3] = rgb + (1 - rgb) * haze[:, None]
+        out[seen, 3] = 1
     out = out.reshape(shape[0] // 2, 2, shape[1] // 2, 2, 4).mean(axis=(1, 3))
     out[..., :3] /= np.maximum(out[..., 3:], 1e-12)
     return out

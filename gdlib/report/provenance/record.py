@@ -17,7 +17,7 @@ from typing import Any
 import gdlib
 from gdlib import io
 from gdlib.config import TEACHER
-from gdlib.report.figures.style import NONE, named_teacher
+from gdlib.report.names import NONE, named_teacher
 
 PACKAGE = Path(gdlib.__file__).parent
 # What makes numbers, and what runs it.

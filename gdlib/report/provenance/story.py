@@ -10,8 +10,8 @@ from typing import Any
 
 from gdlib import io
 from gdlib.report import markup
-from gdlib.report.figures.style import Titles, title
 from gdlib.report.markup import Cell, Table
+from gdlib.report.names import Titles, title
 
 
 def write(

@@ -13,8 +13,8 @@ from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS
 from gdlib.report import markup
-from gdlib.report.figures.style import NONE, Titles, ablation_of, metric_title, named_teacher, title
 from gdlib.report.markup import Cell, Table
+from gdlib.report.names import NONE, Titles, ablation_of, metric_title, named_teacher, title
 from gdlib.report.provenance.record import commit, trained_on
 from gdlib.report.tables.results import (
     Profiles,

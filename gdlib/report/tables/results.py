@@ -14,8 +14,8 @@ from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS
 from gdlib.evaluate.scores import FALSE
 from gdlib.report import markup
-from gdlib.report.figures.style import NONE, Titles, ablation_of, metric_title, named_teacher, title
 from gdlib.report.markup import Cell, Table, number, p_value, significant
+from gdlib.report.names import NONE, Titles, ablation_of, metric_title, named_teacher, title
 from gdlib.report.tables.summary import (
     NOISE,
     compare,

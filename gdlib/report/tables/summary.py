@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from gdlib import io
 from gdlib.config import TEACHER
 from gdlib.evaluate.metrics import METRICS
 from gdlib.evaluate.scores import FALSE
-from gdlib.report.figures.style import NONE, ablation_of, named_teacher
+from gdlib.report.names import NONE, ablation_of, named_teacher
 
 SUMMARY_COLUMNS = (
     "dataset",
@@ -145,6 +144,20 @@ def _check(path: Path | str, frame: pd.DataFrame, columns: tuple[str, ...]) -> N
 
 def _run_name(row: pd.Series) -> str:
     return f"{row['dataset']}/{row['network']}/{row['method']}/seed{row['seed']}"
+
+
+def read_histories(paths: Sequence[Path | str], runs: Sequence[Sequence[Any]]) -> pd.DataFrame:
+    """Read history files into one frame; `runs` are their (network, method, seed)."""
+    frames = []
+    for path, (network, method, seed) in zip(paths, runs, strict=True):
+        frame = pd.read_csv(path, dtype={"step": int, "value": float}, keep_default_na=False)
+        if tuple(frame.columns) != io.HISTORY_COLUMNS:
+            raise io.DataError(
+                f"{path}: the columns are {', '.join(frame.columns)}, not "
+                f"{', '.join(io.HISTORY_COLUMNS)}; train this run again"
+            )
+        frames.append(frame.assign(network=network, method=method, seed=seed))
+    return pd.concat(frames, ignore_index=True)
 
 
 def read_profiles(paths: Iterable[Path | str]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -288,6 +301,8 @@ def image_p(difference: Sequence[float]) -> float:
     """
     if len(difference) < 2:
         return float("nan")
+    from scipy import stats  # half a second, and most figures test nothing
+
     # equal values must be equal after averaging over seeds too
     difference = np.round(difference, 12)
     return float(stats.wilcoxon(difference).pvalue) if np.any(difference) else 1.0
@@ -301,11 +316,13 @@ def seed_p(difference: Sequence[float]) -> float:
     """
     if len(difference) < 2:
         return float("nan")
+    from scipy import special
+
     difference = np.round(difference, 12)
     mean, error = difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference))
     if error == 0:
         return float(mean == 0)
-    return float(2 * stats.t.sf(abs(mean) / error, len(difference) - 1))
+    return float(2 * special.stdtr(len(difference) - 1, -abs(mean) / error))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
