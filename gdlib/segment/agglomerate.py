@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator
 
 import bioimage_cpp as bic
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from skimage.morphology import local_maxima
 
 from gdlib.segment.mutex import as_float
 from gdlib.types import Offsets
@@ -32,6 +29,9 @@ def by_waterz(
             'the segmenter "waterz" needs the package waterz: pip install "gdlib[em]", or choose '
             "another segmenter"
         ) from None
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     ndim = foreground.ndim
     near = as_float(affinity[:ndim])
     fragments = _fragments(near, as_float(foreground) >= foreground_threshold)
@@ -112,6 +112,8 @@ def _fragments(near: np.ndarray, mask: np.ndarray) -> np.ndarray:
     Returns:
         ([Z,] Y, X) uint32, consecutive from 1, 0 = background.
     """
+    from skimage.morphology import local_maxima
+
     boundary = 1 - (_weaker_edge(near, -2) + _weaker_edge(near, -1)) / 2
     fragments = np.zeros(mask.shape, np.uint32)
     count = 0

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from skimage.segmentation import watershed
 
 from gdlib.segment import mutex
 from gdlib.segment.agglomerate import by_multicut, by_waterz
@@ -114,6 +113,8 @@ def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.nd
     small = size < min_fragment
     small[:1] = False
     if small.any():
+        from skimage.segmentation import watershed
+
         kept = np.where(small[label], 0, label).astype(np.int32)
         # Flooding without relief reaches exactly the small segments that are connected to a kept
         # one.
