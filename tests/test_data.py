@@ -17,7 +17,6 @@ from gdlib.data.files import (
     read_label,
     read_volume,
     split_components,
-    split_h5_path,
     voxel_size,
 )
 from gdlib.data.prepare import check_sample, prepare
@@ -382,7 +381,9 @@ def _replace(raw, part, array, **attrs):
     ("C:/a.h5:x", ("C:/a.h5", "x")),
 ])  # fmt: skip
 def test_split_h5_path(name, expected):
-    assert split_h5_path(name) == split_h5_path(Path(name)) == (Path(expected[0]), expected[1])
+    assert (
+        io.split_h5_path(name) == io.split_h5_path(Path(name)) == (Path(expected[0]), expected[1])
+    )
 
 
 def test_volumes_in_hdf5(raw3d):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from gdlib import io
-from gdlib.cli.images import is_hdf5
 from gdlib.evaluate.metrics import METRICS
 from gdlib.evaluate.scores import COUNTS
 from gdlib.io import failures, outputs
@@ -51,10 +50,10 @@ def _open_label(path: Path | str) -> Iterator[Any]:
     from gdlib.data.files import open_volume, read_label
     from gdlib.data.omezarr import open_zarr, split_zarr_path
 
-    if not is_hdf5(path) and split_zarr_path(path):
+    if not io.is_hdf5(path) and split_zarr_path(path):
         image = open_zarr(path)
         yield image if image.dtype.kind != "f" and "C" not in image.letters else read_label(path)
-    elif is_hdf5(path):
+    elif io.is_hdf5(path):
         with open_volume(path) as volume:
             # that may be whole numbers
             yield volume if volume.dtype.kind != "f" else read_label(path)
@@ -63,15 +62,15 @@ def _open_label(path: Path | str) -> Iterator[Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from gdlib.data.files import find_files, is_folder, spelt, split_h5_path
+    from gdlib.data.files import find_files, is_folder, spelt
     from gdlib.data.omezarr import split_zarr_path
 
     def files(path: str) -> dict[str, Path | str]:
         if is_folder(path):
             return find_files(Path(path))
-        if not is_hdf5(path) and (split := split_zarr_path(path)):
+        if not io.is_hdf5(path) and (split := split_zarr_path(path)):
             return {split[0].stem: path}
-        io.check_file(file := split_h5_path(path)[0])
+        io.check_file(file := io.split_h5_path(path)[0])
         return {file.stem: path}
 
     labels, segmentations = files(arguments.labels), files(arguments.segmentations)
@@ -84,7 +83,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             "both the same names"
         )
     if arguments.out:
-        inputs = [split_h5_path(path)[0] for path in (*labels.values(), *segmentations.values())]
+        inputs = [io.split_h5_path(path)[0] for path in (*labels.values(), *segmentations.values())]
         out = outputs.Output(arguments.out, outputs.has_columns("sample", *METRICS))
         outputs.check([out], inputs, overwrite=arguments.overwrite)
     rows, failed = [], failures.Failures()

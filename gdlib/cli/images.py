@@ -8,13 +8,6 @@ from typing import Any
 from gdlib import io, trained
 
 
-def is_hdf5(path: Path | str) -> bool:
-    """Is this a file, or `file:dataset`, that HDF5 reads?"""
-    from gdlib.data.files import HDF5_SUFFIXES, split_h5_path
-
-    return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
-
-
 @contextlib.contextmanager
 def open_image(
     path: Path | str,
@@ -43,7 +36,7 @@ def open_image(
     from gdlib.data.files import open_volume
     from gdlib.data.omezarr import open_zarr, split_zarr_path
 
-    if is_hdf5(path):
+    if io.is_hdf5(path):
         with open_volume(path) as volume:
             attributes = {
                 key: value
@@ -118,7 +111,7 @@ def _frames(
         if channel is None:
             return frames
         if names is None:
-            names = [] if is_hdf5(path) else channel_names(Path(path))
+            names = [] if io.is_hdf5(path) else channel_names(Path(path))
         return Frames(array, axes, ndim, channel_number(channel, names, frames.channels))
     except io.DataError as error:
         raise io.DataError(f"{path}: {error}") from None

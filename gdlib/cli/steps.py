@@ -39,8 +39,6 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
         """
 
         def run(parsed: argparse.Namespace) -> None:
-            from gdlib.data.files import split_h5_path
-
             values = [getattr(parsed, key) for key in arguments if key not in own]
             read = [
                 one for value in values for one in (value if isinstance(value, list) else [value])
@@ -48,7 +46,7 @@ def add_steps(commands: argparse._SubParsersAction) -> None:
             made = {key: path for key in own if (path := getattr(parsed, key))}
             outputs.check(
                 [outputs.Output(path, own[key]) for key, path in made.items()],
-                [split_h5_path(one)[0] for one in read if isinstance(one, str | Path)],
+                [io.split_h5_path(one)[0] for one in read if isinstance(one, str | Path)],
                 overwrite=parsed.overwrite,
                 option=" or ".join(f"--{key}" for key in made),
             )

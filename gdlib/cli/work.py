@@ -16,7 +16,7 @@ import numpy as np
 from gdlib import io, trained
 from gdlib.cli import labels, zarr_labels
 from gdlib.cli.found import Found, draw
-from gdlib.cli.images import is_hdf5, open_image
+from gdlib.cli.images import open_image
 from gdlib.io import outputs
 from gdlib.io.failures import Failures, is_lack_of_memory
 from gdlib.progress import Progress
@@ -44,18 +44,18 @@ class Job:
     @classmethod
     def of(cls, path: str, folder: Path, name: str) -> "Job":
         """Find out where the label of an image goes; `name` is for labels in an OME-Zarr."""
-        from gdlib.data.files import open_volume, split_h5_path
+        from gdlib.data.files import open_volume
         from gdlib.data.omezarr import split_zarr_path
 
-        file, dataset = split_h5_path(path)[0], None
-        if not is_hdf5(path) and (split := split_zarr_path(path)):
+        file, dataset = io.split_h5_path(path)[0], None
+        if not io.is_hdf5(path) and (split := split_zarr_path(path)):
             return cls(path, split[0], None, zarr_labels.target(path, folder, name), split[1])
         if split_zarr_path(folder):
             raise io.DataError(
                 f"{folder}: labels of {path}, which is no OME-Zarr, cannot be put into one; choose "
                 "another --out"
             )
-        if is_hdf5(path):
+        if io.is_hdf5(path):
             with open_volume(path) as volume:
                 dataset = volume.name.strip("/")
         return cls(

@@ -4,7 +4,6 @@ Whatever is wrong with one becomes one sentence.
 """
 
 import contextlib
-import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +17,18 @@ from PIL import Image
 
 from gdlib.data import omezarr
 from gdlib.data.tiff import read_tiff
-from gdlib.io import Sample, check_file, check_inside, h5_file
+from gdlib.io import (
+    HDF5_SUFFIXES,
+    Sample,
+    check_file,
+    check_inside,
+    h5_file,
+    split_h5_path,
+)
 from gdlib.io.failures import DataError
 from gdlib.registry import nearest
 from gdlib.text import read_text
 
-HDF5_SUFFIXES = (".h5", ".hdf", ".hdf5")
 SUFFIXES = (".png", ".tif", ".tiff", *HDF5_SUFFIXES, omezarr.SUFFIX)
 # no images
 BESIDE = (
@@ -226,22 +231,6 @@ def read_label(path: Path | str, dataset: str | None = None) -> np.ndarray:
             )
         array = array.astype(np.int64)
     return array
-
-
-def split_h5_path(path: Path | str) -> tuple[Path, str | None]:
-    """Split the name of an HDF5 file from that of a dataset in it, None if it names none.
-
-    Other paths have none.
-
-    >>> path, dataset = split_h5_path("folder/volume.h5:volumes/raw")
-    >>> path.name, dataset
-    ('volume.h5', 'volumes/raw')
-    >>> split_h5_path("stack.tif")[1] is None
-    True
-    """
-    endings = "|".join(ending[1:] for ending in HDF5_SUFFIXES)
-    match = re.fullmatch(rf"(.+?\.(?:{endings}))(?::(.+))?", str(path), re.IGNORECASE)
-    return (Path(match[1]), match[2]) if match else (Path(path), None)
 
 
 def read_volume(path: Path | str, dataset: str | None = None) -> np.ndarray:

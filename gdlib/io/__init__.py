@@ -24,13 +24,16 @@ from gdlib.io.failures import ACCESS, SPACE, DataError, WriteError, writing
 from gdlib.io.files import atomic, atomic_folder, beside, code_sha256, sha256, write_text
 from gdlib.io.hdf5 import (
     BLOCK,
+    HDF5_SUFFIXES,
     check_file,
     check_inside,
     create_h5,
     h5_file,
+    is_hdf5,
     open_h5,
     put,
     readable,
+    split_h5_path,
 )
 from gdlib.io.onnx import EXPORTED, is_onnx, onnx_session
 from gdlib.io.samples import Sample, read_array, read_attrs, read_samples, sample_ids, write_samples
@@ -51,6 +54,7 @@ __all__ = [
     "ACCESS",
     "BLOCK",
     "EXPORTED",
+    "HDF5_SUFFIXES",
     "HEADER",
     "HISTORY_COLUMNS",
     "METRIC_COLUMNS",
@@ -69,6 +73,7 @@ __all__ = [
     "code_sha256",
     "create_h5",
     "h5_file",
+    "is_hdf5",
     "is_onnx",
     "load_state",
     "load_weights",
@@ -84,6 +89,7 @@ __all__ = [
     "save_state",
     "save_weights",
     "sha256",
+    "split_h5_path",
     "write_rows",
     "write_samples",
     "write_text",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,28 @@ from gdlib.io.files import atomic
 # Volumes are stored in blocks of so many voxels (Z, Y, X), so that a small crop is read without the
 # rest; images in 2D, which are read whole, as h5py chooses.
 BLOCK = (16, 64, 64)
+HDF5_SUFFIXES = (".h5", ".hdf", ".hdf5")
+
+
+def split_h5_path(path: Path | str) -> tuple[Path, str | None]:
+    """Split the name of an HDF5 file from that of a dataset in it, None if it names none.
+
+    Other paths have none.
+
+    >>> path, dataset = split_h5_path("folder/volume.h5:volumes/raw")
+    >>> path.name, dataset
+    ('volume.h5', 'volumes/raw')
+    >>> split_h5_path("stack.tif")[1] is None
+    True
+    """
+    endings = "|".join(ending[1:] for ending in HDF5_SUFFIXES)
+    match = re.fullmatch(rf"(.+?\.(?:{endings}))(?::(.+))?", str(path), re.IGNORECASE)
+    return (Path(match[1]), match[2]) if match else (Path(path), None)
+
+
+def is_hdf5(path: Path | str) -> bool:
+    """Is this a file, or `file:dataset`, that HDF5 reads?"""
+    return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from gdlib import io
 from gdlib.boxes import Box
 from gdlib.data.axes import kept_axes
-from gdlib.data.files import HDF5_SUFFIXES, open_volume, split_h5_path
+from gdlib.data.files import open_volume
 from gdlib.io import outputs
 from gdlib.limits import Count, Whole, checked
 from gdlib.registry import nearest
@@ -149,7 +149,7 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
                 "model=weights.safetensors out=folder"
             )
     config = {**config, **{key: expanded(str(config[key])) for key in KEYS[:3]}}
-    if split_h5_path(config["input"])[0].suffix.lower() not in HDF5_SUFFIXES:
+    if not io.is_hdf5(config["input"]):
         raise io.DataError(
             f"{config['input']}: blocks can be read from an HDF5 file alone; copy the image into "
             "one (see docs/volumes.md)"

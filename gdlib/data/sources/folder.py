@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 from gdlib.data.files import (
-    HDF5_SUFFIXES,
     SPLITS,
     UNLABELLED,
     Splits,
@@ -42,7 +41,7 @@ from gdlib.data.files import (
     split_components,
     voxel_size,
 )
-from gdlib.io import Sample
+from gdlib.io import HDF5_SUFFIXES, Sample
 from gdlib.io.failures import DataError
 from gdlib.limits import Count, Inside, Positive
 
