@@ -1,6 +1,7 @@
 """Images of one's own by one command: what it measures, chooses and writes, and what it says of
 mistakes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,30 @@ def test_the_time_of_steps_is_measured(splits, make_spec, tmp_path):
     teacher = make_spec()
     assert 0 < seconds_per_step(teacher, **files) < 60
     assert 0 < seconds_per_step(make_spec("grd", teacher="maps"), **files, teacher=teacher) < 60
+
+
+@pytest.mark.long
+def test_what_is_compiled_is_not_in_the_time_of_a_step(splits, make_spec, tmp_path):
+    """Where nothing has been compiled yet, as after an installation."""
+    code = (
+        "import sys, time; from gdlib.config import RunSpec; from gdlib.train.pace import seconds_per_step\n"
+        "spec, teacher = map(RunSpec.model_validate_json, sys.argv[4:])\n"
+        "files = dict(zip(('train', 'val', 'folder'), sys.argv[1:4]))\n"
+        "for _ in range(2):\n"
+        "    start = time.perf_counter()\n"
+        "    print(seconds_per_step(spec, **files, teacher=teacher), time.perf_counter() - start)\n"
+    )
+    specs = [spec.model_dump_json() for spec in (make_spec("grd", teacher="maps"), make_spec())]
+    done = subprocess.run(
+        [sys.executable, "-c", code, splits["train"], splits["val"], tmp_path, *specs], cwd=ROOT,
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "compiled")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (first, all_of_first), (second, all_of_second) = (
+        map(float, line.split()) for line in done.stdout.splitlines()
+    )
+    assert all_of_first > all_of_second + 20 * first  # something was compiled
+    assert first < 3 * second
 
 
 def test_the_wheel_carries_the_workflow(tmp_path):

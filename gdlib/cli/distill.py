@@ -119,8 +119,7 @@ def _distill(arguments: argparse.Namespace) -> None:
     else:
         text, found = _chosen(arguments)
         if arguments.time:
-            left = arguments.time - (time.monotonic() - start)
-            text = _timed(text(own.STEPS), arguments, found, left, text)
+            text = _timed(text(own.STEPS), arguments, found, text)
         else:
             text = text(own.STEPS)
         io.write_text(config, text)
@@ -296,15 +295,16 @@ def _sizes(label: np.ndarray) -> list[tuple[float, float, float]]:
     return sizes
 
 
-def _timed(
-    text: str, arguments: argparse.Namespace, found: own.Measured, seconds: float, write: Any
-) -> str:
-    """Return the configuration with as many steps as a time allows."""
+def _timed(text: str, arguments: argparse.Namespace, found: own.Measured, write: Any) -> str:
+    """Return the configuration with as many steps as a time allows.
+
+    What is done before is not counted: the first time, kernels are compiled, which takes a minute,
+    and would leave little of a short time.
+    """
     from gdlib.config import TEACHER as METHOD
     from gdlib.config import load
     from gdlib.train.pace import seconds_per_step
 
-    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".time-", dir=arguments.out) as folder:
         config = Path(folder, "config.yaml")
         config.write_text(text)
@@ -328,21 +328,33 @@ def _timed(
         ]
     # On a CPU both students are trained at once, if there are two cores; on a GPU one by one.
     both = max(each) if cores > 1 and not gpu else sum(each)
-    left = max(0.0, seconds - (time.monotonic() - start))
-    share = 1 if arguments.teacher else 1 - TEACHER
-    steps = [_rounded(left * TEACHER / one) if one else own.STEPS.teacher]
-    steps.append(_rounded(left * share / both))
+    steps = _steps(arguments.time, one, both)
     if min(steps) < FEW:
         _say(f"warning: {min(steps)} steps teach next to nothing; give more --time")
     times = f"{one * 1000:.0f} ms of the teacher, " if one else ""
     times += f"{both * 1000:.0f} ms of the students together"
     why = (
         f"as many as --time {arguments.time / 60:.3g}m allows here: a step took {times}; "
-        "validation and what comes after the trainings are not counted"
+        "validation, and what comes before and after the trainings, are not counted"
     )
     _say(f"chosen: {steps[0] if one else 'no'} steps for the teacher, {steps[1]} for the students")
     _say(f"        {why}")
     return write(own.Steps(*steps, why))
+
+
+def _steps(seconds: float, teacher: float, students: float) -> list[int]:
+    """Return how many steps the teacher and each student can make.
+
+    Args:
+        seconds: for all trainings.
+        teacher: seconds of its step, 0 if it is not trained.
+        students: seconds in which each of them makes one.
+
+    >>> _steps(1000, 1.0, 0.4), _steps(1000, 0, 0.4)[1]
+    ([550, 1100], 2500)
+    """
+    steps = [_rounded(seconds * TEACHER / teacher) if teacher else own.STEPS.teacher]
+    return [*steps, _rounded(seconds * (1 - TEACHER if teacher else 1) / students)]
 
 
 def _rounded(steps: float) -> int:
