@@ -1,0 +1,98 @@
+"""`python -m benchmarks.references`: what it computes itself, and StarDist, where it is installed."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from scipy.ndimage import uniform_filter
+
+from benchmarks import references
+from gdlib import io
+
+installed = importlib.util.find_spec("stardist") and importlib.util.find_spec("tensorflow")
+
+
+def discs(seed, side=256, radius=12):
+    """Return an image (1, Y, X) of bright discs that do not touch, and its label."""
+    rng, y, x = np.random.default_rng(seed), *np.indices((side, side))
+    label = np.zeros((side, side), np.uint32)
+    for number, (row, column) in enumerate(np.ndindex(side // 32, side // 32), 1):
+        centre = 32 * np.array([row, column]) + 16 + rng.integers(-3, 4, 2)
+        label[(y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2] = number
+    return (rng.normal(100, 5, label.shape) + 100 * (label > 0)).astype(np.uint16)[None], label
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """The folder of a prepared dataset: two images for each part, one of the last without objects."""
+    for number, part in enumerate(("train", "val", "test")):
+        some = [io.Sample(f"{part}{i}", *discs(2 * number + i)) for i in range(2)]
+        if part == "test":
+            some[1] = io.Sample("empty", some[1].image, np.zeros_like(some[1].label))
+        io.write_samples(tmp_path / "data/discs" / f"{part}.h5", some)
+    return tmp_path / "data/discs"
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["references", *map(str, words)])
+    references.main()
+
+
+def test_images_are_written_and_labels_scored(dataset, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "images", tmp_path / "test", "--data", dataset)
+    out = tmp_path / "labels/discs"
+    out.mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"empty.tif is missing; segment all test images first"):
+        run(monkeypatch, "score", tmp_path / "labels", "--data", dataset)
+    for sample in io.read_samples(dataset / "test.h5"):
+        path = tmp_path / "test/discs" / f"{sample.id}.tif"
+        assert np.array_equal(tifffile.imread(path), sample.image[0])
+        half = np.where(sample.label > 32, 0, sample.label)  # of 64 discs
+        tifffile.imwrite(out / path.name, half.astype(np.uint16))
+    run(monkeypatch, "score", tmp_path / "labels", "--data", dataset)
+    # the empty image is no part of the means
+    assert "discs: 1 images, aji 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (448, 449), (520, 696), (900, 300)])
+def test_foreground_in_parts_is_that_of_the_whole(shape):
+    """Of a network that sees 31 pixels around each, also where parts meet."""
+    image = np.random.default_rng(0).integers(0, 4000, shape).astype(np.uint16)
+
+    def network(part):
+        assert (part.shape, part.dtype) == ((1, 1, 512, 512), np.float32)
+        return uniform_filter(part, (0, 0, 63, 63)) * 20
+
+    found = references.foreground(image, network)
+    scaled = (image - image.mean()) / image.std()
+    padded = np.pad(scaled, 32, mode="symmetric")
+    logit = uniform_filter(padded, 63)[32:-32, 32:-32] * 20
+    assert np.allclose(found, 1 / (1 + np.exp(-logit)), atol=1e-4)
+
+
+def test_foreground_is_cut_where_it_is_narrow():
+    y, x = np.indices((60, 100))
+    inside = ((y - 30) ** 2 + (x - 35) ** 2 < 225) | ((y - 30) ** 2 + (x - 62) ** 2 < 225)
+    found = references.distance_watershed(inside.astype(np.float32))
+    assert np.array_equal(found > 0, inside)
+    assert len(np.unique(found[found > 0])) == 2
+    assert found[30, 35] != found[30, 62]
+
+
+def test_only_flat_images_of_one_channel_are_measured(tmp_path, monkeypatch):
+    (tmp_path / "two").mkdir()
+    image, label = discs(0)
+    io.write_samples(tmp_path / "two/test.h5", [io.Sample("a", image.repeat(2, 0), label)])
+    with pytest.raises(SystemExit, match="two: these programs are measured on 2D images of one"):
+        run(monkeypatch, "images", tmp_path / "out", "--data", tmp_path / "two")
+
+
+@pytest.mark.skipif(bool(installed), reason="StarDist is installed")
+def test_without_stardist_it_says_what_to_install(dataset, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r'pip install "gdlib\[references\]"'):
+        run(monkeypatch, "train", tmp_path / "model", "--data", dataset)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(SystemExit, match=r'stardist-predict2d is missing; .*"gdlib\[references\]"'):
+        references.command(str(tmp_path / "model"), [], tmp_path, 1)
