@@ -201,6 +201,33 @@ def test_what_to_ignore_and_the_voxel_size_come_back(tmp_path):
     assert all(s.attrs == {"voxel_size_nm": [30.0, 6.0, 6.5]} for s in read.values())
 
 
+def layout_version(dataset):
+    """Return which version of its message on the layout an array has, from the bytes of its header
+    (HDF5 file format, IV.A.1.b and IV.A.2.i)."""
+    with open(dataset.file.filename, "rb") as file:
+        file.seek(h5py.h5o.get_info(dataset.id).addr)
+        header = file.read(500)
+    assert header[:5] == b"OHDR\x02"
+    flags = header[5]
+    start = 6 + 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10) + (1 << (flags & 3))
+    while header[start] != 8:
+        start += 4 + 2 * bool(flags & 4) + int.from_bytes(header[start + 1 : start + 3], "little")
+    return header[start + 4 + 2 * bool(flags & 4)]
+
+
+def test_programs_with_an_older_hdf5_can_read_what_is_written(tmp_path):
+    """Those before 2.0 know versions up to 4."""
+    with io.create_h5(tmp_path / "a.h5") as file:
+        io.put(file, "image", np.arange(5000).reshape(50, 100))
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert layout_version(file["image"]) in (3, 4)
+    if h5py.version.hdf5_version_tuple >= (2,):  # and the check itself can fail
+        with h5py.File(tmp_path / "b.h5", "w", libver="latest") as file:
+            file.create_dataset("image", data=np.arange(5000), chunks=(100,), compression="gzip")
+        with h5py.File(tmp_path / "b.h5") as file:
+            assert layout_version(file["image"]) > 4
+
+
 def test_volumes_are_stored_in_blocks_and_images_are_not(tmp_path):
     io.write_samples(tmp_path / "a.h5", volumes())
     with h5py.File(tmp_path / "a.h5") as file:

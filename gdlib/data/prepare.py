@@ -123,7 +123,7 @@ def prepare(
             summary = {split: {**attrs, "warnings": found} for split, attrs in summary.items()}
             print(*(f"warning: {sentence}" for sentence in found), sep="\n", file=sys.stderr)
         for split, attrs in summary.items():
-            with h5py.File(temporary[split], "r+", libver="latest") as file:
+            with h5py.File(temporary[split], "r+", libver=io.hdf5.FORMAT) as file:
                 for key, value in attrs.items():
                     file.attrs[key] = json.dumps(value) if isinstance(value, list) else value
     return {split: {**fixed, "split": split, **attrs} for split, attrs in summary.items()}

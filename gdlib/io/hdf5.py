@@ -43,6 +43,11 @@ def is_hdf5(path: Path | str) -> bool:
     return split_h5_path(path)[0].suffix.lower() in HDF5_SUFFIXES
 
 
+# Checksums of all that is not data, and no more: what HDF5 2.0 would write no program with an older
+# one could read, and these are most.
+FORMAT = ("v110", "v110")
+
+
 @contextlib.contextmanager
 def create_h5(path: Path | str, **attrs: Any) -> Iterator[h5py.File]:
     """Open a new HDF5 file for writing, atomically.
@@ -53,7 +58,7 @@ def create_h5(path: Path | str, **attrs: Any) -> Iterator[h5py.File]:
     # closed.
     with (
         atomic(path) as temporary,
-        h5py.File(temporary, "w", libver="latest", rdcc_nbytes=0) as file,
+        h5py.File(temporary, "w", libver=FORMAT, rdcc_nbytes=0) as file,
     ):
         for key, value in attrs.items():
             file.attrs[key] = (
