@@ -16,6 +16,7 @@ from gdlib.models import build, folded
 from gdlib.predict.predictor import Predictor
 from gdlib.train import loop
 from gdlib.train.ask import ask
+from gdlib.train.trainer import Trainer
 
 HALF = 2.0**-11  # relative error of a number in half precision
 STILL = {
@@ -161,7 +162,7 @@ def test_of_noise_the_teacher_says_what_it_says_of_background(make_spec, splits,
 
 def _asked(spec, train, source):
     """Return the distiller of a run, and its batches."""
-    trainer = loop._Trainer(spec, source, torch.device("cpu"))
+    trainer = Trainer(spec, source, torch.device("cpu"))
     known = source if isinstance(source, TeacherMaps) else None
     sampler = PatchSampler(
         train, **spec.drawing, margin=trainer.margin, maps=known, levels=trainer.levels

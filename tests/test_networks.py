@@ -14,7 +14,7 @@ from gdlib.models import Layer, build, enlarged, radius
 from gdlib.predict.cost import count_macs, count_parameters, network_table, profile
 from gdlib.predict.predictor import Predictor
 from gdlib.registry import NETWORKS
-from gdlib.train.loop import _Trainer
+from gdlib.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 AREA = 544 * 544
@@ -313,7 +313,7 @@ def losses(name, phantom, steps, precision):
         "segmenters": ["mutex_watershed"],
     }
     spec = RunSpec.model_validate({**run, **data, "recipe": recipe})
-    trainer = _Trainer(spec, None, torch.device("cpu"))
+    trainer = Trainer(spec, None, torch.device("cpu"))
     batch = PatchSampler(train, **spec.drawing).batch(0)
     for _ in range(steps):
         trainer.advance([batch])

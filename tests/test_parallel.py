@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gdlib import io, processes
-from gdlib.train import loop
+from gdlib.models import build
+from gdlib.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("weights.safetensors", "last.safetensors", "history.csv")
@@ -83,7 +84,7 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_were_stopped(
     assert {name for _, name in losses} >= {f"loss/{term.name}" for term in spec.all_terms}
     assert all(value > 0 for (step, name), value in losses.items() if step == "12")
     (mine, _), (theirs, _) = (io.load_weights(folder / FILES[1]) for folder in (one, two))
-    start = loop.build(spec.model, spec.options).state_dict()
+    start = build(spec.model, spec.options).state_dict()
     moved = 0.0
     for name, tensor in mine.items():
         # the batches of a step weigh the same in two processes, the last most in one
@@ -108,7 +109,7 @@ def test_a_step_that_cannot_be_shared_is_one_sentence(make_spec, train, tmp_path
 
 
 def test_batches_are_dealt_out_without_remainder(make_spec, monkeypatch):
-    trainer = loop._Trainer(make_spec(accumulate=6), None, torch.device("cpu"))
+    trainer = Trainer(make_spec(accumulate=6), None, torch.device("cpu"))
     trainer.step = 5
     seen = []
     for world in (1, 2, 3, 6):

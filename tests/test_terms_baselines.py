@@ -32,6 +32,7 @@ from gdlib.distill.terms.response import bernoulli_divergence
 from gdlib.models import build
 from gdlib.registry import TERMS
 from gdlib.train import loop
+from gdlib.train.trainer import Trainer
 from gdlib.types import Batch, Embedding
 
 COUNT = 4  # images of a batch: distances and angles between images need three
@@ -590,7 +591,7 @@ def test_what_is_learned_along_is_resumed_bit_for_bit_and_not_deployed(
 
 
 def test_what_is_learned_along_is_in_the_optimizer(make_spec, teacher):
-    trainer = loop._Trainer(baseline_spec(make_spec), teacher, torch.device("cpu"))
+    trainer = Trainer(baseline_spec(make_spec), teacher, torch.device("cpu"))
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     learned: list[nn.Module] = [
         trainer.distiller.student,

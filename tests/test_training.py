@@ -21,12 +21,15 @@ from torch import nn
 from gdlib import io, models
 from gdlib.config import Recipe
 from gdlib.data.intensity import learn
+from gdlib.distill.bank import MemoryBank
 from gdlib.evaluate.metrics import METRICS
+from gdlib.models import build
 from gdlib.predict.predictor import Predictor
 from gdlib.segment.parameters import defaults
 from gdlib.segment.tune import score
 from gdlib.train import loop, validator
 from gdlib.train.label import label_images
+from gdlib.train.trainer import Trainer, decay, follow, learning_rate
 from gdlib.types import Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -458,7 +461,7 @@ def test_methods_of_one_seed_start_from_the_same_network_and_see_the_same_patche
     make_spec, splits, teacher
 ):
     device = torch.device("cpu")
-    trainers = [loop._Trainer(make_spec(method), teacher, device) for method in ("none", "grd")]
+    trainers = [Trainer(make_spec(method), teacher, device) for method in ("none", "grd")]
     states = [trainer.deployed.state_dict() for trainer in trainers]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -477,7 +480,7 @@ def sampler(spec, path):
 def test_accumulation_is_the_mean_over_its_batches(make_spec, splits):
     spec = plain(make_spec("none", batch_size=4, accumulate=2, warmup=0))
     batches = [sampler(spec, splits["train"]).batch(k) for k in range(2)]
-    trainer = loop._Trainer(spec, None, torch.device("cpu"))
+    trainer = Trainer(spec, None, torch.device("cpu"))
     start = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
     trainer.advance(iter(batches))
     accumulated = [p.grad.clone() for p in trainer.learnable]
@@ -501,7 +504,7 @@ def test_accumulation_is_the_mean_over_its_batches(make_spec, splits):
 def test_clipping_bounds_the_gradient_of_the_whole_step(make_spec, splits):
     for clip, least, most in ((None, 2e-3, math.inf), (1e-3, 0.99e-3, 1.01e-3)):
         spec = plain(make_spec("none", accumulate=2, clip=clip))
-        trainer = loop._Trainer(spec, None, torch.device("cpu"))
+        trainer = Trainer(spec, None, torch.device("cpu"))
         trainer.advance(sampler(spec, splits["train"]).batch(k) for k in range(2))
         assert least < torch.stack([p.grad.norm() for p in trainer.learnable]).norm() < most
 
@@ -509,7 +512,7 @@ def test_clipping_bounds_the_gradient_of_the_whole_step(make_spec, splits):
 def test_random_numbers_go_on_where_they_were(make_spec, tmp_path):
     """Networks that drop channels at random draw them."""
     spec = make_spec("none")
-    first, second = (loop._Trainer(spec, None, torch.device("cpu")) for _ in range(2))
+    first, second = (Trainer(spec, None, torch.device("cpu")) for _ in range(2))
     torch.rand(7)
     first.save(tmp_path / "state", "same")
     expected = torch.rand(3)
@@ -519,14 +522,14 @@ def test_random_numbers_go_on_where_they_were(make_spec, tmp_path):
 
 def test_every_batch_has_its_own_number(make_spec, train, teacher, tmp_path, monkeypatch):
     seen = {"patches": [], "memory": []}
-    batch, sample = loop.PatchSampler.batch, loop.MemoryBank.sample
+    batch, sample = loop.PatchSampler.batch, MemoryBank.sample
     monkeypatch.setattr(
         loop.PatchSampler,
         "batch",
         lambda self, step: seen["patches"].append(step) or batch(self, step),
     )
     monkeypatch.setattr(
-        loop.MemoryBank,
+        MemoryBank,
         "sample",
         lambda self, ids, step: seen["memory"].append(step) or sample(self, ids, step),
     )
@@ -539,7 +542,7 @@ def test_loss_and_learning_rate_in_the_history(make_spec, train, teacher, tmp_pa
     train(spec, tmp_path, teacher=teacher)
     assert [step for step, _ in rows(tmp_path, "train", "loss")] == [10, 20, 23]
     for step, value in rows(tmp_path, "train", "lr"):
-        assert value == pytest.approx(loop.learning_rate(step - 1, spec.recipe))
+        assert value == pytest.approx(learning_rate(step - 1, spec.recipe))
     parts = [rows(tmp_path, "train", f"loss/{term.name}") for term in spec.all_terms]
     for k, (_, total) in enumerate(rows(tmp_path, "train", "loss")):
         assert total == pytest.approx(
@@ -559,26 +562,26 @@ def test_training_learns(teacher):
 def test_learning_rate():
     recipe = {"steps": 100, "validate_every": 1, "warmup": 10, "optimizer": {"lr": 0.5}}
     cosine = Recipe.model_validate(recipe)
-    assert loop.learning_rate(0, cosine) == pytest.approx(0.05)
-    assert loop.learning_rate(4, cosine) == pytest.approx(0.25)
-    assert loop.learning_rate(9, cosine) == pytest.approx(0.5)
-    assert loop.learning_rate(10, cosine) == pytest.approx(0.5)
-    assert loop.learning_rate(55, cosine) == pytest.approx(0.25)
-    assert loop.learning_rate(10 + 30, cosine) == pytest.approx(0.375)
-    assert 0 < loop.learning_rate(99, cosine) < 0.001
+    assert learning_rate(0, cosine) == pytest.approx(0.05)
+    assert learning_rate(4, cosine) == pytest.approx(0.25)
+    assert learning_rate(9, cosine) == pytest.approx(0.5)
+    assert learning_rate(10, cosine) == pytest.approx(0.5)
+    assert learning_rate(55, cosine) == pytest.approx(0.25)
+    assert learning_rate(10 + 30, cosine) == pytest.approx(0.375)
+    assert 0 < learning_rate(99, cosine) < 0.001
     constant = Recipe.model_validate(recipe | {"schedule": "constant"})
-    assert [loop.learning_rate(step, constant) for step in (4, 10, 55, 99)] == pytest.approx(
+    assert [learning_rate(step, constant) for step in (4, 10, 55, 99)] == pytest.approx(
         [0.25, 0.5, 0.5, 0.5]
     )
     short = Recipe.model_validate(recipe | {"steps": 5, "warmup": 0})
-    assert loop.learning_rate(0, short) == pytest.approx(0.5)
+    assert learning_rate(0, short) == pytest.approx(0.5)
     warm = Recipe.model_validate(recipe | {"steps": 5, "warmup": 20})
-    assert loop.learning_rate(4, warm) == pytest.approx(0.125)
+    assert learning_rate(4, warm) == pytest.approx(0.125)
 
 
 def test_moving_average(make_spec, splits):
     spec = plain(make_spec("none", ema=0.75, warmup=0))
-    trainer = loop._Trainer(spec, None, torch.device("cpu"))
+    trainer = Trainer(spec, None, torch.device("cpu"))
     batches = sampler(spec, splits["train"])
     expected = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
     for step, keep in enumerate((1 / 10, 2 / 11, 3 / 12)):
@@ -702,7 +705,7 @@ def test_a_teacher_that_nobody_asks_is_not_opened(finished, train, tmp_path):
 
 
 def test_the_teacher_does_not_change(make_spec, splits, teacher):
-    trainer = loop._Trainer(make_spec("grd"), teacher, torch.device("cpu"))
+    trainer = Trainer(make_spec("grd"), teacher, torch.device("cpu"))
     before = {
         name: tensor.clone() for name, tensor in trainer.distiller.teacher.state_dict().items()
     }
@@ -832,7 +835,7 @@ def test_what_is_ignored_does_not_matter_for_the_validation(
 ):
     """Whatever the label says there; neither while training nor in the choice of parameters."""
     spec, _, folder = volume_runs["teacher"]
-    network = loop.build(spec.model, spec.options)
+    network = build(spec.model, spec.options)
     network.load_state_dict(io.load_weights(folder / "weights.safetensors")[0])
     judged = []
     for change in (False, True):
@@ -887,7 +890,7 @@ def test_mala_learns_from_mala(make_spec, train_volume, volume_splits, tmp_path)
         scores = train_volume(spec, tmp_path / method, **kwargs)
         weights = tmp_path / method / "weights.safetensors"
         assert_same_scores(scores_of(weights, volume_splits["val"]), {"mutex_watershed": scores})
-        start = loop.build(spec.model, spec.options)  # of another seed, but the biases start at 0
+        start = build(spec.model, spec.options)  # of another seed, but the biases start at 0
         state = io.load_weights(tmp_path / method / "last.safetensors")[0]
         assert all(
             state[name].abs().max() > 0
@@ -1009,7 +1012,7 @@ def test_targets_reach_the_loss(make_spec, splits):
     losses = []
     for targets in ({}, {"background_connected": False}, {"per_offset": True}):
         spec = make_spec("none", targets=targets, warmup=0)
-        trainer = loop._Trainer(spec, None, torch.device("cpu"))
+        trainer = Trainer(spec, None, torch.device("cpu"))
         trainer.advance(iter([sampler(spec, splits["train"]).batch(0)]))
         losses.append(trainer.flush_losses())
     assert len({round(loss, 4) for loss in losses}) == 3
@@ -1027,7 +1030,7 @@ def test_moving_average_is_that_of_torch():
             for parameter in network.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
         reference.update_parameters(network)
-        loop.follow(average, network, 0.9 if step else 0.0)
+        follow(average, network, 0.9 if step else 0.0)
     for name, expected in reference.module.state_dict().items():
         if expected.is_floating_point():
             torch.testing.assert_close(average.state_dict()[name], expected, rtol=1e-6, atol=1e-7)
@@ -1051,11 +1054,11 @@ def test_compiled_networks_learn_the_same(tmp_path, make_spec, train, teacher):
 
 def test_a_new_average_forgets_the_random_start():
     """With `ema` alone 22 % of it would be left after 300 steps of 0.995."""
-    left = math.prod(loop.decay(step, 0.995) for step in range(300))
+    left = math.prod(decay(step, 0.995) for step in range(300))
     assert left < 1e-12
-    assert loop.decay(0, 0.995) == 0.1
-    assert loop.decay(10_000, 0.995) == 0.995
-    assert loop.decay(10_000, 0.9999) == pytest.approx(10_001 / 10_010)
+    assert decay(0, 0.995) == 0.1
+    assert decay(10_000, 0.995) == 0.995
+    assert decay(10_000, 0.9999) == pytest.approx(10_001 / 10_010)
 
 
 def entries(folder, name):

@@ -23,6 +23,7 @@ from gdlib.segment.segmenters import segment
 from gdlib.train import loop
 from gdlib.train.ask import ask
 from gdlib.train.label import label_images, unsure
+from gdlib.train.trainer import Trainer
 
 OFFSETS = {2: [[-1, 0], [0, -1], [-3, 0]], 3: [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, -3, 0]]}
 
@@ -166,7 +167,7 @@ def test_every_unlabelled_image_is_drawn_and_the_seed_decides(splits, found, mak
 
 def losses_of(spec, batch, teacher):
     """Return the losses of a run on its first batch."""
-    trainer = loop._Trainer(spec, teacher, torch.device("cpu"))
+    trainer = Trainer(spec, teacher, torch.device("cpu"))
     return {name: float(loss.detach()) for name, loss in trainer.distiller(batch, 0)[1].items()}
 
 
@@ -209,7 +210,7 @@ def test_losses_of_labels_are_means_over_labelled_patches(splits, found, teacher
         batch, image=batch.image[:2], label=batch.label[:2], ids=batch.ids[:2],
         ignore=batch.ignore[:2], unlabelled=0,
     )  # fmt: skip
-    trainer = loop._Trainer(spec, None, torch.device("cpu"))
+    trainer = Trainer(spec, None, torch.device("cpu"))
     trainer.distiller.eval()  # so that a patch does not depend on the others of its batch
     all_of_it, part = (trainer.distiller(one, 0)[1] for one in (batch, first))
     for name in ("supervised", "foreground"):

@@ -18,8 +18,9 @@ from gdlib.config import RunSpec, load
 from gdlib.config.sections import Method
 from gdlib.data.maps import TeacherMaps
 from gdlib.data.patches import PatchSampler, largest_id
-from gdlib.train import loop
+from gdlib.models import build
 from gdlib.train.ask import ask
+from gdlib.train.trainer import Trainer
 
 META = torch.device("meta")
 METHODS = load(Path(__file__).resolve().parents[1]).methods
@@ -126,7 +127,7 @@ def parts(tmp_path, splits, make_spec):
             plain.model_dump() | {"method": method, "terms": chosen["terms"]}
         )
         weights = tmp_path / "teacher.safetensors"
-        network = loop.build(model, spec.options)
+        network = build(model, spec.options)
         header = spec.model_dump(
             mode="json", include={"model", "options", "channels", "offsets", "normalisation"}
         )
@@ -144,7 +145,7 @@ def parts(tmp_path, splits, make_spec):
 def test_a_step_does_not_wait(axes, method, parts, monkeypatch):
     spec, samples, weights = parts(axes, method, **MORE, ema=0.9, clip=1.0, accumulate=2)
     put_on_meta(monkeypatch)
-    trainer = loop._Trainer(spec, weights if spec.terms else None, META)
+    trainer = Trainer(spec, weights if spec.terms else None, META)
     sampler = PatchSampler(samples, **spec.drawing, margin=trainer.margin, device=META)
     with Watch():
         for _ in range(3):  # the bank is empty, filled, full
@@ -163,7 +164,7 @@ def test_a_step_with_maps_does_not_wait(axes, tmp_path, parts, monkeypatch):
         ask(weights, samples, path, level=level, device="cpu")
     put_on_meta(monkeypatch)
     maps = TeacherMaps(files.values(), samples)
-    trainer = loop._Trainer(spec, maps, META)
+    trainer = Trainer(spec, maps, META)
     sampler = PatchSampler(
         samples,
         **spec.drawing,
@@ -198,7 +199,7 @@ def test_what_is_known_of_the_labels_changes_no_loss(parts):
     spec, samples, weights = parts("2D", "grd")
     losses = []
     for largest in (None, 12, 40):
-        trainer = loop._Trainer(spec, weights, torch.device("cpu"))
+        trainer = Trainer(spec, weights, torch.device("cpu"))
         sampler = PatchSampler(samples, **spec.drawing, margin=trainer.margin)
         assert sampler.largest is None
         sampler.largest = largest
