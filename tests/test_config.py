@@ -197,11 +197,24 @@ def test_every_run_builds_its_spec_its_network_and_its_terms(catalogue, study):
         len(runs)
         == len(set(runs))
         == sum(
-            len(config.teachers_of(d)) * len(chosen.teacher_seeds)
+            len({run for run in runs if run[0] == d and run[2] == TEACHER})
             + len(config.students_of(d)) * len(config.methods_of(d)) * len(chosen.seeds)
             for d in chosen.datasets
         )
     )
+    for dataset in chosen.datasets:
+        teachers = {run[1:] for run in runs if run[0] == dataset and run[2] == TEACHER}
+        expected = set()
+        for name in (
+            *config.teachers_of(dataset),
+            *config.fitting(chosen.teachers_beside, dataset),
+        ):
+            seeds = chosen.teacher_seeds
+            members = config.teachers[name].members
+            expected |= {(name, TEACHER, seed) for seed in (seeds[:1] if members else seeds)}
+            for member in members:
+                expected |= {(member, TEACHER, s) for s in config.teachers[name].member_seeds}
+        assert teachers == expected
     # none is left out of all datasets
     assert {network for _, network, _, _ in runs} >= set(chosen.students)
     for dataset, network, method, seed in runs:

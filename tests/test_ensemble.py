@@ -251,6 +251,15 @@ def test_a_study_trains_the_members_and_joins_them(raw):
     one = {"model": "resunet", "options": {"widths": [8, 16, 32, 64, 128]}}
     assert (spec.model, spec.options["members"]) == ("ensemble", [one, one])
     assert asked.networks_of(data)[:2] == ["several", "resunet_w8"]
+    raw["studies"]["smoke"] |= {"teachers_beside": ["resunet_w8_turned", "segformer_b0"]}
+    config = Config.parse(raw)
+    asked = plan.Plan(config)
+    beside = [(data, "resunet_w8_turned", "teacher", 0)]
+    beside += [(data, "segformer_b0", "teacher", seed) for seed in (0, 1)]
+    found = [run for run in asked.runs_on(data) if run[2] == "teacher"]
+    assert found == [teachers[0], *beside, *members]
+    assert config.teachers_of(data) == ["several"]
+    assert config.methods_of(data) == ["none", "grd"]
     files = asked.network_code("join", "several")
     assert {"models/ensemble.py", "models/resunet.py", "train/join.py"} <= set(files)
     assert "models/segformer.py" not in files

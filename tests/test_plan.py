@@ -69,6 +69,14 @@ def jobs_of(config: Config) -> dict[str, Job]:
             for segmenter in config.datasets[run[0]].segmenters
         ]
 
+    def made(runs: Iterable[plan.Run]) -> list[str]:
+        """The jobs that make the weights of these runs."""
+        trained = asked.trained(runs := list(runs))
+        joined = [run for run in runs if asked.members_of(run[0], run[1])]
+        return [f"Train {named(run)}" for run in trained] + [
+            f"Join the members of {named(run)}" for run in joined
+        ]
+
     for dataset in datasets:
         data = config.datasets[dataset]
         keys = {"source", "options", "channels", "patch", "unlabelled"}
@@ -88,10 +96,7 @@ def jobs_of(config: Config) -> dict[str, Job]:
             before, trained = [prepared], bool(asked.trained([run]))
             whose, found = asked.unlabelled_of(run), ""
             teacher = config.teacher_of(dataset, method)
-            source = [
-                f"Train {named(one)}"
-                for one in asked.trained(asked.teacher_runs(dataset, teacher)[:1])
-            ]
+            source = made(asked.teacher_runs(dataset, teacher)[:1])
             if whose == "teacher":
                 found = f"Let {teacher} label the unlabelled images of {dataset}"
                 told = [compact(asked.labelling(dataset))]
@@ -117,7 +122,10 @@ def jobs_of(config: Config) -> dict[str, Job]:
                 rule = "train_teacher" if method == TEACHER else "train_student"
                 told = compact(asked.train_spec(run))
                 add(f"Train {named(run)}", rule, [told], asked.train_code(run), before)
-            before = [prepared, *([f"Train {named(run)}"] if trained else [])]
+            if members := asked.members_of(dataset, network):
+                told, code = compact(asked.train_spec(run)), asked.network_code("join", network)
+                add(*made([run]), "join_teachers", [told], code, [prepared, *made(members)])
+            before = [prepared, *made([run])]
             predicted = add(
                 f"Predict {named(run)}",
                 "predict",
@@ -148,10 +156,10 @@ def jobs_of(config: Config) -> dict[str, Job]:
     }
     everything = [name for dataset in datasets for name in judged[dataset] + profiles[dataset]]
     teachers = [
-        f"Train {named(run)}"
+        name
         for d in asked.volumes
         for teacher in config.teachers_of(d)
-        for run in asked.trained(asked.teacher_runs(d, teacher))
+        for name in made(asked.teacher_runs(d, teacher))
     ]
     trivial = [f"Evaluate trivial segmentations of {d}" for d in asked.volumes]
     told = [
@@ -443,7 +451,9 @@ def test_the_order_of_keys_runs_nothing(before):
 def test_every_study_can_be_planned(study):
     config = load(ROOT, changes={"study": study})
     found = jobs_of(config)
-    assert len([name for name in found if name.startswith("Train ")]) == len(config.runs())
+    assert len([name for name in found if name.startswith(("Train ", "Join "))]) == len(
+        config.runs()
+    )
     assert not set().union(*(job.before for job in found.values())) - found.keys()
 
 

@@ -254,11 +254,12 @@ class Config(Section):
         study = self.selected
         out: list[tuple[str, str, str, int]] = []
         for dataset in study.datasets:
-            teachers = self.teachers_of(dataset)
-            out += [run for t in teachers for run in self.teacher_runs(dataset, t)]
-            members = [(dataset, *one) for t in teachers for one in self.members(t)]
-            members = [(dataset, name, TEACHER, seed) for dataset, name, seed in members]
-            out += [run for run in dict.fromkeys(members) if run not in out]
+            beside = self.fitting(study.teachers_beside, dataset)
+            teachers = dict.fromkeys([*self.teachers_of(dataset), *beside])
+            found = [run for t in teachers for run in self.teacher_runs(dataset, t)]
+            members = [one for t in teachers for one in self.members(t)]
+            found += [(dataset, name, TEACHER, seed) for name, seed in members]
+            out += dict.fromkeys(found)
             methods = self.methods_of(dataset)
             out += [
                 (dataset, s, m, k)

@@ -160,6 +160,7 @@ def check_study(config: "Config", name: str) -> None:
         ("teacher", study.teachers, config.teachers),
         ("students", study.students, config.students),
         ("more_teachers", study.more_teachers, config.teachers),
+        ("teachers_beside", study.teachers_beside, config.teachers),
         ("methods", study.methods, config.methods),
         ("ablations", study.ablations, config.ablations),
         ("recipes", study.recipes, config.datasets),
@@ -185,6 +186,7 @@ def check_study(config: "Config", name: str) -> None:
             networks = [
                 *config.fitting(study.teachers, dataset)[:1],
                 *config.fitting(study.more_teachers, dataset),
+                *config.fitting(study.teachers_beside, dataset) * (role == TEACHER),
             ]
             networks = [one for name in networks for one in config.members_or_itself(name)]
             if role == "student":  # a teacher that is asked online sees the patches too

@@ -97,10 +97,9 @@ class Plan:
         ]
 
     def networks_of(self, dataset: str) -> list[str]:
-        """Return the teachers of a dataset with the members of each, and its students."""
-        teachers = self.config.teachers_of(dataset)
-        members = [name for one in teachers for name, _ in self.config.members(one)]
-        return list(dict.fromkeys([*teachers, *members, *self.config.students_of(dataset)]))
+        """Return the teachers of a dataset, with members of ensembles, and its students."""
+        teachers = [run[1] for run in self.runs_on(dataset) if run[2] == TEACHER]
+        return list(dict.fromkeys([*teachers, *self.config.students_of(dataset)]))
 
     def teacher_runs(self, dataset: str, teacher: str) -> list[Run]:
         """Return the runs of a teacher, the one that students learn from first."""

@@ -222,6 +222,9 @@ class Study(Entry):
         description="students learn from these too, by every method that asks a teacher: "
         "`method@teacher`",
     )
+    teachers_beside: Names = Field(
+        (), description="teachers that no student learns from, for the table alone"
+    )
     seeds: Seeds = Field(min_length=1, description="of the students; each is a training of its own")
     teacher_seeds: Seeds = Field(
         (0,), min_length=1, description="of the teachers; students learn from the first"
