@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import tifffile
 
+from gdlib import io
+from gdlib.cli import distill
 from gdlib.cli.main import main
 from gdlib.config import load, own, parts, plan
 
@@ -201,6 +203,30 @@ def test_what_is_compiled_is_not_in_the_time_of_a_step(splits, make_spec, tmp_pa
     )
     assert all_of_first > all_of_second + 20 * first  # something was compiled
     assert first < 3 * second
+
+
+def test_the_weights_that_are_named_are_the_best_on_validation_images(teacher, tmp_path):
+    state, header = io.load_weights(teacher)
+    (segmenter,) = header["run"]["segmenters"]
+
+    def paths(metric, scores):
+        run = header["run"] | {"recipe": header["run"]["recipe"] | {"selection": metric}}
+        found = [tmp_path / f"{number}.safetensors" for number in range(len(scores))]
+        for path, value in zip(found, scores, strict=True):
+            io.save_weights(
+                path, state, header | {"run": run, "validation": {segmenter: {metric: value}}}
+            )
+        return found
+
+    for metric, scores, best in (
+        ("aji", [0.6, 0.5], 0),
+        ("aji", [0.5, 0.6], 1),
+        ("voi", [0.6, 0.5], 1),
+        ("voi", [0.5, 0.6], 0),
+        ("aji", [0.5, 0.5], 1),
+        ("aji", [0.5, float("nan")], 0),
+    ):
+        assert distill._best(found := paths(metric, scores)) == found[best]
 
 
 def test_the_wheel_carries_the_workflow(tmp_path):

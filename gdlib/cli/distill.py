@@ -1,6 +1,7 @@
 """`gdlib distill`: two folders of images and labels to a network of one's own, by the workflow."""
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import numpy as np
 
 from gdlib import io
 from gdlib.config import own, parts
+from gdlib.evaluate.metrics import METRICS
 from gdlib.io.failures import DataError
 from gdlib.limits import Count, argument, place
 
@@ -311,7 +313,7 @@ def _timed(text: str, arguments: argparse.Namespace, found: own.Measured, write:
         data = Path("data", own.NAME, "train.h5")
         _say("preparing the images, and making some steps to see how long they take")
         command = _command(arguments.out, config, arguments.cores)
-        _run([*command, "--quiet", "all", "--", data], arguments.out, quiet=True)
+        _run([*command, "--", data], arguments.out, quiet=True)
         chosen = load(parts.home(), config)
         cores = arguments.cores or len(os.sched_getaffinity(0))
         gpu = shutil.which("nvidia-smi") is not None
@@ -455,16 +457,30 @@ def _end(out: Path, config: Path, command: Sequence[Any]) -> None:
     table, report = results / "table.md", out / "report.html"
     if not report.exists() or report.stat().st_mtime < table.stat().st_mtime:
         report.unlink(missing_ok=True)
-        _run([*command, "--quiet", "all", "--report", report.resolve()], out, quiet=True)
+        _run([*command, "--report", report.resolve()], out, quiet=True)
     _say("")
     _say(table.read_text().strip())
     runs = [run for run in plan.Plan(chosen).runs if not chosen.is_teacher(run[1])]
-    dataset, network, method, seed = runs[-1]
-    name = f"runs/{dataset}/{network}/{method}/seed{seed}/weights.safetensors"
+    names = ["/".join([*map(str, run[:3]), f"seed{run[3]}"]) for run in runs]
+    weights = _best([results / "runs" / name / "weights.safetensors" for name in names])
     _say("")
     _say(f"report:  {report}")
-    _say(f"weights: {results / name}")
+    _say(f"weights: {weights}")
     _say(
-        f"next:    gdlib segment IMAGES --model {shlex.quote(str(results / name))} "
+        f"next:    gdlib segment IMAGES --model {shlex.quote(str(weights))} "
         f"--out {shlex.quote(str(out / 'found'))}"
     )
+
+
+def _best(weights: Sequence[Path]) -> Path:
+    """Return the weights that did best on the validation images, of equal ones the last."""
+
+    def score(path: Path) -> float:
+        header = io.read_header(path)
+        metric = header["run"]["recipe"]["selection"]
+        found = header["validation"][header["run"]["segmenters"][0]][metric]
+        if math.isnan(found):
+            return -math.inf
+        return found if METRICS[metric].better == "higher" else -found
+
+    return max(reversed(weights), key=score)
