@@ -53,8 +53,9 @@ def surface(mask: np.ndarray, voxel: tuple[float, ...], cell: float) -> Surface:
         blocks = field.shape[axis] // step[axis]
         shape = (*field.shape[:axis], blocks, step[axis], *field.shape[axis + 1 :])
         field = field.reshape(shape).mean(axis=axis + 1)
-    # Then larger: the stairs between blocks that are thicker than cells become slopes.
-    for axis in range(3):
+    # Then larger, and last along the axis that grows most. The stairs between blocks that are
+    # thicker than cells become slopes.
+    for axis in np.argsort(repeat, kind="stable"):
         slopes = _slopes(field.shape[axis], repeat[axis])
         field = np.moveaxis(np.tensordot(slopes, field, (1, axis)), 0, axis)
     inside = field > 0.5
@@ -123,21 +124,20 @@ def render(
     Returns:
         (rows, columns, 4) in [0, 1], first row on top, transparent where there is nothing.
     """
-    left, right, bottom, top = frame
+    left, end, bottom, top = frame
     fine = pixel / 2  # two by two make a pixel: smooth edges
-    shape = 2 * int(np.ceil((top - bottom) / pixel)), 2 * int(np.ceil((right - left) / pixel))
-    points = np.concatenate([one.points for one, _ in surfaces]) @ axes.T
-    normals = np.concatenate([one.normals for one, _ in surfaces]) @ axes.T
-    colours = np.repeat(
-        [colour for _, colour in surfaces], [len(one.points) for one, _ in surfaces], axis=0
-    )
-    front = np.flatnonzero(normals[:, 2] < 0)
+    shape = 2 * int(np.ceil((top - bottom) / pixel)), 2 * int(np.ceil((end - left) / pixel))
+    right, up, away = axes
+    points = np.concatenate([one.points for one, _ in surfaces])
+    normals = np.concatenate([one.normals for one, _ in surfaces])
+    owner = np.repeat(np.arange(len(surfaces)), [len(one.points) for one, _ in surfaces])
+    front = np.flatnonzero(normals @ away < 0)
     # the nearest last: what is drawn last stays
-    front = front[np.argsort(-points[front, 2], kind="stable")]
+    front = front[np.argsort(-(points[front] @ away), kind="stable")]
     half = int(np.ceil(0.9 * cell / fine))  # of a square: no holes, whatever the slope
     # Around the picture is room for points whose squares reach into it.
-    row = np.floor((top - points[front, 1]) / fine).astype(int) + half
-    column = np.floor((points[front, 0] - left) / fine).astype(int) + half
+    row = np.floor((top - points[front] @ up) / fine).astype(int) + half
+    column = np.floor((points[front] @ right - left) / fine).astype(int) + half
     order = np.zeros((shape[0] + 2 * half, shape[1] + 2 * half), np.int32)
     valid = (row >= 0) & (row < order.shape[0]) & (column >= 0) & (column < order.shape[1])
     order[row[valid], column[valid]] = 1 + np.flatnonzero(valid)  # the nearer, the larger
@@ -147,17 +147,18 @@ def render(
     seen = ndimage.minimum_filter(nearest >= 0, 2 * half + 1)
     out = np.zeros((*shape, 4))
     if seen.any():
-        depth[seen] = points[nearest[seen], 2]
+        depth[seen] = points[nearest[seen]] @ away
         near, far = depth[seen].min(), depth[seen].max()
         depth[~seen] = far
-        hollow = (depth - ndimage.gaussian_filter(depth, 12))[seen] / (0.15 * (right - left))
+        hollow = (depth - ndimage.gaussian_filter(depth, 12))[seen] / (0.15 * (end - left))
         outline = (ndimage.maximum_filter(depth, 3) - depth)[seen] > 6 * cell
         nearest, depth = nearest[seen], depth[seen]
-        light = np.clip(normals[nearest] @ (LIGHT / np.linalg.norm(LIGHT)), 0, 1)
+        light = np.clip(normals[nearest] @ (LIGHT / np.linalg.norm(LIGHT) @ axes), 0, 1)
         shade = 0.42 + 0.58 * light
         shade *= 1 - 0.45 * np.clip(hollow, 0, 1)  # less light where the surroundings are nearer
         shade[outline] *= 0.55
-        rgb = np.clip(colours[nearest] * shade[:, None] + 0.18 * light[:, None] ** 24, 0, 1)
+        colours = np.array([colour for _, colour in surfaces])[owner[nearest]]
+        rgb = np.clip(colours * shade[:, None] + 0.18 * light[:, None] ** 24, 0, 1)
         haze = 0.35 * (depth - near) / max(far - near, 1e-12)  # what is far is pale
         out[seen, :3] = rgb + (1 - rgb) * haze[:, None]
         out[seen, 3] = 1
