@@ -378,7 +378,7 @@ def config_of(volume, teacher, out, **more):
         ({"imput": "a"}, 'there is no option "imput".*input'),
         ({"out": ""}, "out is missing"),
         ({"input": "nowhere.h5:main"}, "nowhere.h5: the file is missing"),
-        ({"input": "stack.tif"}, "stack.tif: blocks can be read from an HDF5 file alone"),
+        ({"input": "stack.tif"}, "stack.tif: blocks can be read from HDF5 and OME-Zarr alone"),
         ({"block": "64x32x32"}, "block: 64x32x32 is not one side, or 2"),
         ({"block": "64xa"}, "block: 64xa is not one side"),
         ({"overlap": 0}, "overlap: 0 is not one side"),

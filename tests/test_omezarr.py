@@ -16,7 +16,6 @@ from test_large import matched
 from test_use import model, segment
 
 from gdlib import io
-from gdlib.cli import zarr_labels
 from gdlib.cli.images import open_image
 from gdlib.cli.main import main
 from gdlib.data.files import find_files, is_folder, read_image, read_label
@@ -24,7 +23,7 @@ from gdlib.data.omezarr import ZarrImage, open_zarr, split_zarr_path
 from gdlib.data.sources.folder import folder
 from gdlib.io.failures import DataError
 from gdlib.predict.predictor import Predictor
-from gdlib.volumes import grid, memory
+from gdlib.volumes import grid, memory, zarr_labels
 from gdlib.volumes.footprint import choose
 
 __all__ = ["model"]
@@ -523,6 +522,17 @@ def test_folders_to_learn_from(squares, tmp_path):
         image, label = squares(int(sample.id))
         assert np.array_equal(sample.image, image)
         assert np.array_equal(sample.label, label)
+
+
+def test_axes_of_a_volume_of_many_jobs(teacher, tmp_path):
+    def wanted(axes, shape):
+        path = write(tmp_path / f"{axes}{shape[1]}.zarr", [np.zeros(shape, np.uint8)], axes, 3)
+        return grid.options({"input": str(path), "model": str(teacher), "out": str(tmp_path / "o")})
+
+    assert wanted("tcyx", (1, 1, 40, 50))["grid"].shape == (40, 50)
+    for axes, shape in (("tcyx", (1, 2, 40, 50)), ("tyx", (3, 40, 50)), ("xy", (50, 40))):
+        with pytest.raises(DataError, match=f"its axes are {axes.upper()} .*gdlib segment"):
+            wanted(axes, shape)
 
 
 def test_a_network_that_knows_the_size_of_pixels(teacher, squares, tmp_path, capsys):

@@ -31,6 +31,7 @@ GRID, OUT, WEIGHTS = CHOSEN["grid"], str(CHOSEN["out"]), str(CHOSEN["model"])
 PLAN, NUMBERS = f"{OUT}/plan.json", f"{OUT}/numbers.h5"
 PREDICTIONS, SEGMENTS = f"{OUT}/predictions", f"{OUT}/segments"
 MATCHES, LABELS = f"{OUT}/matches", f"{OUT}/labels"
+RESULT = f"{OUT}/{CHOSEN['labels']}"
 SETTINGS = {"overlap": GRID.overlap, "parameters": CHOSEN["parameters"]}
 MILLIONS = math.prod(GRID.sides) / 1e6  # pixels of a block
 AROUND = math.prod(n + 2 * o for n, o in zip(GRID.sides, GRID.overlap)) / 1e6
@@ -44,7 +45,7 @@ wildcard_constraints:
 rule all:
     default_target: True
     input:
-        f"{OUT}/labels.h5",
+        RESULT,
 
 
 rule plan_volume:
@@ -220,7 +221,7 @@ rule join_blocks:
         plan=PLAN,
         labels=of_blocks(LABELS, GRID.names),
     output:
-        f"{OUT}/labels.h5",
+        directory(RESULT) if RESULT.endswith(".zarr") else RESULT,
     log:
         f"{OUT}/logs/join.log",
     benchmark:

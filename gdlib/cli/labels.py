@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gdlib import io
-from gdlib.cli import zarr_labels
 from gdlib.io import outputs
+from gdlib.volumes import zarr_labels
 from gdlib.volumes.grid import CHUNK
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from gdlib import io, trained
-from gdlib.cli import labels, zarr_labels
+from gdlib.cli import labels
 from gdlib.cli.found import Found, draw
 from gdlib.cli.images import open_image
 from gdlib.io import outputs
 from gdlib.io.failures import Failures, is_lack_of_memory
 from gdlib.progress import Progress
-from gdlib.volumes import memory
+from gdlib.volumes import memory, zarr_labels
 
 
 @dataclass(frozen=True)

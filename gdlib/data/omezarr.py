@@ -97,6 +97,12 @@ class ZarrImage:
         return tuple(sides) if sides and not math.isnan(sum(sides)) else None
 
     @property
+    def file(self) -> Path:
+        """The file that says of the array what it is."""
+        name = MARKERS[0] if self.zarr_format == 3 else MARKERS[2]
+        return Path(self.root, self._array.path, name)
+
+    @property
     def identity(self) -> str:
         """Say which data this is without reading it: where, how many files, how large, how old."""
         folder = Path(self.root, self._array.path)

@@ -3,8 +3,9 @@
 Starts without torch.
 """
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gdlib import io
 from gdlib.boxes import Box
 from gdlib.data.axes import kept_axes
 from gdlib.data.files import open_volume
+from gdlib.data.omezarr import open_zarr, split_zarr_path
 from gdlib.io import outputs
 from gdlib.limits import Count, Whole, checked
 from gdlib.registry import nearest
@@ -128,13 +130,13 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Complete and check what the user wants of the workflow, before anything runs.
 
     Args:
-        config: `input` (`volume.h5:dataset`), `model` (weights file) and `out` (folder); if wanted
-            `block` and `overlap` (sides, e.g. 64x512x512), `segmenter`, and `parameters` of it
-            (name -> value).
+        config: `input` (`volume.h5:dataset` or `volume.zarr`), `model` (weights file) and `out`
+            (folder); if wanted `block` and `overlap` (sides, e.g. 64x512x512), `segmenter`, and
+            `parameters` of it (name -> value).
 
     Returns:
-        The same keys with `grid`, and the input's `file`; segmenter and parameters as tuned with
-        the weights but for what was given.
+        The same keys with `grid`, the input's `file`, and the name of the `labels`; segmenter and
+        parameters as tuned with the weights but for what was given.
 
     Raises:
         ValueError: one sentence on what is wrong.
@@ -149,16 +151,17 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
                 "model=weights.safetensors out=folder"
             )
     config = {**config, **{key: expanded(str(config[key])) for key in KEYS[:3]}}
-    if not io.is_hdf5(config["input"]):
+    if not io.is_hdf5(config["input"]) and not split_zarr_path(config["input"]):
         raise io.DataError(
-            f"{config['input']}: blocks can be read from an HDF5 file alone; copy the image into "
-            "one (see docs/volumes.md)"
+            f"{config['input']}: blocks can be read from HDF5 and OME-Zarr alone; copy the image "
+            "into one (see docs/volumes.md)"
         )
     header = io.read_header(config["model"])
     io.check_header(config["model"], header, ("channels", "offsets", "segmentation"))
     ndim = len(header["offsets"][0])
-    with open_volume(config["input"]) as image:
-        file, shape = image.file.filename, image.shape
+    with open_array(config["input"]) as image:
+        file, shape = str(file_of(image)), image.shape
+        letters = getattr(image, "letters", "")
     wanted = ndim + (header["channels"] > 1)
     sides = tuple(shape[axis] for axis in kept_axes(shape, wanted))
     if len(sides) != wanted or 0 in sides:
@@ -166,11 +169,22 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{config['input']}: its shape is {shape}, but the network is for "
             f"images with {ndim} axes"
         )
-    mine = {
-        "labels.h5": outputs.has_attributes("weights_sha256"),
-        "plan.json": outputs.has_keys("weights_sha256"),
-    }
-    written = [outputs.Output(Path(config["out"], name), test) for name, test in mine.items()]
+    order = iter("C" * (header["channels"] > 1) + "ZYX"[-ndim:])
+    if not all(axis in order for axis, n in zip(letters, shape, strict=False) if n > 1):
+        raise io.DataError(
+            f"{config['input']}: its axes are {letters} {shape}, and blocks are read from an image "
+            f"of the axes {'CZYX' if ndim == 3 else 'CYX'}; use `gdlib segment`, which takes any "
+            "order, and one of several channels"
+        )
+    labels = "labels.h5" if io.is_hdf5(config["input"]) else "labels.zarr"
+    result, out = Path(config["out"], labels), Path(config["out"], "plan.json")
+    written = [outputs.Output(out, outputs.has_keys("weights_sha256"))]
+    if labels == "labels.h5":
+        written.append(outputs.Output(result, outputs.has_attributes("weights_sha256")))
+    else:
+        from gdlib.volumes.zarr_labels import of_volume
+
+        written.append(of_volume(result))
     outputs.check(written, [file, config["model"]], overwrite=None, option="out")
     grid = Grid(
         sides[-ndim:],
@@ -180,7 +194,31 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
     segmenter, parameters = chosen(
         config["model"], header, config.get("segmenter"), config.get("parameters") or {}
     )
-    return {**config, "file": file, "grid": grid, "segmenter": segmenter, "parameters": parameters}
+    found = {"file": file, "labels": labels, "grid": grid}
+    return {**config, **found, "segmenter": segmenter, "parameters": parameters}
+
+
+@contextlib.contextmanager
+def open_array(path: str) -> Iterator[Any]:
+    """Open an image of which parts are read: a dataset of HDF5, or a level of an OME-Zarr."""
+    if io.is_hdf5(path):
+        with open_volume(path) as volume:
+            yield volume
+    else:
+        yield open_zarr(path)
+
+
+def file_of(image: Any) -> Path:
+    """Return the file of a dataset of HDF5, or the one that says what a level of OME-Zarr is."""
+    return image.file if isinstance(image.file, Path) else Path(image.file.filename)
+
+
+def identity(image: Any) -> list[Any]:
+    """Say which data an open image is, without reading it."""
+    if isinstance(image.file, Path):
+        return [image.identity]
+    status = file_of(image).stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _sides(name: str, value: Any, ndim: int) -> tuple[int, ...]:

@@ -42,9 +42,11 @@ from gdlib import __version__, io
 from gdlib.boxes import Box, absolute, intersection, relative
 from gdlib.data.files import open_volume
 from gdlib.data.intensity import working_type
+from gdlib.data.omezarr import open_zarr
+from gdlib.io import outputs
 from gdlib.segment import segmenters
 from gdlib.segment.parameters import checked
-from gdlib.volumes.grid import Grid
+from gdlib.volumes.grid import Grid, identity, open_array
 from gdlib.volumes.stitch import contacts, divided, same, without_fragments
 
 COMPRESSION = {"compression": "gzip", "compression_opts": 1, "shuffle": True, "track_times": False}
@@ -56,7 +58,7 @@ def plan(image: str, weights: Path, out: Path, *, block: Sequence[int], segmente
     network.
 
     Args:
-        image: `volume.h5:dataset`, ([Z,] Y, X) or (C, [Z,] Y, X).
+        image: `volume.h5:dataset` or `volume.zarr`, ([Z,] Y, X) or (C, [Z,] Y, X).
         weights: of the network.
         out: `plan.json`.
         block: see `Grid`.
@@ -72,15 +74,14 @@ def plan(image: str, weights: Path, out: Path, *, block: Sequence[int], segmente
             f"{weights}: every pixel of this network sees the whole image, so it cannot be cut; "
             "choose another"
         )
-    with open_volume(image) as volume:
+    with open_array(image) as volume:
         try:
             source = predictor.source(volume)
         except io.DataError as error:
             raise io.DataError(f"{image}: {error}") from None
-        status = Path(volume.file.filename).stat()
         content = {
             "image": image,
-            "identity": [status.st_size, status.st_mtime_ns],
+            "identity": identity(volume),
             "weights_sha256": io.sha256(weights),
             **planned(predictor, source, block, segmenter),
         }
@@ -133,9 +134,8 @@ def predict(
         raise io.DataError(f"{weights}: these are not the weights of the plan; make the plan again")
     predictor = Predictor.load(weights, device=device, block=passes)
     predictor.header = {**predictor.header, "offsets": plan["offsets"]}
-    with open_volume(plan["image"]) as volume:
-        status = Path(volume.file.filename).stat()
-        if [status.st_size, status.st_mtime_ns] != plan["identity"]:
+    with open_array(plan["image"]) as volume:
+        if identity(volume) != plan["identity"]:
             raise io.DataError(
                 f"{plan['image']}: the file has changed since the plan was made; "
                 "make the plan again"
@@ -317,16 +317,22 @@ def relabel(
 
 
 def join(plan: Mapping[str, Any], labels: Path, out: Path, about: Mapping[str, Any]) -> None:
-    """Put all blocks into one file, whose dataset is called as that of the image.
-
-    Chunks are copied as they are.
+    """Put all blocks into one file, whose dataset is called as that of the image; chunks are copied
+    as they are. The label of an OME-Zarr is an OME-Zarr, with the levels of its image.
 
     Args:
         plan: content of `plan.json`.
         labels: folder of the relabelled blocks.
-        out: `labels.h5`.
+        out: `labels.h5`, or `labels.zarr`.
         about: what else the file says about itself, e.g. the settings.
     """
+    if not io.is_hdf5(plan["image"]):
+        from gdlib.volumes.zarr_labels import write_blocks
+
+        zarr = open_zarr(plan["image"])
+        mark = outputs.mark(zarr.root, str(zarr.file.parent.relative_to(zarr.root)))
+        write_blocks(out, zarr, plan, labels, mark, {**plan, **about})
+        return
     with open_volume(plan["image"]) as image, io.create_h5(out, **plan, **about) as file:
         label = gathered(plan, labels, file, image.name)
         for key in ("resolution", "offset", "element_size_um"):  # where the voxels are

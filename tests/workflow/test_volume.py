@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import h5py
+import numpy as np
 from test_blockwise import assert_same, config_of, volume
+from test_omezarr import write
 
 from gdlib import io
 from gdlib.cli.main import main
+from gdlib.data.omezarr import open_zarr
 from gdlib.volumes.grid import options
 
 __all__ = ["volume"]
@@ -79,6 +82,31 @@ def test_the_workflow_is_killed_and_goes_on(volume, teacher, tmp_path):
     output, _ = snakemake(tmp_path, config | {"block": "64x3x2"}, "--cores", "1").communicate()
     assert "block: 64x3x2 is not one side, or 2" in output
     assert "Traceback" not in output
+
+
+def test_an_ome_zarr_gives_an_ome_zarr(volume, teacher, tmp_path):
+    """With the labels of the same image in an HDF5 file, and a pyramid."""
+    with h5py.File(volume) as file:
+        image = file["main"][()]
+    path = write(tmp_path / "image.zarr", [image[None], image[None, ::2, ::2]], "cyx", 3)
+    config = config_of(volume, teacher, "h5")
+    for arguments in (config, config | {"input": str(path), "out": "zarr"}):
+        output, _ = (run := snakemake(tmp_path, arguments, "--cores", "2")).communicate()
+        assert run.returncode == 0, output
+    label = open_zarr(tmp_path / "zarr" / "labels.zarr")
+    with h5py.File(tmp_path / "h5" / "labels.h5") as file:
+        expected = file["main"][()]
+    assert expected.max() > 3
+    assert np.array_equal(np.asarray(label), expected)
+    assert [level.shape for level in label.levels] == [expected.shape, expected[::2, ::2].shape]
+    assert label.microns == (0.5, 0.5)
+    assert not list((tmp_path / "zarr").rglob("*.h5"))
+    output, _ = snakemake(tmp_path, arguments, "--cores", "1").communicate()
+    assert "Nothing to be done" in output, output
+    label.file.unlink()  # not one of ours any more
+    (tmp_path / "zarr" / "labels.zarr" / "zarr.json").write_text("{}")
+    output, _ = snakemake(tmp_path, arguments, "--cores", "1").communicate()
+    assert "labels.zarr: there is a folder of this name; choose another out" in output, output
 
 
 def test_the_workflow_is_clean(volume, teacher, tmp_path):

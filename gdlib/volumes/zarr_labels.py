@@ -1,9 +1,9 @@
-"""Labels of `gdlib segment` as OME-Zarr: in the folder of their image, or in one of their own."""
+"""Labels as OME-Zarr: in the folder of their image, or in one of their own."""
 
 import itertools
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,15 @@ def output(folder: Path, mark: str) -> outputs.Output:
     )
 
 
+def of_volume(folder: Path) -> outputs.Output:
+    """Return the label of a volume of many jobs for a check, the same."""
+    return outputs.Output(
+        folder,
+        lambda path: "weights_sha256" in _attributes(path).get("gdlib", {}),
+        is_kind=lambda path: "image-label" in _ome(_attributes(path)),
+    )
+
+
 def write_label(
     folder: Path, image: ZarrImage, label: np.ndarray, mark: str, axes: str | None = None
 ) -> None:
@@ -80,10 +89,17 @@ def write_label(
 
 
 def write_blocks(
-    folder: Path, image: ZarrImage, plan: dict[str, Any], labels: Path, mark: str
+    folder: Path,
+    image: ZarrImage,
+    plan: Mapping[str, Any],
+    labels: Path,
+    mark: str,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the label of an image that was segmented in blocks, block by block."""
-    _write(folder, image, jobs.parts(plan, labels), plan["shape"], None, mark)
+    """Write the label of an image that was segmented in blocks, block by block; `about` becomes the
+    attribute `gdlib`.
+    """
+    _write(folder, image, jobs.parts(plan, labels), plan["shape"], None, mark, about)
 
 
 def _write(
@@ -93,6 +109,7 @@ def _write(
     shape: Sequence[int],
     letters: str | None,
     mark: str,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pyramid: the parts into the level of the image, and the others, each pixel that of
     the nearest centre, from the one before.
@@ -117,6 +134,8 @@ def _write(
         about = {"multiscales": [_multiscale(folder.stem, axes, levels)]}
         about["image-label"] = {"source": {"image": "../../"}} if inside else {}
         group.attrs.update({**_versioned(about, image.zarr_format), outputs.SOFTWARE: mark})
+        if more:
+            group.attrs.update({"gdlib": dict(more)})
     if inside:
         _list(zarr, image, folder.name)
 
