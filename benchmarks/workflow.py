@@ -7,6 +7,13 @@ import sys
 from benchmarks.bench import FOLDER, Bench
 from gdlib.cli import steps
 
+# What Numba costs a job: it is imported, and the first compiled loop is read from the cache.
+FIRST_WATERSHED = """
+import numpy as np
+from gdlib.segment.mutex import mutex_watershed
+mutex_watershed(np.zeros((2, 8, 8), np.uint8), np.ones((8, 8), bool), [(-1, 0), (0, -1)])
+"""
+
 
 def imports() -> dict[str, list[str]]:
     """Return for every step of the workflow the modules that it imports, from the source of
@@ -49,6 +56,7 @@ def run(bench: Bench) -> None:
         "parse the configuration": ("from gdlib.config import load; load('.')"),
     }
     cases |= {f"step {name}": f"import {', '.join(modules)}" for name, modules in imports().items()}
+    cases["step segment, first mutex watershed"] = f"{cases['step segment']}\n{FIRST_WATERSHED}"
     for name, code in cases.items():
         heavy = (
             start(f"{code}\nimport sys; print('torch' in sys.modules)")().splitlines()[-1] == "True"
