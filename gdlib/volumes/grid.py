@@ -162,19 +162,19 @@ def options(config: Mapping[str, Any]) -> dict[str, Any]:
     with open_array(config["input"]) as image:
         file, shape = str(file_of(image)), image.shape
         letters = getattr(image, "letters", "")
-    wanted = ndim + (header["channels"] > 1)
-    sides = tuple(shape[axis] for axis in kept_axes(shape, wanted))
-    if len(sides) != wanted or 0 in sides:
-        raise io.DataError(
-            f"{config['input']}: its shape is {shape}, but the network is for "
-            f"images with {ndim} axes"
-        )
     order = iter("C" * (header["channels"] > 1) + "ZYX"[-ndim:])
     if not all(axis in order for axis, n in zip(letters, shape, strict=False) if n > 1):
         raise io.DataError(
             f"{config['input']}: its axes are {letters} {shape}, and blocks are read from an image "
             f"of the axes {'CZYX' if ndim == 3 else 'CYX'}; use `gdlib segment`, which takes any "
             "order, and one of several channels"
+        )
+    wanted = ndim + (header["channels"] > 1)
+    sides = tuple(shape[axis] for axis in kept_axes(shape, wanted))
+    if len(sides) != wanted or 0 in sides:
+        raise io.DataError(
+            f"{config['input']}: its shape is {shape}, but the network is for "
+            f"images with {ndim} axes"
         )
     labels = "labels.h5" if io.is_hdf5(config["input"]) else "labels.zarr"
     result, out = Path(config["out"], labels), Path(config["out"], "plan.json")
