@@ -244,16 +244,22 @@ def tensors(path):
 def test_a_training_goes_on_where_it_was(
     method, labels, splits, found, maps, train, make_spec, tmp_path
 ):
-    taught = {"maps": maps[:1], "unlabelled_maps": maps[1:]} if method == "grd" else {}
+    teacher_maps = {"maps": maps[:1], "unlabelled_maps": maps[1:]} if method == "grd" else {}
     spec = make_spec(method, teacher="maps", batch_size=4, unlabelled={"labels": labels})
-    train(spec, tmp_path / "at_once", unlabelled=found, **taught)
+    train(spec, tmp_path / "at_once", unlabelled=found, **teacher_maps)
     calls = iter(range(100))
     with pytest.raises(loop.Interrupted):
-        train(spec, tmp_path / "twice", unlabelled=found, stop=lambda: next(calls) == 3, **taught)
-    train(spec, tmp_path / "twice", unlabelled=found, **taught)
+        train(
+            spec,
+            tmp_path / "twice",
+            unlabelled=found,
+            stop=lambda: next(calls) == 3,
+            **teacher_maps,
+        )
+    train(spec, tmp_path / "twice", unlabelled=found, **teacher_maps)
     one, two = (tensors(tmp_path / part / "last.safetensors") for part in ("at_once", "twice"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    train(spec, tmp_path / "without", **(taught and {"maps": maps[:1]}))
+    train(spec, tmp_path / "without", **(teacher_maps and {"maps": maps[:1]}))
     without = tensors(tmp_path / "without" / "last.safetensors")
     assert any(not torch.equal(one[name], without[name]) for name in one)
 

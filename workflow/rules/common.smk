@@ -160,7 +160,7 @@ def teacher_files(dataset):
     ]
 
 
-def taught(wildcards):
+def beside_labels(wildcards):
     """What a student learns from beside labels: the maps of its teacher, the teacher itself, unlabelled images, or nothing;
     then it need not wait."""
     dataset, method = wildcards.dataset, wildcards.method

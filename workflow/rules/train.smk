@@ -30,14 +30,14 @@ rule train_teacher:
         runtime=grow(480),
     params:
         spec=lambda wildcards: compact(PLAN.train_spec(run_of(wildcards))),
-        taught=[],
+        beside_labels=[],
         # Nobody's output, so that a run that was stopped or killed goes on from there when it is started again.
         state=f"{RESULTS}/state/{ID}",
     message:
         f"Train {NAME}"
     # `exec`: else Snakemake waits for a shell that ends at once at SIGTERM, and not for the training that saves itself.
     shell:
-        "exec python -m gdlib step train --spec {params.spec:q} --train {input.train} --val {input.val} {params.taught:q}"
+        "exec python -m gdlib step train --spec {params.spec:q} --train {input.train} --val {input.val} {params.beside_labels:q}"
         " --weights {output.weights} --last {output.last} --history {output.history} --state {params.state}"
         " --threads {threads} ${{CLUSTER_JOB:+--max-seconds $(({resources.runtime} * 54))}} > {log} 2>&1"
 
@@ -161,7 +161,7 @@ use rule ask_teacher as ask_of_unlabelled with:
 # What is not named here is the teacher's: outputs, command, and the parameters `spec` and `state`.
 use rule train_teacher as train_student with:
     input:
-        unpack(taught),
+        unpack(beside_labels),
         train=f"{DATA}/train.h5",
         val=f"{DATA}/val.h5",
         code=train_code,
@@ -174,7 +174,7 @@ use rule train_teacher as train_student with:
         mem_mb=grow(6000),
         runtime=grow(240),
     params:
-        taught=lambda wildcards, input: [
+        beside_labels=lambda wildcards, input: [
             word
             for name in ("teacher", "maps", "unlabelled", "unlabelled_maps")
             if (files := input.get(name))

@@ -216,9 +216,9 @@ def ablation(
                 for x, one in zip(place, points, strict=True):
                     if one.size > 1:
                         axis.plot(np.full(one.size, x + 0.16), one, **_seed_marker(Look("", DARK)))
-                goal = values.get((teacher, TEACHER, key), np.empty(0))
+                of_teacher = values.get((teacher, TEACHER, key), np.empty(0))
                 if student == students[0]:
-                    note = f"\nteacher {goal.mean():.3f}" if goal.size else ""
+                    note = f"\nteacher {of_teacher.mean():.3f}" if of_teacher.size else ""
                     axis.set_title(metric_title(key) + note, pad=4)
                 axis.set_xlim(-0.5, len(found) - 0.5)
                 axis.set_xticks(place, [settings[method] for method in found])

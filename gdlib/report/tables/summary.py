@@ -367,7 +367,7 @@ def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
     metrics = metrics[metrics["metric"].isin(METRICS)]
     teachers = metrics[metrics["method"] == TEACHER]
     first = teachers.groupby("dataset")["network"].first()
-    goals = (
+    of_teachers = (
         per_seed(teachers).groupby(["dataset", "network", "segmenter", "metric"])["value"].agg(list)
     )
     keys = ["dataset", "network", "segmenter", "metric"]
@@ -384,10 +384,10 @@ def compare(metrics: pd.DataFrame, reference: str = NONE) -> pd.DataFrame:
             seeds = table.columns.intersection(base.columns)
             if len(seeds) == 0:
                 continue
-            goal = goals.get(
+            of_teacher = of_teachers.get(
                 (dataset, named_teacher(method) or first.get(dataset), segmenter, metric), ()
             )
-            share = gap_closed(table[seeds].mean(), base[seeds].mean(), goal, metric)
+            share = gap_closed(table[seeds].mean(), base[seeds].mean(), of_teacher, metric)
             pairs = table[seeds] - base[seeds]
             tests = image_p(pairs.mean(axis=1)), float("nan"), seed_p(pairs.mean()), float("nan")
             numbers = (*_mean_std(pairs.mean()), *share, *tests, len(seeds), len(pairs))
