@@ -159,7 +159,11 @@ def train(folder: Path, data: Sequence[Path], seconds: float, threads: int, seed
                 writer.writerow(row)
             print(row, flush=True)
 
-    if spent < seconds:
+    recorded = 0
+    if history.exists():
+        with history.open(newline="") as file:
+            recorded = max(int(row["step"]) for row in csv.DictReader(file))
+    if spent < seconds or recorded < done:  # what was killed within an epoch has no loss yet
         model.callbacks.append(Progress())
         images, labels = parts["train"]
         model.train(

@@ -1,6 +1,8 @@
 """`python -m benchmarks.references`: what it computes itself, and StarDist, where it is installed."""
 
+import csv
 import importlib.util
+import subprocess
 import sys
 
 import numpy as np
@@ -96,3 +98,27 @@ def test_without_stardist_it_says_what_to_install(dataset, tmp_path, monkeypatch
     (tmp_path / "model").mkdir()
     with pytest.raises(SystemExit, match=r'stardist-predict2d is missing; .*"gdlib\[references\]"'):
         references.command(str(tmp_path / "model"), [], tmp_path, 1)
+
+
+@pytest.mark.skipif(not installed, reason='no extra "references"')
+@pytest.mark.long
+def test_stardist_learns_stops_in_time_and_goes_on(dataset, tmp_path, monkeypatch, capsys):
+    def call(*words):
+        words = [sys.executable, "-m", "benchmarks.references", *map(str, words)]
+        subprocess.run(words, check=True, cwd=references.__file__.rpartition("/benchmarks/")[0])
+
+    model, rows = tmp_path / "model", []
+    for seconds in (1, 40, 2):  # the last has nothing left to learn
+        call("train", model, "--data", dataset, "--seconds", seconds, "--threads", 1)
+        with (model / "history.csv").open(newline="") as file:
+            rows.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])
+    assert [len(some) for some in rows] == [1, 2, 2]
+    first, second = rows[1]
+    assert first == rows[0][0]
+    assert first["step"] < second["step"]
+    assert 1 <= first["seconds"] < 40 <= second["seconds"]
+    assert second["val_loss"] < first["val_loss"]
+    run(monkeypatch, "images", tmp_path / "test", "--data", dataset)
+    call("segment", model, tmp_path / "test", tmp_path / "labels")
+    run(monkeypatch, "score", tmp_path / "labels", "--data", dataset)
+    assert "discs: 1 images, aji" in capsys.readouterr().out

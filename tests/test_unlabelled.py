@@ -4,6 +4,7 @@ them, and that nothing changes where there are none."""
 import copy
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -25,6 +26,7 @@ from gdlib.train.ask import ask
 from gdlib.train.label import label_images, unsure
 from gdlib.train.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parents[1]
 OFFSETS = {2: [[-1, 0], [0, -1], [-3, 0]], 3: [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, -3, 0]]}
 
 
@@ -343,6 +345,27 @@ def test_labels_of_another_program_come_along(squares, tmp_path):
     prepared(written(tmp_path / "raw", squares, range(20, 23)), tmp_path, True)
     for sample in io.read_samples(tmp_path / "unlabelled.h5"):
         assert np.array_equal(sample.label, squares(int(sample.id))[1])
+
+
+def test_label_files_of_stardist_come_along_as_it_wrote_them(squares, tmp_path):
+    """`tests/stardist/README.md` says how they were made: by its command, and by the lines of
+    docs/unlabelled.md."""
+    root, files = written(tmp_path / "raw", squares, [20, 21, 22]), ROOT / "tests/stardist"
+    labels = {}
+    for path in (files / "labels").iterdir():
+        name = path.name.replace(".stardist.tif", ".tif")
+        labels[path.name.split(".")[0]] = tifffile.imread(path)
+        (root / "unlabelled_labels" / name).write_bytes(path.read_bytes())
+        (root / "unlabelled" / name).write_bytes((files / "images" / name).read_bytes())
+    summary = prepared(root, tmp_path, True)["unlabelled"]
+    assert (summary["samples"], summary["empty_labels"]) == (5, 0)
+    assert {label.dtype.name for label in labels.values()} == {"int32", "uint16"}
+    for name, label in labels.items():
+        found = io.read_array(tmp_path / "unlabelled.h5", name, "label")
+        assert len(np.unique(label)) > 5
+        pairs = {(a, b) for a, b in zip(label.ravel(), found.ravel(), strict=True)}
+        assert len(pairs) == len(np.unique(label)) == len(np.unique(found))  # one for one
+        assert np.array_equal(label == 0, found == 0)
 
 
 def test_unlabelled_images_that_nobody_wants_are_told(squares, tmp_path, capsys):
