@@ -199,6 +199,7 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     engine: str = "auto",
+    invert: bool = False,
 ) -> Model:
     """Load a trained network.
 
@@ -208,8 +209,10 @@ def load(
         device: `auto`, `cpu`, `cuda`, `mps`, ...
         precision: of the arithmetic: `auto`, `float32`, `bfloat16` or `float16`.
         engine: what runs the network: `auto`, `torch` or `openvino`.
+        invert: see images as their negatives: where objects are dark on a bright ground, and were
+            bright in the training.
 
     Raises:
         DataError: there is no such file or name, or it is no weights file.
     """
-    return Model(find(model), device=device, precision=precision, engine=engine)
+    return Model(find(model), device=device, precision=precision, engine=engine, invert=invert)

@@ -16,7 +16,15 @@ from gdlib.cli.main import main
 from gdlib.data import intensity
 from gdlib.data.augment import empty_patches
 from gdlib.data.files import read_image
-from gdlib.data.intensity import intensity_range, learn, normalise, pixel_noise, rescale
+from gdlib.data.intensity import (
+    Negative,
+    ground_is_elsewhere,
+    intensity_range,
+    learn,
+    normalise,
+    pixel_noise,
+    rescale,
+)
 from gdlib.data.patches import PatchSampler
 from gdlib.predict.predictor import Predictor
 from gdlib.segment.segmenters import segment
@@ -231,6 +239,39 @@ def test_nothing_is_learned_of_images_without_noise():
     np.testing.assert_array_equal(
         intensity_range(image, **learned), intensity_range(image, **PERCENTILES)
     )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32, bool])
+def test_a_negative_is_the_image_of_which_dark_is_bright(dtype, tmp_path):
+    rng = np.random.default_rng(0)
+    image = (rng.gamma(2, 20, (1, 40, 30)) % 127).astype(dtype)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = image
+        for seen in (Negative(image), Negative(file["image"])):
+            assert (seen.shape, seen.dtype, seen.ndim) == (image.shape, image.dtype, 3)
+            part = seen[:, 3:9, 4]
+            assert part.dtype == image.dtype
+            # the greatest is the least, in equal steps
+            sums = part.astype(float) + image[:, 3:9, 4].astype(float)
+            assert len(np.unique(sums)) == 1
+            low, high = intensity_range(seen, 1, 99.8)
+            other = intensity_range(image, 0.2, 99)
+            np.testing.assert_allclose(high - low, other[1] - other[0], rtol=1e-5)
+            assert rescale(seen[()], low, high).argmax() == image.argmin()
+
+
+def test_a_ground_as_bright_as_objects_is_noticed():
+    rng = np.random.default_rng(0)
+    image = rng.normal(20, 2, (1, 90, 90))
+    image[:, 30:50, 30:50] += 100
+    for seen, level, expected in (
+        (image, [0.05], False),
+        (Negative(image), [0.05], True),
+        (Negative(image), [0.95], False),
+        (image, [0.95], True),
+    ):
+        low, high = intensity_range(seen, 1, 99.8)
+        assert ground_is_elsewhere(seen, low, high, level) is expected
 
 
 def test_samples_may_stay_in_their_file(tmp_path):

@@ -81,6 +81,12 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "and the labels back; instead of --pixel-size",
     )
     segment.add_argument(
+        "--invert",
+        action="store_true",
+        help="see the images as their negatives: objects are dark on a bright ground, and were "
+        "bright in the training",
+    )
+    segment.add_argument(
         "--preview",
         action="store_true",
         help="a picture with outlines beside every label, NAME.preview.png",

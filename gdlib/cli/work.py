@@ -112,7 +112,7 @@ class Work:
         self.arguments, self.failed = arguments, failed
         self.ndim = ndim = len(header["offsets"][0])
         self.segmenter, self.parameters = how
-        keys = ("device", "precision", "engine", "block")
+        keys = ("device", "precision", "engine", "block", "invert")
         self.predictor = Predictor.load(
             arguments.model, **{key: getattr(arguments, key) for key in keys}
         )
@@ -162,6 +162,16 @@ class Work:
                 return None
             with self._about(job.path, image):
                 source = predictor.source(image)
+                if source.ground_is_elsewhere:
+                    self._say(
+                        "most of it is as bright as objects were in the training; if objects are "
+                        + (
+                            "bright here, leave --invert out"
+                            if arguments.invert
+                            else "dark on a bright ground here, use --invert"
+                        ),
+                        job,
+                    )
                 large = self.budget and (arguments.memory or is_large(predictor, source.shape))
                 if large:
                     choice = choose(

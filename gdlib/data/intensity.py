@@ -226,6 +226,53 @@ def rescale(image: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return (image / span(low, high).reshape(column)).astype(np.float32, copy=False)
 
 
+class Negative:
+    """An image, or a dataset on disk, in which dark is bright and bright is dark.
+
+    Whole numbers are complemented, so that none leaves its type; others change their sign. What is
+    meant by a number is lost, which networks do not see.
+
+    Args:
+        array: parts of it are read by integers and slices.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.shape, self.dtype = tuple(array.shape), array.dtype
+        self.ndim, self.chunks = len(self.shape), getattr(array, "chunks", None)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        part = np.asarray(self.array[key])
+        return -part if part.dtype.kind == "f" else ~part
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[()], dtype)
+
+
+def ground_is_elsewhere(
+    image: np.ndarray | h5py.Dataset,
+    low: np.ndarray,
+    high: np.ndarray,
+    level: Sequence[float],
+) -> bool:
+    """Say whether most of an image is as bright as objects are, or as dark.
+
+    Args:
+        image: (C, [Z,] Y, X), any real type; strips of it are looked at.
+        low: (C,), from `intensity_range`, as is `high`.
+        high: (C,).
+        level: for each channel, where the ground lies between both in the images of the training,
+            from `learn`.
+    """
+    median = [
+        np.median(np.concatenate([np.asarray(image[c, strip]).ravel()[::7] for strip in strips]))
+        for strips in [_strips(image.shape)]
+        for c in range(image.shape[0])
+    ]
+    place = (np.array(median) - low) / span(low, high)
+    return bool((np.abs(place - np.array(level)) > 0.6).all())
+
+
 def working_type(stored: np.dtype) -> np.dtype:
     """Return float32 for types all of whose numbers it has, float64 for others."""
     return np.result_type(stored, np.float32)

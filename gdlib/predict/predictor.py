@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gdlib import io
 from gdlib.boxes import Box, intersection, relative
 from gdlib.data.axes import SECTIONS, View, fitted, kept_axes
-from gdlib.data.intensity import intensity_range, rescale
+from gdlib.data.intensity import Negative, ground_is_elsewhere, intensity_range, rescale
 from gdlib.devices import choose_device, choose_precision
 from gdlib.kernels.quantised import as_uint8, quantised_affinities
 from gdlib.models import folded, trained, untrained
@@ -64,6 +64,7 @@ class Source:
         channels: C that the network wants.
         ndim: number of axes that the network wants.
         normalisation: keyword arguments of `intensity_range`; the range is that of the whole image.
+        invert: see the image as its negative.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Source:
         channels: int,
         ndim: int,
         normalisation: Mapping[str, float],
+        invert: bool = False,
     ) -> None:
         shape = tuple(array.shape)
         if isinstance(array, np.ndarray):
@@ -94,7 +96,7 @@ class Source:
                 f"model{SECTIONS * (channels == 1 and ndim == 3)}"
             )
         array, shape = seen, seen.shape
-        self.array = array
+        self.array = Negative(array) if invert else array
         self.shape = shape[1:]
         self.normalisation = normalisation
 
@@ -102,6 +104,12 @@ class Source:
     def range(self) -> tuple[np.ndarray, np.ndarray]:
         """What becomes 0 and 1, for each channel."""
         return intensity_range(self.array, **self.normalisation)
+
+    @property
+    def ground_is_elsewhere(self) -> bool:
+        """Is most of the image as bright as objects were in the training, if that is known?"""
+        level = self.normalisation.get("level")
+        return level is not None and ground_is_elsewhere(self.array, *self.range, level)
 
     def read(self, starts: Sequence[int], stops: Sequence[int]) -> np.ndarray:
         """Return a box (C, *sides) float32, normalised.
@@ -143,6 +151,8 @@ class Predictor:
             axis); the context comes on top. The result does not depend on it. `BLOCK` if left out;
             without a limit where an image is taken in one piece.
         levels: names of the feature maps that `features` returns, as far as the network has them.
+        invert: see images as their negatives: where objects are dark on a bright ground, and were
+            bright in the training.
     """
 
     def __init__(
@@ -155,7 +165,9 @@ class Predictor:
         engine: str = "torch",
         block: int | Sequence[int] | None = None,
         levels: Sequence[str] = (),
+        invert: bool = False,
     ) -> None:
+        self.invert = invert
         self.levels = tuple(level for level in levels if level in network.levels)
         self.device = choose_device(str(device))
         self.dtype = choose_precision(precision, self.device)
@@ -224,7 +236,11 @@ class Predictor:
     def source(self, image: np.ndarray | h5py.Dataset) -> Source:
         """Return an image as this network sees it; for the arguments see `__call__`."""
         return Source(
-            image, self.header["channels"], self.network.ndim, self.header["normalisation"]
+            image,
+            self.header["channels"],
+            self.network.ndim,
+            self.header["normalisation"],
+            self.invert,
         )
 
     def block_sides(self, shape: Sequence[int]) -> tuple[int, ...]:
