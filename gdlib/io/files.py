@@ -1,6 +1,7 @@
 """Files that are complete or do not exist, whoever writes them; see `gdlib.io`."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -85,14 +86,24 @@ def _remove_leftovers(temporary: Path) -> None:
     """Remove files and folders that are called like a temporary one, whose writers were killed on
     this machine.
     """
-    for file in temporary.parent.glob(".*.tmp"):
+    for file in _unfinished(temporary.parent):
         name, process, _ = file.name.rsplit(".", 2)
         if (
             name == temporary.name.rsplit(".", 2)[0]
             and process.isdecimal()
             and not _is_running(int(process))
         ):
-            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+            shutil.rmtree(file, True) if file.is_dir() else file.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _unfinished(folder: Path) -> list[Path]:
+    """Return what writers were at work on, or had left, when this process first wrote into a
+    folder.
+
+    Looked for once: with every file, it would take longer the more files there are.
+    """
+    return list(folder.glob(".*.tmp"))
 
 
 def _is_running(process: int) -> bool:

@@ -1,4 +1,4 @@
-"""Own data: a folder with `images/` and `labels/`, PNG, TIFF or HDF5, one label file per image file
+"""Own data: a folder with `images/` and `labels/`, PNG, TIFF, HDF5 or OME-Zarr, one label file per image file
 and of equal name.
 
 A label file holds one integer per pixel: 0 = background, any other number = one instance; masks and
