@@ -1,5 +1,5 @@
-"""Own data: a folder with `images/` and `labels/`, PNG, TIFF, HDF5 or OME-Zarr, one label file per image file
-and of equal name.
+"""Own data: a folder with `images/` and `labels/`, PNG, TIFF, HDF5 or OME-Zarr, one label file per
+image file and of equal name.
 
 A label file holds one integer per pixel: 0 = background, any other number = one instance; masks and
 classes can be split into their regions. The endings may differ, `a.png` goes with `a.tif`; capitals
