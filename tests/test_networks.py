@@ -156,7 +156,7 @@ def test_page_about_the_networks_is_up_to_date():
     rows = [
         (name, n.title, role, n.model, n.options)
         for role, group in groups
-        for name, n in group.items()
+        for name, n in ((name, config.network(name)) for name in group)
     ]
     page = (ROOT / "docs" / "networks.md").read_text()
     assert page == network_table(rows) + "\n", (

@@ -186,6 +186,7 @@ def test_evaluate_writes_over_its_own_tables_alone(own, refusal, tmp_path):
 
 
 STEPS = {"prepare": ["train", "val", "test"], "train": ["weights", "last", "history"]}
+STEPS |= {"join": ["weights"]}
 STEPS |= {
     step: ["out"]
     for step in (

@@ -179,9 +179,9 @@ ASKED = (
 
 def main(given):
     """Do everything in a thread, but for what only the first one can; print what it changed."""
+    import scipy.stats  # noqa: F401 - imports add filters of warnings, as those of the first optimizer
     import torch
 
-    # the first one imports what adds a filter of warnings
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     changes = {}
     for name, action in actions(**given).items():
