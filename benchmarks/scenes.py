@@ -132,7 +132,7 @@ def trainings(bench: Bench) -> dict[str, tuple[tuple[int, ...], int, Path]]:
     return {
         "2D": (bench.pick((128, 128), (64, 64), (32, 32)), 8, samples("nuclei_phantom", *nuclei)),
         "3D": (
-            bench.pick((12, 96, 96), (8, 64, 64), (4, 32, 32)),
+            bench.pick((12, 96, 96), (8, 64, 64), (6, 32, 32)),
             2,
             samples("neurites_phantom", *neurites),
         ),

@@ -29,6 +29,7 @@ from gdlib.segment.parameters import defaults
 from gdlib.segment.tune import score
 from gdlib.train import loop, validator
 from gdlib.train.label import label_images
+from gdlib.train.teacher import sides_of_maps
 from gdlib.train.trainer import Trainer, decay, follow, learning_rate
 from gdlib.types import Embedding
 
@@ -1094,3 +1095,13 @@ def test_a_memory_without_instances_is_an_error_for_terms_that_compare_them(
         match=r'"igd.* nothing to compare with, as none of the 3 patches .* show an ' r"instance",
     ):
         train(make_spec("grd", steps=40), tmp_path, teacher=teacher, train=tmp_path / "empty.h5")
+
+
+@pytest.mark.parametrize(("sections", "dtype"), [(4, torch.float32), (6, torch.bfloat16)])
+def test_maps_of_two_sections_are_not_computed_in_bfloat16(make_spec, sections, dtype):
+    """Gradients of weights there may be anything on some processors."""
+    spec = make_spec(
+        model="resunet3d", widths=(2, 2, 2, 2, 2), patch=(sections, 16, 16), precision="bfloat16"
+    )
+    assert sides_of_maps(spec)["stride8"][0] == sections // 2
+    assert Trainer(spec, None, torch.device("cpu")).dtype == dtype
