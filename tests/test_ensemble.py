@@ -90,6 +90,15 @@ def test_a_turned_image_has_the_turned_affinities():
         torch.testing.assert_close(turned(other.foreground, view, back=True), plain.foreground)
 
 
+def test_feature_maps_are_those_of_the_first_member():
+    network, image = ensemble(2, augment=True), torch.rand(2, 1, 32, 48, dtype=torch.float64)
+    found, first = network(image), network.members[0](image)
+    assert network.levels == network.members[0].levels
+    assert found.features.keys() == first.features.keys() == network.levels.keys() != set()
+    for name, maps in first.features.items():
+        torch.testing.assert_close(found.features[name], maps)
+
+
 def test_directions_are_those_that_change_inner_products_least(splits, make_spec):
     spec = make_spec("none")
     spec = spec.model_copy(

@@ -41,8 +41,6 @@ class Ensemble(nn.Module):
         ValueError: the members do not go together.
     """
 
-    levels: dict[str, tuple[int, tuple[int, ...]]] = {}
-
     def __init__(
         self,
         *,
@@ -101,11 +99,16 @@ class Ensemble(nn.Module):
         return _alike([max(one) for one in zip(*halos, strict=True)], max)
 
     @property
+    def levels(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Channels and stride of the feature maps, which are those of the first member."""
+        return self.members[0].levels
+
+    @property
     def foreground(self) -> nn.ModuleList:
         """What of it is a foreground head."""
         return nn.ModuleList(network.foreground for network in self.members)
 
-    def seen(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def seen(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """Yield what every member says in every view.
 
         Args:
@@ -113,7 +116,7 @@ class Ensemble(nn.Module):
 
         Yields:
             Unit vectors (B, D, [Z,] Y, X) and foreground probability (B, 1, [Z,] Y, X), of at least
-            float32, both turned back.
+            float32, both turned back; and the feature maps, as the view is turned.
         """
         for network in self.members:
             for view in range(self.views):
@@ -122,21 +125,23 @@ class Ensemble(nn.Module):
                     turned(maps, view, back=True).to(torch.promote_types(maps.dtype, torch.float32))
                     for maps in (found.embedding, found.foreground)
                 )
-                yield F.normalize(vectors, dim=1), logit.sigmoid()
+                yield F.normalize(vectors, dim=1), logit.sigmoid(), found.features
 
     def forward(self, image: Tensor) -> Embedding:
         """Map images (B, C, [Z,] Y, X), sides multiples of `divisor`, to embedding and foreground
-        of the same size: the logit of the mean probability.
+        of the same size, the logit of the mean probability, and feature maps of the first member.
         """
         parts = self.projection.split(self.lengths, dim=1)
         count = len(parts)
         embedding = foreground = torch.zeros((), device=image.device)
-        for part, (vectors, probability) in zip(parts, self.seen(image), strict=True):
+        levels: dict[str, Tensor] = {}
+        for part, (vectors, probability, features) in zip(parts, self.seen(image), strict=True):
+            levels = levels or features
             embedding = embedding + torch.einsum("kd,bd...->bk...", part, vectors)
             foreground = foreground + probability / count
         foreground = foreground.clamp(1e-6, 1 - 1e-6)
         logit = foreground.log() - (1 - foreground).log()
-        return Embedding(embedding / math.sqrt(count), logit, {})
+        return Embedding(embedding / math.sqrt(count), logit, levels)
 
 
 def turned(maps: Tensor, view: int, back: bool = False) -> Tensor:
