@@ -26,10 +26,10 @@ def find(model: Path | str) -> Path:
     Raises:
         DataError: there is neither.
     """
-    path = Path(model)
-    if path.exists() or path.suffix or path.name != str(model):
+    path, known = Path(model), str(model) in names()
+    if path.is_file() or path.suffix or path.name != str(model) or (path.exists() and not known):
         return path  # what is wrong with it is said where it is read
-    if str(model) not in names():
+    if not known:
         raise DataError(
             f'there is no file and no built-in network "{model}": {nearest(str(model), names())}, '
             "or give a weights file"

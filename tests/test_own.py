@@ -114,7 +114,8 @@ def spoil(folder, what):
         (["images", "labels"], "volume", "give --3d if these are the sections of a volume"),
         (["images", "labels", "--3d"], None, "has 2 axes (70, 90), not 3; leave --3d out"),
         (["images", "labels"], "broken", "3.tif: "),
-        (["images", "labels", "--teacher", "none"], None, "none: "),
+        (["images", "labels", "--teacher", "none"], None, 'no built-in network "none"'),
+        (["images", "labels", "--teacher", "none.pt"], None, "none.pt: "),
         (["images", "labels", "--time", "5m"], None, "--dry-run makes none"),
     ],
 )
@@ -152,6 +153,17 @@ def test_a_plan_is_written_and_kept_and_of_these_images(folders, capsys):
     (folders / "other").mkdir()
     assert main(["distill", "other", "labels", "--out", "new"]) == 1
     assert "choose another --out" in capsys.readouterr().err
+
+
+def test_a_network_that_comes_with_the_package_is_a_teacher(folders, capsys):
+    command = ["distill", "images", "labels", "--teacher", "nuclei", "--out", "new", "--dry-run"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "chosen: nuclei as the teacher, which is not trained" in said
+    assert "2 train_student" in said
+    assert "train_teacher" not in said
+    config = load(parts.home(), Path("new/config.yaml"))
+    assert str(config.teachers["given"].weights) == "nuclei"  # wherever the package is
 
 
 def test_images_without_labels_are_linked_looked_at_and_planned_with(folders, squares, capsys):

@@ -451,9 +451,8 @@ def test_the_order_of_keys_runs_nothing(before):
 def test_every_study_can_be_planned(study):
     config = load(ROOT, changes={"study": study})
     found = jobs_of(config)
-    assert len([name for name in found if name.startswith(("Train ", "Join "))]) == len(
-        config.runs()
-    )
+    made = [run for run in config.runs() if not config.network(run[1]).weights]
+    assert len([name for name in found if name.startswith(("Train ", "Join "))]) == len(made)
     assert not set().union(*(job.before for job in found.values())) - found.keys()
 
 

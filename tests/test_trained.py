@@ -130,6 +130,9 @@ def test_names_and_files(tmp_path, monkeypatch, teacher):
     assert trained.names() == ["cells"]
     assert trained.find("cells") == tmp_path / "weights" / "cells.safetensors"
     assert gdlib.load("cells", device="cpu").info["model"] == "resunet"
+    (tmp_path / "cells").mkdir()  # of images, perhaps
+    assert trained.find("cells").is_file()
+    (tmp_path / "cells").rmdir()
     (tmp_path / "cells").write_bytes(b"mine")  # a file goes before a name
     assert str(trained.find("cells")) == "cells"
     with pytest.raises(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gdlib import io
+from gdlib import io, trained
 from gdlib.config import own, parts
 from gdlib.evaluate.metrics import METRICS
 from gdlib.io.failures import DataError
@@ -65,8 +65,9 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
     distill.add_argument(
         "--teacher",
         type=place,
-        metavar="FILE",
-        help="weights.safetensors of a teacher, which is then not trained",
+        metavar="WEIGHTS",
+        help="of a teacher, which is then not trained: a file, or a network that comes with the "
+        "package",
     )
     distill.add_argument(
         "--time",
@@ -202,8 +203,9 @@ def _chosen(arguments: argparse.Namespace) -> tuple[Any, own.Measured]:
     return text, found
 
 
-def _given(path: Path, found: own.Measured) -> dict[str, Any]:
+def _given(weights: Path, found: own.Measured) -> dict[str, Any]:
     """Look whether weights suit the images."""
+    path = trained.find(weights)
     header = io.read_header(path)
     io.check_header(path, header)
     axes = len(header["offsets"][0])
@@ -213,7 +215,8 @@ def _given(path: Path, found: own.Measured) -> dict[str, Any]:
             f"yours are {found.ndim}D of {found.channels}; give another one, or none"
         )
     options = {key: value for key, value in header["options"].items() if key != "in_channels"}
-    return {"weights": str(path.resolve()), "model": (header["model"], options)}
+    place = path.resolve() if path == weights else weights  # else a name, known everywhere
+    return {"weights": str(place), "model": (header["model"], options)}
 
 
 def _measure(arguments: argparse.Namespace) -> own.Measured:
@@ -320,9 +323,11 @@ def _timed(text: str, arguments: argparse.Namespace, found: own.Measured, write:
         student, teacher = own.STUDENT[found.ndim], chosen.teachers_of(own.NAME)[0]
         files = {key: arguments.out / "data" / own.NAME / f"{key}.h5" for key in ("train", "val")}
         files["folder"] = Path(folder)
-        taught_by = arguments.teacher or chosen.run(own.NAME, teacher, METHOD, 0)
+        taught_by: Any = chosen.run(own.NAME, teacher, METHOD, 0)
         one = 0.0
-        if not arguments.teacher:
+        if arguments.teacher:
+            taught_by = trained.find(arguments.teacher)
+        else:
             one = seconds_per_step(taught_by, **files, threads=1 if gpu else min(cores, 8))
         each = [
             seconds_per_step(chosen.run(own.NAME, student, method, 0), **files, teacher=taught_by)

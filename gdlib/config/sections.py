@@ -150,7 +150,9 @@ class Network(Entry):
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of the model")
     weights: Place | None = Field(
-        None, description="trained weights of your own; then it is not trained"
+        None,
+        description="trained weights: a file, or the name of a network that comes with the "
+        "package; then it is not trained",
     )
     members: Names = Field(
         (),

@@ -133,22 +133,29 @@ def profiles_of(*datasets):
     ]
 
 
+def given(network):
+    """Weights that are not trained here: a file, or a network that comes with the package, by its name."""
+    weights = CFG.network(network).weights
+    built_in = f"{PACKAGE}/weights/{weights}.safetensors"
+    return built_in if os.path.isfile(built_in) and not os.path.isfile(weights) else weights
+
+
 def weights(wildcards):
     """The weights of a run: trained here, or given in the catalogue."""
-    return CFG.network(wildcards.network).weights or f"{RUN}/weights.safetensors"
+    return given(wildcards.network) or f"{RUN}/weights.safetensors"
 
 
 def weights_of(dataset, teacher):
     """The weights of a teacher, of all its seeds: trained here, or given in the catalogue."""
-    given = CFG.network(teacher).weights
+    file = given(teacher)
     runs = PLAN.teacher_runs(dataset, teacher)
-    return [given] if given else of_runs("weights.safetensors", runs)
+    return [file] if file else of_runs("weights.safetensors", runs)
 
 
 def member_files(dataset, teacher):
     """The weights of the members of a teacher that is several."""
     return [
-        CFG.network(run[1]).weights or of_runs("weights.safetensors", [run])[0]
+        given(run[1]) or of_runs("weights.safetensors", [run])[0]
         for run in PLAN.members_of(dataset, teacher)
     ]
 
@@ -242,9 +249,7 @@ def known_of_study():
             for d in datasets
         },
         "given": {
-            name: CFG.network(name).weights
-            for name in text["networks"]
-            if CFG.network(name).weights
+            name: given(name) for name in text["networks"] if given(name)
         },
     }
 
