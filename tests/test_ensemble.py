@@ -12,6 +12,7 @@ from gdlib.kernels import affinities, rows, unit
 from gdlib.models import build
 from gdlib.models.ensemble import VIEWS, turned
 from gdlib.predict.predictor import Predictor
+from gdlib.train.ask import ask
 from gdlib.train.join import join, principal
 
 OFFSETS = {2: [[-1, 0], [0, -1], [-3, 2]], 3: [[-1, 0, 0], [0, -1, 0], [0, 2, -3]]}
@@ -179,9 +180,22 @@ def test_a_joined_teacher_is_a_teacher(members, splits, make_spec, train, tmp_pa
     ]
     np.testing.assert_allclose(together.foreground, np.mean(views, 0), atol=1.01)
     assert together.embedding.shape[0] == 4
-    # a student learns from it as from any other
+    # a student learns from it as from any other, and from the feature maps of its first member
     (tmp_path / "student").mkdir()
     train(make_spec("grd"), tmp_path / "student", teacher=path)
+    maps = [
+        asked(teacher, splits["train"], tmp_path / f"{teacher.stem}.h5")
+        for teacher in (path, members[0])
+    ]
+    for name, one in maps[1].items():
+        np.testing.assert_array_equal(maps[0][name], one)
+
+
+def asked(teacher, samples, out):
+    """What a teacher says at one level, of every image."""
+    ask(teacher, samples, out, level="stride4", device="cpu", precision="float32")
+    with io.open_h5(out) as file:
+        return {name: file[name]["stride4"][:] for name in file}
 
 
 def test_members_that_do_not_go_together(members, splits, make_spec, train, tmp_path):

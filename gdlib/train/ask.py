@@ -33,6 +33,7 @@ from torch import Tensor
 from gdlib import io
 from gdlib.boxes import Box
 from gdlib.models import trained
+from gdlib.models.ensemble import Ensemble
 from gdlib.predict.files import finish_blocks, images_of
 from gdlib.predict.predictor import Predictor, legal_shape
 
@@ -73,6 +74,8 @@ def ask(
     out, levels = Path(out), () if level is None else (level,)
     options = {"block": block, "precision": precision, "engine": engine, "device": device}
     network, header = trained(teacher, "channels", "normalisation")
+    if level is not None and isinstance(network, Ensemble):
+        network = network.members[0]  # whose feature maps they are; the others are not asked
     predictor = Predictor(network, header, levels=levels, **options)
     parts = ["embedding", "foreground"] if level is None else list(predictor.levels)
     known = {name: [channels, list(stride)] for name, (channels, stride) in network.levels.items()}

@@ -137,7 +137,11 @@ def given(network):
     """Weights that are not trained here: a file, or a network that comes with the package, by its name."""
     weights = CFG.network(network).weights
     built_in = f"{PACKAGE}/weights/{weights}.safetensors"
-    return built_in if os.path.isfile(built_in) and not os.path.isfile(weights) else weights
+    return (
+        built_in
+        if os.path.isfile(built_in) and not os.path.isfile(weights)
+        else weights
+    )
 
 
 def weights(wildcards):
@@ -248,9 +252,7 @@ def known_of_study():
             d: f"{CFG.teacher_of(d)}/{TEACHER}/seed{STUDY.teacher_seeds[0]}"
             for d in datasets
         },
-        "given": {
-            name: given(name) for name in text["networks"] if given(name)
-        },
+        "given": {name: given(name) for name in text["networks"] if given(name)},
     }
 
 
