@@ -17,6 +17,7 @@ SECONDS = {"train_teacher": 6.0, "train_student": 5.0, "profile": 5.0, "predict"
 OTHER = 2.0
 PER_VOXEL = {"train_teacher": 1e-5, "train_student": 4e-6}  # seconds, of small networks
 PATIENCE = 30.0  # seconds; how much these numbers count against what was measured
+LENT = 2.0  # how much longer or shorter other kinds of jobs let one seem, at most
 
 
 class Job(NamedTuple):
@@ -130,9 +131,11 @@ class Watch(logging.Handler):
 
     def _factor(self, kind: str) -> float:
         """How much longer jobs of this kind take than guessed; where none has ended, all jobs."""
-        done = [number for number in self.took if self.jobs[number].kind == kind] or list(self.took)
+        own = [number for number in self.took if self.jobs[number].kind == kind]
+        done = own or list(self.took)
         took, guessed = (sum(f(number) for number in done) for f in (self.took.get, self._guess))
-        return (took + PATIENCE) / (guessed + PATIENCE)
+        factor = (took + PATIENCE) / (guessed + PATIENCE)
+        return factor if own else min(max(factor, 1 / LENT), LENT)
 
     def _guess(self, number: int) -> float:
         return self.jobs[number].guess

@@ -59,6 +59,18 @@ def test_what_runs_longer_than_thought_takes_longer_still(clock):
     assert watched.left() == pytest.approx(20)
 
 
+def test_other_kinds_of_jobs_say_little_of_a_training(clock):
+    done = set()
+    jobs = {0: Job("Ask", "ask_teacher"), 1: Job("Train", "train_student", voxels=100_000_000)}
+    watched = Watch(jobs, done.__contains__, 1)
+    training = jobs[1].guess
+    watched.emit(record("job_started", jobs=[0]))
+    clock.now += 300  # of a guess of two seconds
+    done.add(0)
+    watched.note()
+    assert watched.left() == pytest.approx(2 * training)
+
+
 def test_one_long_job_is_not_shared_among_cores(clock):
     jobs = {0: Job("Train", "train_student", voxels=10_000_000)} | {
         k: Job("Do", "x") for k in (1, 2)
