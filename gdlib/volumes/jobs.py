@@ -35,8 +35,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from gdlib import __version__, io
 from gdlib.boxes import Box, absolute, intersection, relative
@@ -252,6 +250,9 @@ def number(plan: Mapping[str, Any], segments: Path, matches: Path, out: Path, mi
         out: `numbers.h5`.
         min_size: smaller objects become background, in pixels.
     """
+    from scipy.sparse import coo_array  # here, for most images are done without blocks
+    from scipy.sparse.csgraph import connected_components
+
     grid = _grid(plan)
     sizes, made_for = [], None
     for name in grid.names:

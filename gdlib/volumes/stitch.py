@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import bioimage_cpp as bic
 import numpy as np
-from skimage.segmentation import relabel_sequential, watershed
 
 
 def without_fragments(
@@ -13,6 +12,8 @@ def without_fragments(
     """Give segments below `min_fragment` to touching larger ones, but for those that may go on
     beyond the cuts.
     """
+    from skimage.segmentation import relabel_sequential, watershed  # takes a moment
+
     small = np.bincount(label.ravel()) < min_fragment
     small[:1] = False
     for axis, ends in enumerate(cut):
