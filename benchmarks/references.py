@@ -1,6 +1,6 @@
 """Other programs on the images of ours: how well they segment, and how fast.
 
-    python -m benchmarks.references train TRAINED --data DATA/bbbc039 DATA/dsb2018
+    python -m benchmarks.references train TRAINED --kind stardist --data DATA/bbbc039 DATA/dsb2018
     python -m benchmarks.references images TEST --data DATA/bbbc039 DATA/dsb2018
     python -m benchmarks.references segment TRAINED TEST LABELS
     python -m benchmarks.references score LABELS --data DATA/bbbc039 DATA/dsb2018
@@ -8,16 +8,19 @@
     python -m benchmarks.references speed TRAINED TEST
 
 DATA are prepared datasets (`gdlib step prepare`): `train.h5`, `val.h5` and `test.h5`, 2D, one
-channel. StarDist (https://github.com/stardist/stardist) and TensorFlow are the extra `references`.
+channel. StarDist (https://github.com/stardist/stardist), InstanSeg and what they train with are the
+extra `references`.
 
-`train` trains StarDist's own default network as its example does: images normalised from
+`train` trains InstanSeg's default network (`--kind instanseg`, see `benchmarks/instanseg.py`), or
+StarDist's as its example does: images normalised from
 percentile 1 to 99.8, patches of 256 x 256 in batches of 4, flips, quarter turns, another brightness
 and noise, Adam at 0.0003. It stops when its process has taken `--seconds` of processor time, keeps
 the weights of the lowest validation loss, and tunes its two thresholds on the validation images by
 its own method. Started again, it goes on where it stopped. `images` writes the test images as TIFF,
-`segment` label images of them by StarDist's own command, by a network in ONNX that finds the
-foreground (TRAINED is its file), or by `gdlib segment` (TRAINED is a name or a file of ours).
-`score` prints the means over images with objects, `curve` the validation AJI after every epoch,
+`segment` label images of them by StarDist's own command, by InstanSeg's class, by a network in ONNX
+that finds the foreground (TRAINED is its file), or by `gdlib segment` (TRAINED is a name or a file
+of ours). `score` prints the means over images with objects, `curve` the validation AJI after every
+epoch of StarDist (what InstanSeg records of its own is in `history.csv`),
 `speed` images per second, from a folder of TIFFs to a folder of label TIFFs in a new process, in
 turns with ours, and the time of the networks alone.
 """
@@ -44,6 +47,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
+from benchmarks import instanseg
 from benchmarks.bench import cpu_name
 from gdlib import io
 from gdlib.evaluate import scores
@@ -54,7 +58,14 @@ SAVE = 25  # steps between two states on the disk
 INSTALL = 'install StarDist: pip install "gdlib[references]"'
 PART, HALO = 512, 32  # pixels, of the networks in ONNX
 METRICS = ("aji", "dice", "f1_50", "pq")
-DEFAULTS = {"seconds": 1800.0, "threads": 2, "seed": 0, "rounds": 3, "ours": "nuclei"}
+DEFAULTS = {
+    "seconds": 1800.0,
+    "threads": 2,
+    "seed": 0,
+    "rounds": 3,
+    "ours": "nuclei",
+    "kind": "stardist",
+}
 
 
 def samples(data: Sequence[Path], part: str) -> dict[str, list[io.Sample]]:
@@ -96,16 +107,31 @@ def augment(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return image + noise * np.random.normal(0, 1, image.shape), label  # noqa: NPY002
 
 
-def train(folder: Path, data: Sequence[Path], seconds: float, threads: int, seed: int) -> None:
-    """Train StarDist's default network into a folder, or go on with it, and tune its thresholds."""
+def train(
+    folder: Path, data: Sequence[Path], kind: str, seconds: float, threads: int, seed: int
+) -> None:
+    """Train the default network of StarDist or InstanSeg (`--kind`) into a folder, or go on with
+    it, and tune its thresholds.
+    """
+    trainings = {"stardist": train_stardist, "instanseg": instanseg.train}
+    if kind not in trainings:
+        raise SystemExit(f"{kind}: there are {', '.join(trainings)}")
+    parts = {
+        part: [*itertools.chain.from_iterable(samples(data, part).values())]
+        for part in ("train", "val")
+    }
+    trainings[kind](folder, parts, seconds, threads, seed)
+
+
+def train_stardist(
+    folder: Path, parts: dict[str, list[io.Sample]], seconds: float, threads: int, seed: int
+) -> None:
+    """Train StarDist's default network."""
     few_threads(threads)
     import keras
     from stardist.models import Config2D, StarDist2D
 
-    parts = {
-        part: scaled([*itertools.chain.from_iterable(samples(data, part).values())])
-        for part in ("train", "val")
-    }
+    prepared = {part: scaled(some) for part, some in parts.items()}
     config = Config2D(
         n_rays=32, grid=(2, 2), n_channel_in=1, train_tensorboard=False, train_checkpoint=None
     )
@@ -165,15 +191,15 @@ def train(folder: Path, data: Sequence[Path], seconds: float, threads: int, seed
             recorded = max(int(row["step"]) for row in csv.DictReader(file))
     if spent < seconds or recorded < done:  # what was killed within an epoch has no loss yet
         model.callbacks.append(Progress())
-        images, labels = parts["train"]
+        images, labels = prepared["train"]
         model.train(
-            images, labels, validation_data=parts["val"], augmenter=augment, seed=seed + done
+            images, labels, validation_data=prepared["val"], augmenter=augment, seed=seed + done
         )
     with history.open(newline="") as file:
         best = min(csv.DictReader(file), key=lambda row: float(row["val_loss"]))
     shutil.copy(folder / f"epoch_{int(best['step']):06d}.h5", folder / "weights_best.h5")
     model.load_weights("weights_best.h5")
-    model.optimize_thresholds(*parts["val"])
+    model.optimize_thresholds(*prepared["val"])
     print(f"weights of step {best['step']}, thresholds {model.thresholds}")
 
 
@@ -192,9 +218,12 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def command(program: str, files: Sequence[Path], out: Path, threads: int) -> list[str]:
-    """Return the command that segments TIFFs: StarDist's own where `program` is a folder, else
-    ours, of which it is the `--model`.
+    """Return the command that segments TIFFs: InstanSeg where `program` is a folder with its
+    network, StarDist's own where it is another folder, else ours, of which it is the `--model`.
     """
+    if (Path(program) / instanseg.FILE).exists():
+        start = [sys.executable, "-m", "benchmarks.instanseg", "--threads", str(threads)]
+        return [*start, program, str(out), *map(str, files)]
     if Path(program).is_dir():
         start = Path(sys.executable).with_name("stardist-predict2d")
         if not start.exists():
@@ -310,7 +339,14 @@ def curve(folder: Path, data: Sequence[Path], threads: int) -> None:
 def network(program: str, path: Path, threads: int) -> None:
     """Print the parameters of a network, and the median time of it alone on one image, in ms."""
     image = tifffile.imread(path)
-    if Path(program).is_dir():
+    if (Path(program) / instanseg.FILE).exists():
+        import torch
+
+        model = instanseg.load(Path(program), threads).instanseg
+        count = sum(p.numel() for p in model.parameters())
+        ready = instanseg.ready(image)
+        run = functools.partial(torch.inference_mode()(model.fcn), ready)
+    elif Path(program).is_dir():
         few_threads(threads)
         from csbdeep.utils import normalize
         from stardist.models import StarDist2D
@@ -393,7 +429,7 @@ def main() -> None:
         added = what.add_parser(function.__name__, help=function.__doc__.partition("\n")[0])
         for name, options in own.items():
             added.add_argument(name if "nargs" not in options else f"--{name}", **options)
-        for name in ("seconds", "threads", "seed", "rounds", "ours"):
+        for name in DEFAULTS:
             if name in inspect.signature(function).parameters:
                 default = DEFAULTS[name]
                 added.add_argument(f"--{name}", type=type(default), default=default)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.references`: what it computes itself, and StarDist, where it is installed."""
+"""`python -m benchmarks.references`: what it computes itself, and others, where they are installed."""
 
 import csv
 import importlib.util
@@ -10,10 +10,11 @@ import pytest
 import tifffile
 from scipy.ndimage import uniform_filter
 
-from benchmarks import references
+from benchmarks import instanseg, references
 from gdlib import io
 
 installed = importlib.util.find_spec("stardist") and importlib.util.find_spec("tensorflow")
+has_instanseg = importlib.util.find_spec("instanseg") and importlib.util.find_spec("hyperopt")
 
 
 def discs(seed, side=256, radius=12):
@@ -122,3 +123,65 @@ def test_stardist_learns_stops_in_time_and_goes_on(dataset, tmp_path, monkeypatc
     call("segment", model, tmp_path / "test", tmp_path / "labels")
     run(monkeypatch, "score", tmp_path / "labels", "--data", dataset)
     assert "discs: 1 images, aji" in capsys.readouterr().out
+
+
+def test_only_known_programs_are_trained(dataset, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="cellpose: there are stardist, instanseg"):
+        run(monkeypatch, "train", tmp_path / "model", "--data", dataset, "--kind", "cellpose")
+
+
+def test_a_folder_with_instansegs_network_is_segmented_by_it(tmp_path):
+    (tmp_path / instanseg.FILE).touch()
+    words = references.command(str(tmp_path), [tmp_path / "a.tif"], tmp_path / "out", 3)
+    start = [sys.executable, "-m", "benchmarks.instanseg", "--threads", "3"]
+    assert words == [*start, *map(str, (tmp_path, tmp_path / "out", tmp_path / "a.tif"))]
+
+
+def test_instanseg_gets_the_one_channel_three_times():
+    image = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    found = instanseg.channels(image)
+    assert (found.shape, found.dtype) == ((3, 3, 4), np.float32)
+    assert (found == image).all()
+
+
+@pytest.mark.skipif(bool(has_instanseg), reason="InstanSeg is installed")
+def test_without_instanseg_it_says_what_to_install(dataset, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    words = ("train", model, "--data", dataset, "--kind", "instanseg")
+    with pytest.raises(SystemExit, match=r'pip install "gdlib\[references\]"'):
+        run(monkeypatch, *words)
+    assert not model.exists()
+    with pytest.raises(SystemExit, match=r'install InstanSeg: .*"gdlib\[references\]"'):
+        instanseg.load(model, 1)
+
+
+@pytest.mark.skipif(not has_instanseg, reason='no extra "references"')
+@pytest.mark.long
+def test_instanseg_learns_stops_in_time_and_goes_on(dataset, tmp_path, monkeypatch, capsys):
+    """A smaller network of smaller tiles, and few trials of thresholds."""
+    small = ["--layers", "[8, 16]", "--tile_size", "64", "--window_size", "32"]
+    monkeypatch.setattr(instanseg, "OPTIONS", small)
+    monkeypatch.setattr(instanseg, "TRIALS", 3)
+    model, rows = tmp_path / "model", []
+    words = ("train", model, "--data", dataset, "--kind", "instanseg", "--threads", 1)
+    for seconds in (1, 30, 2):  # the last has nothing left to learn
+        run(monkeypatch, *words, "--seconds", seconds)
+        with (model / "history.csv").open(newline="") as file:
+            rows.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])
+    assert len(rows[0]) == 1
+    assert rows[1][0] == rows[0][0]
+    assert len(rows[1]) > 2
+    assert rows[2] == rows[1]
+    first, last = rows[1][0], rows[1][-1]
+    assert first["step"] < last["step"]
+    assert 1 <= first["seconds"] < 30 <= last["seconds"]
+    assert last["val_loss"] < first["val_loss"]
+    run(monkeypatch, "images", tmp_path / "test", "--data", dataset)
+    instanseg.segment(model, tmp_path / "labels/discs", [*(tmp_path / "test/discs").glob("*")], 1)
+    capsys.readouterr()
+    run(monkeypatch, "score", tmp_path / "labels", "--data", dataset)
+    assert "discs: 1 images, aji" in capsys.readouterr().out
+    run(monkeypatch, "network", model, tmp_path / "test/discs/empty.tif")
+    args = instanseg.defaults()
+    count = sum(p.numel() for p in instanseg.build(args)[0].parameters())
+    assert f"{count} parameters" in capsys.readouterr().out
