@@ -47,6 +47,7 @@ METHODS = {
     "foreign": Look("labels of another program", "#556B2F", "^"),
     "at": Look("AT", "#CC79A7", "v"),
     "response": Look("response KD", "#E69F00", "p"),
+    "soft": Look("soft labels", "#117733", "p"),
     "fitnet": Look("FitNet", "#8C6D31", ">"),
     "rkd": Look("RKD", "#7B4FA3", "h"),
     "spkd": Look("SPKD", "#B8557A", "<"),
