@@ -343,6 +343,11 @@ TYPOS = {
         "teachers.resunet_w16",
         "widths",
     ),
+    "one name for two": (
+        put("teachers.bbbc039", {"model": "resunet"}),
+        "bbbc039 is both a teacher and a dataset",
+        "rename one",
+    ),
     "dataset key": (rename("datasets.bbbc039.folder", "foldr"), "datasets.bbbc039.foldr", "folder"),
     "dataset section": (
         put("datasets.bbbc039.normalisation", {"uper": 99}),

@@ -3,6 +3,7 @@
 What an entry or a recipe can be asked by itself is in `gdlib.config.checks`.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -77,11 +78,12 @@ def _check_networks(config: "Config") -> None:
                 raise registry.UnknownName(
                     f"students.{key}: a student is trained here; only a teacher can have `{word}`"
                 )
-    clash = set(config.teachers) & set(config.students)
-    if clash:
-        raise registry.UnknownName(
-            f"{sorted(clash)[0]} is both a teacher and a student: rename one"
-        )
+    groups = {
+        "a teacher": config.teachers, "a student": config.students, "a dataset": config.datasets,
+    }  # fmt: skip
+    for (one, names), (other, others) in itertools.combinations(groups.items(), 2):
+        if clash := sorted(set(names) & set(others)):  # tables would show the title of one for both
+            raise registry.UnknownName(f"{clash[0]} is both {one} and {other}: rename one")
 
 
 def _check_members(config: "Config", members: Iterable[str]) -> None:

@@ -21,10 +21,10 @@ def test_prepared_data_need_no_raw_data(tmp_path):
 
 def test_networks_of_the_package_are_teachers_by_their_names(tmp_path):
     teachers = {
-        "nuclei": {
+        "given": {
             "model": "resunet", "options": {"widths": [4, 8, 16, 32, 64]}, "weights": "nuclei",
         },
-        "several": {"members": ["nuclei"], "augment": True},
+        "several": {"members": ["given"], "augment": True},
     }  # fmt: skip
     study = {"datasets": [DATA], "teacher": "several", "students": ["resunet_tiny"], "recipes": {}}
     changes = {"study": "smoke", "teachers": teachers, "studies": {"smoke": study}}
@@ -32,8 +32,8 @@ def test_networks_of_the_package_are_teachers_by_their_names(tmp_path):
     said = result.stdout + result.stderr
     assert result.returncode == 0, said
     assert f"Join the members of {DATA}/several/teacher/seed0" in planned(said)
-    assert f"Predict {DATA}/nuclei/teacher/seed0" in planned(said)
-    assert not [job for job in planned(said) if job.startswith(f"Train {DATA}/nuclei")]
+    assert f"Predict {DATA}/given/teacher/seed0" in planned(said)
+    assert not [job for job in planned(said) if job.startswith(f"Train {DATA}/given")]
 
 
 def test_a_failing_job_shows_its_reason(tmp_path):
