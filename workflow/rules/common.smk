@@ -134,7 +134,10 @@ def profiles_of(*datasets):
 
 
 def given(network):
-    """Weights that are not trained here: a file, or a network that comes with the package, by its name."""
+    """Weights that are not trained here: a file, or a network that comes with the package, by its name.
+
+    `gdlib.trained.find` does the same, but would import h5py for every job.
+    """
     weights = CFG.network(network).weights
     built_in = f"{PACKAGE}/weights/{weights}.safetensors"
     return (
