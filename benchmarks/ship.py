@@ -4,17 +4,13 @@ want to know of it.
     python -m benchmarks.ship worms RUN DATA
 
 RUN is the folder of a run of `study=models`, DATA that of its prepared dataset. What is added to
-the header: `purpose`; `data`, where the images are from; `diameter`, the 5th, 50th and 95th
-percentile of the diameters of the training objects, in pixels (of a circle of equal area; 2D
-only); `pixel_size`, in microns, where the dataset says it; `test`, the mean score over test images.
+the header: `purpose`; `data`, where the images are from; `test`, the mean score over test images.
 """
 
 import argparse
 import csv
 import json
 from pathlib import Path
-
-import numpy as np
 
 from gdlib import io
 from gdlib.segment.parameters import main_segmenter
@@ -37,16 +33,6 @@ def provenance(data: Path) -> str:
         parts = json.loads(file.attrs["options"]).get("datasets", [])
         text = str(file.attrs["provenance"])
     return " ".join(provenance(data.parent / part) for part in parts) or text
-
-
-def diameters(samples: Path) -> list[float]:
-    """Return percentiles 5, 50 and 95 of the diameters of 2D objects, in pixels."""
-    areas = [
-        np.bincount(label[label > 0])[1:]
-        for label in (sample.label for sample in io.read_samples(samples))
-    ]
-    area = np.concatenate([part[part > 0] for part in areas])
-    return [round(float(d), 1) for d in np.percentile(2 * np.sqrt(area / np.pi), (5, 50, 95))]
 
 
 def scores(table: Path, ndim: int) -> dict[str, float]:
@@ -74,12 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     state, header = io.load_weights(arguments.run / "weights.safetensors")
     ndim = len(header["offsets"][0])
-    first = next(io.read_samples(arguments.data / "train.h5"))
     header |= {"purpose": PURPOSES[arguments.name], "data": provenance(arguments.data)}
-    if ndim == 2:
-        header["diameter"] = diameters(arguments.data / "train.h5")
-    if "voxel_size_nm" in first.attrs:
-        header["pixel_size"] = [size / 1000 for size in first.attrs["voxel_size_nm"]]
     table = arguments.run / main_segmenter(header) / "metrics.csv"
     if table.exists():
         header["test"] = scores(table, ndim)

@@ -20,6 +20,7 @@ from gdlib.data.files import (
     voxel_size,
 )
 from gdlib.data.prepare import check_sample, prepare
+from gdlib.data.scale import known_sizes
 from gdlib.io import Sample
 from gdlib.io.failures import DataError
 from gdlib.registry import UnknownName
@@ -420,6 +421,54 @@ def test_one_file_with_image_and_label(raw3d):
     np.testing.assert_array_equal(samples["v1"].image[0], image)
     np.testing.assert_array_equal(samples["v1"].label > 0, label > 0)
     assert all(s.attrs["voxel_size_nm"] == [40.0, 4.0, 4.0] for s in samples.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"ome": True, "metadata": {"axes": "YX", "PhysicalSizeX": 0.65, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.65, "PhysicalSizeYUnit": "µm"}}, [650.0, 650.0]),
+        ({"imagej": True, "resolution": (2.0, 4.0), "metadata": {"unit": "micron"}}, [250.0, 500.0]),
+        ({"imagej": True, "resolution": (2.0, 4.0), "metadata": {"unit": "pixel"}}, None),
+        ({"resolution": (300, 300), "resolutionunit": 2}, None),
+    ],
+    ids=["OME", "ImageJ", "pixels", "a printer's"],
+)  # fmt: skip
+def test_the_pixel_size_of_a_tiff(options, wanted, raw):
+    for path in (raw / "images").iterdir():
+        path.unlink()
+    for i in range(6):
+        tifffile.imwrite(raw / f"images/a{i:02d}.tif", _image(i), **options)
+    outputs, _ = _prepare(raw)
+    for path in outputs.values():
+        for sample in io.read_samples(path):
+            assert sample.attrs.get("voxel_size_nm") == wanted
+
+
+def test_sizes_that_training_images_say(tmp_path):
+    """Against every object by itself, and where pixels are not the same everywhere."""
+    rng = np.random.default_rng(0)
+    labels = [np.kron(rng.integers(0, 5, (6, 6)), np.ones((k, k), int)) for k in (3, 4, 5)]
+    wanted = []
+    for label in labels:
+        for number in np.unique(label)[1:]:
+            wanted.append(2 * np.sqrt((label == number).sum() / np.pi))
+
+    def known(*sizes):
+        samples = [
+            io.Sample(f"s{k}", np.zeros((1, *label.shape), np.uint8), label.astype(np.uint32), attrs={"voxel_size_nm": size} if size else {})
+            for k, (label, size) in enumerate(zip(labels, sizes, strict=True))
+        ]  # fmt: skip
+        io.write_samples(tmp_path / "train.h5", samples)
+        return known_sizes(tmp_path / "train.h5")
+
+    same = known([500.0, 250.0], [510.0, 250.0], [500.0, 260.0])
+    assert same["pixel_size"] == [0.5, 0.25]
+    np.testing.assert_allclose(same["diameter"], np.percentile(wanted, (5, 50, 95)), atol=0.051)
+    assert known([500.0, 250.0], [600.0, 250.0], [500.0, 250.0]).keys() == {"diameter"}
+    assert known([500.0, 250.0], None, [500.0, 250.0]).keys() == {"diameter"}
+    volume = io.Sample("v", np.zeros((1, 2, 8, 8), np.uint8), np.ones((2, 8, 8), np.uint32), attrs={"voxel_size_nm": [30, 6, 6]})  # fmt: skip
+    io.write_samples(tmp_path / "train.h5", [volume])
+    assert known_sizes(tmp_path / "train.h5") == {"pixel_size": [0.03, 0.006, 0.006]}
 
 
 def test_readers_take_the_notation_of_the_command_line(raw3d):

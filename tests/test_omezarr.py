@@ -524,6 +524,7 @@ def test_folders_to_learn_from(squares, tmp_path):
         image, label = squares(int(sample.id))
         assert np.array_equal(sample.image, image)
         assert np.array_equal(sample.label, label)
+        assert sample.attrs["voxel_size_nm"] == [500.0, 500.0]
 
 
 def test_axes_of_a_volume_of_many_jobs(teacher, tmp_path):

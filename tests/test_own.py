@@ -3,6 +3,7 @@ mistakes."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -268,3 +269,37 @@ def test_the_wheel_carries_the_workflow(tmp_path):
             assert f"gdlib/_workflow/{file}" in names
         if file.startswith("gdlib/"):
             assert file in names
+
+
+CHILD = """
+import pathlib, sys, time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.5)  # it saves itself
+    pathlib.Path("saved").touch()
+"""
+PARENT = """
+import pathlib, sys
+from gdlib.cli import distill
+distill._run([sys.executable, "-c", sys.argv[1]], pathlib.Path("."))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_stops_the_command_stops_the_workflow_too(number, tmp_path):
+    """Whoever sends it to this process alone, as `kill` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
+    )  # fmt: skip
+    log = tmp_path / "logs" / "distill.log"
+    while not (log.exists() and "ready" in log.read_text()):
+        assert process.poll() is None
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert "stopping; what was trained so far is saved" in said
+    assert process.returncode != 0
+    assert (tmp_path / "saved").exists()

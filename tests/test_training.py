@@ -219,6 +219,16 @@ def assert_same_scores(one, other):
         assert scores == pytest.approx(other[segmenter])
 
 
+def test_the_header_says_how_large_objects_were(teacher, splits):
+    areas = []
+    for sample in io.read_samples(splits["train"]):
+        areas += [(sample.label == number).sum() for number in np.unique(sample.label)[1:]]
+    wanted = np.percentile(2 * np.sqrt(np.array(areas) / np.pi), (5, 50, 95))
+    header = io.read_header(teacher)
+    assert header["diameter"] == pytest.approx(wanted, abs=0.051)
+    assert "pixel_size" not in header  # the images do not say it
+
+
 def test_the_header_is_enough_to_use_the_weights(teacher, splits):
     assert_same_scores(scores_of(teacher, splits["val"]), io.read_header(teacher)["validation"])
 

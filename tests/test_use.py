@@ -92,7 +92,12 @@ def test_sections_of_a_volume_are_segmented_one_by_one(teacher, model, stack, tm
 )
 def test_mistakes_are_one_sentence(arguments, words, teacher, stack, tmp_path, capsys):
     tifffile.imwrite(tmp_path / "a.tif", stack, photometric="minisblack", metadata={"axes": "TCYX"})
-    segment(teacher, tmp_path / "out", tmp_path / "a.tif", *arguments, code=1)
+    state, header = io.load_weights(teacher)
+    del header["diameter"]  # as of an older version
+    io.save_weights(tmp_path / "older.safetensors", state, header)
+    segment(
+        tmp_path / "older.safetensors", tmp_path / "out", tmp_path / "a.tif", *arguments, code=1
+    )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert words in lines[0]

@@ -1,17 +1,19 @@
 """`gdlib distill`: two folders of images and labels to a network of one's own, by the workflow."""
 
 import argparse
+import contextlib
 import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,8 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         type=_seconds,
         metavar="TIME",
         help="about how long the trainings may take, e.g. 30m or 2h: steps are chosen by the "
-        f"measured time of some (default: {own.STEPS.teacher} steps of the teacher and "
-        f"{own.STEPS.student} of "
-        "each student)",
+        f"measured time of some (default: {own.STEPS[2].teacher} steps of the teacher, "
+        f"{own.STEPS[3].teacher} with --3d, and {own.STEPS[2].student} of each student)",
     )
     distill.add_argument(
         "--3d", dest="volumes", action="store_true", help="the files are volumes (z, y, x)"
@@ -122,9 +123,9 @@ def _distill(arguments: argparse.Namespace) -> None:
     else:
         text, found = _chosen(arguments)
         if arguments.time:
-            text = _timed(text(own.STEPS), arguments, found, text)
+            text = _timed(text(), arguments, found, text)
         else:
-            text = text(own.STEPS)
+            text = text()
         io.write_text(config, text)
         _say(f"wrote {config}; edit it and give the same command again to change what is done")
     command = _command(out, config, arguments.cores)
@@ -196,7 +197,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[Any, own.Measured]:
         given = _given(arguments.teacher, found)
         _say(f"chosen: {arguments.teacher} as the teacher, which is not trained")
 
-    def text(steps: own.Steps) -> str:
+    def text(steps: own.Steps | None = None) -> str:
         title = arguments.out.resolve().name
         return own.written(found, choice, steps, title=title, regions=arguments.regions, **given)
 
@@ -360,7 +361,7 @@ def _steps(seconds: float, teacher: float, students: float) -> list[int]:
     >>> _steps(1000, 1.0, 0.4), _steps(1000, 0, 0.4)[1]
     ([550, 1100], 2500)
     """
-    steps = [_rounded(seconds * TEACHER / teacher) if teacher else own.STEPS.teacher]
+    steps = [_rounded(seconds * TEACHER / teacher) if teacher else FEW]  # any: none are made
     return [*steps, _rounded(seconds * (1 - TEACHER if teacher else 1) / students)]
 
 
@@ -387,12 +388,17 @@ def _run(command: Sequence[Any], out: Path, start: float = 0, *, quiet: bool = F
     """Run Snakemake, keep what it says in a log, tell of it what people want to know unless it is
     `quiet`, and return it, line by line.
 
-    Ctrl-C goes to Snakemake too, which stops its jobs; they save themselves.
+    What ends this command, Ctrl-C or `kill`, is passed on to Snakemake and its jobs, which save
+    themselves: they are a group of their own, so that it comes to them once, and always.
     """
     log = out / "logs" / "distill.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(out, start, over), daemon=True)
@@ -401,7 +407,7 @@ def _run(command: Sequence[Any], out: Path, start: float = 0, *, quiet: bool = F
     lines: list[str] = []
     done = ""
     try:
-        with open(log, "w") as file:
+        with _as_ctrl_c(), open(log, "w") as file:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
@@ -412,9 +418,11 @@ def _run(command: Sequence[Any], out: Path, start: float = 0, *, quiet: bool = F
                     _say(f"[{_minutes(start)}{done}] {job[1]}")
                 elif not quiet and "warning: " in line:
                     _say(lines[-1])
-        status = process.wait()
+            status = process.wait()
     except KeyboardInterrupt:
         _say("stopping; what was trained so far is saved")
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, signal.SIGINT)
         process.wait()
         raise
     finally:
@@ -425,6 +433,20 @@ def _run(command: Sequence[Any], out: Path, start: float = 0, *, quiet: bool = F
         cause = causes or [line for line in lines if line][-1:] or ["it said nothing"]
         raise DataError(f"{'; '.join(cause)} (all that was said is in {log})")
     return lines
+
+
+@contextlib.contextmanager
+def _as_ctrl_c() -> Iterator[None]:
+    """Let `kill` and a terminal that is closed interrupt as Ctrl-C does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # `nohup` has it ignored
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _plan(command: Sequence[Any], out: Path) -> None:

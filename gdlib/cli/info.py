@@ -65,6 +65,7 @@ def _about(header: dict[str, Any]) -> list[tuple[str, str]]:
             f"{run['dataset']}, {run['recipe']['steps']} steps of {run['recipe']['batch_size']} "
             f"patches of {'x'.join(map(str, run['recipe']['patch']))} pixels, seed {run['seed']}",
         ),
+        *_sizes(header),
         ("weights of", f"step {header['step']}, the best on the validation images"),
         ("method", f"{run['method']}" + (f": supervised + {' + '.join(terms)}" if terms else "")),
     ]
@@ -81,6 +82,19 @@ def _about(header: dict[str, Any]) -> list[tuple[str, str]]:
         f"{header['precision']}"
     )
     return [*lines, ("made by", made)]
+
+
+def _sizes(header: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return how large things were in the training images, as far as that is known."""
+    lines = []
+    if "diameter" in header:
+        least, median, most = header["diameter"]
+        text = f"half are more than {median:g} pixels across, nine of ten {least:g} to {most:g}"
+        lines.append(("objects", text))
+    if "pixel_size" in header:
+        sides = " x ".join(f"{side:g}" for side in header["pixel_size"])
+        lines.append(("pixels", f"{sides} microns"))
+    return lines
 
 
 def _floor(normalisation: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 NAME = "mycells"  # of the dataset and of the study
 STUDENT = {2: "resunet_tiny", 3: "resunet3d_tiny"}
-TEACHER = {2: "resunet_w16", 3: "resunet3d_w8"}
+TEACHER = {2: "resunet_w8", 3: "resunet3d_w8"}  # what a laptop trains in minutes
 METHODS = ("none", "grd")
 
 # The catalogue's pairs of pixels for nuclei are 1, 3, 5, 9 and 27 pixels apart, of nuclei that are
@@ -146,14 +146,18 @@ class Steps(NamedTuple):
     why: str
 
 
-# Those of the tutorial, after which the end is seen soon; not the best networks.
-STEPS = Steps(600, 500, "the steps are few, so that you see the end soon; more make it better")
+# Those of the tutorial, after which the end is seen soon; not the best networks. A step of a volume
+# takes several times as long as one of an image.
+STEPS = {
+    ndim: Steps(steps, 500, "the steps are few, so that you see the end soon; more make it better")
+    for ndim, steps in ((2, 1200), (3, 600))
+}
 
 
 def written(
     found: Measured,
     choice: Choice,
-    steps: Steps = STEPS,
+    steps: Steps | None = None,
     *,
     title: str,
     weights: str | None = None,
@@ -165,7 +169,7 @@ def written(
     Args:
         found: what there is.
         choice: what suits it.
-        steps: how long to train.
+        steps: how long to train; `STEPS` if left out.
         title: what readers call the images.
         weights: of a teacher, if there is one.
         model: name and options of its network.
@@ -176,7 +180,7 @@ def written(
     def listed(values: Sequence) -> str:
         return text([list(v) if isinstance(v, tuple) else v for v in values])
 
-    volumes = found.ndim == 3
+    volumes, steps = found.ndim == 3, steps or STEPS[found.ndim]
     teacher = "given" if weights else TEACHER[found.ndim]
     batch = 2 if volumes else 4
     options = {"channels": found.channels} if found.channels > 1 else {}

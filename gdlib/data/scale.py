@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gdlib.io.failures import DataError
+from gdlib.io.hdf5 import open_h5
 
 SAME = 1.1  # up to this factor an image is left as it is
 MOST = 16.0
@@ -39,6 +41,36 @@ def microns(found: Mapping[str, Any], ndim: int) -> tuple[float, ...] | None:
     if ndim == 2:
         return sides
     return (float(found["spacing"]) * unit, *sides) if "spacing" in found else None
+
+
+def known_sizes(train: Path | str) -> dict[str, list[float]]:
+    """Return how large things are in training images, by which others are brought to their size.
+
+    Args:
+        train: samples `.h5`.
+
+    Returns:
+        `diameter`: percentiles 5, 50 and 95 of the diameters of objects in pixels, of a disc of
+        the same area; of images with objects, not of volumes. `pixel_size`: sides of a pixel in
+        microns, ([z,] y, x), if all samples say one, and none differs from the first by more than
+        a factor of `SAME`.
+    """
+    areas, sizes = [np.zeros(0)], []
+    with open_h5(train) as file:
+        for sample in file.values():
+            sizes.append(sample.attrs.get("voxel_size_nm"))
+            if sample["label"].ndim == 2:
+                counts = np.bincount(sample["label"][()].ravel())[1:]
+                areas.append(counts[counts > 0])
+    found = {}
+    if len(area := np.concatenate(areas)):
+        percentiles = np.percentile(2 * np.sqrt(area / np.pi), (5, 50, 95))
+        found["diameter"] = [round(float(d), 1) for d in percentiles]
+    if all(size is not None for size in sizes):
+        ratios = np.array(sizes, float) / np.array(sizes[0], float)
+        if (ratios <= SAME).all() and (ratios >= 1 / SAME).all():
+            found["pixel_size"] = [float(f"{side / 1000:.6g}") for side in sizes[0]]
+    return found
 
 
 def factors(

@@ -121,7 +121,7 @@ def principal(
 
 
 def _gather(network: nn.Module, spec: RunSpec, members: Sequence[Path | str]) -> dict:
-    """Fill an ensemble with its members' weights; return channels, offsets and normalisation."""
+    """Fill an ensemble with its members' weights; return what its header has of them."""
     if len(members) != len(network.members):
         raise ValueError(f"{len(network.members)} members have {len(members)} weights files")
     headers = []
@@ -141,5 +141,11 @@ def _gather(network: nn.Module, spec: RunSpec, members: Sequence[Path | str]) ->
                     f"{path}: {key} {header[key]} differs from {headers[0][key]} of {members[0]}; "
                     "members must have been trained on the same dataset"
                 )
-    common = {key: headers[0][key] for key in ("channels", "offsets", "normalisation")}
+    keys = (
+        "channels",
+        "offsets",
+        "normalisation",
+        *(headers[0].keys() & {"diameter", "pixel_size"}),
+    )
+    common = {key: headers[0][key] for key in keys}
     return {"model": spec.model, "options": spec.options, **common}

@@ -14,6 +14,7 @@ from gdlib import __version__, io, processes
 from gdlib.config import RunSpec
 from gdlib.data.maps import TeacherMaps
 from gdlib.data.patches import PatchSampler
+from gdlib.data.scale import known_sizes
 from gdlib.devices import choose_device
 from gdlib.progress import Progress
 from gdlib.train.teacher import check_maps
@@ -153,6 +154,7 @@ def fit(
         header = {
             **spec.model_dump(mode="json", include={"model", "options", "channels", "offsets"}),
             "normalisation": sampler.normalisation,
+            **known_sizes(train),
             "run": spec.model_dump(mode="json"),
             "gdlib": __version__,
             "torch": torch.__version__,

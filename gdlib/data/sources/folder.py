@@ -4,8 +4,9 @@ image file and of equal name.
 A label file holds one integer per pixel: 0 = background, any other number = one instance; masks and
 classes can be split into their regions. The endings may differ, `a.png` goes with `a.tif`; capitals
 count, but not how an accent is stored. Grey and colour images, 2D or 3D; axes in the order z, y, x.
-The voxel size is the attribute `resolution` (nm) or `element_size_um` of the arrays of an HDF5
-file, or an option. Files of other kinds are listed as not read.
+The voxel size is what the metadata of OME-TIFF, ImageJ and OME-Zarr say, the attribute `resolution`
+(nm) or `element_size_um` of the arrays of an HDF5 file, or an option. Files of other kinds are
+listed as not read.
 
 `unlabelled/` beside them has images without labels, for students to learn from; what another
 program found in them may be in `unlabelled_labels/`, in files of the same names.
@@ -26,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gdlib.data import omezarr
+from gdlib.data.calibration import calibration
 from gdlib.data.files import (
     SPLITS,
     UNLABELLED,
@@ -41,6 +44,7 @@ from gdlib.data.files import (
     split_components,
     voxel_size,
 )
+from gdlib.data.scale import microns
 from gdlib.io import HDF5_SUFFIXES, Sample
 from gdlib.io.failures import DataError
 from gdlib.limits import Count, Inside, Positive
@@ -74,7 +78,7 @@ def folder(
             and 255 and for classes; objects that touch become one, regions that touch at corners
             only are two. false says that a number is an object however many regions it has. If
             nothing is said, labels that look like masks or classes are refused.
-        voxel_size_nm: one number per axis ([Z,] Y, X), instead of what HDF5 files say.
+        voxel_size_nm: one number per axis ([Z,] Y, X), instead of what the files say.
 
     Returns:
         For each split the samples: image (C, [Z,] Y, X) and label ([Z,] Y, X) as stored; and
@@ -160,11 +164,12 @@ def _read(
 ) -> Iterator[Sample]:
     for name, image, path in files:
         attrs = {"source": image.relative_to(root).as_posix()}
-        both = [(image, image_dataset), *([(path, label_dataset)] if path else [])]
-        if found := size or _stored_size(*both):
+        array = read_image(image, channels, image_dataset)
+        ndim = sum(n > 1 for n in array.shape[1:])
+        if found := size or _stored_size(image, image_dataset, path, label_dataset, ndim):
             attrs["voxel_size_nm"] = [float(side) for side in found]
         if path is None:
-            yield Sample(name, read_image(image, channels, image_dataset), None, attrs=attrs)
+            yield Sample(name, array, None, attrs=attrs)
             continue
         label = read_label(path, label_dataset)
         if regions and label.dtype == bool:
@@ -172,14 +177,27 @@ def _read(
         check_label(path, label)
         if regions:
             label = split_components(label)
-        yield Sample(name, read_image(image, channels, image_dataset), label, attrs=attrs)
+        yield Sample(name, array, label, attrs=attrs)
 
 
-def _stored_size(*files: tuple[Path, str | None]) -> list[float] | None:
-    """Return the voxel size that the HDF5 files among these say."""
+def _stored_size(
+    image: Path, image_dataset: str | None, label: Path | None, label_dataset: str | None, ndim: int
+) -> list[float] | None:
+    """Return the voxel size in nm that the files say: of HDF5 the image or the label, of TIFF and
+    OME-Zarr the image, for labels often have what a program writes where it knows none.
+    """
+    if image.suffix.lower() in (".tif", ".tiff"):
+        sides = microns(calibration(image), ndim)
+    elif image.suffix.lower() == omezarr.SUFFIX:
+        sides = (omezarr.open_zarr(image).microns or ())[-ndim:]
+    else:
+        sides = None
+    if sides:
+        return [float(f"{1000 * side:.6g}") for side in sides]
+    both = [(image, image_dataset), *([(label, label_dataset)] if label else [])]
     with contextlib.ExitStack() as stack:
         opened = (
-            open_volume(path, name) for path, name in files if path.suffix.lower() in HDF5_SUFFIXES
+            open_volume(path, name) for path, name in both if path.suffix.lower() in HDF5_SUFFIXES
         )
         return voxel_size(*(stack.enter_context(volume) for volume in opened))
 
