@@ -122,11 +122,8 @@ def _distill(arguments: argparse.Namespace) -> None:
         _say(f"{config}: is there and is used as it is; to have it chosen anew, move it away")
     else:
         text, found = _chosen(arguments)
-        if arguments.time:
-            text = _timed(text(), arguments, found, text)
-        else:
-            text = text()
-        io.write_text(config, text)
+        steps = _timed(text(), arguments, found) if arguments.time else None
+        io.write_text(config, text(steps))
         _say(f"wrote {config}; edit it and give the same command again to change what is done")
     command = _command(out, config, arguments.cores)
     if arguments.dry_run:
@@ -301,8 +298,8 @@ def _sizes(label: np.ndarray) -> list[tuple[float, float, float]]:
     return sizes
 
 
-def _timed(text: str, arguments: argparse.Namespace, found: own.Measured, write: Any) -> str:
-    """Return the configuration with as many steps as a time allows.
+def _timed(text: str, arguments: argparse.Namespace, found: own.Measured) -> own.Steps:
+    """Return as many steps as a time allows, with the configuration as it is.
 
     What is done before is not counted: the first time, kernels are compiled, which takes a minute,
     and would leave little of a short time.
@@ -347,7 +344,7 @@ def _timed(text: str, arguments: argparse.Namespace, found: own.Measured, write:
     )
     _say(f"chosen: {steps[0] if one else 'no'} steps for the teacher, {steps[1]} for the students")
     _say(f"        {why}")
-    return write(own.Steps(*steps, why))
+    return own.Steps(*steps, why)
 
 
 def _steps(seconds: float, teacher: float, students: float) -> list[int]:
