@@ -2,9 +2,11 @@
 want to know of it.
 
     python -m benchmarks.ship worms RUN DATA
+    python -m benchmarks.ship neurons RUN DATA --teacher "neurons_plain, seen in 8 ways" WEIGHTS
 
 RUN is the folder of a run of `study=models`, DATA that of its prepared dataset. What is added to
-the header: `purpose`; `data`, where the images are from; `test`, the mean score over test images.
+the header: `purpose`; `data`, where the images are from; `test`, the mean score over test images;
+`teacher`, where there was one: who it was, and the checksum of its file.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 from pathlib import Path
 
 from gdlib import io
+from gdlib.data.scale import known_sizes
 from gdlib.segment.parameters import main_segmenter
 from gdlib.trained import FOLDER
 
@@ -57,10 +60,15 @@ def main() -> None:
     parser.add_argument("name", choices=PURPOSES)
     parser.add_argument("run", type=Path)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--teacher", nargs=2, metavar=("WHO", "WEIGHTS"))
     arguments = parser.parse_args()
     state, header = io.load_weights(arguments.run / "weights.safetensors")
     ndim = len(header["offsets"][0])
     header |= {"purpose": PURPOSES[arguments.name], "data": provenance(arguments.data)}
+    header |= known_sizes(arguments.data / "train.h5")  # which older trainings did not write
+    if arguments.teacher:
+        who, weights = arguments.teacher
+        header["teacher"] = {"who": who, "sha256": io.sha256(weights)}
     table = arguments.run / main_segmenter(header) / "metrics.csv"
     if table.exists():
         header["test"] = scores(table, ndim)

@@ -646,3 +646,12 @@ def test_no_pickle_in_a_state_is_executed(tmp_path):
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()  # the bait works
+
+
+def test_who_may_read_what_is_written(tmp_path):
+    """As of any other file: on a cluster colleagues use the weights."""
+    (tmp_path / "plain").touch()
+    io.save_weights(tmp_path / "w.safetensors", {}, {})
+    io.write_text(tmp_path / "t.txt", "")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1

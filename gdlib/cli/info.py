@@ -69,6 +69,10 @@ def _about(header: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights of", f"step {header['step']}, the best on the validation images"),
         ("method", f"{run['method']}" + (f": supervised + {' + '.join(terms)}" if terms else "")),
     ]
+    if "teacher" in header:
+        lines.append(
+            ("taught by", f"{header['teacher']['who']}, {header['teacher']['sha256'][:12]}")
+        )
     main = main_segmenter(header)
     # the main one first
     for segmenter in sorted(header["segmentation"], key=lambda name: name != main):

@@ -52,13 +52,15 @@ def catalogue(chosen: Path | None, *own: Path) -> Any:
 
 def _trained_models() -> None:
     """Print the networks that come with the package, and how good each was on test images."""
+    width = max(map(len, trained.names()), default=0)
     for name in trained.names():
         path = trained.find(name)
         header = io.read_header(path)
         test = header.get("test", {})
         scores = ", ".join(f"{key} {test[key]:.3f}" for key in ("aji", "pq", "voi") if key in test)
         judged = f"; {scores} on {test['images']} test image(s)" if scores else ""
-        print(f"{name:8} {path.stat().st_size / 1e6:.1f} MB  {header.get('purpose', '')}{judged}")
+        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        print(f"{name:{width}}  {size}  {header.get('purpose', '')}{judged}")
     if trained.names():
         print("use one with `gdlib segment images/ --model NAME --out labels/`\n")
 

@@ -37,10 +37,12 @@ def atomic(path: Path | str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(temporary)
         temporary.touch()
+        mode = temporary.stat().st_mode
         temporary.unlink()
     try:
         with writing(path):
             yield temporary
+            temporary.chmod(mode)  # safetensors writes for nobody but its owner
             with open(temporary, "rb+") as file:
                 # else the name might be there after a power failure, and its content not
                 os.fsync(file.fileno())
