@@ -527,6 +527,27 @@ def test_folders_to_learn_from(squares, tmp_path):
         assert sample.attrs["voxel_size_nm"] == [500.0, 500.0]
 
 
+def test_another_resolution_to_learn_from(squares, tmp_path, monkeypatch, capsys):
+    """By the source `folder`, and by `gdlib distill`, which says what it found."""
+    for k in range(9):
+        image, label = squares(k, shape=(128, 128))
+        for part, array in (("images", image[0]), ("labels", label)):
+            write(tmp_path / part / f"{k}.zarr", [array, array[::2, ::2]], "yx", 3)
+    for samples in folder(tmp_path, level=1).values():
+        for sample in samples:
+            image, label = squares(int(sample.id), shape=(128, 128))
+            assert np.array_equal(sample.image[0], image[0, ::2, ::2])
+            assert np.array_equal(sample.label, label[::2, ::2])
+            assert sample.attrs["voxel_size_nm"] == [1000.0, 1000.0]
+            assert sample.attrs["source"] == f"images/{sample.id}.zarr"
+    monkeypatch.chdir(tmp_path)
+    assert main(["distill", "images", "labels", "--out", "own", "--level", "1", "--dry-run"]) == 0
+    assert "found: 9 images of 64 x 64 pixels" in capsys.readouterr().out
+    assert 'options: {"level": 1}' in (tmp_path / "own" / "config.yaml").read_text()
+    with pytest.raises(DataError, match=r'level "5" in it'):
+        list(folder(tmp_path, level=5)["train"])
+
+
 def test_axes_of_a_volume_of_many_jobs(teacher, tmp_path):
     def wanted(axes, shape):
         path = write(tmp_path / f"{axes}{shape[1]}.zarr", [np.zeros(shape, np.uint8)], axes, 3)

@@ -24,7 +24,7 @@ from gdlib import io, trained
 from gdlib.config import own, parts
 from gdlib.evaluate.metrics import METRICS
 from gdlib.io.failures import DataError
-from gdlib.limits import Count, argument, place
+from gdlib.limits import Count, Whole, argument, place
 
 EVERY = 30  # seconds between two looks at what a training says of itself
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -86,6 +86,14 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
         "--regions",
         action="store_true",
         help="each connected region of a label is an object, as in masks of 0 and 255",
+    )
+    distill.add_argument(
+        "--level",
+        type=argument(Whole),
+        default=0,
+        metavar="N",
+        help="resolution of OME-Zarr images and labels that is learned from (default: 0, the full "
+        "one)",
     )
     distill.add_argument(
         "--cores", type=argument(Count), help="CPU cores that may be used (default: all)"
@@ -196,7 +204,8 @@ def _chosen(arguments: argparse.Namespace) -> tuple[Any, own.Measured]:
 
     def text(steps: own.Steps | None = None) -> str:
         title = arguments.out.resolve().name
-        return own.written(found, choice, steps, title=title, regions=arguments.regions, **given)
+        how = {"regions": arguments.regions, "level": arguments.level}
+        return own.written(found, choice, steps, title=title, **how, **given)
 
     return text, found
 
@@ -229,7 +238,8 @@ def _measure(arguments: argparse.Namespace) -> own.Measured:
     labels = find_files(arguments.labels)
     channels = _channels(first, labels.get(first.stem), ndim)
     regions = arguments.regions or None
-    splits = folder(arguments.out / "raw" / own.NAME, channels=channels, label_regions=regions)
+    options = {"channels": channels, "label_regions": regions, "level": arguments.level}
+    splits = folder(arguments.out / "raw" / own.NAME, **options)
     if not arguments.unlabelled:  # those of an earlier command may be there
         splits.pop(UNLABELLED, None)
     seen, shapes, sizes = [], [], []

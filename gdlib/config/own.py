@@ -163,6 +163,7 @@ def written(
     weights: str | None = None,
     model: tuple[str, dict] | None = None,
     regions: bool = False,
+    level: int = 0,
 ) -> str:
     """Return the text of a configuration, to be read and edited.
 
@@ -174,6 +175,7 @@ def written(
         weights: of a teacher, if there is one.
         model: name and options of its network.
         regions: each connected region of a label is an object.
+        level: resolution of OME-Zarr that is read.
     """
     text = json.dumps  # YAML that is right whatever is in a name
 
@@ -185,6 +187,7 @@ def written(
     batch = 2 if volumes else 4
     options = {"channels": found.channels} if found.channels > 1 else {}
     options |= {"label_regions": True} if regions else {}
+    options |= {"level": level} if level else {}
     lines = [
         "# What `gdlib distill` found and chose. Edit it, and give the same command again: what",
         "# depends on the edit is made again, and nothing else. Every key is in "

@@ -47,7 +47,7 @@ from gdlib.data.files import (
 from gdlib.data.scale import microns
 from gdlib.io import HDF5_SUFFIXES, Sample
 from gdlib.io.failures import DataError
-from gdlib.limits import Count, Inside, Positive
+from gdlib.limits import Count, Inside, Positive, Whole
 
 __all__ = ["folder"]
 
@@ -62,6 +62,7 @@ def folder(
     label_dataset: str | None = None,
     label_regions: bool | None = None,
     voxel_size_nm: Sequence[Positive] | None = None,
+    level: Whole = 0,
 ) -> Splits:
     """Read a folder of images and labels.
 
@@ -79,6 +80,7 @@ def folder(
             only are two. false says that a number is an object however many regions it has. If
             nothing is said, labels that look like masks or classes are refused.
         voxel_size_nm: one number per axis ([Z,] Y, X), instead of what the files say.
+        level: which resolution of OME-Zarr images and labels is read; 0 is the full one.
 
     Returns:
         For each split the samples: image (C, [Z,] Y, X) and label ([Z,] Y, X) as stored; and
@@ -131,6 +133,7 @@ def folder(
             label_dataset,
             bool(label_regions),
             voxel_size_nm,
+            level,
         )
         for split, own in files.items()
     }
@@ -161,9 +164,11 @@ def _read(
     label_dataset: str | None,
     regions: bool,
     size: Sequence[float] | None,
+    level: int,
 ) -> Iterator[Sample]:
     for name, image, path in files:
         attrs = {"source": image.relative_to(root).as_posix()}
+        image, path = _at(image, level), path and _at(path, level)
         array = read_image(image, channels, image_dataset)
         ndim = sum(n > 1 for n in array.shape[1:])
         if found := size or _stored_size(image, image_dataset, path, label_dataset, ndim):
@@ -180,6 +185,11 @@ def _read(
         yield Sample(name, array, label, attrs=attrs)
 
 
+def _at(path: Path, level: int) -> Path:
+    """Return how a resolution of an OME-Zarr is named; other files have one."""
+    return Path(f"{path}:{level}") if level and path.suffix.lower() == omezarr.SUFFIX else path
+
+
 def _stored_size(
     image: Path, image_dataset: str | None, label: Path | None, label_dataset: str | None, ndim: int
 ) -> list[float] | None:
@@ -188,7 +198,7 @@ def _stored_size(
     """
     if image.suffix.lower() in (".tif", ".tiff"):
         sides = microns(calibration(image), ndim)
-    elif image.suffix.lower() == omezarr.SUFFIX:
+    elif omezarr.split_zarr_path(image):
         sides = (omezarr.open_zarr(image).microns or ())[-ndim:]
     else:
         sides = None
