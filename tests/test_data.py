@@ -444,6 +444,11 @@ def test_the_pixel_size_of_a_tiff(options, wanted, raw):
             assert sample.attrs.get("voxel_size_nm") == wanted
 
 
+def test_a_level_of_files_that_have_none(raw):
+    with pytest.raises(DataError, match="only OME-Zarr has a level 1; leave the level out"):
+        _prepare(raw, level=1)
+
+
 def test_sizes_that_training_images_say(tmp_path):
     """Against every object by itself, and where pixels are not the same everywhere."""
     rng = np.random.default_rng(0)

@@ -168,6 +168,8 @@ def _read(
 ) -> Iterator[Sample]:
     for name, image, path in files:
         attrs = {"source": image.relative_to(root).as_posix()}
+        if level and image.suffix.lower() != omezarr.SUFFIX:
+            raise DataError(f"{image}: only OME-Zarr has a level {level}; leave the level out")
         image, path = _at(image, level), path and _at(path, level)
         array = read_image(image, channels, image_dataset)
         ndim = sum(n > 1 for n in array.shape[1:])
