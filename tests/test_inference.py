@@ -501,9 +501,7 @@ def test_weights_of_a_network_of_ones_own(tmp_path, monkeypatch):
     ],
 )
 def test_affinities_in_one_pass(shape, offsets, threads, monkeypatch):
-    """The formula in double precision, for strips that are shorter than the offsets reach, and the
-    way of other devices."""
-    monkeypatch.setattr(quantised, "STRIP", 100)
+    """The formula in double precision, and the way of other devices."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     vectors = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
     # some are zero
@@ -514,27 +512,30 @@ def test_affinities_in_one_pass(shape, offsets, threads, monkeypatch):
         tuple(slice(0, n) for n in shape),
         tuple(slice(n // 3, max(n // 3 + 1, n - 1)) for n in shape),
     ]
-    for box in boxes:
-        found = quantised_affinities(embedding, offsets, box)
+    everything = boxes[0]
+    inside = tuple(slice(n // 5, n - n // 7) for n in shape)  # beyond it there is no image
+    for box, within in [(boxes[0], everything), (boxes[1], everything), (inside, inside)]:
+        found = quantised_affinities(embedding, offsets, box, within)
         assert found.dtype == np.uint8
         assert found.shape == (len(offsets), *(s.stop - s.start for s in box))
         for pixel in itertools.product(*(range(s.start, s.stop) for s in box)):
             inner = tuple(p - s.start for p, s in zip(pixel, box, strict=True))
             for k, offset in enumerate(offsets):
                 other = tuple(p + d for p, d in zip(pixel, offset, strict=True))
-                inside = all(0 <= q < n for q, n in zip(other, shape, strict=True))
-                cosine = unit[(slice(None), *pixel)] @ unit[(slice(None), *other)] if inside else 0
+                there = all(s.start <= q < s.stop for q, s in zip(other, within, strict=True))
+                cosine = unit[(slice(None), *pixel)] @ unit[(slice(None), *other)] if there else 0
                 assert abs(found[(k, *inner)] - 255 * max(cosine, 0)) <= 0.5 + 1e-3
-        there = quantised._affinities_on_device(embedding, offsets, box)
-        assert np.abs(found.astype(int) - there).max() <= 1
+        plain = quantised._affinities_on_device(embedding, offsets, box, within)
+        assert np.abs(found.astype(int) - plain).max() <= 1
 
 
 def test_a_channels_last_embedding_gives_the_same_affinities():
     embedding = torch.randn(4, 30, 50)
     rows = embedding.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    box = (slice(3, 30), slice(0, 44))
+    box, within = (slice(3, 30), slice(0, 44)), (slice(0, 30), slice(0, 50))
     assert np.array_equal(
-        quantised_affinities(embedding, OFFSETS, box), quantised_affinities(rows, OFFSETS, box)
+        quantised_affinities(embedding, OFFSETS, box, within),
+        quantised_affinities(rows, OFFSETS, box, within),
     )
 
 

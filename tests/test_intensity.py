@@ -172,6 +172,25 @@ def test_noise_does_not_look_at_objects_and_scales_with_the_image(sigma, gain):
     assert pixel_noise(image * gain) == pytest.approx(sigma * gain, rel=0.15)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_the_range_is_that_of_the_whole_noise(kind):
+    """Also where noise is not searched for to the end, as it cannot count: there are both cases."""
+    rng, widened = np.random.default_rng(0), 0
+    contrast, level = np.float32([6, 20]), np.float32([0.2, 0.3])
+    there = np.zeros((2, 50, 60), bool)
+    there[:, 10:25, 10:40] = True
+    for sigma, height in rng.uniform((0, 0), (20, 200), (40, 2)):
+        image = 20 + height * there + rng.normal(0, sigma, there.shape)
+        image = image.clip(0, 255).astype(kind)
+        low, high = intensity_range(image, **PERCENTILES)
+        more = np.maximum(contrast * pixel_noise(image) - (high - low), 0)
+        widened += (more > 0).sum()
+        found = intensity_range(image, **PERCENTILES, contrast=contrast, level=level)
+        np.testing.assert_array_equal(found[0], low - level * more)
+        np.testing.assert_array_equal(found[1], high + (1 - level) * more)
+    assert 10 < widened < 70
+
+
 def sample(image, label, **more):
     return {"image": image, "label": label, **more}
 

@@ -51,7 +51,9 @@ def intensity_range(
     if contrast is None:
         return low, high
     with np.errstate(invalid="ignore"):  # NaN and infinite pixels are told where they are read
-        more = np.maximum(np.float32(contrast) * pixel_noise(image) - (high - low), 0)
+        wanted = np.float32(contrast)
+        enough = np.divide(high - low, wanted, out=np.full_like(low, np.inf), where=wanted > 0)
+        more = np.maximum(wanted * pixel_noise(image, enough) - (high - low), 0)
         more[(high == low) & (more == 0)] = 1
         return low - np.float32(level) * more, high + (1 - np.float32(level)) * more
 
@@ -95,7 +97,9 @@ def _percentiles(values: np.ndarray, count: np.ndarray, percents: Sequence[float
     return out
 
 
-def pixel_noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
+def pixel_noise(
+    image: np.ndarray | h5py.Dataset, enough: Sequence[float] | None = None
+) -> np.ndarray:
     """Estimate the standard deviation of the noise from pixel to pixel.
 
     As J. Immerkær does (Comput. Vis. Image Underst. 64, 1996), from second differences along both
@@ -106,6 +110,8 @@ def pixel_noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
     Args:
         image: (C, [Z,] Y, X), any real type, in memory or in a file. Of a channel of more than 2^20
             pixels about so many are looked at, in 16 strips.
+        enough: for each channel, a noise that is of no consequence: one below it may be said to
+            be smaller than it is, without a search for the median.
 
     Returns:
         (C,) float32, in grey values; of whole numbers at least what rounding adds.
@@ -117,9 +123,13 @@ def pixel_noise(image: np.ndarray | h5py.Dataset) -> np.ndarray:
         for step in STEPS:
             with np.errstate(invalid="ignore", over="ignore"):
                 ripples = np.concatenate([_ripples(part, step) for part in parts])
+                sigmas = GAUSSIAN_MEDIAN / 6  # 1 + 4 + 1
+                if enough is not None:
+                    limit = 0.999 * enough[channel] / sigmas  # its median cannot be near
+                    if 2 * np.count_nonzero(ripples <= limit) > ripples.size:
+                        continue
                 if ripples.size:
-                    # 1 + 4 + 1
-                    out[channel] = max(out[channel], np.median(ripples) * GAUSSIAN_MEDIAN / 6)
+                    out[channel] = max(out[channel], np.median(ripples) * sigmas)
     return np.maximum(out, ROUNDING) if image.dtype.kind in "ui" else out
 
 

@@ -4,7 +4,7 @@ Dimension is data (2D = 3D).
 
 Per-pixel vectors are kept as *rows*: (B, [Z,] Y, X, D). A channels-last network output is such an
 array already, and every dot product of two pixels then reads two contiguous vectors. What losses
-need of whole maps is computed by the compiled functions of `compiled` on a CPU, else by the plain
+need of whole maps is computed by the compiled functions of `fused` on a CPU, else by the plain
 ones beside them, which say what it means.
 """
 

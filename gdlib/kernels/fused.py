@@ -34,7 +34,7 @@ def relate(
     rows: Tensor, offsets: Offsets, moments: bool, other: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """`affinity` and `gram` of `kernels.relate`."""
-    displacements = _displacements(offsets, rows.ndim - 2)
+    displacements = as_triples(offsets, rows.ndim - 2)
     _check("other rows", other, rows.shape, rows.dtype)
     if not (moments or len(offsets)):
         return None, None
@@ -59,10 +59,10 @@ class _Relate(torch.autograd.Function):
         affinity = gram = None
         if len(displacements):
             affinity = rows.new_empty(batch, len(displacements), depth, height, width)
-            _on_lines(loops.dot, lines, unit, displacements, affinity)
+            on_lines(loops.dot, lines, unit, displacements, affinity)
         if moments:
             sums = rows.new_empty(batch, depth, height, dim, dim)  # of each line
-            _on_lines(loops.sum_products, lines, unit, theirs, sums)
+            on_lines(loops.sum_products, lines, unit, theirs, sums)
             gram = sums.sum((1, 2)) / (depth * height * width)
         return affinity, gram
 
@@ -77,7 +77,7 @@ class _Relate(torch.autograd.Function):
             factor = (gram + gram.mT) / (depth * height * width)
         out = unit.new_empty(batch, depth, height, width, dim)
         arrays = unit, inverse, theirs, ctx.displacements, affinity, factor, out
-        _on_lines(loops.relate_gradient, batch * depth * height, *arrays)
+        on_lines(loops.relate_gradient, batch * depth * height, *arrays)
         return out, None, None, None
 
 
@@ -85,7 +85,7 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows (B, Z, Y, X, D) at length one, (B, Z, Y, D, X), and one over their lengths."""
     unit = rows.new_empty(*rows.shape[:-2], rows.shape[-1], rows.shape[-2])
     inverse = rows.new_empty(rows.shape[:-1])
-    _on_lines(loops.turn_to_unit, rows.shape[:3].numel(), rows, unit, inverse)
+    on_lines(loops.turn_to_unit, rows.shape[:3].numel(), rows, unit, inverse)
     return unit, inverse
 
 
@@ -114,7 +114,7 @@ def pair_losses(
     """
     batch, count, *sides = affinity.shape
     offsets = [(0,) * len(sides)] * count if offsets is None else offsets
-    displacements = _displacements(offsets, len(sides))
+    displacements = as_triples(offsets, len(sides))
     if len(offsets) != count:
         raise ValueError(f"there are {count} affinities of each pixel, but {len(offsets)} offsets")
     weights = None if weights is None else weights.to(affinity.dtype)
@@ -143,7 +143,7 @@ class _PairLosses(torch.autograd.Function):
         batch, _, depth, height, _ = affinity.shape
         sums = torch.empty(batch, depth, height, 3, dtype=torch.float64)  # of each line
         about = teacher, displacements, weights, label, ignore, connected
-        _on_lines(loops.sum_losses, batch * depth * height, affinity, *about, sums)
+        on_lines(loops.sum_losses, batch * depth * height, affinity, *about, sums)
         return (sums.sum((0, 1, 2)) / affinity[:, 0].numel()).to(affinity.dtype)
 
     @staticmethod
@@ -153,7 +153,7 @@ class _PairLosses(torch.autograd.Function):
         out = torch.empty_like(affinity, memory_format=torch.contiguous_format)
         scale = (2 * gradient.double() / affinity[:, 0].numel()).to(affinity.dtype)
         arrays = affinity, teacher, ctx.displacements, *about, ctx.connected, scale, out
-        _on_lines(loops.losses_gradient, affinity[:, 0].shape[:3].numel(), *arrays)
+        on_lines(loops.losses_gradient, affinity[:, 0].shape[:3].numel(), *arrays)
         return out, None, None, None, None, None, None
 
 
@@ -164,21 +164,21 @@ def count_pairs(
 
     For the arguments see `pair_losses`.
     """
-    displacements = _displacements(offsets, label.ndim - 1)
+    displacements = as_triples(offsets, label.ndim - 1)
     _check("the label", label, label.shape, torch.int32)
     _check("what to ignore", ignore, label.shape, torch.bool)
     if label.ndim == 3:
         label, ignore = (None if x is None else x[:, None] for x in (label, ignore))
     ignore = torch.zeros_like(label, dtype=torch.bool) if ignore is None else ignore
     counts = torch.empty(*label.shape[:3], len(offsets), 2, dtype=torch.int64)  # of each line
-    _on_lines(loops.count, label.shape[:3].numel(), label, displacements, ignore, connected, counts)
+    on_lines(loops.count, label.shape[:3].numel(), label, displacements, ignore, connected, counts)
     return counts.sum((1, 2))
 
 
 # --- Calling compiled code ---
 
 
-def _displacements(offsets: Offsets, ndim: int) -> np.ndarray:
+def as_triples(offsets: Offsets, ndim: int) -> np.ndarray:
     """Return offsets as (K, 3)."""
     if any(len(offset) != ndim for offset in offsets):
         raise ValueError(f"offsets {list(map(list, offsets))} do not fit images with {ndim} axes")
@@ -194,7 +194,7 @@ def _check(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.
         )
 
 
-def _on_lines(kernel: Callable, lines: int, *arguments: Tensor | np.ndarray | bool) -> None:
+def on_lines(kernel: Callable, lines: int, *arguments: Tensor | np.ndarray | bool) -> None:
     """Call kernel(first, last, *arguments) for parts of the lines that together are all of them."""
     arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
     threads = torch.get_num_threads()

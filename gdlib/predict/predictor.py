@@ -302,15 +302,14 @@ class Predictor:
             slice(max(0, s.start + a), min(n, s.stop + b))
             for s, a, b, n in zip(box, low, high, source.shape, strict=True)
         )
-        inner = relative(box, reach)
-        embedding, foreground = self.embed(source, reach)
-        affinity = quantised_affinities(embedding, offsets, inner)
+        (embedding, foreground, *_), frame = self._around(source, reach)
+        inner = relative(box, frame)
+        affinity = quantised_affinities(embedding, offsets, inner, relative(reach, frame))
         wanted = None
         if kept is not None:
-            wanted = (
-                embedding[(slice(None), *relative(intersection(box, kept), reach))].cpu().numpy()
-            )
-        return Prediction(affinity, as_uint8(foreground[inner].sigmoid()), wanted)
+            part = relative(intersection(box, kept), frame)
+            wanted = embedding[(slice(None), *part)].cpu().numpy()
+        return Prediction(affinity, as_uint8(foreground[(0, *inner)].sigmoid()), wanted)
 
     @torch.inference_mode()
     def embed(self, source: Source, box: Box) -> tuple[Tensor, Tensor]:
