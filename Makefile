@@ -42,8 +42,8 @@ test-faults: env ## killed, full disk, damaged files, closed folders, on a real 
 test-conda: env ## the smoke study with --use-conda, where there is a conda command: minutes
 	pytest -v -rs tests/conda
 
-test-export: env ## what `gdlib export` writes for other programs; installs them; a minute or two
-	pip install --quiet -c constraints.txt -e ".[export]"
+test-export: env ## what `gdlib export` writes for other programs, and `gdlib quantise`; installs them; two minutes
+	pip install --quiet -c constraints.txt -e ".[export,quantise]"
 	pytest -v -rs --durations=0 tests/export $(if $(ONLY),-k "$(ONLY)")
 
 test-napari: env ## the plug-in in a real viewer; without a screen: xvfb-run -a make test-napari

@@ -17,7 +17,7 @@ DEFAULT = "nuclei"
 
 def names() -> list[str]:
     """Return the names of the networks that come with the package, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors") if "." not in path.stem)
 
 
 def find(model: Path | str) -> Path:
@@ -207,7 +207,8 @@ def load(
         model: `names()` says which come with the package; or a weights file of your own, or
             what `gdlib export` made of one as ONNX.
         device: `auto`, `cpu`, `cuda`, `mps`, ...
-        precision: of the arithmetic: `auto`, `float32`, `bfloat16` or `float16`.
+        precision: of the arithmetic: `auto`, `float32`, `bfloat16`, `float16`, or `int8` where
+            `gdlib quantise` made it possible.
         engine: what runs the network: `auto`, `torch` or `openvino`.
         invert: see images as their negatives: where objects are dark on a bright ground, and were
             bright in the training.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from gdlib import io, trained
@@ -30,7 +31,7 @@ def _info(arguments: argparse.Namespace) -> None:
         return
     try:
         io.check_header(arguments.weights, header)
-        lines = _about(header)
+        lines = _about(header) + _int8(arguments.weights)
     except (KeyError, TypeError) as error:
         raise io.DataError(
             f"{arguments.weights}: its header lacks what training writes into it ({error}); "
@@ -38,6 +39,16 @@ def _info(arguments: argparse.Namespace) -> None:
         ) from error
     for key, value in lines:
         print(f"{key:13} {value}")
+
+
+def _int8(weights: Path) -> list[tuple[str, str]]:
+    """Say if there is a form of 8 bits beside the weights."""
+    if io.is_onnx(weights) or not (path := io.int8_beside(weights)).is_file():
+        return []
+    about = io.read_header(path)
+    scores = ", ".join(f"{key} {value}" for key, value in about.get("agreement", {}).items())
+    text = f"{path.name}, made of {about.get('parts')} parts of images"
+    return [("8 bits", f"{text}; objects agree with those of float32 by {scores}")]
 
 
 def _about(header: dict[str, Any]) -> list[tuple[str, str]]:

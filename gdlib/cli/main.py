@@ -1,5 +1,5 @@
-"""The command line: `gdlib segment`, `distill`, `evaluate`, `export`, `info`, `models` for people,
-`gdlib step ...` for the workflow.
+"""The command line: `gdlib segment`, `distill`, `evaluate`, `export`, `quantise`, `info`, `models`
+for people, `gdlib step ...` for the workflow.
 """
 
 import argparse
@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   gdlib evaluate ground_truth/ found/ --out scores.csv
   gdlib info weights.safetensors
   gdlib export nuclei --to onnx --out nuclei.onnx
+  gdlib quantise weights.safetensors images/
   gdlib models
   gdlib download bbbc039
 """
@@ -34,6 +35,7 @@ COMMANDS = {
     "distill": Command("train a network of your own from images and labels", "gdlib.cli.distill"),
     "evaluate": Command("compare segmentations with the ground truth", "gdlib.cli.evaluate"),
     "export": Command("write a trained network for other programs", "gdlib.cli.export"),
+    "quantise": Command("make a trained network compute in 8 bits", "gdlib.cli.quantise"),
     "info": Command("say what a weights file is", "gdlib.cli.info"),
     "models": Command("list the networks", "gdlib.cli.models"),
     "check": Command("look for mistakes in a configuration", "gdlib.cli.catalogue"),

@@ -101,7 +101,10 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)"
     )
     segment.add_argument(
-        "--precision", default="auto", help="auto, float32, bfloat16, float16 (default: auto)"
+        "--precision",
+        default="auto",
+        help="auto, float32, bfloat16, float16, or int8 where `gdlib quantise` made it (default: "
+        "the fastest that there is)",
     )
     segment.add_argument(
         "--engine",

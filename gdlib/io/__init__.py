@@ -11,6 +11,7 @@
 | segmentations `.h5` | per sample: `label` ([Z,] Y, X) uint32, consecutive |
 | weights `.safetensors` | parameters; the header holds one JSON text with all that is needed |
 | | to run the network alone |
+| beside them `.int8.safetensors` | OpenVINO's form of the same network in 8 bits, as bytes |
 | exported `.onnx` | a graph; one of its metadata holds the same JSON text |
 | history, metrics `.csv` | long form |
 
@@ -40,9 +41,11 @@ from gdlib.io.samples import Sample, read_array, read_attrs, read_samples, sampl
 from gdlib.io.tables import HISTORY_COLUMNS, METRIC_COLUMNS, write_rows
 from gdlib.io.weights import (
     HEADER,
+    INT8_OF,
     PLUGINS,
     check_header,
     check_trusted,
+    int8_beside,
     load_state,
     load_weights,
     read_header,
@@ -57,6 +60,7 @@ __all__ = [
     "HDF5_SUFFIXES",
     "HEADER",
     "HISTORY_COLUMNS",
+    "INT8_OF",
     "METRIC_COLUMNS",
     "PLUGINS",
     "SPACE",
@@ -73,6 +77,7 @@ __all__ = [
     "code_sha256",
     "create_h5",
     "h5_file",
+    "int8_beside",
     "is_hdf5",
     "is_onnx",
     "load_state",

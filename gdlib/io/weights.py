@@ -20,6 +20,8 @@ from gdlib.io.onnx import is_onnx, read_onnx_header
 # Environment variable with the modules outside gdlib, separated by commas, whose networks a weights
 # file may name.
 PLUGINS = "GDLIB_PLUGINS"
+INT8 = ".int8.safetensors"  # ending of the form of a network in 8 bits
+INT8_OF = "int8_of"  # in the header of such a file: the checksum of the weights' file
 PICKLED = (b"PK\x03\x04", *(b"\x80" + bytes([k]) for k in range(2, 6)))  # torch.save, new and old
 
 
@@ -103,6 +105,11 @@ def check_header(path: Path | str, header: dict[str, Any], keys: Iterable[str] =
     """Raise `DataError` unless the header of a weights file has these keys of `HEADER`, with
     something usable.
     """
+    if INT8_OF in header:
+        raise DataError(
+            f"{path}: this is only how a network computes in 8 bits; give the weights beside it, "
+            f"{Path(path).name.removesuffix(INT8)}.safetensors"
+        )
     for key in keys:
         if not isinstance(header.get(key), HEADER[key]) or (
             key in ("offsets", "segmentation") and not header[key]
@@ -117,6 +124,11 @@ def check_header(path: Path | str, header: dict[str, Any], keys: Iterable[str] =
         raise DataError(
             f"{path}: the offsets of its header are {offsets}; get it again, or train again"
         )
+
+
+def int8_beside(weights: Path | str) -> Path:
+    """Return where the form in 8 bits of a weights file is, if there is one."""
+    return Path(weights).with_suffix(INT8)
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:

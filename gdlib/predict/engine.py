@@ -25,12 +25,13 @@ Runtime, slower than OpenVINO in float32, which only runs what was exported (`gd
 `torch.compile`, which is slower in bfloat16, needs a compiler and compiles for half a minute.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,7 +62,7 @@ def choose_engine(name: str, device: torch.device) -> str:
         raise ValueError(
             f'there is no engine "{name}": choose {", ".join(ENGINES[:-1])} or {ENGINES[-1]}'
         )
-    installed = importlib.util.find_spec("openvino") is not None
+    installed = is_installed("openvino")
     if name == "openvino" and device.type != "cpu":
         raise ValueError(
             f"the engine openvino runs on the CPU, not on {device}: choose --engine torch, or "
@@ -73,6 +74,11 @@ def choose_engine(name: str, device: torch.device) -> str:
             "choose --engine torch"
         )
     return "openvino" if name != "torch" and device.type == "cpu" and installed else "torch"
+
+
+def is_installed(name: str) -> bool:
+    """Is a package there? It is not imported."""
+    return importlib.util.find_spec(name) is not None
 
 
 def make_engine(
@@ -138,61 +144,92 @@ class _Maps(nn.Module):
         return out.embedding, out.foreground, *(out.features[level] for level in self.levels)
 
 
-@functools.cache
-def _library() -> ModuleType:
-    # It would report to its makers that it was used; imported without this package it does not, and
-    # lacks nothing else.
-    telemetry = "openvino_telemetry"
-    hidden = sys.modules.setdefault(telemetry, None) is None
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Import what would report to its makers that it was used, such that it does not, and lacks
+    nothing else.
+    """
+    name = "openvino_telemetry"
+    hidden = sys.modules.setdefault(name, None) is None
     try:
-        return importlib.import_module("openvino")
+        yield
     finally:
         if hidden:  # whoever else wants it shall find it
-            sys.modules.pop(telemetry, None)
+            sys.modules.pop(name, None)
 
 
 @functools.cache
-def _core() -> Any:
-    # One for the process. On processors with AMX a core brings its thread a stack for signal
-    # handlers and, when it goes, gives back the one of before, which may be that of a core that is
-    # gone: the next signal, the SIGTERM of a cluster for instance, would then end the process
-    # instead of being handled.
-    return _library().Core()
+def library() -> ModuleType:
+    """Return OpenVINO, imported."""
+    with without_telemetry():
+        return importlib.import_module("openvino")
+
+
+@functools.cache
+def core() -> Any:
+    """Return what reads and compiles networks: one for the process.
+
+    On processors with AMX a core brings its thread a stack for signal handlers and, when it goes,
+    gives back the one of before, which may be that of a core that is gone: the next signal, the
+    SIGTERM of a cluster for instance, would then end the process instead of being handled.
+    """
+    return library().Core()
 
 
 def _openvino(maps: _Maps, channels: int, dtype: torch.dtype) -> Engine:
-    openvino, network = _library(), maps.network
-
-    def image(multiple: int) -> Tensor:
-        sides = zip(network.divisor, network.remainder, network.margin, strict=True)
-        generator = torch.Generator().manual_seed(0)
-        return torch.rand(
-            1, channels, *(multiple * d + r + 2 * m for d, r, m in sides), generator=generator
-        )
-
-    with torch.inference_mode(), warnings.catch_warnings():
-        # of tracing: what depends on the size of the image is checked below
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(maps.eval(), image(2), check_trace=False)
-        model = openvino.convert_model(traced, example_input=image(2))
-    model.reshape([1, channels] + [-1] * network.ndim)
-    hints = {
-        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    compiled = _core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hints})
-    request = compiled.create_infer_request()
-
-    def run(image: Tensor) -> tuple[Tensor, ...]:
-        out = request.infer([image.contiguous().numpy()], share_inputs=True)
-        return tuple(torch.from_numpy(out[k]) for k in range(2 + len(maps.levels)))
-
-    trial = image(3)  # tracing may have taken the size of an image for a constant
-    with torch.inference_mode():
+    run = compiled(converted(maps.network, channels, maps.levels), dtype)
+    trial = _noise(maps.network, channels, 3)  # tracing may have taken the size of an image for a
+    with torch.inference_mode():  # constant
         expected = maps(trial)
     for found, wanted in zip(run(trial), expected, strict=True):
         if found.shape != wanted.shape or not (found - wanted).norm() <= TOLERANCE * wanted.norm():
             raise ValueError("an image of another size gives another result than torch")
+    return run
+
+
+def converted(network: nn.Module, channels: int, levels: Sequence[str] = ()) -> Any:
+    """Return a network as a model of OpenVINO, for images (1, C, *sides) of any size.
+
+    Args:
+        network: without batch normalisation (see `models.folded`), on the CPU.
+        channels: C.
+        levels: names of the feature maps that are wanted too.
+    """
+    image = _noise(network, channels, 2)
+    with torch.inference_mode(), warnings.catch_warnings():
+        # of tracing: what depends on the size of the image is looked at by who compiles it
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(_Maps(network, levels).eval(), image, check_trace=False)
+        model = library().convert_model(traced, example_input=image)
+    model.reshape([1, channels] + [-1] * network.ndim)
+    return model
+
+
+def _noise(network: nn.Module, channels: int, multiple: int) -> Tensor:
+    """Return an image (1, C, *sides) that a network can take; a larger one of a larger multiple."""
+    sides = zip(network.divisor, network.remainder, network.margin, strict=True)
+    shape = (multiple * d + r + 2 * m for d, r, m in sides)
+    return torch.rand(1, channels, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def compiled(model: Any, dtype: torch.dtype) -> Engine:
+    """Return what runs a model of OpenVINO on all threads of torch.
+
+    Args:
+        model: with an image as its input, and maps as its outputs.
+        dtype: type that it computes in, but for what the model says itself.
+    """
+    hints = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = core().compile_model(model, "CPU", hints).create_infer_request()
+
+    def run(image: Tensor) -> tuple[Tensor, ...]:
+        out = request.infer([image.contiguous().numpy()], share_inputs=True)
+        return tuple(torch.from_numpy(out[k]) for k in range(len(model.outputs)))
+
     return run
 
 

@@ -31,6 +31,7 @@ from gdlib.data.intensity import Negative, ground_is_elsewhere, intensity_range,
 from gdlib.devices import choose_device, choose_precision
 from gdlib.kernels.quantised import as_uint8, quantised_affinities
 from gdlib.models import folded, trained, untrained
+from gdlib.predict import int8
 from gdlib.predict.engine import (
     ONNX,
     Engine,
@@ -200,15 +201,31 @@ class Predictor:
 
     @classmethod
     def load(cls, weights: Path | str, *, engine: str = "auto", **kwargs: Any) -> "Predictor":
-        """Read a weights file and make its network, to be run by the fastest engine there is; or
-        an ONNX file of `gdlib export`, to be run by ONNX Runtime on the CPU.
+        """Read a weights file and make its network, to be run by the fastest engine there is, in
+        8 bits if there is a form for it (see `int8`); or an ONNX file of `gdlib export`, to be run
+        by ONNX Runtime on the CPU.
         """
         if not io.is_onnx(weights):
-            return cls(*trained(weights, *io.HEADER), engine=engine, **kwargs)
+            return cls._load(weights, engine, **kwargs)
         kwargs = check_onnx(weights, engine, **kwargs)
         network, header = untrained(weights, *io.HEADER)
         predictor = cls(network, header, **kwargs)
         predictor.engine, predictor.run = ONNX, onnx_engine(weights, header["channels"])
+        return predictor
+
+    @classmethod
+    def _load(
+        cls, weights: Path | str, engine: str, precision: str = "auto", **kwargs: Any
+    ) -> "Predictor":
+        device = choose_device(str(kwargs.get("device", "auto")))
+        run = None
+        if not kwargs.get("levels"):  # it has none
+            run = int8.engine_for(weights, precision, device, engine)
+        network, header = trained(weights, *io.HEADER)
+        if run is None:
+            return cls(network, header, engine=engine, precision=precision, **kwargs)
+        predictor = cls(network, header, engine=engine, **kwargs)
+        predictor.engine, predictor.dtype, predictor.run = "openvino", torch.int8, run
         return predictor
 
     def __call__(

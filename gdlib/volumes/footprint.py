@@ -191,7 +191,7 @@ class _Pass:
         peak, dimension = live_bytes(network, channels, sides, where)
         held = (
             HELD[predictor.engine][len(shape)]
-            * predictor.dtype.itemsize
+            * max(2, predictor.dtype.itemsize)  # in 8 bits not everything is
             / 4
             * peak
             / math.prod(sides)
