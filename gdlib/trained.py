@@ -200,6 +200,7 @@ def load(
     precision: str = "auto",
     engine: str = "auto",
     invert: bool = False,
+    augment: bool = False,
 ) -> Model:
     """Load a trained network.
 
@@ -212,8 +213,11 @@ def load(
         engine: what runs the network: `auto`, `torch` or `openvino`.
         invert: see images as their negatives: where objects are dark on a bright ground, and were
             bright in the training.
+        augment: see every image turned and mirrored in eight ways, and take the means; takes eight
+            times as long.
 
     Raises:
         DataError: there is no such file or name, or it is no weights file.
     """
-    return Model(find(model), device=device, precision=precision, engine=engine, invert=invert)
+    options = {"precision": precision, "engine": engine, "invert": invert, "augment": augment}
+    return Model(find(model), device=device, **options)

@@ -381,8 +381,11 @@ def test_segment_a_tiff_stack_and_a_file_with_one_dataset(
         assert np.array_equal(file["image"][()], volume_by_hand())
 
 
-# what was computed of the negative is of another image
-@pytest.mark.parametrize(("more", "left"), [([], 3 * 3 * 3 - 10), (["--invert"], 3 * 3 * 3)])
+# what was computed of the negative, or of one view alone, is of another image
+@pytest.mark.parametrize(
+    ("more", "left"),
+    [([], 3 * 3 * 3 - 10), (["--invert"], 3 * 3 * 3), (["--augment"], 3 * 3 * 3)],
+)
 def test_a_volume_that_was_stopped_goes_on(
     more, left, volume_model, volume, volume_by_hand, tmp_path, monkeypatch
 ):
@@ -410,7 +413,7 @@ def test_a_volume_that_was_stopped_goes_on(
     assert len(done) == left
     assert [item.name for item in out.iterdir()] == ["brain.h5"]
     with h5py.File(out / "brain.h5") as file:
-        assert np.array_equal(file["volumes/raw"][()], volume_by_hand()) == (not more)
+        assert np.array_equal(file["volumes/raw"][()], volume_by_hand()) == (more != ["--invert"])
 
 
 def test_volumes_that_cannot_be_segmented(volume_model, volume, teacher, refusal, tmp_path):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdlib import io
+from gdlib import io, kernels
 from gdlib.data.intensity import normalise
 from gdlib.devices import choose_device, choose_precision
 from gdlib.kernels import quantised
@@ -537,6 +537,49 @@ def test_a_channels_last_embedding_gives_the_same_affinities():
         quantised_affinities(embedding, OFFSETS, box, within),
         quantised_affinities(rows, OFFSETS, box, within),
     )
+
+
+@pytest.mark.parametrize("kind", ["resunet", "resunet3d"])
+def test_an_augmented_image_gives_the_mean_of_eight(kind):
+    """By the formula, in pixels: where an embedding was seen turned, it is turned back."""
+    network, shape, blocks = REAL[kind]
+    image = noise(*shape)
+    offsets = OFFSETS if network.ndim == 2 else OFFSETS_3D
+    header = HEADER | {"offsets": offsets}
+    options = {"device": "cpu", "precision": "float32"}
+    tool = Predictor(network, header, augment=True, **options)
+    found = tool(image, keep_embedding=True)
+    plain = predictor(network)
+    exact = plain(image, keep_embedding=True)
+    assert np.array_equal(found.embedding, exact.embedding)
+    # of sides that need not be filled up, at which end is no question
+    side = plain.network.divisor[-1]
+    whole = image[..., : shape[-2] // side * side, : shape[-1] // side * side]
+    total = foreground = 0
+    for mirrored, quarters in itertools.product((False, True), range(4)):
+        seen = np.rot90(whole[..., ::-1] if mirrored else whole, quarters, (-2, -1))
+        source = plain.source(np.ascontiguousarray(seen))
+        embedding, logit = plain.embed(source, tuple(slice(0, n) for n in source.shape))
+        back = [np.rot90(part.numpy(), -quarters, (-2, -1)) for part in (embedding, logit)]
+        vectors, logit = (part[..., ::-1] if mirrored else part for part in back)
+        unit = torch.nn.functional.normalize(torch.from_numpy(vectors.copy()).double(), dim=0)
+        cosine = kernels.affinities(unit.movedim(0, -1)[None], offsets)[0].clamp(min=0)
+        total = total + cosine.numpy() / 8
+        foreground = foreground + 1 / (1 + np.exp(-logit.astype(float))) / 8
+    found = tool(whole)
+    assert np.abs(found.affinity - 255 * total).max() <= 1.01
+    assert np.abs(found.foreground - 255 * foreground).max() <= 1.01
+    one = plain(whole)
+    assert np.abs(one.affinity - 255 * total).max() > 2  # it is another one
+    parts = Predictor(network, header, augment=True, block=blocks[0], **options)(whole)
+    assert np.array_equal(parts.affinity, found.affinity)
+    assert np.array_equal(parts.foreground, found.foreground)
+
+
+def test_a_network_with_margins_cannot_be_augmented():
+    network = REAL["mala"][0]
+    with pytest.raises(ValueError, match="leave --augment out"):
+        Predictor(network, HEADER | {"offsets": OFFSETS_3D}, augment=True)
 
 
 def test_engine_names(monkeypatch):

@@ -112,7 +112,7 @@ class Work:
         self.arguments, self.failed = arguments, failed
         self.ndim = ndim = len(header["offsets"][0])
         self.segmenter, self.parameters = how
-        keys = ("device", "precision", "engine", "block", "invert")
+        keys = ("device", "precision", "engine", "block", "invert", "augment")
         self.predictor = Predictor.load(
             arguments.model, **{key: getattr(arguments, key) for key in keys}
         )
@@ -152,7 +152,7 @@ class Work:
         ):
             stored = attributes.get("zarr")
             identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
-            identity += " inverted" * arguments.invert
+            identity += " inverted" * arguments.invert + " augmented" * arguments.augment
             by = self._factors(job, attributes)
             if isinstance(image, Frames) and not image.shape:
                 image = image[()]

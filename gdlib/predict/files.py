@@ -207,6 +207,7 @@ def made_with(predictor: Predictor) -> str:
         "precision": str(predictor.dtype),
         "device": predictor.device.type,
         "engine": predictor.engine,
+        "views": len(predictor.views),
         "torch": torch.__version__,
         "code": io.code_sha256(),
     }

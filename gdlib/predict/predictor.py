@@ -31,6 +31,7 @@ from gdlib.data.intensity import Negative, ground_is_elsewhere, intensity_range,
 from gdlib.devices import choose_device, choose_precision
 from gdlib.kernels.quantised import as_uint8, quantised_affinities
 from gdlib.models import folded, trained, untrained
+from gdlib.models.ensemble import VIEWS, turned
 from gdlib.predict import int8
 from gdlib.predict.engine import (
     ONNX,
@@ -154,6 +155,8 @@ class Predictor:
         levels: names of the feature maps that `features` returns, as far as the network has them.
         invert: see images as their negatives: where objects are dark on a bright ground, and were
             bright in the training.
+        augment: see every image turned and mirrored in eight ways, in the plane (Y, X), and take
+            the mean of all affinities, and of all foregrounds. Takes eight times as long.
     """
 
     def __init__(
@@ -167,8 +170,19 @@ class Predictor:
         block: int | Sequence[int] | None = None,
         levels: Sequence[str] = (),
         invert: bool = False,
+        augment: bool = False,
     ) -> None:
         self.invert = invert
+        self.views = range(VIEWS if augment else 1)
+        alike = (network.divisor, network.halo or (0, 0))
+        if augment and (
+            any((*network.margin, *network.remainder))
+            or any(sides[-2] != sides[-1] for sides in alike)
+        ):
+            raise ValueError(
+                "this network loses margins, or does not see both axes of the plane in the same "
+                "way, so that its images cannot be turned: leave --augment out"
+            )
         self.levels = tuple(level for level in levels if level in network.levels)
         self.device = choose_device(str(device))
         self.dtype = choose_precision(precision, self.device)
@@ -310,7 +324,8 @@ class Predictor:
         Args:
             source: the image.
             box: the part, one slice per axis.
-            kept: where the embedding is wanted; that of the intersection with the box is returned.
+            kept: where the embedding is wanted; that of the intersection with the box is returned,
+                of the image as it is.
         """
         offsets = self.header["offsets"]
         low = [min(0, *o) for o in zip(*offsets, strict=True)]
@@ -319,14 +334,19 @@ class Predictor:
             slice(max(0, s.start + a), min(n, s.stop + b))
             for s, a, b, n in zip(box, low, high, source.shape, strict=True)
         )
-        (embedding, foreground, *_), frame = self._around(source, reach)
-        inner = relative(box, frame)
-        affinity = quantised_affinities(embedding, offsets, inner, relative(reach, frame))
-        wanted = None
-        if kept is not None:
-            part = relative(intersection(box, kept), frame)
-            wanted = embedding[(slice(None), *part)].cpu().numpy()
-        return Prediction(affinity, as_uint8(foreground[(0, *inner)].sigmoid()), wanted)
+        image, frame = self._read(source, reach)
+        inner, within = relative(box, frame), relative(reach, frame)
+        affinities, foregrounds, wanted = [], [], None
+        for view in self.views:
+            embedding, logit = (
+                turned(part, view, back=True) for part in self.forward(turned(image, view))[:2]
+            )
+            affinities.append(quantised_affinities(embedding, offsets, inner, within))
+            foregrounds.append(as_uint8(logit[(0, *inner)].sigmoid()))
+            if kept is not None and wanted is None:
+                part = relative(intersection(box, kept), frame)
+                wanted = embedding[(slice(None), *part)].cpu().numpy()
+        return Prediction(_mean(affinities), _mean(foregrounds), wanted)
 
     @torch.inference_mode()
     def embed(self, source: Source, box: Box) -> tuple[Tensor, Tensor]:
@@ -370,7 +390,13 @@ class Predictor:
         return found
 
     def _around(self, source: Source, box: Box) -> tuple[tuple[Tensor, ...], Box]:
-        """Return all that the network says, (C, *sides) each, and of which part of the image.
+        """Return all that the network says, (C, *sides) each, and of which part of the image."""
+        image, frame = self._read(source, box)
+        return self.forward(image), frame
+
+    def _read(self, source: Source, box: Box) -> tuple[Tensor, Box]:
+        """Return what the network is to read, (C, *sides), and of which part of the image it will
+        speak.
 
         This part holds the box, where all is as if the network had seen the whole image at once.
         """
@@ -393,7 +419,7 @@ class Predictor:
             [b + m for b, m in zip(stops, network.margin, strict=True)],
         )
         frame = tuple(slice(a, b) for a, b in zip(starts, stops, strict=True))
-        return self.forward(torch.from_numpy(image)), frame
+        return torch.from_numpy(image), frame
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -414,6 +440,16 @@ class Predictor:
             self.levels,
         )
         return run
+
+
+def _mean(maps: list[np.ndarray]) -> np.ndarray:
+    """Return the mean of arrays of 8 bits, rounded."""
+    if len(maps) == 1:
+        return maps[0]
+    total = np.zeros(maps[0].shape, np.uint16)
+    for one in maps:
+        total += one
+    return ((total + len(maps) // 2) // len(maps)).astype(np.uint8)
 
 
 def assembled(shape: Sequence[int], parts: Iterable[tuple[Box, Prediction]]) -> Prediction:
