@@ -60,7 +60,11 @@ def _trained_models() -> None:
         scores = ", ".join(f"{key} {test[key]:.3f}" for key in ("aji", "pq", "voi") if key in test)
         judged = f"; {scores} on {test['images']} test image(s)" if scores else ""
         size = f"{path.stat().st_size / 1e6:.1f} MB"
-        print(f"{name:{width}}  {size}  {header.get('purpose', '')}{judged}")
+        how = (
+            f"method {header['run']['method']}"
+            + ", also in 8 bits" * io.int8_beside(path).is_file()
+        )
+        print(f"{name:{width}}  {size}  {header.get('purpose', '')}; {how}{judged}")
     if trained.names():
         print("use one with `gdlib segment images/ --model NAME --out labels/`\n")
 
