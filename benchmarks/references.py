@@ -219,7 +219,8 @@ def environment(threads: int) -> dict[str, str]:
 
 def command(program: str, files: Sequence[Path], out: Path, threads: int) -> list[str]:
     """Return the command that segments TIFFs: InstanSeg where `program` is a folder with its
-    network, StarDist's own where it is another folder, else ours, of which it is the `--model`.
+    network, StarDist's own where it is another folder, else ours, of which it is the `--model`,
+    perhaps with a precision, as in `nuclei:int8`.
     """
     if (Path(program) / instanseg.FILE).exists():
         start = [sys.executable, "-m", "benchmarks.instanseg", "--threads", str(threads)]
@@ -237,9 +238,15 @@ def command(program: str, files: Sequence[Path], out: Path, threads: int) -> lis
             "-i",
             *map(str, files),
         ]
-    start = [sys.executable, "-m", "gdlib", "segment", "--model", program, "--out", str(out)]
-    # in float32, as StarDist computes
-    return [*start, "--precision", "float32", "--threads", str(threads), *map(str, files)]
+    model, precision = precise(program)
+    start = [sys.executable, "-m", "gdlib", "segment", "--model", model, "--out", str(out)]
+    return [*start, "--precision", precision, "--threads", str(threads), *map(str, files)]
+
+
+def precise(program: str) -> tuple[str, str]:
+    """Return a model of ours, and its precision: float32, as StarDist computes, if it says none."""
+    model, _, precision = program.partition(":")
+    return model, precision or "float32"
 
 
 def onnx_network(program: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -365,7 +372,8 @@ def network(program: str, path: Path, threads: int) -> None:
         from gdlib.trained import find
 
         torch.set_num_threads(threads)
-        predictor = Predictor.load(find(program), precision="float32")
+        model, precision = precise(program)
+        predictor = Predictor.load(find(model), precision=precision)
         count = sum(p.numel() for p in predictor.network.parameters())
         sides = zip(image.shape, predictor.network.divisor, strict=True)
         ready = np.pad(image.astype(np.float32), [(0, -n % d) for n, d in sides], mode="reflect")
@@ -380,11 +388,12 @@ def network(program: str, path: Path, threads: int) -> None:
 
 
 def speed(program: str, images: Path, ours: str, rounds: int, threads: int) -> None:
-    """Print the seconds from TIFFs to label TIFFs in a new process, of a program and of ours in
-    turns: of all images of a folder, and of one of them, which is mostly the start.
+    """Print the seconds from TIFFs to label TIFFs in a new process, of a program and of ours, one
+    or several with commas between, in turns: of all images of a folder, and of one of them, which
+    is mostly the start.
     """
-    files, programs = sorted(images.glob("*.tif")), (program, ours)
-    print(f"{cpu_name()}, {threads} threads, float32, {len(files)} images")
+    files, programs = sorted(images.glob("*.tif")), (program, *ours.split(","))
+    print(f"{cpu_name()}, {threads} threads, {len(files)} images")
     found: dict[tuple[str, int], list[float]] = {}
     # the first round reads the programs from the disk, and compiles what is kept
     for number in range(rounds + 1):
