@@ -118,6 +118,12 @@ def test_it_is_no_network_of_its_own(nuclei, capsys, tmp_path):
     assert "nuclei.int8.safetensors, made of 24 parts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", ["", ".", "nowhere/weights.safetensors", "nowhere"])
+def test_no_file_is_told_as_ever(path):
+    with pytest.raises((io.DataError, OSError)):
+        Predictor.load(path, device="cpu")
+
+
 def test_parts_are_spread_over_all():
     assert int8.spread("abcdefg", 3) == ["a", "d", "g"]
     assert int8.spread("ab", 3) == ["a", "b"]

@@ -128,7 +128,8 @@ def check_header(path: Path | str, header: dict[str, Any], keys: Iterable[str] =
 
 def int8_beside(weights: Path | str) -> Path:
     """Return where the form in 8 bits of a weights file is, if there is one."""
-    return Path(weights).with_suffix(INT8)
+    path = Path(weights)
+    return path.parent / f"{path.stem}{INT8}"  # also of what is no file's name
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
