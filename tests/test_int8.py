@@ -15,8 +15,8 @@ from gdlib.predict.predictor import Predictor
 from gdlib.registry import SOURCES
 
 usable = pytest.mark.skipif(
-    not (int8.units() and importlib.util.find_spec("openvino")),
-    reason='needs a processor with VNNI, and pip install "gdlib[fast]"',
+    not (int8.MEASURED in int8.units() and importlib.util.find_spec("openvino")),
+    reason='needs a processor with AVX512-VNNI, and pip install "gdlib[fast]"',
 )
 
 
@@ -66,6 +66,13 @@ def test_it_is_taken_where_nothing_else_is_asked_for(nuclei):
     assert Predictor.load(nuclei, **kept, levels=["stride2"]).dtype != torch.int8
     io.int8_beside(nuclei).unlink()
     assert Predictor.load(nuclei, **kept).dtype != torch.int8
+
+
+@usable
+def test_where_it_was_not_measured_it_is_asked_for(nuclei, monkeypatch):
+    monkeypatch.setattr(int8, "units", lambda: ["AVX-VNNI"])
+    assert Predictor.load(nuclei, device="cpu").dtype != torch.int8
+    assert Predictor.load(nuclei, device="cpu", precision="int8").dtype == torch.int8
 
 
 def test_who_asks_for_it_is_told_why_not(nuclei, monkeypatch):

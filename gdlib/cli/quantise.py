@@ -83,8 +83,8 @@ def _quantise(arguments: argparse.Namespace) -> None:
         wanted = _labels(predictor, weights, parts)
         if not any(label.any() for label in wanted):
             raise io.DataError(
-                f"{paths[0]} and the others: the network finds no object in these images; give "
-                "images of the kind that it is for"
+                f"{paths[0]}: the network finds no object here, or in any other of these images; "
+                "give images of the kind that it is for"
             )
         model = int8.quantised(predictor.network, header["channels"], seen)
         predictor.run = int8.compiled(model)

@@ -152,7 +152,7 @@ class Work:
         ):
             stored = attributes.get("zarr")
             identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
-            identity += " inverted" * arguments.invert + " augmented" * arguments.augment
+            identity += " inverted" * arguments.invert
             by = self._factors(job, attributes)
             if isinstance(image, Frames) and not image.shape:
                 image = image[()]

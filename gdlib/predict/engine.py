@@ -178,8 +178,8 @@ def core() -> Any:
 
 def _openvino(maps: _Maps, channels: int, dtype: torch.dtype) -> Engine:
     run = compiled(converted(maps.network, channels, maps.levels), dtype)
-    trial = _noise(maps.network, channels, 3)  # tracing may have taken the size of an image for a
-    with torch.inference_mode():  # constant
+    trial = _noise(maps.network, channels, 3)  # tracing may have taken a size for a constant
+    with torch.inference_mode():
         expected = maps(trial)
     for found, wanted in zip(run(trial), expected, strict=True):
         if found.shape != wanted.shape or not (found - wanted).norm() <= TOLERANCE * wanted.norm():

@@ -31,6 +31,7 @@ from gdlib.predict import engine
 
 NAME = "int8"
 PARTS = ("xml", "bin")  # of OpenVINO's own form, as bytes
+MEASURED = "AVX512-VNNI"  # AMX comes with it; others are taken by who asks for 8 bits alone
 NEEDED = 'pip install "gdlib[quantise]"'
 
 
@@ -44,12 +45,10 @@ def is_own(path: Path | str) -> bool:
 
 def units() -> list[str]:
     """Return the units of this processor that multiply in 8 bits, by the names of their makers."""
-    known = {
-        "AMX": "_is_amx_tile_supported",
-        "AVX512-VNNI": "_is_avx512_vnni_supported",
-        "VNNI": "_is_vnni_supported",
-    }
-    return [name for name, is_there in known.items() if getattr(torch.cpu, is_there, bool)()]
+    known = {"amx_int8": "AMX", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI"}
+    # versions of torch that cannot be asked know of none
+    there = getattr(torch.cpu, "get_capabilities", dict)()
+    return [name for key, name in known.items() if there.get(key)]
 
 
 def engine_for(
@@ -61,7 +60,7 @@ def engine_for(
     Raises:
         ValueError: 8 bits are asked for, and cannot be had.
     """
-    if precision not in ("auto", NAME):
+    if precision not in ("auto", NAME) or (precision == "auto" and MEASURED not in units()):
         return None
     path = io.int8_beside(weights)
     try:

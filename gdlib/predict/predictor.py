@@ -336,17 +336,17 @@ class Predictor:
         )
         image, frame = self._read(source, reach)
         inner, within = relative(box, frame), relative(reach, frame)
-        affinities, foregrounds, wanted = [], [], None
+        affinity, foreground, wanted = _Mean(len(self.views)), _Mean(len(self.views)), None
         for view in self.views:
             embedding, logit = (
                 turned(part, view, back=True) for part in self.forward(turned(image, view))[:2]
             )
-            affinities.append(quantised_affinities(embedding, offsets, inner, within))
-            foregrounds.append(as_uint8(logit[(0, *inner)].sigmoid()))
+            affinity.add(quantised_affinities(embedding, offsets, inner, within))
+            foreground.add(as_uint8(logit[(0, *inner)].sigmoid()))
             if kept is not None and wanted is None:
                 part = relative(intersection(box, kept), frame)
                 wanted = embedding[(slice(None), *part)].cpu().numpy()
-        return Prediction(_mean(affinities), _mean(foregrounds), wanted)
+        return Prediction(affinity.rounded(), foreground.rounded(), wanted)
 
     @torch.inference_mode()
     def embed(self, source: Source, box: Box) -> tuple[Tensor, Tensor]:
@@ -442,14 +442,24 @@ class Predictor:
         return run
 
 
-def _mean(maps: list[np.ndarray]) -> np.ndarray:
-    """Return the mean of arrays of 8 bits, rounded."""
-    if len(maps) == 1:
-        return maps[0]
-    total = np.zeros(maps[0].shape, np.uint16)
-    for one in maps:
-        total += one
-    return ((total + len(maps) // 2) // len(maps)).astype(np.uint8)
+class _Mean:
+    """The mean of some arrays of 8 bits, which are not kept."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.total: np.ndarray | None = None
+
+    def add(self, one: np.ndarray) -> None:
+        if self.total is None:
+            self.total = one if self.count == 1 else one.astype(np.uint16)
+        else:
+            self.total += one
+
+    def rounded(self) -> np.ndarray:
+        if self.count == 1:
+            return self.total
+        self.total += self.count // 2
+        return (self.total // self.count).astype(np.uint8)
 
 
 def assembled(shape: Sequence[int], parts: Iterable[tuple[Box, Prediction]]) -> Prediction:

@@ -196,8 +196,9 @@ class _Pass:
             * peak
             / math.prod(sides)
         )
-        # Vectors in float32, and once more at unit length: torch has given back what it held by
-        # then, but for a copy. Then the image as it is read and normalised.
+        # Vectors in float32, and once more where they were seen turned or are not in lines: torch
+        # has given back what it held by then, but for a copy. Then the image as it is read and
+        # normalised.
         self.per_pixel = (
             held + 8 * dimension if predictor.engine == "openvino" else max(held, 12 * dimension)
         )
