@@ -5,6 +5,7 @@ their size.
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,29 @@ COLUMNS = ("image", "frame", "label", "area", "z", "y", "x", "mean_intensity", "
 LARGEST = 4096  # pixels of the longer side of a picture; of larger images every second, third, ...
 OUTLINE = (255, 210, 0)
 ENOUGH = 5  # objects, before anything is said of their size
+
+
+@dataclass
+class Counted:
+    """What was found in one image.
+
+    Attributes:
+        objects: how many.
+        frames: in what, " in 3 frames" if there are several.
+        rows: of the table.
+        diameters: of the objects as the network saw them, in pixels.
+    """
+
+    objects: int = 0
+    frames: str = ""
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    diameters: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, other: "Counted") -> None:
+        """Take in another frame of this image."""
+        self.objects += other.objects
+        self.rows += other.rows
+        self.diameters += other.diameters
 
 
 class Found:
@@ -34,16 +58,15 @@ class Found:
     ) -> None:
         self.table, self.preview, self.ndim = table, preview, ndim
         self.known = header.get("diameter") if ndim == 2 else None
-        self.rows: list[tuple[Any, ...]] = []
-        self.diameters: list[np.ndarray] = []
-        self.objects = 0
+        self.images = 0
+        self.all = Counted()
 
     @property
     def wants_image(self) -> bool:
         """Are the intensities needed?"""
         return self.preview or self.table is not None
 
-    def add(
+    def count(
         self,
         path: str,
         frame: str,
@@ -51,8 +74,8 @@ class Found:
         label: np.ndarray,
         sides: Sequence[float] | None,
         by: Sequence[float] | None,
-    ) -> None:
-        """Take in one image, or one frame of it.
+    ) -> Counted:
+        """Measure the objects of one image, or of one frame of it.
 
         Args:
             path: of the image, as it was given.
@@ -64,19 +87,25 @@ class Found:
         """
         area = np.bincount(label.ravel())[1:]
         area = area[area > 0]
-        self.objects += len(area)
+        counted = Counted(len(area))
         if self.known:
             scale = 1.0 if by is None else math.prod(by) ** (1 / len(by))
-            self.diameters.append(2 * np.sqrt(area / np.pi) * scale)
+            counted.diameters.append(2 * np.sqrt(area / np.pi) * scale)
         if self.table is not None and image is not None and len(area):
-            self.rows += _measured(path, frame, image, label, sides)
+            counted.rows += _measured(path, frame, image, label, sides)
+        return counted
+
+    def add(self, counted: Counted) -> None:
+        """Take in an image that is done."""
+        self.images += 1
+        self.all.add(counted)
 
     def tell(self) -> None:
         """Write the table, and say if the objects are of another size than the network knows."""
         if self.table is not None:
             columns = [name for name in COLUMNS if name != "z" or self.ndim == 3]
-            io.write_rows(self.table, columns, self.rows)
-        sizes = np.concatenate(self.diameters) if self.diameters else np.zeros(0)
+            io.write_rows(self.table, columns, self.all.rows)
+        sizes = np.concatenate(self.all.diameters) if self.all.diameters else np.zeros(0)
         if len(sizes) < ENOUGH or not self.known:
             return
         median, known = float(np.median(sizes)), float(self.known[1])

@@ -4,14 +4,14 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from gdlib import io, trained
 from gdlib.cli import BLOCK_HELP
 from gdlib.cli.found import COLUMNS, preview_output
-from gdlib.cli.work import Job, Work
+from gdlib.cli.job import Job
+from gdlib.cli.work import Work
 from gdlib.io import outputs
 from gdlib.io.failures import Failures
 from gdlib.limits import Positive, Threads, argument, number, place, sides
@@ -180,28 +180,16 @@ def _segment(arguments: argparse.Namespace) -> None:
     ndim = len(header["offsets"][0])
     # what the weights do not know is told before anything is computed
     factors(header, ndim, arguments.pixel_size, arguments.diameter)
-    work = Work(arguments, header, _segmenter(arguments, header), failed)
+    work = Work(arguments, header, _segmenter(arguments, header), len(jobs))
     start = time.perf_counter()
-    # finds the objects of an image while the network is at work on the next
-    with (
-        ThreadPoolExecutor(1) as other,
-        Progress(total=len(jobs), unit="image", disable=len(jobs) == 1) as work.bar,
-    ):
-        finishing: Future | None = None
-        for job in jobs:
-            with failed.noted():
-                found = work.predict(job, finishing)
-                if finishing is not None:
-                    finishing.result()
-                finishing = None if found is None else other.submit(work.finish, job, *found)
-        if finishing is not None:
-            finishing.result()
+    with Progress(total=len(jobs), unit="image", disable=len(jobs) == 1) as work.bar:
+        work.run(jobs, failed)
     work.found.tell()
-    if work.done > 1:
+    if (done := work.found.images) > 1:
         seconds = time.perf_counter() - start
         print(
-            f"{work.done} images, {work.found.objects} objects in {seconds:.1f} s "
-            f"({work.done / seconds:.1f} images/s)",
+            f"{done} images, {work.found.all.objects} objects in {seconds:.1f} s "
+            f"({done / seconds:.1f} images/s)",
             file=sys.stderr,
         )
     failed.tell(len(paths), "images could not be segmented; all others are done")

@@ -1,102 +1,45 @@
 """What `gdlib segment` does with every image: predict, segment, write, count."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import sys
-import urllib.parse
-from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gdlib import io, trained
 from gdlib.cli import labels
-from gdlib.cli.found import Found, draw
+from gdlib.cli.found import Counted, Found, draw
 from gdlib.cli.images import open_image
+from gdlib.cli.job import Job
+from gdlib.cli.together import Room, workers
 from gdlib.io import outputs
 from gdlib.io.failures import Failures, is_lack_of_memory
 from gdlib.progress import Progress
-from gdlib.volumes import memory, zarr_labels
+from gdlib.volumes import memory
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-@dataclass(frozen=True)
-class Job:
-    """One image and where its label goes.
-
-    Attributes:
-        path: as it was given.
-        file: without the name of a dataset.
-        dataset: of an HDF5 file, None of another one.
-        target: file of the label; a folder where the image is OME-Zarr.
-        inner: what is named in a Zarr folder, None of an image that is none.
-    """
-
-    path: str
-    file: Path
-    dataset: str | None
-    target: Path
-    inner: str | None = None
-
-    @classmethod
-    def of(cls, path: str, folder: Path, name: str) -> "Job":
-        """Find out where the label of an image goes; `name` is for labels in an OME-Zarr."""
-        from gdlib.data.files import open_volume
-        from gdlib.data.omezarr import split_zarr_path
-
-        file, dataset = io.split_h5_path(path)[0], None
-        if not io.is_hdf5(path) and (split := split_zarr_path(path)):
-            return cls(path, split[0], None, zarr_labels.target(path, folder, name), split[1])
-        if split_zarr_path(folder):
-            raise io.DataError(
-                f"{folder}: labels of {path}, which is no OME-Zarr, cannot be put into one; choose "
-                "another --out"
-            )
-        if io.is_hdf5(path):
-            with open_volume(path) as volume:
-                dataset = volume.name.strip("/")
-        return cls(
-            path, file, dataset, folder / f"{file.stem}{'.tif' if dataset is None else '.h5'}"
-        )
-
-    @property
-    def mark(self) -> str:
-        """What the label says of itself."""
-        return outputs.mark(self.file, self.dataset or self.inner)
-
-    @property
-    def output(self) -> outputs.Output:
-        """The label, for a check."""
-        if self.inner is not None:
-            return zarr_labels.output(self.target, self.mark)
-        shown = f"{self.target}:{self.dataset}" if self.dataset else ""
-        return outputs.Output(self.target, outputs.has_mark(self.mark, self.dataset), shown)
-
-    @property
-    def preview(self) -> Path:
-        """The picture with outlines: beside the label, or beside the image that has it inside."""
-        beside, name = self.target, self.target.stem
-        if self.inner is not None and self.file in self.target.parents:
-            beside, name = self.file, f"{self.file.stem}.{self.target.name}"
-        return beside.with_name(f"{name}.preview.png")
-
-    def hidden(self, ending: str) -> Path:
-        """Return a hidden path beside the label, for what is not finished."""
-        dataset = f".{urllib.parse.quote(self.dataset, safe='')}" if self.dataset else ""
-        return io.beside(self.target.with_suffix(""), f"{dataset}.{ending}")
+    from gdlib.predict.predictor import Predictor, Source
 
 
 class Work:
     """What is done with every image.
 
+    Images are segmented at the same time, each by a thread of its own, but for those that are
+    `alone`: these have all threads, and all the memory.
+
     Args:
         arguments: of the command line.
         header: of the weights.
         how: segmenter and its parameters.
-        failed: takes what goes wrong with one image.
+        count: of images.
     """
 
     def __init__(
@@ -104,124 +47,194 @@ class Work:
         arguments: argparse.Namespace,
         header: dict[str, Any],
         how: tuple[str, dict[str, Any]],
-        failed: Failures,
+        count: int,
     ) -> None:
-        from gdlib.predict.predictor import Predictor
-        from gdlib.segment.segmenters import used
+        import torch
 
-        self.arguments, self.failed = arguments, failed
-        self.ndim = ndim = len(header["offsets"][0])
+        from gdlib.devices import choose_device
+        from gdlib.segment.segmenters import used
+        from gdlib.volumes.footprint import Need
+
+        self.arguments = arguments
+        self.ndim = len(header["offsets"][0])
         self.segmenter, self.parameters = how
-        keys = ("device", "precision", "engine", "block", "invert", "augment")
-        self.predictor = Predictor.load(
-            arguments.model, **{key: getattr(arguments, key) for key in keys}
-        )
-        self.predictor.header = {**header, "offsets": used(self.segmenter, header["offsets"])}
+        self.header = {**header, "offsets": used(self.segmenter, header["offsets"])}
+        self.threads = torch.get_num_threads()
+        self.on_cpu = choose_device(arguments.device).type == "cpu"
+        # another device computes one image, while a thread finds the objects of another one
+        self.at_once = min(self.threads, count) if self.on_cpu else 1
+        self.workers = self.at_once if self.on_cpu else 2
+        self._predictors: dict[int, Predictor] = {}
+        predictor = self._predictor(self.at_once)
+        self.turn = threading.Semaphore(self.at_once)
         self.weights = io.sha256(arguments.model)
         self.held = memory.resident()
         given = arguments.memory
         self.budget = max(1, int(given * memory.GIB)) if given else memory.budget()
-        self.found = Found(arguments.table, arguments.preview, header, ndim)
-        self.done = 0
+        self.room = Room(self.budget and max(1, self.budget - self.held))
+        self.need = Need(predictor, *how) if count > 1 else None
+        self.found = Found(arguments.table, arguments.preview, header, self.ndim)
         self.bar: Progress
         self.said: set[str] = set()
+        self.stopped = False
 
-    def predict(
-        self, job: Job, finishing: Future | None
-    ) -> tuple[Any, dict[str, Any], int, np.ndarray | None] | None:
-        """Predict an image; or do all of it if it has several frames, is to be seen in another
-        size, or is to be done in blocks.
+    def run(self, jobs: Sequence[Job], failed: Failures) -> None:
+        """Segment images; what they have is taken in, and told, in their order.
+
+        Args:
+            jobs: the images.
+            failed: takes what goes wrong with one image.
         """
-        from gdlib.data.frames import Frames
-        from gdlib.predict.files import file_identity, predict_blocks
-        from gdlib.predict.predictor import assembled
-        from gdlib.volumes.footprint import choose, is_large
-        from gdlib.volumes.large import block_before, segment_in_blocks
+        if len(jobs) == 1:
+            with failed.noted():
+                self._done(jobs[0], self.alone(jobs[0]))
+            return
+        each = max(1, self.threads // self.at_once)
+        with workers(self.workers, each) as pool:
+            try:
+                for job, future in [(job, pool.submit(self.beside, job)) for job in jobs]:
+                    with failed.noted():
+                        self._done(job, future.result() or self.alone(job))
+            except BaseException:
+                self.stopped = True
+                raise
 
-        predictor, arguments, need = self.predictor, self.arguments, 0
+    def alone(self, job: Job) -> Counted:
+        """Segment an image while nothing else is done."""
+        with self.room.alone():
+            return self._segment(job, self._predictor(1), is_alone=True)
+
+    def beside(self, job: Job) -> Counted | None:
+        """Segment an image while other threads segment others; or return None, since it is to be
+        done `alone`.
+        """
+        return self._segment(job, self._predictors[self.at_once], is_alone=False)
+
+    def _predictor(self, at_once: int) -> Predictor:
+        """Return the network, ready for so many threads that share the processor."""
+        if at_once not in self._predictors:
+            import torch
+
+            from gdlib.predict.predictor import Predictor
+
+            keys = ("device", "precision", "engine", "block", "invert", "augment")
+            options = {key: getattr(self.arguments, key) for key in keys}
+            torch.set_num_threads(max(1, self.threads // at_once))
+            predictor = Predictor.load(self.arguments.model, at_once=at_once, **options)
+            predictor.header = self.header
+            _ = predictor.run  # is made here, and not by each thread
+            torch.set_num_threads(self.threads)
+            self._predictors[at_once] = predictor
+        return self._predictors[at_once]
+
+    def _segment(self, job: Job, predictor: Predictor, *, is_alone: bool) -> Counted | None:
+        from gdlib.data.frames import Frames
+        from gdlib.volumes.footprint import is_large
+
         with (
             lack_of_memory(job.path),
             open_image(
                 job.path,
                 self.ndim,
-                predictor.header["channels"],
-                arguments.out,
-                arguments.axes,
-                arguments.channel,
+                self.header["channels"],
+                self.arguments.out,
+                self.arguments.axes,
+                self.arguments.channel,
             ) as (image, attributes),
         ):
-            stored = attributes.get("zarr")
-            identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
-            identity += " inverted" * arguments.invert
             by = self._factors(job, attributes)
             if isinstance(image, Frames) and not image.shape:
                 image = image[()]
             if isinstance(image, Frames) or by is not None:
-                if finishing is not None:
-                    finishing.result()
-                self._by_frames(job, image, attributes, by)
-                return None
+                return self._by_frames(job, predictor, image, attributes, by, is_alone)
             with self._about(job.path, image):
                 source = predictor.source(image)
+                large = self.budget and (self.arguments.memory or is_large(predictor, source.shape))
+                if not is_alone and (large or len(predictor.blocks(source.shape)) > 1):
+                    return None
                 if source.ground_is_elsewhere:
                     self._say(
                         "most of it is as bright as objects were in the training; if objects are "
                         + (
                             "bright here, leave --invert out"
-                            if arguments.invert
+                            if self.arguments.invert
                             else "dark on a bright ground here, use --invert"
                         ),
                         job,
                     )
-                large = self.budget and (arguments.memory or is_large(predictor, source.shape))
-                if large:
-                    choice = choose(
-                        predictor,
-                        source.shape,
-                        self.segmenter,
-                        self.parameters,
-                        held=self.held + in_memory(image),
-                        budget=self.budget,
-                        before=block_before(job.hidden("blocks")),
-                    )
-            if large:
-                print(f"{job.path}: {choice.sentence(self.budget)}", file=sys.stderr, flush=True)
-                need = choice.need
-                if finishing is not None:  # what is needed is that of one image
-                    finishing.result()
-                if choice.grid is not None:
-                    count = segment_in_blocks(
-                        choice,
-                        source,
-                        job.path,
-                        job.hidden("blocks"),
-                        partial(self._write_blocks, job, attributes),
-                        identity=identity,
-                        weights_sha256=self.weights,
-                        segmenter=self.segmenter,
-                        parameters=self.parameters,
-                    )
-                    if self.found.wants_image:
-                        self._say("segmented in blocks: no table and no picture of it", job)
-                    self.found.objects += count
-                    self._done(job, count)
-                    return None
-            seen = _first_channel(image, self.ndim) if self.found.wants_image else None
-            boxes = predictor.blocks(source.shape)
-            if len(boxes) == 1:
-                with self._about(job.path, image):
-                    return predictor.predict(source, boxes[0]), attributes, need, seen
+            if is_alone:
+                return self._whole(job, predictor, image, source, attributes, bool(large))
+            with self.room.taken(self.need(source.shape)):
+                with self.turn, self._about(job.path, image):
+                    prediction = predictor.predict(source, predictor.blocks(source.shape)[0])
+                return self._finish(job, prediction, attributes, 0, self._seen(image))
+
+    def _whole(
+        self,
+        job: Job,
+        predictor: Predictor,
+        image: Any,
+        source: Source,
+        attributes: dict[str, Any],
+        large: bool,
+    ) -> Counted:
+        """Segment an image in one piece, or in blocks if it is large and does not fit."""
+        from gdlib.predict.files import file_identity, predict_blocks
+        from gdlib.predict.predictor import assembled
+        from gdlib.volumes.footprint import choose
+        from gdlib.volumes.large import block_before, segment_in_blocks
+
+        need = 0
+        stored = attributes.get("zarr")
+        identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
+        identity += " inverted" * self.arguments.invert
+        if large:
+            with self._about(job.path, image):
+                choice = choose(
+                    predictor,
+                    source.shape,
+                    self.segmenter,
+                    self.parameters,
+                    held=self.held + in_memory(image),
+                    budget=self.budget,
+                    before=block_before(job.hidden("blocks")),
+                )
+            print(f"{job.path}: {choice.sentence(self.budget)}", file=sys.stderr, flush=True)
+            need = choice.need
+            if choice.grid is not None:
+                count = segment_in_blocks(
+                    choice,
+                    source,
+                    job.path,
+                    job.hidden("blocks"),
+                    partial(self._write_blocks, job, attributes),
+                    identity=identity,
+                    weights_sha256=self.weights,
+                    segmenter=self.segmenter,
+                    parameters=self.parameters,
+                )
+                if self.found.wants_image:
+                    self._say("segmented in blocks: no table and no picture of it", job)
+                return Counted(count)
+        boxes = predictor.blocks(source.shape)
+        if len(boxes) == 1:
+            with self._about(job.path, image):
+                prediction = predictor.predict(source, boxes[0])
+        else:
             blocks = predict_blocks(
                 predictor, {job.path: source}, job.hidden("partial"), f"{self.weights} {identity}"
             )
-            parts = ((box, part) for _, box, part in blocks)
-            return assembled(source.shape, parts), attributes, need, seen
+            prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
+        return self._finish(job, prediction, attributes, need, self._seen(image))
+
+    def _seen(self, image: Any) -> np.ndarray | None:
+        return _first_channel(image, self.ndim) if self.found.wants_image else None
 
     def _factors(self, job: Job, attributes: dict[str, Any]) -> tuple[float, ...] | None:
         """Return by how much an image is to be enlarged, None for not at all."""
         from gdlib.data.scale import factors, microns
 
-        header, given = self.predictor.header, self.arguments.pixel_size
+        header, given = self.header, self.arguments.pixel_size
         if self.arguments.diameter is None and given is None:
             if "pixel_size" not in header:
                 return None
@@ -238,10 +251,17 @@ class Work:
         return by
 
     def _by_frames(
-        self, job: Job, image: Any, attributes: dict[str, Any], by: tuple[float, ...] | None
-    ) -> None:
+        self,
+        job: Job,
+        predictor: Predictor,
+        image: Any,
+        attributes: dict[str, Any],
+        by: tuple[float, ...] | None,
+        is_alone: bool,
+    ) -> Counted:
         """Segment every frame on its own, in memory, and write all of them to one file."""
         from gdlib.data.frames import Frames
+        from gdlib.data.scale import resized_sides
 
         axes = "ZYX"[-self.ndim :]
         if not isinstance(image, Frames):
@@ -259,57 +279,77 @@ class Work:
                 job,
             )
         label = np.empty(image.shape + image.sides, np.uint32)
-        for index in np.ndindex(image.shape):
+        frames = list(np.ndindex(image.shape))
+
+        def one(predictor: Predictor, index: tuple[int, ...]) -> Counted:
             frame = np.asarray(image[index])
             with self._about(job.path, frame):
                 label[index] = trained.objects(
-                    self.predictor,
-                    frame,
-                    self.predictor.header["offsets"],
-                    self.segmenter,
-                    self.parameters,
-                    by,
+                    predictor, frame, self.header["offsets"], self.segmenter, self.parameters, by
                 )
             name = " ".join(f"{axis}{k + 1}" for axis, k in zip(image.axes, index, strict=True))
-            self._count(job, name, frame, label[index], attributes, by)
+            return self._count(job, name, frame, label[index], attributes, by)
+
+        counted = Counted()
+        sides = image.sides if by is None else resized_sides(image.sides, by)
+        if is_alone and len(frames) > 1 and (together := self._frames_at_once(sides, len(frames))):
+            predictor = self._predictor(together)
+            with workers(together, max(1, self.threads // together)) as pool:
+                for part in pool.map(partial(one, predictor), frames):
+                    counted.add(part)
+        else:
+            for index in frames:
+                if self.stopped:
+                    raise KeyboardInterrupt
+                room = contextlib.nullcontext() if is_alone else self.room.taken(self.need(sides))
+                with room, self.turn:
+                    counted.add(one(predictor, index))
         self._check(job)
         axes = image.axes + axes
         labels.write_label(job.target, job.dataset, label, attributes, job.mark, axes)
         if self.arguments.preview:
             middle = tuple(n // 2 for n in image.shape)
             draw(job.preview, np.asarray(image[middle]), label[middle], job.mark)
-        count = sum(
-            len(np.unique(label[index])) - (0 in label[index]) for index in np.ndindex(image.shape)
-        )
-        frames = f" in {label[..., 0, 0].size} frames" if image.shape else ""
-        self._done(job, count, frames)
+        if image.shape:
+            counted.frames = f" in {len(frames)} frames"
+        return counted
 
-    def finish(
+    def _frames_at_once(self, sides: Sequence[int], count: int) -> int:
+        """Return how many frames of one image are segmented at the same time."""
+        from gdlib.volumes.footprint import Need
+
+        if not self.on_cpu or self.threads == 1:
+            return 0
+        free = memory.available()
+        if free is None:
+            return min(count, self.threads)
+        need = Need(self._predictor(1), self.segmenter, self.parameters)(sides)
+        return min(count, self.threads, max(1, int(memory.SHARE * free) // need))
+
+    def _finish(
         self,
         job: Job,
         prediction: Any,
         attributes: dict[str, Any],
         need: int,
         image: np.ndarray | None,
-    ) -> None:
+    ) -> Counted:
         """Find the objects of a predicted image, and write them."""
         from gdlib.segment.segmenters import segment
 
-        with self.failed.noted():
-            with lack_of_memory(job.path, need):
-                label = segment(
-                    prediction.affinity,
-                    prediction.foreground,
-                    self.predictor.header["offsets"],
-                    self.segmenter,
-                    **self.parameters,
-                )
-            self._check(job)
-            labels.write_label(job.target, job.dataset, label, attributes, job.mark)
-            self._count(job, "", image, label, attributes, None)
-            if self.arguments.preview and image is not None:
-                draw(job.preview, image, label, job.mark)
-            self._done(job, int(label.max()))
+        with lack_of_memory(job.path, need):
+            label = segment(
+                prediction.affinity,
+                prediction.foreground,
+                self.header["offsets"],
+                self.segmenter,
+                **self.parameters,
+            )
+        self._check(job)
+        labels.write_label(job.target, job.dataset, label, attributes, job.mark)
+        if self.arguments.preview and image is not None:
+            draw(job.preview, image, label, job.mark)
+        return self._count(job, "", image, label, attributes, None)
 
     def _write_blocks(
         self, job: Job, attributes: dict[str, Any], plan: dict[str, Any], blocks: Path
@@ -328,21 +368,21 @@ class Work:
         label: np.ndarray,
         attributes: dict[str, Any],
         by: tuple[float, ...] | None,
-    ) -> None:
+    ) -> Counted:
         from gdlib.data.scale import microns
 
         sides = self.arguments.pixel_size or microns(attributes, self.ndim)
         sides = (sides,) * self.ndim if isinstance(sides, float) else sides
-        self.found.add(job.path, frame, image, label, sides, by)
+        return self.found.count(job.path, frame, image, label, sides, by)
 
     def _say(self, text: str, job: Job) -> None:
         self.bar.write(f"{job.path}: {text}", file=sys.stderr)
 
-    def _done(self, job: Job, count: int, frames: str = "") -> None:
+    def _done(self, job: Job, counted: Counted) -> None:
         job.hidden("partial").unlink(missing_ok=True)
-        self.done += 1
+        self.found.add(counted)
         self.bar.update()
-        self.bar.write(f"{job.path}: {count} objects{frames}", file=sys.stdout)
+        self.bar.write(f"{job.path}: {counted.objects} objects{counted.frames}", file=sys.stdout)
 
     @contextlib.contextmanager
     def _about(self, path: str, image: Any) -> Iterator[None]:
@@ -356,7 +396,7 @@ class Work:
             sides = [n for n in getattr(image, "shape", ()) if n > 1]
             if self.ndim == 3 and len(sides) == 2:
                 hint = trained.fitting(2)
-            elif len(sides) == self.ndim + 1 and self.predictor.header["channels"] == 1:
+            elif len(sides) == self.ndim + 1 and self.header["channels"] == 1:
                 hint = "; or choose one channel with --channel"
             raise io.DataError(f"{path}: {error}{hint}") from None
 

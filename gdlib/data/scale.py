@@ -119,6 +119,11 @@ def factors(
     return None if all(1 / SAME <= factor <= SAME for factor in found) else found
 
 
+def resized_sides(sides: Sequence[int], by: Sequence[float]) -> list[int]:
+    """Return the sides of an image that is enlarged by factors."""
+    return [max(1, math.floor(n * f + 0.5)) for n, f in zip(sides, by, strict=True)]
+
+
 def resized(image: np.ndarray, by: Sequence[float]) -> np.ndarray:
     """Return an image (C, [Z,] Y, X) with sides enlarged by factors, smoothed where it shrinks.
 
@@ -127,7 +132,7 @@ def resized(image: np.ndarray, by: Sequence[float]) -> np.ndarray:
     """
     from skimage.transform import resize
 
-    sides = [max(1, math.floor(n * f + 0.5)) for n, f in zip(image.shape[1:], by, strict=True)]
+    sides = resized_sides(image.shape[1:], by)
     return np.stack(
         [
             resize(

@@ -33,6 +33,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -88,6 +89,7 @@ def make_engine(
     device: torch.device,
     dtype: torch.dtype,
     levels: Sequence[str] = (),
+    at_once: int = 1,
 ) -> tuple[str, Engine]:
     """Make a network ready to run.
 
@@ -98,6 +100,8 @@ def make_engine(
         device: where it is.
         dtype: type that it computes in; what comes out is float32.
         levels: names of the feature maps that are wanted too.
+        at_once: how many threads may call it at the same time, each with an image; on a CPU every
+            image has so many threads as torch has.
 
     Returns:
         The engine that was chosen, and the function that runs it.
@@ -107,7 +111,7 @@ def make_engine(
     """
     if choose_engine(name, device) == "openvino":
         try:
-            return "openvino", _openvino(_Maps(network, levels), channels, dtype)
+            return "openvino", _openvino(_Maps(network, levels), channels, dtype, at_once)
         except Exception as error:  # of a converter there is no telling which
             reason = f"OpenVINO cannot run this network ({' '.join(str(error).split())[:200]})"
             if name != "auto":
@@ -176,8 +180,8 @@ def core() -> Any:
     return library().Core()
 
 
-def _openvino(maps: _Maps, channels: int, dtype: torch.dtype) -> Engine:
-    run = compiled(converted(maps.network, channels, maps.levels), dtype)
+def _openvino(maps: _Maps, channels: int, dtype: torch.dtype, at_once: int) -> Engine:
+    run = compiled(converted(maps.network, channels, maps.levels), dtype, at_once)
     trial = _noise(maps.network, channels, 3)  # tracing may have taken a size for a constant
     with torch.inference_mode():
         expected = maps(trial)
@@ -212,22 +216,31 @@ def _noise(network: nn.Module, channels: int, multiple: int) -> Tensor:
     return torch.rand(1, channels, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def compiled(model: Any, dtype: torch.dtype) -> Engine:
-    """Return what runs a model of OpenVINO on all threads of torch.
+def compiled(model: Any, dtype: torch.dtype, at_once: int = 1) -> Engine:
+    """Return what runs a model of OpenVINO.
 
     Args:
         model: with an image as its input, and maps as its outputs.
         dtype: type that it computes in, but for what the model says itself.
+        at_once: see `make_engine`.
     """
     hints = {
-        "PERFORMANCE_HINT": "LATENCY",
+        "PERFORMANCE_HINT": "LATENCY" if at_once == 1 else "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": torch.get_num_threads() * at_once,
+        "NUM_STREAMS": at_once,
     }
-    request = core().compile_model(model, "CPU", hints).create_infer_request()
+    network = core().compile_model(model, "CPU", hints)
+    requests: SimpleQueue = SimpleQueue()
+    for _ in range(at_once):
+        requests.put(network.create_infer_request())
 
     def run(image: Tensor) -> tuple[Tensor, ...]:
-        out = request.infer([image.contiguous().numpy()], share_inputs=True)
+        request = requests.get()  # waits while all are at work
+        try:
+            out = request.infer([image.contiguous().numpy()], share_inputs=True)
+        finally:
+            requests.put(request)
         return tuple(torch.from_numpy(out[k]) for k in range(len(model.outputs)))
 
     return run

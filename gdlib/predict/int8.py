@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gdlib import io
-from gdlib.devices import bfloat16_units
+from gdlib.devices import bfloat16_pays
 from gdlib.predict import engine
 
 NAME = "int8"
@@ -52,10 +52,14 @@ def units() -> list[str]:
 
 
 def engine_for(
-    weights: Path | str, precision: str, device: torch.device, wanted_engine: str
+    weights: Path | str,
+    precision: str,
+    device: torch.device,
+    wanted_engine: str,
+    at_once: int = 1,
 ) -> engine.Engine | None:
     """Return what runs weights in 8 bits, without levels; None if that is not wanted, or, under
-    `auto`, cannot be had.
+    `auto`, cannot be had. For `at_once` see `engine.make_engine`.
 
     Raises:
         ValueError: 8 bits are asked for, and cannot be had.
@@ -65,7 +69,7 @@ def engine_for(
     path = io.int8_beside(weights)
     try:
         if not (reason := _lacking(path, device, wanted_engine)):
-            return _load(path, weights)
+            return _load(path, weights, at_once)
     except io.DataError as error:
         reason = str(error)
         if precision == "auto":
@@ -87,13 +91,13 @@ def _lacking(path: Path, device: torch.device, wanted_engine: str) -> str:
     return ""
 
 
-def _load(path: Path, weights: Path | str) -> engine.Engine:
+def _load(path: Path, weights: Path | str, at_once: int) -> engine.Engine:
     tensors, header = io.load_weights(path)
     if header.get(io.INT8_OF) != io.sha256(weights):
         raise io.DataError(f"{path}: it was made of other weights; `gdlib quantise` makes it anew")
     try:
         model = engine.core().read_model(*(tensors[part].numpy().tobytes() for part in PARTS))
-        return compiled(model)
+        return compiled(model, at_once)
     except Exception as error:  # of a parser there is no telling which
         raise io.DataError(
             f"{path}: OpenVINO cannot read it ({' '.join(str(error).split())[:200]}); "
@@ -101,11 +105,11 @@ def _load(path: Path, weights: Path | str) -> engine.Engine:
         ) from error
 
 
-def compiled(model: Any) -> engine.Engine:
+def compiled(model: Any, at_once: int = 1) -> engine.Engine:
     """Return what runs a network in 8 bits; what there is between its layers, in the type that is
     the fastest here.
     """
-    return engine.compiled(model, torch.bfloat16 if bfloat16_units() else torch.float32)
+    return engine.compiled(model, torch.bfloat16 if bfloat16_pays() else torch.float32, at_once)
 
 
 def check_installed() -> None:

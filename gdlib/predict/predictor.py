@@ -157,6 +157,8 @@ class Predictor:
             bright in the training.
         augment: see every image turned and mirrored in eight ways, in the plane (Y, X), and take
             the mean of all affinities, and of all foregrounds. Takes eight times as long.
+        at_once: how many threads may use it at the same time, each with an image (see
+            `engine.make_engine`).
     """
 
     def __init__(
@@ -171,8 +173,9 @@ class Predictor:
         levels: Sequence[str] = (),
         invert: bool = False,
         augment: bool = False,
+        at_once: int = 1,
     ) -> None:
-        self.invert = invert
+        self.invert, self.at_once = invert, at_once
         self.views = range(VIEWS if augment else 1)
         alike = (network.divisor, network.halo or (0, 0))
         if augment and (
@@ -234,7 +237,7 @@ class Predictor:
         device = choose_device(str(kwargs.get("device", "auto")))
         run = None
         if not kwargs.get("levels"):  # it has none
-            run = int8.engine_for(weights, precision, device, engine)
+            run = int8.engine_for(weights, precision, device, engine, kwargs.get("at_once", 1))
         network, header = trained(weights, *io.HEADER)
         if run is None:
             return cls(network, header, engine=engine, precision=precision, **kwargs)
@@ -438,6 +441,7 @@ class Predictor:
             self.device,
             self.dtype,
             self.levels,
+            self.at_once,
         )
         return run
 

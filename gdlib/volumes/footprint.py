@@ -14,6 +14,7 @@ fill a fifth of an image, a third is enough. In blocks (see `gdlib.volumes.jobs`
 predicted while another one, with its overlap, is segmented.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -87,6 +88,37 @@ def is_large(predictor: Predictor, shape: Sequence[int]) -> bool:
     )
 
 
+class Need:
+    """Tells what images need at most in one piece, besides what the process has.
+
+    Args:
+        predictor: of the images.
+        segmenter: a key of `SEGMENTERS`.
+        parameters: of it.
+    """
+
+    def __init__(self, predictor: Predictor, segmenter: str, parameters: Mapping[str, Any]) -> None:
+        self.predictor = predictor
+        ndim = predictor.network.ndim
+        self.channels = len(segmenters.used(segmenter, predictor.header["offsets"])) + 1
+        self.per_pixel = self.channels + segmenters.SEGMENTERS[segmenter].memory(
+            ndim, self.channels - 1, **parameters
+        )
+        self._pass = None if predictor.network.halo is None else _Pass(predictor, TRIAL[ndim])
+
+    def __call__(self, shape: Sequence[int]) -> int:
+        """Return the bytes for an image ([Z,] Y, X)."""
+        return self.network(self.predictor, shape, shape) + int(self.per_pixel * math.prod(shape))
+
+    def network(self, predictor: Predictor, shape: Sequence[int], part: Sequence[int]) -> int:
+        """Return the bytes of the largest pass of a predictor with other blocks, if parts of these
+        sides are wanted.
+        """
+        # where every pixel sees all, how large the image is matters
+        a_pass = self._pass or _Pass(self.predictor, shape)
+        return a_pass.memory(predictor, shape, part)
+
+
 def choose(
     predictor: Predictor,
     shape: Sequence[int],
@@ -114,10 +146,8 @@ def choose(
         ValueError: it does not fit in any way; one sentence.
     """
     ndim = len(shape)
-    channels = len(segmenters.used(segmenter, predictor.header["offsets"])) + 1
-    per_pixel = channels + segmenters.SEGMENTERS[segmenter].memory(ndim, channels - 1, **parameters)
-    traced = _Pass(predictor, shape)
-    whole = held + traced.memory(predictor, shape, shape) + int(per_pixel * math.prod(shape))
+    needed = Need(predictor, segmenter, parameters)
+    whole = held + needed(shape)
     if whole <= budget and not before:
         return Choice(predictor, whole, whole)
     told = f"in one piece it needs up to {gib(whole)} GiB of memory, and {gib(budget)} may be used"
@@ -142,8 +172,9 @@ def choose(
         around = [
             min(n, side + 2 * o) for n, side, o in zip(shape, cut.sides, overlap, strict=True)
         ]
-        network = traced.memory(smaller, shape, cut.sides)
-        need = held + network + int(channels * math.prod(cut.sides) + per_pixel * math.prod(around))
+        network = needed.network(smaller, shape, cut.sides)
+        rest = needed.channels * math.prod(cut.sides) + needed.per_pixel * math.prod(around)
+        need = held + network + int(rest)
         largest = smaller.largest_pass(shape, smaller.block_sides(cut.sides))
         twice = math.prod(largest) / math.prod(smaller.block_sides(cut.sides)) + math.prod(
             around
@@ -224,8 +255,10 @@ def live_bytes(
             matter.
     """
     network = copy.deepcopy(network).to(device)
-    with torch.inference_mode(), torch.device(device), _Living() as living:
-        out = network(torch.zeros(1, channels, *sides))
+    # of what a network makes itself; it takes torch a second to get ready for this
+    there = torch.device(device) if device == "meta" else contextlib.nullcontext()
+    with torch.inference_mode(), there, _Living() as living:
+        out = network(torch.zeros(1, channels, *sides, device=device))
     return living.peak, out.embedding.shape[1]
 
 
@@ -236,6 +269,10 @@ class _Living(TorchDispatchMode):
         super().__init__()
         self.size = self.peak = 0
         self.known: weakref.WeakSet = weakref.WeakSet()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and what would do it takes a second to load
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
