@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # all users' jobs on a machine must find the same files, whatever their TMPDIR
 FOLDER = Path("/tmp")
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
 LOOK_EVERY = 5.0  # seconds between two looks at GPUs that are all taken
 _held: list[int] = []  # descriptors, open until the process ends
 
@@ -151,9 +152,9 @@ def bfloat16_pays() -> bool:
 
 def _is_amd() -> bool:
     try:
-        with open("/proc/cpuinfo") as file:
+        with CPUINFO.open() as file:
             about = file.read(1000)
-    except OSError:  # not Linux
+    except OSError:
         about = platform.processor()
     return "AuthenticAMD" in about
 

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gdlib import io, kernels
+from gdlib import devices, io, kernels
 from gdlib.data.intensity import normalise
 from gdlib.devices import choose_device, choose_precision
 from gdlib.kernels import quantised
@@ -421,10 +422,29 @@ def test_precision_names():
     assert choose_precision("float32", cpu) == torch.float32
     assert choose_precision("bfloat16", cpu) == torch.bfloat16
     assert choose_precision("float16", cpu) == torch.float16
-    assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
     for wrong in ("float", "int32", "nonsense", ""):
         with pytest.raises(ValueError, match="auto, float32, bfloat16 or float16"):
             choose_precision(wrong, cpu)
+
+
+@pytest.mark.parametrize(
+    ("units", "vendor", "expected"),
+    [
+        (["AMX", "AVX512-BF16"], "GenuineIntel", torch.bfloat16),
+        (["AVX512-BF16"], "GenuineIntel", torch.float32),  # no faster there
+        (["AVX512-BF16"], "AuthenticAMD", torch.bfloat16),
+        ([], "AuthenticAMD", torch.float32),
+    ],
+)
+def test_automatic_precision(units, vendor, expected, monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 6\n")
+    monkeypatch.setattr(devices, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(devices, "bfloat16_units", lambda: units)
+    monkeypatch.setattr(platform, "processor", lambda: f"Family 6, {vendor}")
+    assert choose_precision("auto", torch.device("cpu")) == expected
+    cpuinfo.unlink()  # as on Windows
+    assert choose_precision("auto", torch.device("cpu")) == expected
 
 
 def test_device_names():

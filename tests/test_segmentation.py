@@ -14,13 +14,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 from skimage.measure import label as connected_regions
-from skimage.segmentation import relabel_sequential
+from skimage.segmentation import relabel_sequential, watershed
 
 from gdlib import jit, kernels
 from gdlib.evaluate import metrics
-from gdlib.segment import agglomerate, mutex, segmenters
+from gdlib.segment import agglomerate, fragments, mutex, segmenters
 from gdlib.segment.parameters import defaults, grid, is_masked
 from gdlib.segment.segmenters import SEGMENTERS, segment
 from gdlib.segment.tune import score, tune
@@ -251,6 +251,43 @@ def test_touching_is_by_sides_not_by_corners():
     assert np.array_equal(
         segment(*perfect(label), OFFSETS[2], min_fragment=20, min_size=20), label == 1
     )
+
+
+@pytest.mark.parametrize("shape", [(60, 70), (9, 30, 20), (1, 200), (1, 1)])
+def test_small_segments_are_given_away_as_it_is_written(shape):
+    """Compiled or not; those that scikit-image's flooding reaches, to a segment that is nearest."""
+    random = np.random.default_rng(0)
+    for coarse in (1.0, 2.0, 3.0):
+        field = gaussian_filter(random.standard_normal(shape), coarse)
+        label = np.where(field > 0, np.digitize(field / (field.std() or 1), [0, 0.4, 0.8, 1.2]), 0)
+        label = connected_regions(label, connectivity=1)
+        small = random.random(label.max() + 1) < 0.7
+        small[0] = False
+        compiled, plain = label.astype(np.int64), label.astype(np.int64)
+        assert fragments.given_away(compiled, small) is compiled
+        fragments._give_plainly(plain[(None,) * (3 - plain.ndim)], small)
+        assert np.array_equal(compiled, plain)
+        kept = np.where(small[label], 0, label)
+        flooded = watershed(np.zeros(shape), kept, mask=label > 0)
+        assert np.array_equal(small[compiled], (flooded == 0) & (label > 0))
+        assert np.array_equal(compiled[~small[label]], label[~small[label]])
+        steps = [geodesic(label > 0, kept == number) for number in np.unique(kept[kept > 0])]
+        if steps:
+            nearest = np.min(steps, axis=0)
+            numbers = np.unique(kept[kept > 0])
+            for p in zip(*np.nonzero(small[label] & ~small[compiled]), strict=True):
+                assert steps[np.searchsorted(numbers, compiled[p])][p] == nearest[p]
+
+
+def geodesic(mask, start):
+    """Return after how many steps within the mask each pixel is reached, inf for never."""
+    steps, reached = np.full(mask.shape, np.inf), start
+    for step in itertools.count():
+        steps[reached & np.isinf(steps)] = step
+        more = binary_dilation(reached) & mask
+        if np.array_equal(more, reached):
+            return steps
+        reached = more
 
 
 def test_a_chain_of_small_segments_is_absorbed_as_a_whole():

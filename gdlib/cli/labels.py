@@ -88,7 +88,12 @@ def _tiff_options(
     # for a TIFF.
     large = {"bigtiff": 4 * math.prod(shape) >= 2**32}
     return (
-        {"compression": "zlib", "photometric": "minisblack", "software": mark}
+        {
+            "compression": "zlib",
+            "compressionargs": {"level": 3},
+            "photometric": "minisblack",
+            "software": mark,
+        }
         | large
         | written(attributes, shape, axes)
     )

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from gdlib.predict.predictor import Predictor, Source
 
 
+LARGE_FILE = 2**26  # bytes; it would be read twice if it were opened to see that it is large
+
+
 class Work:
     """What is done with every image.
 
@@ -67,11 +70,13 @@ class Work:
         self._predictors: dict[int, Predictor] = {}
         predictor = self._predictor(self.at_once)
         self.turn = threading.Semaphore(self.at_once)
+        self.writing = threading.Lock()
         self.weights = io.sha256(arguments.model)
         self.held = memory.resident()
         given = arguments.memory
         self.budget = max(1, int(given * memory.GIB)) if given else memory.budget()
-        self.room = Room(self.budget and max(1, self.budget - self.held))
+        self.free = self.budget and max(1, self.budget - self.held)
+        self.room = Room(self.free)
         self.need = Need(predictor, *how) if count > 1 else None
         self.found = Found(arguments.table, arguments.preview, header, self.ndim)
         self.bar: Progress
@@ -108,6 +113,8 @@ class Work:
         """Segment an image while other threads segment others; or return None, since it is to be
         done `alone`.
         """
+        if job.inner is None and job.file.stat().st_size > LARGE_FILE:
+            return None
         return self._segment(job, self._predictors[self.at_once], is_alone=False)
 
     def _predictor(self, at_once: int) -> Predictor:
@@ -304,9 +311,9 @@ class Work:
                 room = contextlib.nullcontext() if is_alone else self.room.taken(self.need(sides))
                 with room, self.turn:
                     counted.add(one(predictor, index))
-        self._check(job)
         axes = image.axes + axes
-        labels.write_label(job.target, job.dataset, label, attributes, job.mark, axes)
+        with self._written(job):
+            labels.write_label(job.target, job.dataset, label, attributes, job.mark, axes)
         if self.arguments.preview:
             middle = tuple(n // 2 for n in image.shape)
             draw(job.preview, np.asarray(image[middle]), label[middle], job.mark)
@@ -320,11 +327,9 @@ class Work:
 
         if not self.on_cpu or self.threads == 1:
             return 0
-        free = memory.available()
-        if free is None:
-            return min(count, self.threads)
         need = Need(self._predictor(1), self.segmenter, self.parameters)(sides)
-        return min(count, self.threads, max(1, int(memory.SHARE * free) // need))
+        fitting = max(1, self.free // need) if self.free else count
+        return min(count, self.threads, fitting)
 
     def _finish(
         self,
@@ -345,8 +350,8 @@ class Work:
                 self.segmenter,
                 **self.parameters,
             )
-        self._check(job)
-        labels.write_label(job.target, job.dataset, label, attributes, job.mark)
+        with self._written(job):
+            labels.write_label(job.target, job.dataset, label, attributes, job.mark)
         if self.arguments.preview and image is not None:
             draw(job.preview, image, label, job.mark)
         return self._count(job, "", image, label, attributes, None)
@@ -354,11 +359,16 @@ class Work:
     def _write_blocks(
         self, job: Job, attributes: dict[str, Any], plan: dict[str, Any], blocks: Path
     ) -> None:
-        self._check(job)
-        labels.write_blocks(job.target, job.dataset, plan, blocks, attributes, job.mark)
+        with self._written(job):
+            labels.write_blocks(job.target, job.dataset, plan, blocks, attributes, job.mark)
 
-    def _check(self, job: Job) -> None:  # again: people go on working in their folders
-        outputs.check([job.output], [], overwrite=self.arguments.overwrite)
+    @contextlib.contextmanager
+    def _written(self, job: Job) -> Iterator[None]:
+        # labels of several images may go into one HDF5 file, or one Zarr
+        with self.writing if job.dataset or job.inner is not None else contextlib.nullcontext():
+            # again: people go on working in their folders
+            outputs.check([job.output], [], overwrite=self.arguments.overwrite)
+            yield
 
     def _count(
         self,

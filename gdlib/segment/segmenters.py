@@ -113,13 +113,9 @@ def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.nd
     small = size < min_fragment
     small[:1] = False
     if small.any():
-        from skimage.segmentation import watershed
+        from gdlib.segment.fragments import given_away
 
-        kept = np.where(small[label], 0, label).astype(np.int32)
-        # Flooding without relief reaches exactly the small segments that are connected to a kept
-        # one.
-        flooded = watershed(np.zeros(label.shape, np.uint8), kept, mask=label > 0)
-        label = np.where(flooded > 0, flooded, label)
+        label = given_away(label.astype(np.int64), small)
         size = np.bincount(label.ravel())
     wanted = (size >= min_size) & (size > 0)
     wanted[:1] = False

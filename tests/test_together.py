@@ -1,0 +1,196 @@
+"""Several images at the same time: what comes out is what one after the other gives, in their
+order.
+"""
+
+import csv
+import threading
+import time
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import gdlib
+from gdlib.cli.main import main
+from gdlib.cli.together import Room, workers
+from gdlib.cli.work import Work
+from gdlib.predict.predictor import Predictor
+from gdlib.volumes import footprint
+
+PATIENCE = 20  # seconds
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def images(tmp_path, squares):
+    """Return a folder of images of several sizes; the third is the largest."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k, shape in enumerate([(40, 44), (33, 70), (96, 90), (44, 40), (50, 40), (38, 61)]):
+        tifffile.imwrite(folder / f"{k}.tif", squares(50 + k, shape)[0][0])
+    return folder
+
+
+@pytest.fixture
+def segment(teacher, tmp_path):
+    def run(*arguments, engine="torch", code=0):
+        command = ["segment", *arguments, "--model", teacher, "--out", tmp_path / "out"]
+        command += ["--device", "cpu", "--precision", "float32", "--engine", engine]
+        assert main([str(word) for word in command]) == code
+
+    return run
+
+
+def large(predictor, shape):
+    return tuple(shape) == (96, 90)
+
+
+def test_images_of_a_folder(teacher, images, segment, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(footprint, "is_large", large)
+    segment(images, "--table", tmp_path / "all.csv")
+    captured = capsys.readouterr()
+    model = gdlib.load(teacher, device="cpu", precision="float32", engine="torch")
+    lines = []
+    for path in sorted(images.iterdir()):
+        label = tifffile.imread(tmp_path / "out" / path.name)
+        assert np.array_equal(label, model.segment(tifffile.imread(path)))
+        lines.append(f"{path}: {label.max()} objects")
+    assert captured.out.splitlines() == lines
+    assert "6 images" in captured.err
+    with (tmp_path / "all.csv").open(newline="") as file:
+        order = [row["image"] for row in csv.DictReader(file)]
+    assert order == sorted(order)
+    assert len(set(order)) == 6
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_several_at_a_time(engine, images, segment, monkeypatch, tmp_path):
+    """Two threads meet in the network, each with an image and one thread of torch."""
+    meeting, threads = threading.Barrier(2), []
+    predict = Predictor.predict
+
+    def met(self, *arguments):
+        meeting.wait(PATIENCE)
+        threads.append(torch.get_num_threads())
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(Predictor, "predict", met)
+    segment(images, engine=engine)
+    assert threads == [1] * 6
+    assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_a_large_image_is_alone_with_all_threads(images, segment, monkeypatch, tmp_path):
+    monkeypatch.setattr(footprint, "is_large", large)
+    now, seen, lock = [0], {}, threading.Lock()
+    predict = Predictor.predict
+
+    def watched(self, source, *arguments):
+        with lock:
+            now[0] += 1
+        time.sleep(0.2)
+        seen[tuple(source.shape)] = now[0], torch.get_num_threads()
+        try:
+            return predict(self, source, *arguments)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    monkeypatch.setattr(Predictor, "predict", watched)
+    segment(images)
+    assert len(seen) == 6
+    assert seen.pop((96, 90)) == (1, 2)
+    assert {threads for _, threads in seen.values()} == {1}
+    assert max(count for count, _ in seen.values()) == 2
+
+
+def test_frames_of_one_movie(teacher, squares, segment, monkeypatch, tmp_path):
+    movie = np.stack([squares(50 + k)[0][0] for k in range(4)])
+    tifffile.imwrite(tmp_path / "m.tif", movie, metadata={"axes": "TYX"}, photometric="minisblack")
+    meeting, predict = threading.Barrier(2), Predictor.predict
+
+    def met(self, *arguments):
+        meeting.wait(PATIENCE)
+        return predict(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "predict", met)
+        segment(tmp_path / "m.tif")
+    model = gdlib.load(teacher, device="cpu", precision="float32", engine="torch")
+    assert np.array_equal(tifffile.imread(tmp_path / "out" / "m.tif"), model.segment(movie, "TYX"))
+
+
+def test_datasets_of_one_file(squares, segment, tmp_path):
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        for k in range(12):
+            file[f"g/{k}"] = squares(50 + k)[0][0]
+    segment(*(f"{tmp_path / 'all.h5'}:g/{k}" for k in range(12)))
+    with h5py.File(tmp_path / "out" / "all.h5") as file:
+        assert sorted(file["g"]) == sorted(map(str, range(12)))
+        assert all(file[f"g/{k}"][()].any() for k in range(12))
+
+
+def test_one_that_fails_leaves_the_others(images, segment, tmp_path, capsys):
+    tifffile.imwrite(images / "2.tif", np.full((40, 40), np.nan, np.float32))
+    segment(images, code=1)
+    assert "1 of 6 images could not be segmented" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 5
+
+
+def test_what_is_not_begun_is_dropped_when_stopped(images, segment, monkeypatch):
+    begun, stopped = [], threading.Event()
+    alone = Work._segment
+
+    def slow(self, job, *arguments, **options):
+        begun.append(job)
+        if len(begun) > 1:
+            stopped.wait(PATIENCE)
+        return alone(self, job, *arguments, **options)
+
+    def stop(self, job, counted):
+        threading.Timer(0.5, stopped.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Work, "_segment", slow)
+    monkeypatch.setattr(Work, "_done", stop)
+    segment(images, code=130)
+    assert len(begun) <= 3
+
+
+def test_room():
+    room, entered = Room(10), []
+
+    def enter(need):
+        with room.taken(need):
+            entered.append(need)
+            time.sleep(0.01)
+
+    with workers(4, 1) as pool:
+        with room.taken(6):
+            first = [pool.submit(enter, need) for need in (3, 5)]
+            first[0].result(PATIENCE)
+            time.sleep(0.1)
+            assert entered == [3]  # there is none for 5
+        first[1].result(PATIENCE)
+        pool.submit(enter, 11).result(PATIENCE)  # more than there is, but nobody else has any
+        with room.alone():
+            waiting = pool.submit(enter, 1)
+            time.sleep(0.1)
+            assert entered == [3, 5, 11]
+        waiting.result(PATIENCE)
+        with room.taken(1):
+            waiting = pool.submit(lambda: room.alone().__enter__())
+            time.sleep(0.1)
+            assert not waiting.done()
+    assert waiting.done()
+    with Room(None).taken(10**15), pytest.raises(RuntimeError, match="mine"), workers(1, 1):
+        raise RuntimeError("mine")
