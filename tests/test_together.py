@@ -5,6 +5,7 @@ order.
 import csv
 import threading
 import time
+from concurrent.futures import Future
 
 import h5py
 import numpy as np
@@ -166,31 +167,44 @@ def test_what_is_not_begun_is_dropped_when_stopped(images, segment, monkeypatch)
     assert len(begun) <= 3
 
 
+def begin(function, *arguments):
+    """Call a function in a thread that is nobody's concern if it never ends."""
+    future = Future()
+    threading.Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
+    return future
+
+
 def test_room():
     room, entered = Room(10), []
 
     def enter(need):
         with room.taken(need):
             entered.append(need)
-            time.sleep(0.01)
 
-    with workers(4, 1) as pool:
-        with room.taken(6):
-            first = [pool.submit(enter, need) for need in (3, 5)]
-            first[0].result(PATIENCE)
-            time.sleep(0.1)
-            assert entered == [3]  # there is none for 5
-        first[1].result(PATIENCE)
-        pool.submit(enter, 11).result(PATIENCE)  # more than there is, but nobody else has any
+    def alone():
         with room.alone():
-            waiting = pool.submit(enter, 1)
-            time.sleep(0.1)
-            assert entered == [3, 5, 11]
-        waiting.result(PATIENCE)
-        with room.taken(1):
-            waiting = pool.submit(lambda: room.alone().__enter__())
-            time.sleep(0.1)
-            assert not waiting.done()
-    assert waiting.done()
+            entered.append("alone")
+
+    with room.taken(6):
+        first, second = begin(enter, 3), begin(enter, 5)
+        first.result(PATIENCE)
+        time.sleep(0.1)
+        assert entered == [3]  # there is none for 5
+    second.result(PATIENCE)
+    begin(enter, 11).result(PATIENCE)  # more than there is, but nobody else has any
+    with room.alone():
+        waiting = begin(enter, 1)
+        time.sleep(0.1)
+        assert entered == [3, 5, 11]
+    waiting.result(PATIENCE)
+    with room.taken(1):
+        large = begin(alone)
+        time.sleep(0.1)
+        later = begin(enter, 2)  # does not overtake who waits to be alone
+        time.sleep(0.1)
+        assert entered == [3, 5, 11, 1]
+    large.result(PATIENCE)
+    later.result(PATIENCE)
+    assert entered == [3, 5, 11, 1, "alone", 2]
     with Room(None).taken(10**15), pytest.raises(RuntimeError, match="mine"), workers(1, 1):
         raise RuntimeError("mine")
