@@ -248,7 +248,7 @@ class Recipe(Entry):
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of the arithmetic; auto: bfloat16 where the hardware multiplies in it, else "
+        description="of the arithmetic; auto: bfloat16 where the hardware is faster in it, else "
         "float32, or float16 on a GPU",
     )
     compile: bool = Field(
