@@ -282,8 +282,8 @@ except KeyboardInterrupt:
 """
 PARENT = """
 import pathlib, sys
-from gdlib.cli import distill
-distill._run([sys.executable, "-c", sys.argv[1]], pathlib.Path("."))
+from gdlib.cli import workflow
+workflow.run([sys.executable, "-c", sys.argv[1]], pathlib.Path("."))
 """
 
 

@@ -1,19 +1,14 @@
 """`gdlib distill`: two folders of images and labels to a network of one's own, by the workflow."""
 
 import argparse
-import contextlib
 import math
 import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,15 +16,14 @@ from typing import Any
 import numpy as np
 
 from gdlib import io, trained
+from gdlib.cli import workflow
 from gdlib.config import own, parts
 from gdlib.evaluate.metrics import METRICS
 from gdlib.io.failures import DataError
 from gdlib.limits import Count, Whole, argument, place
 
-EVERY = 30  # seconds between two looks at what a training says of itself
 UNITS = {"s": 1, "m": 60, "h": 3600}
 TEACHER = 0.55  # its part of the time of all trainings: students cannot learn what it does not know
-NOTHING = "there is nothing to do: all is made already"
 FEW = 100  # steps after which a network has learned next to nothing
 
 
@@ -127,24 +121,24 @@ def _distill(arguments: argparse.Namespace) -> None:
     config = out / "config.yaml"
     _link(arguments.images, arguments.labels, arguments.unlabelled, out)
     if config.exists():
-        _say(f"{config}: is there and is used as it is; to have it chosen anew, move it away")
+        workflow.say(
+            f"{config}: is there and is used as it is; to have it chosen anew, move it away"
+        )
     else:
         text, found = _chosen(arguments)
         steps = _timed(text(), arguments, found) if arguments.time else None
         io.write_text(config, text(steps))
-        _say(f"wrote {config}; edit it and give the same command again to change what is done")
-    command = _command(out, config, arguments.cores)
+        workflow.say(
+            f"wrote {config}; edit it and give the same command again to change what is done"
+        )
+    command = workflow.command(out, config, arguments.cores)
     if arguments.dry_run:
-        _plan(command, out)
+        workflow.plan(command, out)
         return
-    _say(f"running {shlex.join(map(str, command[2:]))}")
-    if any("Nothing to be done" in line for line in _run(command, out, start)):
-        _say(NOTHING)
+    workflow.say(f"running {shlex.join(map(str, command[2:]))}")
+    if any("Nothing to be done" in line for line in workflow.run(command, out, start)):
+        workflow.say(workflow.NOTHING)
     _end(out, config, command)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _link(images: Path, labels: Path, unlabelled: Path | None, out: Path) -> None:
@@ -190,17 +184,17 @@ def _chosen(arguments: argparse.Namespace) -> tuple[Any, own.Measured]:
     for a number of steps.
     """
     found = _measure(arguments)
-    _say(f"found: {found.sentence()}")
+    workflow.say(f"found: {found.sentence()}")
     try:
         choice = own.choose(found)
     except ValueError as error:
         raise DataError(f"{arguments.images}: {error}") from None
     for sentence in choice.why:
-        _say(f"chosen: {sentence}")
+        workflow.say(f"chosen: {sentence}")
     given: dict[str, Any] = {}
     if arguments.teacher:
         given = _given(arguments.teacher, found)
-        _say(f"chosen: {arguments.teacher} as the teacher, which is not trained")
+        workflow.say(f"chosen: {arguments.teacher} as the teacher, which is not trained")
 
     def text(steps: own.Steps | None = None) -> str:
         title = arguments.out.resolve().name
@@ -322,9 +316,9 @@ def _timed(text: str, arguments: argparse.Namespace, found: own.Measured) -> own
         config = Path(folder, "config.yaml")
         config.write_text(text)
         data = Path("data", own.NAME, "train.h5")
-        _say("preparing the images, and making some steps to see how long they take")
-        command = _command(arguments.out, config, arguments.cores)
-        _run([*command, "--", data], arguments.out, quiet=True)
+        workflow.say("preparing the images, and making some steps to see how long they take")
+        command = workflow.command(arguments.out, config, arguments.cores)
+        workflow.run([*command, "--", data], arguments.out, quiet=True)
         chosen = load(parts.home(), config)
         cores = arguments.cores or len(os.sched_getaffinity(0))
         gpu = shutil.which("nvidia-smi") is not None
@@ -345,15 +339,17 @@ def _timed(text: str, arguments: argparse.Namespace, found: own.Measured) -> own
     both = max(each) if cores > 1 and not gpu else sum(each)
     steps = _steps(arguments.time, one, both)
     if min(steps) < FEW:
-        _say(f"warning: {min(steps)} steps teach next to nothing; give more --time")
+        workflow.say(f"warning: {min(steps)} steps teach next to nothing; give more --time")
     times = f"{one * 1000:.0f} ms of the teacher, " if one else ""
     times += f"{both * 1000:.0f} ms of the students together"
     why = (
         f"as many as --time {arguments.time / 60:.3g}m allows here: a step took {times}; "
         "validation, and what comes before and after the trainings, are not counted"
     )
-    _say(f"chosen: {steps[0] if one else 'no'} steps for the teacher, {steps[1]} for the students")
-    _say(f"        {why}")
+    workflow.say(
+        f"chosen: {steps[0] if one else 'no'} steps for the teacher, {steps[1]} for the students"
+    )
+    workflow.say(f"        {why}")
     return own.Steps(*steps, why)
 
 
@@ -383,105 +379,6 @@ def _rounded(steps: float) -> int:
     return steps // unit * unit
 
 
-def _command(out: Path, config: Path, cores: int | None) -> list[Any]:
-    home = parts.home()
-    return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", home / "Snakefile"),
-        *("--directory", out, "--configfile", config.resolve(), "--cores", cores or "all"),
-    ]
-
-
-def _run(command: Sequence[Any], out: Path, start: float = 0, *, quiet: bool = False) -> list[str]:
-    """Run Snakemake, keep what it says in a log, tell of it what people want to know unless it is
-    `quiet`, and return it, line by line.
-
-    What ends this command, Ctrl-C or `kill`, is passed on to Snakemake and its jobs, which save
-    themselves: they are a group of their own, so that it comes to them once, and always.
-    """
-    log = out / "logs" / "distill.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(out, start, over), daemon=True)
-    if not quiet:
-        watch.start()
-    lines: list[str] = []
-    done = ""
-    try:
-        with _as_ctrl_c(), open(log, "w") as file:
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                lines.append(line.rstrip())
-                if counted := re.match(r"(\d+ of \d+) steps \(", line):
-                    done = f", {counted[1]} done"
-                elif not quiet and (job := re.match(r"Job \d+: (.*)", line)):
-                    _say(f"[{_minutes(start)}{done}] {job[1]}")
-                elif not quiet and "warning: " in line:
-                    _say(lines[-1])
-            status = process.wait()
-    except KeyboardInterrupt:
-        _say("stopping; what was trained so far is saved")
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.killpg(process.pid, signal.SIGINT)
-        process.wait()
-        raise
-    finally:
-        over.set()
-        process.stdout.close()
-    if status:
-        causes = list(dict.fromkeys(re.findall(r"gdlib: error: (.*)", "\n".join(lines))))
-        cause = causes or [line for line in lines if line][-1:] or ["it said nothing"]
-        raise DataError(f"{'; '.join(cause)} (all that was said is in {log})")
-    return lines
-
-
-@contextlib.contextmanager
-def _as_ctrl_c() -> Iterator[None]:
-    """Let `kill` and a terminal that is closed interrupt as Ctrl-C does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:  # `nohup` has it ignored
-            signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _plan(command: Sequence[Any], out: Path) -> None:
-    """Say which jobs there are to do."""
-    lines = _run([*command, "--dry-run", "--quiet", "rules"], out, quiet=True)
-    jobs = dict(line.split() for line in lines if re.fullmatch(r"\w+ +\d+", line))
-    total = jobs.pop("total", 0)
-    listed = ", ".join(f"{count} {name}" for name, count in jobs.items() if name != "all")
-    _say(f"{total} jobs would be run: {listed}" if jobs else NOTHING)
-
-
-def _minutes(start: float) -> str:
-    return f"{(time.monotonic() - start) / 60:.0f} min"
-
-
-def _watch(out: Path, start: float, over: threading.Event) -> None:
-    """From time to time, repeat how far trainings say they are."""
-    said: set[str] = set()
-    while not over.wait(EVERY):
-        for log in sorted((out / "logs" / own.NAME / "train").rglob("*.log")):
-            if time.time() - log.stat().st_mtime > 2 * EVERY:
-                continue
-            lines = [line for line in log.read_text().splitlines() if " steps after " in line]
-            if lines and lines[-1] not in said:
-                said.add(lines[-1])
-                _say(f"[{_minutes(start)}] {lines[-1]}")
-
-
 def _end(out: Path, config: Path, command: Sequence[Any]) -> None:
     """Say what there is now: the table, the report, the weights, and what to do next."""
     from gdlib.config import load, plan
@@ -491,16 +388,16 @@ def _end(out: Path, config: Path, command: Sequence[Any]) -> None:
     table, report = results / "table.md", out / "report.html"
     if not report.exists() or report.stat().st_mtime < table.stat().st_mtime:
         report.unlink(missing_ok=True)
-        _run([*command, "--report", report.resolve()], out, quiet=True)
-    _say("")
-    _say(table.read_text().strip())
+        workflow.run([*command, "--report", report.resolve()], out, quiet=True)
+    workflow.say("")
+    workflow.say(table.read_text().strip())
     runs = [run for run in plan.Plan(chosen).runs if not chosen.is_teacher(run[1])]
     names = ["/".join([*map(str, run[:3]), f"seed{run[3]}"]) for run in runs]
     weights = _best([results / "runs" / name / "weights.safetensors" for name in names])
-    _say("")
-    _say(f"report:  {report}")
-    _say(f"weights: {weights}")
-    _say(
+    workflow.say("")
+    workflow.say(f"report:  {report}")
+    workflow.say(f"weights: {weights}")
+    workflow.say(
         f"next:    gdlib segment IMAGES --model {shlex.quote(str(weights))} "
         f"--out {shlex.quote(str(out / 'found'))}"
     )
