@@ -43,6 +43,7 @@ METHODS = {
     "grd_original": Look("IGD + AGD, original code", "#FF7F50", "X", (0, (3, 1, 1, 1))),
     "pseudo": Look("pseudo-labels", "#5B3A29", "s"),
     "grd_pseudo": Look("IGD + AGD, pseudo-labels", "#A0522D", "s"),
+    "grd_online": Look("IGD + AGD, teacher online", "#FFB000", "D"),
     "grd_labelled": Look("IGD + AGD, labelled images", "#E8A87C", "o", (0, (4, 1))),
     "foreign": Look("labels of another program", "#556B2F", "^"),
     "at": Look("AT", "#CC79A7", "v"),
