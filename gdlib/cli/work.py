@@ -113,7 +113,7 @@ class Work:
         """Segment an image while other threads segment others; or return None, since it is to be
         done `alone`.
         """
-        if job.inner is None and job.file.stat().st_size > LARGE_FILE:
+        if job.inner is job.dataset is None and job.file.stat().st_size > LARGE_FILE:
             return None
         return self._segment(job, self._predictors[self.at_once], is_alone=False)
 
