@@ -120,7 +120,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the type that networks compute in.
 
-    `auto` takes bfloat16 where the hardware multiplies in it, else float32.
+    `auto` takes bfloat16 where the hardware is faster in it, else float32, or float16 on a GPU.
     """
     import torch
 

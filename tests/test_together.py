@@ -2,7 +2,9 @@
 order.
 """
 
+import contextlib
 import csv
+import os
 import threading
 import time
 from concurrent.futures import Future
@@ -14,11 +16,13 @@ import tifffile
 import torch
 
 import gdlib
+from gdlib import quiet
+from gdlib.cli import work
 from gdlib.cli.main import main
 from gdlib.cli.together import Room, workers
 from gdlib.cli.work import Work
 from gdlib.predict.predictor import Predictor
-from gdlib.volumes import footprint
+from gdlib.volumes.footprint import Need
 
 PATIENCE = 20  # seconds
 
@@ -51,12 +55,15 @@ def segment(teacher, tmp_path):
     return run
 
 
-def large(predictor, shape):
-    return tuple(shape) == (96, 90)
+def begin(function, *arguments):
+    """Call a function in a thread that is nobody's concern if it never ends."""
+    future = Future()
+    threading.Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
+    return future
 
 
 def test_images_of_a_folder(teacher, images, segment, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(footprint, "is_large", large)
+    monkeypatch.setattr(work, "LARGE", {2: 96 * 90 - 1})
     segment(images, "--table", tmp_path / "all.csv")
     captured = capsys.readouterr()
     model = gdlib.load(teacher, device="cpu", precision="float32", engine="torch")
@@ -91,7 +98,7 @@ def test_several_at_a_time(engine, images, segment, monkeypatch, tmp_path):
 
 
 def test_a_large_image_is_alone_with_all_threads(images, segment, monkeypatch, tmp_path):
-    monkeypatch.setattr(footprint, "is_large", large)
+    monkeypatch.setattr(work, "LARGE", {2: 96 * 90 - 1})
     now, seen, lock = [0], {}, threading.Lock()
     predict = Predictor.predict
 
@@ -140,11 +147,103 @@ def test_datasets_of_one_file(squares, segment, tmp_path):
         assert all(file[f"g/{k}"][()].any() for k in range(12))
 
 
-def test_one_that_fails_leaves_the_others(images, segment, tmp_path, capsys):
+def test_those_that_fail_leave_the_others(images, segment, tmp_path, capsys):
     tifffile.imwrite(images / "2.tif", np.full((40, 40), np.nan, np.float32))
-    segment(images, code=1)
-    assert "1 of 6 images could not be segmented" in capsys.readouterr().err
+    segment(tmp_path / "missing.tif", images, code=1)
+    said = capsys.readouterr().err
+    assert "2 of 7 images could not be segmented" in said
+    assert "missing.tif" in said
     assert len(list((tmp_path / "out").iterdir())) == 5
+
+
+def test_an_image_that_needs_much_memory_is_alone(images, segment, monkeypatch, tmp_path):
+    monkeypatch.setattr(Need, "__call__", lambda self, shape: 10**15 if shape[0] == 96 else 1)
+    alone, segment_alone = [], Work.alone
+
+    def noted(self, job):
+        alone.append(job.file.stem)
+        return segment_alone(self, job)
+
+    monkeypatch.setattr(Work, "alone", noted)
+    segment(images)
+    assert alone == ["2"]
+    assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_large_files_are_not_read_twice(images, segment, monkeypatch):
+    monkeypatch.setattr(work, "LARGE_FILE", (images / "2.tif").stat().st_size - 1)
+    opened, open_image = [], work.open_image
+
+    def noted(path, *arguments):
+        opened.append(path)
+        return open_image(path, *arguments)
+
+    monkeypatch.setattr(work, "open_image", noted)
+    segment(images)
+    assert sorted(opened) == [str(path) for path in sorted(images.iterdir())]
+
+
+def test_images_in_blocks_beside_each_other(teacher, images, segment, tmp_path):
+    segment(images, "--block", "16")
+    model = gdlib.load(teacher, device="cpu", precision="float32", engine="torch")
+    for path in images.iterdir():
+        wanted = model.segment(tifffile.imread(path))
+        assert np.array_equal(tifffile.imread(tmp_path / "out" / path.name), wanted)
+
+
+def test_nothing_is_lost_where_another_thread_is_silenced(images, segment, capfd):
+    over = threading.Event()
+
+    def silent():
+        while not over.is_set():
+            with quiet.silence():
+                print("python")
+                os.write(1, b"compiled code")
+                over.wait(0.01)
+
+    thread = begin(silent)
+    segment(images)
+    over.set()
+    thread.result(PATIENCE)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == sorted(map(str, images.iterdir()))
+
+
+def test_images_of_another_scale(teacher, images, segment, tmp_path):
+    segment(images, "--diameter", "20")
+    model = gdlib.load(teacher, device="cpu", precision="float32", engine="torch")
+    for path in images.iterdir():
+        wanted = model.segment(tifffile.imread(path), diameter=20)
+        assert np.array_equal(tifffile.imread(tmp_path / "out" / path.name), wanted)
+
+
+def test_who_waits_for_memory_begins_nothing_when_stopped(images, segment, monkeypatch):
+    predicted, entered, go_on = [], threading.Barrier(2), threading.Event()
+    predict = Predictor.predict
+
+    @contextlib.contextmanager
+    def taken(self, need):
+        entered.wait(PATIENCE)
+        if need == 33:  # the first of the two images goes on at once, the other one has to wait
+            go_on.wait(PATIENCE)
+        yield
+
+    def stop(self, job, counted):
+        threading.Timer(0.3, go_on.set).start()
+        raise KeyboardInterrupt
+
+    def noted(self, *arguments):
+        predicted.append(1)
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(Need, "__call__", lambda self, shape: shape[0])
+    monkeypatch.setattr(Room, "taken", taken)
+    monkeypatch.setattr(Work, "_done", stop)
+    monkeypatch.setattr(Predictor, "predict", noted)
+    for name in "2345":
+        (images / f"{name}.tif").unlink()
+    segment(images, code=130)
+    assert len(predicted) == 1
 
 
 def test_what_is_not_begun_is_dropped_when_stopped(images, segment, monkeypatch):
@@ -165,13 +264,6 @@ def test_what_is_not_begun_is_dropped_when_stopped(images, segment, monkeypatch)
     monkeypatch.setattr(Work, "_done", stop)
     segment(images, code=130)
     assert len(begun) <= 3
-
-
-def begin(function, *arguments):
-    """Call a function in a thread that is nobody's concern if it never ends."""
-    future = Future()
-    threading.Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
-    return future
 
 
 def test_room():

@@ -39,10 +39,9 @@ class Room:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Let nobody have any more, wait until nobody has any, and have all; for one thread."""
-        with self._change:
-            self._closed = True
         try:
             with self._change:
+                self._closed = True
                 self._change.wait_for(lambda: not self._users)
             yield
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdlib import io, trained
+from gdlib import io, quiet, trained
 from gdlib.cli import labels
 from gdlib.cli.found import Counted, Found, draw
 from gdlib.cli.images import open_image
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from gdlib.predict.predictor import Predictor, Source
 
 
-LARGE_FILE = 2**26  # bytes; it would be read twice if it were opened to see that it is large
+# Pixels, by number of axes; a larger image is alone, and goes on from where it was stopped.
+LARGE = {2: 2**24, 3: 2**21}
+LARGE_FILE = 2**25  # bytes; it would be read twice if it were opened to see that it is large
 
 
 class Work:
@@ -77,10 +80,11 @@ class Work:
         self.budget = max(1, int(given * memory.GIB)) if given else memory.budget()
         self.free = self.budget and max(1, self.budget - self.held)
         self.room = Room(self.free)
-        self.need = Need(predictor, *how) if count > 1 else None
+        self.need = Need(predictor, *how)
         self.found = Found(arguments.table, arguments.preview, header, self.ndim)
         self.bar: Progress
-        self.said: set[str] = set()
+        self.said: set[tuple[str, str]] = set()
+        self.told_of_sections = False
         self.stopped = False
 
     def run(self, jobs: Sequence[Job], failed: Failures) -> None:
@@ -113,8 +117,9 @@ class Work:
         """Segment an image while other threads segment others; or return None, since it is to be
         done `alone`.
         """
-        if job.inner is job.dataset is None and job.file.stat().st_size > LARGE_FILE:
-            return None
+        with contextlib.suppress(OSError):  # what is wrong is said where it is read
+            if job.inner is job.dataset is None and job.file.stat().st_size > LARGE_FILE:
+                return None
         return self._segment(job, self._predictors[self.at_once], is_alone=False)
 
     def _predictor(self, at_once: int) -> Predictor:
@@ -136,8 +141,9 @@ class Work:
 
     def _segment(self, job: Job, predictor: Predictor, *, is_alone: bool) -> Counted | None:
         from gdlib.data.frames import Frames
-        from gdlib.volumes.footprint import is_large
+        from gdlib.predict.predictor import assembled
 
+        held = memory.resident()
         with (
             lack_of_memory(job.path),
             open_image(
@@ -149,15 +155,16 @@ class Work:
                 self.arguments.channel,
             ) as (image, attributes),
         ):
-            by = self._factors(job, attributes)
             if isinstance(image, Frames) and not image.shape:
                 image = image[()]
+            if isinstance(image, Frames) and not is_alone:  # then frames are seen at the same time
+                return None
+            by = self._factors(job, attributes)
             if isinstance(image, Frames) or by is not None:
                 return self._by_frames(job, predictor, image, attributes, by, is_alone)
             with self._about(job.path, image):
                 source = predictor.source(image)
-                large = self.budget and (self.arguments.memory or is_large(predictor, source.shape))
-                if not is_alone and (large or len(predictor.blocks(source.shape)) > 1):
+                if not is_alone and self._must_be_alone(source.shape):
                     return None
                 if source.ground_is_elsewhere:
                     self._say(
@@ -170,11 +177,26 @@ class Work:
                         job,
                     )
             if is_alone:
-                return self._whole(job, predictor, image, source, attributes, bool(large))
-            with self.room.taken(self.need(source.shape)):
+                return self._whole(job, predictor, image, source, attributes, held)
+            with self._taken(source.shape):
                 with self.turn, self._about(job.path, image):
-                    prediction = predictor.predict(source, predictor.blocks(source.shape)[0])
+                    boxes = predictor.blocks(source.shape)
+                    parts = ((box, predictor.predict(source, box)) for box in boxes)
+                    prediction = assembled(source.shape, parts)
                 return self._finish(job, prediction, attributes, 0, self._seen(image))
+
+    def _must_be_alone(self, shape: Sequence[int]) -> bool:
+        """Is an image so large that it takes long, or more than its part of the memory?"""
+        if math.prod(shape) > LARGE[self.ndim]:
+            return True
+        return bool(self.free) and self.need(shape) > self.free // self.workers
+
+    @contextlib.contextmanager
+    def _taken(self, shape: Sequence[int]) -> Iterator[None]:
+        with self.room.taken(self.need(shape)):
+            if self.stopped:
+                raise KeyboardInterrupt
+            yield
 
     def _whole(
         self,
@@ -183,26 +205,26 @@ class Work:
         image: Any,
         source: Source,
         attributes: dict[str, Any],
-        large: bool,
+        held: int,
     ) -> Counted:
         """Segment an image in one piece, or in blocks if it is large and does not fit."""
         from gdlib.predict.files import file_identity, predict_blocks
         from gdlib.predict.predictor import assembled
-        from gdlib.volumes.footprint import choose
+        from gdlib.volumes.footprint import choose, is_large
         from gdlib.volumes.large import block_before, segment_in_blocks
 
         need = 0
         stored = attributes.get("zarr")
         identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
         identity += " inverted" * self.arguments.invert
-        if large:
+        if self.budget and (self.arguments.memory or is_large(predictor, source.shape)):
             with self._about(job.path, image):
                 choice = choose(
                     predictor,
                     source.shape,
                     self.segmenter,
                     self.parameters,
-                    held=self.held + in_memory(image),
+                    held=held + in_memory(image),
                     budget=self.budget,
                     before=block_before(job.hidden("blocks")),
                 )
@@ -265,8 +287,10 @@ class Work:
         attributes: dict[str, Any],
         by: tuple[float, ...] | None,
         is_alone: bool,
-    ) -> Counted:
-        """Segment every frame on its own, in memory, and write all of them to one file."""
+    ) -> Counted | None:
+        """Segment every frame on its own, in memory, and write all of them to one file; None if
+        that is to be done `alone`.
+        """
         from gdlib.data.frames import Frames
         from gdlib.data.scale import resized_sides
 
@@ -278,13 +302,17 @@ class Work:
             image = Frames(image, f"C{axes}", self.ndim) if image.ndim == self.ndim + 1 else image
             if not isinstance(image, Frames):
                 raise io.DataError(f"{job.path}: an image of shape {image.shape} cannot be scaled")
-        if "Z" in image.axes and "sections" not in self.said:
-            self.said.add("sections")
+        if "Z" in image.axes and not self.told_of_sections:
+            self.told_of_sections = True
             self._say(
                 "every section is segmented on its own, since the network is 2D"
                 + trained.fitting(3),
                 job,
             )
+        # of what the network sees, or of what there is; the larger needs more
+        sides = max(image.sides, resized_sides(image.sides, by or (1,) * self.ndim), key=math.prod)
+        if not is_alone and self._must_be_alone(sides):
+            return None
         label = np.empty(image.shape + image.sides, np.uint32)
         frames = list(np.ndindex(image.shape))
 
@@ -298,19 +326,15 @@ class Work:
             return self._count(job, name, frame, label[index], attributes, by)
 
         counted = Counted()
-        sides = image.sides if by is None else resized_sides(image.sides, by)
-        if is_alone and len(frames) > 1 and (together := self._frames_at_once(sides, len(frames))):
+        if not is_alone:
+            with self._taken(sides), self.turn:
+                counted.add(one(predictor, ()))
+        else:
+            together = self._frames_at_once(sides, len(frames))
             predictor = self._predictor(together)
             with workers(together, max(1, self.threads // together)) as pool:
                 for part in pool.map(partial(one, predictor), frames):
                     counted.add(part)
-        else:
-            for index in frames:
-                if self.stopped:
-                    raise KeyboardInterrupt
-                room = contextlib.nullcontext() if is_alone else self.room.taken(self.need(sides))
-                with room, self.turn:
-                    counted.add(one(predictor, index))
         axes = image.axes + axes
         with self._written(job):
             labels.write_label(job.target, job.dataset, label, attributes, job.mark, axes)
@@ -323,12 +347,9 @@ class Work:
 
     def _frames_at_once(self, sides: Sequence[int], count: int) -> int:
         """Return how many frames of one image are segmented at the same time."""
-        from gdlib.volumes.footprint import Need
-
-        if not self.on_cpu or self.threads == 1:
-            return 0
-        need = Need(self._predictor(1), self.segmenter, self.parameters)(sides)
-        fitting = max(1, self.free // need) if self.free else count
+        if not self.on_cpu:
+            return 1
+        fitting = max(1, self.free // self.need(sides)) if self.free else count
         return min(count, self.threads, fitting)
 
     def _finish(
@@ -386,13 +407,19 @@ class Work:
         return self.found.count(job.path, frame, image, label, sides, by)
 
     def _say(self, text: str, job: Job) -> None:
+        if (job.path, text) in self.said:  # before it was seen that it is to be done alone
+            return
+        self.said.add((job.path, text))
         self.bar.write(f"{job.path}: {text}", file=sys.stderr)
 
     def _done(self, job: Job, counted: Counted) -> None:
         job.hidden("partial").unlink(missing_ok=True)
         self.found.add(counted)
         self.bar.update()
-        self.bar.write(f"{job.path}: {counted.objects} objects{counted.frames}", file=sys.stdout)
+        with quiet.aloud():
+            self.bar.write(
+                f"{job.path}: {counted.objects} objects{counted.frames}", file=sys.stdout
+            )
 
     @contextlib.contextmanager
     def _about(self, path: str, image: Any) -> Iterator[None]:

@@ -1,13 +1,11 @@
 """Instances by agglomeration of fragments: waterz and multicut."""
 
-import contextlib
-import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import bioimage_cpp as bic
 import numpy as np
 
+from gdlib.quiet import silence
 from gdlib.segment.mutex import as_float
 from gdlib.types import Offsets
 
@@ -39,7 +37,7 @@ def by_waterz(
     near = np.concatenate([np.zeros((3 - ndim, *fragments.shape), np.float32), near]).reshape(
         3, *volume
     )
-    with _silence():
+    with silence():
         # Joins all that touch, and tells the order: every threshold is then a look-up. It writes
         # into the fragments.
         ((_, history),) = waterz.agglomerate(
@@ -151,21 +149,3 @@ def _project(group: np.ndarray, fragments: np.ndarray) -> np.ndarray:
     group = group.astype(np.int64) + 1
     group[0] = 0
     return group[fragments]
-
-
-_PRINTING = threading.Lock()
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Drop what is printed: by Python, and by compiled code, which knows the file descriptor
-    alone.
-    """
-    with _PRINTING, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        printed = os.dup(1)
-        os.dup2(nowhere.fileno(), 1)
-        try:
-            yield
-        finally:
-            os.dup2(printed, 1)
-            os.close(printed)

@@ -14,7 +14,8 @@ def given_away(label: np.ndarray, small: np.ndarray) -> np.ndarray:
     """Give small segments away.
 
     Args:
-        label: ([Z,] Y, X) int64, 0 = background, 1, 2, ... = segments; it is overwritten.
+        label: ([Z,] Y, X) int64, contiguous, 0 = background, 1, 2, ... = segments; it is
+            overwritten.
         small: (largest number + 1,) boolean, which segments are; not the background.
 
     Returns:

@@ -115,7 +115,7 @@ def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.nd
     if small.any():
         from gdlib.segment.fragments import given_away
 
-        label = given_away(label.astype(np.int64), small)
+        label = given_away(label.astype(np.int64, order="C"), small)
         size = np.bincount(label.ravel())
     wanted = (size >= min_size) & (size > 0)
     wanted[:1] = False

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import itertools
 import math
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,10 @@ class Need:
         self.per_pixel = self.channels + segmenters.SEGMENTERS[segmenter].memory(
             ndim, self.channels - 1, **parameters
         )
-        self._pass = None if predictor.network.halo is None else _Pass(predictor, TRIAL[ndim])
+        self._passes: dict[tuple[int, ...], _Pass] = {}
+        self._lock = (
+            threading.Lock()
+        )  # what follows the tensors of torch follows those of all threads
 
     def __call__(self, shape: Sequence[int]) -> int:
         """Return the bytes for an image ([Z,] Y, X)."""
@@ -114,9 +118,13 @@ class Need:
         """Return the bytes of the largest pass of a predictor with other blocks, if parts of these
         sides are wanted.
         """
+        network = self.predictor.network
         # where every pixel sees all, how large the image is matters
-        a_pass = self._pass or _Pass(self.predictor, shape)
-        return a_pass.memory(predictor, shape, part)
+        trial = legal_shape(network, TRIAL[network.ndim] if network.halo is not None else shape)
+        with self._lock:
+            if trial not in self._passes:
+                self._passes[trial] = _Pass(self.predictor, shape)
+            return self._passes[trial].memory(predictor, shape, part)
 
 
 def choose(
