@@ -31,6 +31,7 @@ GROUND = {
     "limits",
     "processes",
     "progress",
+    "quiet",
     "registry",
     "text",
     "types",
