@@ -229,7 +229,7 @@ def test_who_waits_for_memory_begins_nothing_when_stopped(images, segment, monke
         yield
 
     def stop(self, job, counted):
-        threading.Timer(0.3, go_on.set).start()
+        threading.Timer(1.5, go_on.set).start()
         raise KeyboardInterrupt
 
     def noted(self, *arguments):
@@ -257,7 +257,7 @@ def test_what_is_not_begun_is_dropped_when_stopped(images, segment, monkeypatch)
         return alone(self, job, *arguments, **options)
 
     def stop(self, job, counted):
-        threading.Timer(0.5, stopped.set).start()
+        threading.Timer(1.5, stopped.set).start()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Work, "_segment", slow)
