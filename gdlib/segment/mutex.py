@@ -77,7 +77,7 @@ def memory(ndim: int, channels: int, *, stride: int = 1, **_: float) -> float:
     foreground (measured).
     """
     edges = ndim + (channels - ndim) / stride**2  # of a pixel
-    least = 100  # of what gives away small segments
+    least = 100  # of what gave away small segments before; the loops that do so now need less
     return max(least, 44 + 9 * edges)
 
 
