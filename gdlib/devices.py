@@ -143,8 +143,8 @@ def bfloat16_pays() -> bool:
     """Is this processor faster in bfloat16 than in float32?
 
     With matrix units it is; with AVX512-BF16 alone only on an AMD, whose vector units then do twice
-    as much in a cycle. On an Intel Xeon whose AMX a virtual machine hides, networks took 0.4 to 0.9
-    times longer than in float32, but for volumes in torch alone; without any units it is slower.
+    as much in a cycle. On an Intel Xeon whose AMX a virtual machine hides, networks took 1.4 to 1.8
+    times as long as in float32, but for volumes in torch alone; without any units it is slower.
     """
     units = bfloat16_units()
     return "AMX" in units or bool(units and _is_amd())

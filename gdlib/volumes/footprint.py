@@ -106,9 +106,7 @@ class Need:
             ndim, self.channels - 1, **parameters
         )
         self._passes: dict[tuple[int, ...], _Pass] = {}
-        self._lock = (
-            threading.Lock()
-        )  # what follows the tensors of torch follows those of all threads
+        self._lock = threading.Lock()  # tensors are followed in one thread at a time
 
     def __call__(self, shape: Sequence[int]) -> int:
         """Return the bytes for an image ([Z,] Y, X)."""
