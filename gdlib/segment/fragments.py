@@ -2,7 +2,8 @@
 
 Level by level: a pixel of a small segment that has neighbours in a larger one becomes part of it,
 then its neighbours in small ones, and so on. Of several larger ones it takes the first in the order
-of the neighbours, which is that of the array. What has no way to a larger one stays.
+of the neighbours: that of the array within a section, then other sections, which are farther away
+in most volumes. What has no way to a larger one stays.
 """
 
 import numpy as np
@@ -30,7 +31,7 @@ def given_away(label: np.ndarray, small: np.ndarray) -> np.ndarray:
 @jit.kernel
 def _give(label, small):
     depth, height, width = label.shape
-    shifts = (-height * width, -width, -1, 1, width, height * width)
+    shifts = (-width, -1, 1, width, -height * width, height * width)
     flat = label.ravel()
     found = np.zeros(len(flat), np.bool_)
     count = 0
@@ -77,15 +78,15 @@ def _larger_neighbour(flat, small, p, shifts, depth, height, width):
 def _is_inside(p, k, depth, height, width):
     """Is there a k-th neighbour?"""
     if k == 0:
-        return p >= height * width
-    if k == 1:
         return p // width % height > 0
-    if k == 2:
+    if k == 1:
         return p % width > 0
-    if k == 3:
+    if k == 2:
         return p % width < width - 1
-    if k == 4:
+    if k == 3:
         return p // width % height < height - 1
+    if k == 4:
+        return p >= height * width
     return p < (depth - 1) * height * width
 
 
@@ -94,7 +95,7 @@ def _give_plainly(label: np.ndarray, small: np.ndarray) -> None:
     while True:
         kept = np.pad(np.where(waiting, 0, label), 1)
         number = np.zeros_like(label)
-        for axis, side in ((0, 0), (1, 0), (2, 0), (2, 2), (1, 2), (0, 2)):
+        for axis, side in ((1, 0), (2, 0), (2, 2), (1, 2), (0, 0), (0, 2)):
             places = [slice(1, -1)] * 3
             places[axis] = slice(side, side + label.shape[axis])
             number = np.where(number == 0, kept[tuple(places)], number)
