@@ -56,6 +56,7 @@ METHODS = {
     "ifvd": Look("IFVD", "#9C9F00", "X"),
     "skd": Look("structured KD", "#B39DDB", "d"),
     "rekd": Look("ReKD", "#C51B7D", "8"),
+    "grd_rekd": Look("IGD + AGD + ReKD", "#6B0F3C", "8"),
     "biskd": Look("BISKD", "#4B4E9F", "*"),
 }
 # of what is no method: segmenters (waterz and multicut are their own titles) and trivial baselines
