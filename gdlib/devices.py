@@ -1,5 +1,8 @@
-"""Devices and precisions, and one job per GPU: a command takes a GPU that no other command has, or
-waits for one.
+"""Devices, precisions and threads, and one job per GPU: a command takes a GPU that no other command
+has, or waits for one.
+
+What can be told without torch is told without it: to import it takes more than a second, and not
+everything needs it.
 
 A GPU is taken by a lock on a file, which the system gives back when the process ends, however it
 ends. Programs that use this package as a library choose their device themselves, and lock nothing.
@@ -7,13 +10,16 @@ ends. Programs that use this package as a library choose their device themselves
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import re
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +28,13 @@ if TYPE_CHECKING:
 # all users' jobs on a machine must find the same files, whatever their TMPDIR
 FOLDER = Path("/tmp")
 CPUINFO = Path("/proc/cpuinfo")  # of Linux
+TOPOLOGY = Path("/sys/devices/system/cpu")  # of Linux
+# Of Linux: drivers of GPUs that torch can use (NVIDIA, AMD, and either in Windows' Linux). Where
+# there is none of these, torch finds none.
+DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 LOOK_EVERY = 5.0  # seconds between two looks at GPUs that are all taken
 _held: list[int] = []  # descriptors, open until the process ends
+_own = threading.local()  # of each thread: how many threads its computations have
 
 
 def claim() -> None:
@@ -34,6 +45,8 @@ def claim() -> None:
     To be called before CUDA is used. A single GPU in CUDA_VISIBLE_DEVICES was chosen by a scheduler
     or a person, and is taken without waiting; of several, one is chosen here.
     """
+    if has_only_cpu():
+        return
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -94,6 +107,60 @@ def _lock(path: Path) -> bool:
     return True
 
 
+def has_only_cpu() -> bool:
+    """Is it sure, without torch, that there is nothing but the processor to compute on?"""
+    return sys.platform == "linux" and not any(map(os.path.exists, DRIVERS))
+
+
+def on_cpu(name: str) -> bool:
+    """Is the device of this name the processor? For errors see `choose_device`."""
+    if name == "cpu" or (name == "auto" and has_only_cpu()):
+        return True
+    return choose_device(name).type == "cpu"
+
+
+def threads() -> int:
+    """Return how many threads the computations of the calling thread have: those of torch, where it
+    is there, else as many as it would take: one for each core, or fewer by OMP_NUM_THREADS.
+    """
+    if (torch := _torch()) is not None:
+        return torch.get_num_threads()
+    return getattr(_own, "threads", None) or _default_threads()
+
+
+def use_threads(count: int) -> None:
+    """Give the computations of the calling thread so many threads."""
+    _own.threads = count
+    if (torch := _torch()) is not None:
+        torch.set_num_threads(count)
+
+
+def _torch() -> Any:
+    """Return torch if it is there already, and not just being imported."""
+    torch = sys.modules.get("torch")
+    return torch if hasattr(torch, "set_num_threads") else None
+
+
+@functools.cache
+def _default_threads() -> int:
+    wanted = [
+        os.environ.get(f"{name}_NUM_THREADS", "").partition(",")[0] for name in ("OMP", "MKL")
+    ]
+    return min([_cores(), *(int(one) for one in wanted if one.isdigit() and int(one))])
+
+
+def _cores() -> int:
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()  # threads of one core count once
+    for number in os.sched_getaffinity(0):
+        try:
+            cores.add((TOPOLOGY / f"cpu{number}/topology/thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(number))
+    return len(cores)
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device of this name; `auto` takes an accelerator if there is one."""
     import torch
@@ -151,24 +218,41 @@ def bfloat16_pays() -> bool:
 
 
 def _is_amd() -> bool:
-    try:
-        with CPUINFO.open() as file:
-            about = file.read(1000)
-    except OSError:
-        about = platform.processor()
-    return "AuthenticAMD" in about
+    return "AuthenticAMD" in (_about_cpu() or platform.processor())
 
 
 def bfloat16_units() -> list[str]:
     """Return the units of this processor that multiply in bfloat16, by the names of their
     makers.
     """
+    return _units({"AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16"})
+
+
+def int8_units() -> list[str]:
+    """Return the units of this processor that multiply in 8 bits, by the names of their makers."""
+    return _units({"AMX": "amx_int8", "AVX512-VNNI": "avx512_vnni", "AVX-VNNI": "avx_vnni"})
+
+
+def _units(known: dict[str, str]) -> list[str]:
+    """Return those of some units that this processor has, by name and by what Linux calls them."""
+    flags = re.search(r"^flags\s*:(.*)$", _about_cpu(), re.MULTILINE)
+    if flags is not None:
+        there = set(flags[1].split())
+        return [name for name, flag in known.items() if flag in there]
     import torch
 
-    units = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-    return [
-        name for name, is_there in units.items() if getattr(torch.cpu, is_there, lambda: False)()
-    ]
+    # versions that cannot be asked know of none
+    capable = getattr(torch.cpu, "get_capabilities", dict)()
+    return [name for name, flag in known.items() if capable.get(flag)]
+
+
+def _about_cpu() -> str:
+    """Return what Linux says of the first processor, nothing elsewhere."""
+    try:
+        with CPUINFO.open() as file:
+            return file.read(10_000)
+    except OSError:
+        return ""
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:

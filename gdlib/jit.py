@@ -10,21 +10,25 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from numba.core import event
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-from gdlib import io
+from gdlib import devices, io
 
+PARTS = 4  # of the lines, for each thread: one that is late has fewer of them
 ENABLED = not numba.config.DISABLE_JIT
 part = numba.njit
 inlined = numba.njit(inline="always")
@@ -40,6 +44,44 @@ def kernel(function: Callable, **options: Any) -> Callable:
 
 # Sums may be made in another order than it is written: of many numbers at once.
 summing_kernel = functools.partial(kernel, fastmath={"reassoc", "nsz"})
+
+
+def as_triples(offsets: Sequence[Sequence[int]], ndim: int) -> np.ndarray:
+    """Return offsets as (K, 3)."""
+    if any(len(offset) != ndim for offset in offsets):
+        raise ValueError(f"offsets {list(map(list, offsets))} do not fit images with {ndim} axes")
+    padded = [(0,) * (3 - ndim) + tuple(offset) for offset in offsets]
+    return np.array(padded, np.int64).reshape(-1, 3)
+
+
+@inlined
+def place(line, depth, height):
+    """Return image, y and z of a line.
+
+    Lines at one y follow each other: as neighbours of each other they may be in the cache still.
+    """
+    return line // depth // height, line // depth % height, line % depth
+
+
+def on_lines(kernel: Callable, lines: int, *arguments: Any) -> None:
+    """Call kernel(first, last, *arguments) for parts of the lines that together are all of them."""
+    threads = devices.threads()
+    if threads == 1:
+        return kernel(0, lines, *arguments)
+    parts = min(lines, PARTS * threads)
+    edges = [lines * part // parts for part in range(parts + 1)] if parts else []
+    pool = _pool(threads)
+    for done in [pool.submit(kernel, *pair, *arguments) for pair in itertools.pairwise(edges)]:
+        done.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "gdlib")
+
+
+if hasattr(os, "register_at_fork"):  # threads are not there any more
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class _Cache(NullCache):

@@ -3,13 +3,16 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gdlib import io
 from gdlib.io.failures import DataError
 from gdlib.registry import nearest
+
+if TYPE_CHECKING:
+    from gdlib.blockwise.blocks import Blockwise
 
 FOLDER = Path(__file__).parent / "weights"
 DEFAULT = "nuclei"
@@ -48,11 +51,9 @@ class Model:
     """A trained network that segments arrays; made by `load`. Several threads may share one."""
 
     def __init__(self, path: Path, **kwargs: Any) -> None:
-        """See `load`; the arguments are those of `gdlib.predict.predictor.Predictor`."""
-        from gdlib.predict.predictor import Predictor
-
+        """See `load`; the arguments are those of `predictor`."""
         self.path = path
-        self._predictor = Predictor.load(path, **kwargs)
+        self._predictor = predictor(path, **kwargs)
         self._lock = threading.Lock()  # an engine computes one image at a time
 
     @property
@@ -162,6 +163,20 @@ class Model:
                 "axis is which by `axes`"
             )
         return frames
+
+
+def predictor(weights: Path, **kwargs: Any) -> "Blockwise":
+    """Return what predicts with a weights file: without torch where that can be.
+
+    For the arguments see `gdlib.predict.predictor.Predictor`.
+    """
+    from gdlib.blockwise import lite
+
+    if not io.is_onnx(weights) and (found := lite.load(weights, **kwargs)) is not None:
+        return found
+    from gdlib.predict.predictor import Predictor
+
+    return Predictor.load(weights, **kwargs)
 
 
 def objects(

@@ -45,23 +45,25 @@ ROOMS = {
     "evaluate": "io",
     "data": "io kernels",
     "segment": "io jit evaluate",
+    "blockwise": "io jit data",
     "distill": "kernels models",
-    "predict": "io kernels models data",
-    "export": "io kernels models data segment predict",
+    "predict": "io jit kernels models data blockwise",
+    "export": "io kernels models data segment blockwise predict",
     "config": "evaluate segment",
-    "train": "io kernels models evaluate data segment distill predict config",
-    "volumes": "io data segment predict",
+    "train": "io kernels models evaluate data segment blockwise distill predict config",
+    "volumes": "io data segment blockwise predict",
     "report": "io evaluate config",
-    "trained": "io data segment predict",
+    "trained": "io data segment blockwise predict",
     "napari": "io data trained",
-    "cli": "io models evaluate data segment predict export config train volumes report trained",
+    "cli": "io models evaluate data segment blockwise predict export config train volumes report "
+    "trained",
     "__main__": "cli",
 }
 
 # What Snakemake parses for every job, and what works on files alone, starts without the seconds
 # that torch takes.
 WITH_TORCH = re.compile(
-    r"gdlib\.(processes|kernels|models|distill|predict|export|train|data\.(augment|maps|patches)|volumes\.(footprint|large))(\..*)?"
+    r"gdlib\.(processes|kernels|models|distill|predict|export|train|data\.(augment|maps|patches))(\..*)?"
 )
 
 

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import nn
 
 from gdlib import io
+from gdlib.blockwise.blocks import BLOCK
 from gdlib.cli.main import main
 from gdlib.config import TEACHER, Config
 from gdlib.evaluate.metrics import METRICS, evaluate
 from gdlib.evaluate.scores import COUNTS, of_image
-from gdlib.predict.predictor import BLOCK
 from gdlib.types import Embedding
 
 ROOT = Path(__file__).resolve().parents[1]

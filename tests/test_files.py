@@ -7,6 +7,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from gdlib.blockwise.blocks import Source
 from gdlib.cli.main import main
 from gdlib.data import decoders
 from gdlib.data.axes import fitted, without_single_axes
@@ -16,7 +17,6 @@ from gdlib.data.intensity import rescale
 from gdlib.data.prepare import check_sample
 from gdlib.io import Sample
 from gdlib.io.failures import DataError
-from gdlib.predict.predictor import Source
 
 SIZE = (24, 32)
 RNG = np.random.default_rng(0)

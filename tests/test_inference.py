@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from gdlib import devices, io, kernels
+from gdlib.blockwise.blocks import legal_shape
 from gdlib.data.intensity import normalise
 from gdlib.devices import choose_device, choose_precision
-from gdlib.kernels import quantised
-from gdlib.kernels.quantised import quantised_affinities
 from gdlib.models import build
-from gdlib.predict import engine, files
+from gdlib.predict import engine, files, quantised
 from gdlib.predict.engine import choose_engine
 from gdlib.predict.files import file_identity, predict_blocks, predict_split
-from gdlib.predict.predictor import Predictor, legal_shape
+from gdlib.predict.predictor import Predictor
+from gdlib.predict.quantised import quantised_affinities
 from gdlib.registry import NETWORKS
 from gdlib.types import Embedding
 

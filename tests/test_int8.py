@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from gdlib import io, trained
+from gdlib.blockwise import vino
 from gdlib.cli.main import main
+from gdlib.devices import int8_units
 from gdlib.evaluate import scores
-from gdlib.predict import engine, int8
+from gdlib.predict import int8
 from gdlib.predict.predictor import Predictor
 from gdlib.registry import SOURCES
 
 usable = pytest.mark.skipif(
-    not (int8.MEASURED in int8.units() and importlib.util.find_spec("openvino")),
+    not (int8.MEASURED in int8_units() and importlib.util.find_spec("openvino")),
     reason='needs a processor with AVX512-VNNI, and pip install "gdlib[fast]"',
 )
 
@@ -70,7 +72,7 @@ def test_it_is_taken_where_nothing_else_is_asked_for(nuclei):
 
 @usable
 def test_where_it_was_not_measured_it_is_asked_for(nuclei, monkeypatch):
-    monkeypatch.setattr(int8, "units", lambda: ["AVX-VNNI"])
+    monkeypatch.setattr(int8, "int8_units", lambda: ["AVX-VNNI"])
     assert Predictor.load(nuclei, device="cpu").dtype != torch.int8
     assert Predictor.load(nuclei, device="cpu", precision="int8").dtype == torch.int8
 
@@ -82,12 +84,12 @@ def test_who_asks_for_it_is_told_why_not(nuclei, monkeypatch):
         return str(told.value)
 
     assert "OpenVINO on the CPU" in reason(engine="torch")
-    monkeypatch.setattr(engine, "is_installed", lambda name: False)
+    monkeypatch.setattr(vino, "is_installed", lambda name: False)
     assert "gdlib[fast]" in reason(device="cpu")
-    monkeypatch.setattr(engine, "is_installed", lambda name: True)
-    monkeypatch.setattr(int8, "units", list)
+    monkeypatch.setattr(vino, "is_installed", lambda name: True)
+    monkeypatch.setattr(int8, "int8_units", list)
     assert "VNNI" in reason(device="cpu")
-    monkeypatch.setattr(int8, "units", lambda: ["VNNI"])
+    monkeypatch.setattr(int8, "int8_units", lambda: ["VNNI"])
     io.int8_beside(nuclei).unlink()
     assert "no nuclei.int8.safetensors" in reason(device="cpu")
 
@@ -141,6 +143,6 @@ def test_parts_are_spread_over_all():
 
 
 def test_what_it_takes_is_told(nuclei, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(engine, "is_installed", lambda name: name != "nncf")
+    monkeypatch.setattr(vino, "is_installed", lambda name: name != "nncf")
     assert main(["quantise", str(nuclei), str(tmp_path)]) == 1
     assert 'it needs nncf: pip install "gdlib[quantise]"' in capsys.readouterr().err

@@ -18,17 +18,19 @@ from conftest import OFFSETS
 from torch import nn
 
 from gdlib import io
+from gdlib.blockwise.blocks import BLOCK
 from gdlib.cli import work
 from gdlib.cli.images import open_image
 from gdlib.cli.main import main
 from gdlib.io.failures import is_lack_of_memory
 from gdlib.models import build
-from gdlib.predict.predictor import BLOCK, Predictor
+from gdlib.predict import living
+from gdlib.predict.predictor import Predictor
 from gdlib.segment import mutex
 from gdlib.segment.parameters import defaults
 from gdlib.types import Embedding
 from gdlib.volumes import footprint, grid, jobs, large, memory
-from gdlib.volumes.footprint import choose, live_bytes
+from gdlib.volumes.footprint import choose
 from gdlib.volumes.memory import GIB
 
 MIB = 2**20
@@ -166,9 +168,9 @@ class Chain(nn.Module):
 def test_bytes_that_are_alive_are_counted():
     # 8 maps beside the image, which the caller holds, then 3 beside the 8 and the image.
     network = Chain()
-    assert live_bytes(network, 1, (100, 200), "cpu") == (4 * 100 * 200 * (1 + 8 + 3), 2)
+    assert living.live_bytes(network, 1, (100, 200), "cpu") == (4 * 100 * 200 * (1 + 8 + 3), 2)
     # nobody has so much
-    assert live_bytes(network, 1, (10**5, 10**5), "meta") == (4 * 10**10 * 12, 2)
+    assert living.live_bytes(network, 1, (10**5, 10**5), "meta") == (4 * 10**10 * 12, 2)
     assert {p.device.type for p in network.parameters()} == {"cpu"}
 
 

@@ -257,7 +257,7 @@ def test_what_is_not_begun_is_dropped_when_stopped(images, segment, monkeypatch)
         return alone(self, job, *arguments, **options)
 
     def stop(self, job, counted):
-        threading.Timer(1.5, stopped.set).start()
+        threading.Timer(3, stopped.set).start()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Work, "_segment", slow)

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from gdlib.devices import use_threads
+
 
 class Room:
     """The memory that images share.
@@ -52,12 +54,10 @@ class Room:
 
 @contextlib.contextmanager
 def workers(count: int, threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Start some threads, each of which computes with so many of torch; on an error, what is not
+    """Start some threads, each of which computes with so many; on an error, what is not
     begun is dropped.
     """
-    import torch
-
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads,))
+    pool = ThreadPoolExecutor(count, initializer=use_threads, initargs=(threads,))
     try:
         yield pool
     except BaseException:

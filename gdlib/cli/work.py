@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdlib import io, quiet, trained
+from gdlib import devices, io, quiet, trained
 from gdlib.cli import labels
 from gdlib.cli.found import Counted, Found, draw
 from gdlib.cli.images import open_image
@@ -27,7 +27,7 @@ from gdlib.volumes import memory
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gdlib.predict.predictor import Predictor, Source
+    from gdlib.blockwise.blocks import Blockwise, Source
 
 
 # Pixels, by number of axes; a larger image is alone, and goes on from where it was stopped.
@@ -55,9 +55,6 @@ class Work:
         how: tuple[str, dict[str, Any]],
         count: int,
     ) -> None:
-        import torch
-
-        from gdlib.devices import choose_device
         from gdlib.segment.segmenters import used
         from gdlib.volumes.footprint import Need
 
@@ -65,12 +62,12 @@ class Work:
         self.ndim = len(header["offsets"][0])
         self.segmenter, self.parameters = how
         self.header = {**header, "offsets": used(self.segmenter, header["offsets"])}
-        self.threads = torch.get_num_threads()
-        self.on_cpu = choose_device(arguments.device).type == "cpu"
+        self.threads = devices.threads()
+        self.on_cpu = devices.on_cpu(arguments.device)
         # another device computes one image, while a thread finds the objects of another one
         self.at_once = min(self.threads, count) if self.on_cpu else 1
         self.workers = self.at_once if self.on_cpu else 2
-        self._predictors: dict[int, Predictor] = {}
+        self._predictors: dict[int, Blockwise] = {}
         predictor = self._predictor(self.at_once)
         self.turn = threading.Semaphore(self.at_once)
         self.writing = threading.Lock()
@@ -122,26 +119,22 @@ class Work:
                 return None
         return self._segment(job, self._predictors[self.at_once], is_alone=False)
 
-    def _predictor(self, at_once: int) -> Predictor:
+    def _predictor(self, at_once: int) -> Blockwise:
         """Return the network, ready for so many threads that share the processor."""
         if at_once not in self._predictors:
-            import torch
-
-            from gdlib.predict.predictor import Predictor
-
             keys = ("device", "precision", "engine", "block", "invert", "augment")
             options = {key: getattr(self.arguments, key) for key in keys}
-            torch.set_num_threads(max(1, self.threads // at_once))
-            predictor = Predictor.load(self.arguments.model, at_once=at_once, **options)
+            devices.use_threads(max(1, self.threads // at_once))
+            predictor = trained.predictor(self.arguments.model, at_once=at_once, **options)
             predictor.header = self.header
             _ = predictor.run  # is made here, and not by each thread
-            torch.set_num_threads(self.threads)
+            devices.use_threads(self.threads)
             self._predictors[at_once] = predictor
         return self._predictors[at_once]
 
-    def _segment(self, job: Job, predictor: Predictor, *, is_alone: bool) -> Counted | None:
+    def _segment(self, job: Job, predictor: Blockwise, *, is_alone: bool) -> Counted | None:
+        from gdlib.blockwise.blocks import assembled
         from gdlib.data.frames import Frames
-        from gdlib.predict.predictor import assembled
 
         held = memory.resident()
         with (
@@ -201,15 +194,15 @@ class Work:
     def _whole(
         self,
         job: Job,
-        predictor: Predictor,
+        predictor: Blockwise,
         image: Any,
         source: Source,
         attributes: dict[str, Any],
         held: int,
     ) -> Counted:
         """Segment an image in one piece, or in blocks if it is large and does not fit."""
+        from gdlib.blockwise.blocks import assembled
         from gdlib.predict.files import file_identity, predict_blocks
-        from gdlib.predict.predictor import assembled
         from gdlib.volumes.footprint import choose, is_large
         from gdlib.volumes.large import block_before, segment_in_blocks
 
@@ -282,7 +275,7 @@ class Work:
     def _by_frames(
         self,
         job: Job,
-        predictor: Predictor,
+        predictor: Blockwise,
         image: Any,
         attributes: dict[str, Any],
         by: tuple[float, ...] | None,
@@ -316,7 +309,7 @@ class Work:
         label = np.empty(image.shape + image.sides, np.uint32)
         frames = list(np.ndindex(image.shape))
 
-        def one(predictor: Predictor, index: tuple[int, ...]) -> Counted:
+        def one(predictor: Blockwise, index: tuple[int, ...]) -> Counted:
             frame = np.asarray(image[index])
             with self._about(job.path, frame):
                 label[index] = trained.objects(

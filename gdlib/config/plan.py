@@ -35,7 +35,7 @@ STEPS = {
     "ask": Step(("train/ask.py",), ("kernels/fused.py",)),  # no loss is computed
     "label": Step(("train/label.py",), ("kernels/fused.py",)),
     "train": Step(("train/loop.py",), ("predict/predictor.py", "train/validator.py", *NUMBERS)),
-    "predict": Step(("predict/files.py",), ("kernels/fused.py",)),
+    "predict": Step(("predict/files.py", "predict/predictor.py"), ("kernels/fused.py",)),
     "profile": Step(("predict/cost.py", "predict/files.py"), ("kernels/fused.py",)),
     "segment": Step(("segment/segmenters.py", "limits.py")),
     "evaluate": Step(("evaluate/scores.py",)),

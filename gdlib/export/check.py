@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from gdlib import kernels
+from gdlib.blockwise.blocks import legal_shape
 from gdlib.data.axes import fitted
 from gdlib.data.intensity import intensity_range, rescale
-from gdlib.predict.predictor import Predictor, legal_shape
+from gdlib.predict.predictor import Predictor
 
 # images (B, C, *sides) float32 as recorded, and what of them becomes 0 and 1, (C,) each, None for
 # each image's own -> affinity (B, K, *sides), foreground (B, 1, *sides), ...

@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gdlib.io.failures import DataError
 from gdlib.io.failures import WriteError as WriteError
@@ -44,14 +46,22 @@ def save_weights(path: Path | str, state: dict[str, Any], header: dict[str, Any]
 
 
 def _checksum(tensors: dict[str, Any], header: dict[str, Any]) -> str:
-    from torch import uint8
-
+    """Of tensors, or of arrays, for which it is the same."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(uint8).numpy().data)
+        kind = f"torch.{tensor.dtype}".replace("torch.torch.", "torch.")
+        digest.update(f"{name} {kind} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Any) -> memoryview:
+    if isinstance(tensor, np.ndarray):
+        return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+    from torch import uint8
+
+    return tensor.reshape(-1).view(uint8).numpy().data
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
@@ -141,15 +151,31 @@ def load_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     from safetensors.torch import load_file
 
+    state, header = _read(path, load_file)
+    check_trusted(path, header)
+    return state, header
+
+
+def load_arrays(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `(arrays, header)` of such a file, of types that NumPy has, without torch.
+
+    Raises:
+        DataError: for a file of another program, or a damaged one.
+    """
+    from safetensors.numpy import load_file
+
+    return _read(path, load_file)
+
+
+def _read(path: Path | str, load_file: Callable) -> tuple[dict[str, Any], dict[str, Any]]:
     header, checksum = _header_and_checksum(path)
-    state = load_file(path)
-    if checksum is not None and checksum != _checksum(state, header):
+    content = load_file(path)
+    if checksum is not None and checksum != _checksum(content, header):
         raise DataError(
             f"{path}: it is damaged, its checksum is not the one it was written with; get it "
             "again, or train again"
         )
-    check_trusted(path, header)
-    return state, header
+    return content, header
 
 
 def check_trusted(path: Path | str, header: dict[str, Any]) -> None:

@@ -4,11 +4,7 @@ It takes float32 and float64, and is tested against the plain functions of `rela
 is computed.
 """
 
-import functools
-import itertools
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,7 +14,6 @@ from gdlib import jit
 from gdlib.kernels import loops
 
 Offsets = Sequence[Sequence[int]]
-PARTS = 4  # of the lines, for each thread: one that is late has fewer of them
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -34,7 +29,7 @@ def relate(
     rows: Tensor, offsets: Offsets, moments: bool, other: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """`affinity` and `gram` of `kernels.relate`."""
-    displacements = as_triples(offsets, rows.ndim - 2)
+    displacements = jit.as_triples(offsets, rows.ndim - 2)
     _check("other rows", other, rows.shape, rows.dtype)
     if not (moments or len(offsets)):
         return None, None
@@ -114,7 +109,7 @@ def pair_losses(
     """
     batch, count, *sides = affinity.shape
     offsets = [(0,) * len(sides)] * count if offsets is None else offsets
-    displacements = as_triples(offsets, len(sides))
+    displacements = jit.as_triples(offsets, len(sides))
     if len(offsets) != count:
         raise ValueError(f"there are {count} affinities of each pixel, but {len(offsets)} offsets")
     weights = None if weights is None else weights.to(affinity.dtype)
@@ -164,7 +159,7 @@ def count_pairs(
 
     For the arguments see `pair_losses`.
     """
-    displacements = as_triples(offsets, label.ndim - 1)
+    displacements = jit.as_triples(offsets, label.ndim - 1)
     _check("the label", label, label.shape, torch.int32)
     _check("what to ignore", ignore, label.shape, torch.bool)
     if label.ndim == 3:
@@ -178,14 +173,6 @@ def count_pairs(
 # --- Calling compiled code ---
 
 
-def as_triples(offsets: Offsets, ndim: int) -> np.ndarray:
-    """Return offsets as (K, 3)."""
-    if any(len(offset) != ndim for offset in offsets):
-        raise ValueError(f"offsets {list(map(list, offsets))} do not fit images with {ndim} axes")
-    padded = [(0,) * (3 - ndim) + tuple(offset) for offset in offsets]
-    return np.array(padded, np.int64).reshape(-1, 3)
-
-
 def _check(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless compiled code, which looks at no shape, may read a tensor."""
     if tensor is not None and (tensor.shape != torch.Size(shape) or tensor.dtype != dtype):
@@ -197,19 +184,4 @@ def _check(name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.
 def on_lines(kernel: Callable, lines: int, *arguments: Tensor | np.ndarray | bool) -> None:
     """Call kernel(first, last, *arguments) for parts of the lines that together are all of them."""
     arrays = [x.detach().contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return kernel(0, lines, *arrays)
-    parts = min(lines, PARTS * threads)
-    edges = [lines * part // parts for part in range(parts + 1)] if parts else []
-    pool = _pool(threads)
-    for done in [pool.submit(kernel, *pair, *arrays) for pair in itertools.pairwise(edges)]:
-        done.result()
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "gdlib")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not there any more
+    jit.on_lines(kernel, lines, *arrays)

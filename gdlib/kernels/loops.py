@@ -17,7 +17,7 @@ def turn_to_unit(first, last, rows, unit, inverse):
     _, depth, height, width, dim = rows.shape
     one, tiny = rows.dtype.type(1), rows.dtype.type(1e-12)
     for line in range(first, last):
-        b, y, z = _place(line, depth, height)
+        b, y, z = jit.place(line, depth, height)
         row, vector, length = rows[b, z, y], unit[b, z, y], inverse[b, z, y]
         for x in range(width):
             for i in range(dim):
@@ -38,7 +38,7 @@ def dot(first, last, unit, offsets, out):
     """Fill dot products of unit vectors and neighbours (B, K, Z, Y, X); outside they are 0."""
     _, depth, height, dim, width = unit.shape
     for line in range(first, last):
-        b, y, z = _place(line, depth, height)
+        b, y, z = jit.place(line, depth, height)
         for k in range(len(offsets)):
             far_y, far_z, here, there = _neighbours(y, z, offsets[k], 1, depth, height, width)
             out[b, k, z, y] = 0
@@ -49,64 +49,13 @@ def dot(first, last, unit, offsets, out):
                     affinity[x] += own[x] * other[x]
 
 
-@jit.kernel
-def lengths(first, last, vectors, scale):
-    """Fill the root of 255 over the lengths of vectors (D, Z, Y, X)."""
-    dim, depth, height, width = vectors.shape
-    for line in range(first, last):
-        _, y, z = _place(line, depth, height)
-        length = scale[z, y]
-        length[:] = 0
-        for i in range(dim):
-            vector = vectors[i, z, y]
-            for x in range(width):
-                length[x] += vector[x] * vector[x]
-        for x in range(width):
-            length[x] = np.sqrt(np.float32(255) / max(length[x], np.float32(1e-24)))
-
-
-@jit.kernel
-def levels(first, last, vectors, scale, offsets, corner, limits, out):
-    """Fill affinities of 255 levels (K, Z, Y, X), of lines that begin at a corner; a neighbour
-    beyond the limits (3, 2) is none.
-    """
-    dim = len(vectors)
-    _, depth, height, width = out.shape
-    product = np.empty(width, np.float32)
-    for line in range(first, last):
-        _, y, z = _place(line, depth, height)
-        own_z, own_y = z + corner[0], y + corner[1]
-        for k in range(len(offsets)):
-            far_z, far_y, dx = own_z + offsets[k, 0], own_y + offsets[k, 1], offsets[k, 2]
-            start = max(corner[2], limits[2, 0] - dx)
-            end = min(corner[2] + width, limits[2, 1] - dx)
-            if not (
-                limits[0, 0] <= far_z < limits[0, 1]
-                and limits[1, 0] <= far_y < limits[1, 1]
-                and start < end
-            ):
-                continue
-            here, there = slice(start, end), slice(start + dx, end + dx)
-            dot = product[: end - start]
-            dot[:] = 0
-            for i in range(dim):
-                one, other = vectors[i, own_z, own_y, here], vectors[i, far_z, far_y, there]
-                for x in range(len(dot)):
-                    dot[x] += one[x] * other[x]
-            one, other = scale[own_z, own_y, here], scale[far_z, far_y, there]
-            level = out[k, z, y, start - corner[2] : end - corner[2]]
-            for x in range(len(dot)):
-                value = min(max(dot[x] * one[x] * other[x], np.float32(0)), np.float32(255))
-                level[x] = np.int32(value + np.float32(0.5))  # cut off
-
-
 @jit.summing_kernel
 def sum_products(first, last, unit, other, sums):
     """Fill sum_x v_x v_x^T of each line, (B, Z, Y, D, D)."""
     _, depth, height, dim, width = unit.shape
     difference = np.empty((dim, width), unit.dtype)
     for line in range(first, last):
-        b, y, z = _place(line, depth, height)
+        b, y, z = jit.place(line, depth, height)
         vector = _difference(b, y, z, unit, other, difference)
         for i in range(dim):
             for j in range(i + 1):
@@ -135,7 +84,7 @@ def relate_gradient(first, last, unit, inverse, other, offsets, affinity, factor
     gradient, difference = np.empty((dim, width), unit.dtype), np.empty((dim, width), unit.dtype)
     along = np.empty(width, unit.dtype)
     for line in range(first, last):
-        b, y, z = _place(line, depth, height)
+        b, y, z = jit.place(line, depth, height)
         gradient[:] = 0  # of the unit vectors
         if affinity.size:
             _add_gradient_of_dots(b, y, z, unit, offsets, affinity, gradient)
@@ -197,7 +146,7 @@ def count(first, last, label, offsets, ignore, background, counts):
     """Fill, for each line, the pairs that count and those of them that are connected."""
     _, depth, height, width = label.shape
     for line in range(first, last):
-        b, y, z = _place(line, depth, height)
+        b, y, z = jit.place(line, depth, height)
         for k in range(len(offsets)):
             far_y, far_z, here, there = _neighbours(y, z, offsets[k], 1, depth, height, width)
             own, other = label[b, z, y, here], label[b, far_z, far_y, there]
@@ -220,7 +169,7 @@ def sum_losses(first, last, affinity, teacher, offsets, weights, label, ignore, 
     _, count, depth, height, width = affinity.shape
     weight, target = np.zeros(width, affinity.dtype), np.zeros(width, affinity.dtype)
     for line in range(first, last):
-        b, y, z = _place(line, depth, height)
+        b, y, z = jit.place(line, depth, height)
         sums[b, z, y] = 0
         for k in range(count):
             if weights.size:
@@ -247,7 +196,7 @@ def losses_gradient(
     weight, target = np.zeros(width, affinity.dtype), np.zeros(width, affinity.dtype)
     labels, balanced, plain = scale
     for line in range(first, last):
-        b, y, z = _place(line, depth, height)
+        b, y, z = jit.place(line, depth, height)
         for k in range(count):
             if weights.size:
                 _weigh(b, k, y, z, offsets, weights, label, ignore, background, weight, target)
@@ -282,15 +231,6 @@ def _weigh(b, k, y, z, offsets, weights, label, ignore, background, weight, targ
 @jit.inlined
 def _connected(a, b, background):
     return (a == b) & (background | (a > 0))
-
-
-@jit.inlined
-def _place(line, depth, height):
-    """Return image, y and z of a line.
-
-    Lines at one y follow each other: as neighbours of each other they may be in the cache still.
-    """
-    return line // depth // height, line // depth % height, line % depth
 
 
 @jit.inlined

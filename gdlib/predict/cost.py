@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gdlib.blockwise.blocks import legal_shape
 from gdlib.devices import choose_device
 from gdlib.models import build
-from gdlib.predict.predictor import Predictor, legal_shape
+from gdlib.predict.predictor import Predictor
 
 PATIENCE = 60_000  # ms
 # pixels of the image that operations are counted on, by number of axes

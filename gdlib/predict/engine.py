@@ -30,16 +30,9 @@ Runtime, slower than OpenVINO in float32, which only runs what was exported (`gd
 `torch.compile`, which is slower in bfloat16, needs a compiler and compiles for half a minute.
 """
 
-import contextlib
-import functools
-import importlib
-import importlib.util
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import SimpleQueue
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -47,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from gdlib import io
+from gdlib.blockwise import vino
 
 ENGINES = ("auto", "torch", "openvino")
 ONNX = "onnxruntime"  # of files of `gdlib export`, which nothing else runs here
@@ -68,7 +62,7 @@ def choose_engine(name: str, device: torch.device) -> str:
         raise ValueError(
             f'there is no engine "{name}": choose {", ".join(ENGINES[:-1])} or {ENGINES[-1]}'
         )
-    installed = is_installed("openvino")
+    installed = vino.is_installed()
     if name == "openvino" and device.type != "cpu":
         raise ValueError(
             f"the engine openvino runs on the CPU, not on {device}: choose --engine torch, or "
@@ -80,11 +74,6 @@ def choose_engine(name: str, device: torch.device) -> str:
             "choose --engine torch"
         )
     return "openvino" if name != "torch" and device.type == "cpu" and installed else "torch"
-
-
-def is_installed(name: str) -> bool:
-    """Is a package there? It is not imported."""
-    return importlib.util.find_spec(name) is not None
 
 
 def make_engine(
@@ -153,38 +142,6 @@ class _Maps(nn.Module):
         return out.embedding, out.foreground, *(out.features[level] for level in self.levels)
 
 
-@contextlib.contextmanager
-def without_telemetry() -> Iterator[None]:
-    """Import what would report to its makers that it was used, such that it does not, and lacks
-    nothing else.
-    """
-    name = "openvino_telemetry"
-    hidden = sys.modules.setdefault(name, None) is None
-    try:
-        yield
-    finally:
-        if hidden:  # whoever else wants it shall find it
-            sys.modules.pop(name, None)
-
-
-@functools.cache
-def library() -> ModuleType:
-    """Return OpenVINO, imported."""
-    with without_telemetry():
-        return importlib.import_module("openvino")
-
-
-@functools.cache
-def core() -> Any:
-    """Return what reads and compiles networks: one for the process.
-
-    On processors with AMX a core brings its thread a stack for signal handlers and, when it goes,
-    gives back the one of before, which may be that of a core that is gone: the next signal, the
-    SIGTERM of a cluster for instance, would then end the process instead of being handled.
-    """
-    return library().Core()
-
-
 def _openvino(maps: _Maps, channels: int, dtype: torch.dtype, at_once: int) -> Engine:
     run = compiled(converted(maps.network, channels, maps.levels), dtype, at_once)
     trial = _noise(maps.network, channels, 3)  # tracing may have taken a size for a constant
@@ -209,7 +166,7 @@ def converted(network: nn.Module, channels: int, levels: Sequence[str] = ()) -> 
         # of tracing: what depends on the size of the image is looked at by who compiles it
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(_Maps(network, levels).eval(), image, check_trace=False)
-        model = library().convert_model(traced, example_input=image)
+        model = vino.library().convert_model(traced, example_input=image)
     model.reshape([1, channels] + [-1] * network.ndim)
     return model
 
@@ -222,33 +179,13 @@ def _noise(network: nn.Module, channels: int, multiple: int) -> Tensor:
 
 
 def compiled(model: Any, dtype: torch.dtype, at_once: int = 1) -> Engine:
-    """Return what runs a model of OpenVINO.
+    """Return what runs a model of OpenVINO in this type; see `vino.compiled`."""
+    return on_tensors(vino.compiled(model, PRECISIONS[dtype], at_once))
 
-    Args:
-        model: with an image as its input, and maps as its outputs.
-        dtype: type that it computes in, but for what the model says itself.
-        at_once: see `make_engine`.
-    """
-    hints = {
-        "PERFORMANCE_HINT": "LATENCY" if at_once == 1 else "THROUGHPUT",
-        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads() * at_once,
-        "NUM_STREAMS": at_once,
-    }
-    network = core().compile_model(model, "CPU", hints)
-    requests: SimpleQueue = SimpleQueue()
-    for _ in range(at_once):
-        requests.put(network.create_infer_request())
 
-    def run(image: Tensor) -> tuple[Tensor, ...]:
-        request = requests.get()  # waits while all are at work
-        try:
-            out = request.infer([image.contiguous().numpy()], share_inputs=True)
-        finally:
-            requests.put(request)
-        return tuple(torch.from_numpy(out[k]) for k in range(len(model.outputs)))
-
-    return run
+def on_tensors(run: vino.Run) -> Engine:
+    """Return what takes and returns tensors in place of arrays."""
+    return lambda image: tuple(map(torch.from_numpy, run(image.numpy())))
 
 
 def check_onnx(

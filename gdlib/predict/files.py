@@ -12,16 +12,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
 import h5py
 import numpy as np
-import torch
 
 from gdlib import io
+from gdlib.blockwise.blocks import Blockwise, Source
 from gdlib.boxes import Box, intersection, relative
-from gdlib.predict.predictor import Predictor, Source
 from gdlib.progress import Progress
 from gdlib.types import Prediction
 
@@ -36,7 +36,7 @@ CHUNK_PIXELS = 2**18  # largest piece of a prediction that is compressed at once
 
 
 def predict_blocks(
-    predictor: Predictor,
+    predictor: Blockwise,
     images: Mapping[str, Source],
     partial: Path,
     identity: str,
@@ -78,7 +78,7 @@ def predict_blocks(
 
 
 def finish_blocks(
-    predictor: Predictor,
+    predictor: Blockwise,
     images: Mapping[str, Source],
     compute: Callable[[str, Box], list[np.ndarray]],
     partial: Path,
@@ -180,7 +180,7 @@ def _load(file: BinaryIO) -> list[np.ndarray]:
 
 
 def _fingerprint(
-    predictor: Predictor, images: Mapping[str, Source], identity: Sequence[str]
+    predictor: Blockwise, images: Mapping[str, Source], identity: Sequence[str]
 ) -> bytes:
     """What all blocks of a partial file have in common.
 
@@ -199,16 +199,16 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(content).encode()).hexdigest().encode() + b"\n"
 
 
-def made_with(predictor: Predictor) -> str:
+def made_with(predictor: Blockwise) -> str:
     """Return a digest of all that predictions depend on, but for images and weights: with another
     one, nothing goes on.
     """
     content = {
-        "precision": str(predictor.dtype),
-        "device": predictor.device.type,
+        "precision": predictor.precision,
+        "device": predictor.device_type,
         "engine": predictor.engine,
         "views": len(predictor.views),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "code": io.code_sha256(),
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -221,7 +221,7 @@ def file_identity(path: Path | str) -> str:
 
 
 def predict_split(
-    predictor: Predictor,
+    predictor: Blockwise,
     data: Path | str,
     out: Path | str,
     *,
@@ -265,7 +265,7 @@ def predict_split(
     partial.unlink()
 
 
-def images_of(predictor: Predictor, samples: h5py.File) -> dict[str, Source]:
+def images_of(predictor: Blockwise, samples: h5py.File) -> dict[str, Source]:
     """Return the images of an open samples file by name, as a network sees them.
 
     Raises:
@@ -296,7 +296,7 @@ def _central(shape: tuple[int, ...]) -> Box:
 
 def _create(
     group: h5py.Group,
-    predictor: Predictor,
+    predictor: Blockwise,
     shape: tuple[int, ...],
     part: Prediction,
     kept: Box | None,

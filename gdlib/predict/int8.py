@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from gdlib import io
-from gdlib.devices import bfloat16_pays
+from gdlib.blockwise import lite, vino
+from gdlib.blockwise.lite import MEASURED, NAME, PARTS
+from gdlib.devices import int8_units
 from gdlib.predict import engine
+from gdlib.predict.living import held_per_pixel
 
-NAME = "int8"
-PARTS = ("xml", "bin")  # of OpenVINO's own form, as bytes
-MEASURED = "AVX512-VNNI"  # AMX comes with it; others are taken by who asks for 8 bits alone
 NEEDED = 'pip install "gdlib[quantise]"'
 
 
@@ -41,14 +41,6 @@ def is_own(path: Path | str) -> bool:
         return io.INT8_OF in io.read_header(path)
     except io.DataError:
         return False
-
-
-def units() -> list[str]:
-    """Return the units of this processor that multiply in 8 bits, by the names of their makers."""
-    known = {"amx_int8": "AMX", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI"}
-    # versions of torch that cannot be asked know of none
-    there = getattr(torch.cpu, "get_capabilities", dict)()
-    return [name for key, name in known.items() if there.get(key)]
 
 
 def engine_for(
@@ -64,12 +56,12 @@ def engine_for(
     Raises:
         ValueError: 8 bits are asked for, and cannot be had.
     """
-    if precision not in ("auto", NAME) or (precision == "auto" and MEASURED not in units()):
+    if precision not in ("auto", NAME) or (precision == "auto" and MEASURED not in int8_units()):
         return None
     path = io.int8_beside(weights)
     try:
         if not (reason := _lacking(path, device, wanted_engine)):
-            return _load(path, weights, at_once)
+            return compiled(lite.form(path, weights)[0], at_once)
     except io.DataError as error:
         reason = str(error)
         if precision == "auto":
@@ -82,39 +74,23 @@ def engine_for(
 def _lacking(path: Path, device: torch.device, wanted_engine: str) -> str:
     if device.type != "cpu" or wanted_engine == "torch":
         return "it is OpenVINO on the CPU that computes in 8 bits"
-    if not engine.is_installed("openvino"):
+    if not vino.is_installed("openvino"):
         return 'it is OpenVINO that computes in 8 bits: pip install "gdlib[fast]"'
-    if not units():
+    if not int8_units():
         return "this processor has no instructions for it (VNNI), and would be slower"
     if not path.is_file():
         return f"there is no {path.name} beside the weights: `gdlib quantise` makes it"
     return ""
 
 
-def _load(path: Path, weights: Path | str, at_once: int) -> engine.Engine:
-    tensors, header = io.load_weights(path)
-    if header.get(io.INT8_OF) != io.sha256(weights):
-        raise io.DataError(f"{path}: it was made of other weights; `gdlib quantise` makes it anew")
-    try:
-        model = engine.core().read_model(*(tensors[part].numpy().tobytes() for part in PARTS))
-        return compiled(model, at_once)
-    except Exception as error:  # of a parser there is no telling which
-        raise io.DataError(
-            f"{path}: OpenVINO cannot read it ({' '.join(str(error).split())[:200]}); "
-            "`gdlib quantise` makes it anew"
-        ) from error
-
-
 def compiled(model: Any, at_once: int = 1) -> engine.Engine:
-    """Return what runs a network in 8 bits; what there is between its layers, in the type that is
-    the fastest here.
-    """
-    return engine.compiled(model, torch.bfloat16 if bfloat16_pays() else torch.float32, at_once)
+    """Return what runs a network in 8 bits; see `lite.run_by`."""
+    return engine.on_tensors(lite.run_by(model, at_once))
 
 
 def check_installed() -> None:
     """Raise `ValueError` unless what it takes to make a network of 8 bits is there."""
-    missing = [name for name in ("openvino", "nncf") if not engine.is_installed(name)]
+    missing = [name for name in ("openvino", "nncf") if not vino.is_installed(name)]
     if missing:
         raise ValueError(f"it needs {' and '.join(missing)}: {NEEDED}")
 
@@ -154,21 +130,40 @@ def _last(model: Any) -> list[str]:
     return names
 
 
-def save(path: Path | str, model: Any, weights: Path | str, about: Mapping[str, Any]) -> None:
+def save(
+    path: Path | str,
+    model: Any,
+    weights: Path | str,
+    network: torch.nn.Module,
+    channels: int,
+    about: Mapping[str, Any],
+) -> None:
     """Write what `quantised` returned.
 
     Args:
         path: `io.int8_beside` the weights.
         model: of OpenVINO.
         weights: file of the network.
+        network: what was quantised.
+        channels: of its images.
         about: plain data, of how it was made.
     """
     with TemporaryDirectory() as folder:
         files = [Path(folder, f"network.{part}") for part in PARTS]
-        engine.library().serialize(model, *files)
+        vino.library().serialize(model, *files)
         read = [torch.from_numpy(np.fromfile(file, np.uint8)) for file in files]
-    header = {io.INT8_OF: io.sha256(weights), "openvino": engine.library().__version__, **about}
+    header = {io.INT8_OF: io.sha256(weights), "openvino": vino.library().__version__, **about}
+    if network.halo is not None:
+        header[lite.FACTS] = facts(network, channels)
     io.save_weights(path, dict(zip(PARTS, read, strict=True)), header)
+
+
+def facts(network: torch.nn.Module, channels: int) -> dict[str, Any]:
+    """Return the `lite.Facts` of a network that has blocks, as plain data."""
+    names = ("divisor", "remainder", "margin", "halo")
+    held, length = held_per_pixel(network, channels)
+    sides = {name: list(getattr(network, name)) for name in names}
+    return {"ndim": network.ndim, **sides, "held": round(held, 3), "length": length}
 
 
 def spread(things: Sequence[Any], count: int) -> list[Any]:
@@ -179,7 +174,7 @@ def spread(things: Sequence[Any], count: int) -> list[Any]:
 
 @functools.cache
 def _library() -> Any:
-    with engine.without_telemetry():
+    with vino.without_telemetry():
         import nncf
     nncf.set_log_level(logging.ERROR)
     return nncf

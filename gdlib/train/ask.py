@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 from gdlib import io
+from gdlib.blockwise.blocks import legal_shape
 from gdlib.boxes import Box
 from gdlib.models import trained
 from gdlib.models.ensemble import Ensemble
 from gdlib.predict.files import finish_blocks, images_of
-from gdlib.predict.predictor import Predictor, legal_shape
+from gdlib.predict.predictor import Predictor
 
 # voxels that are stored together: a patch has several times as many
 CHUNK = {2: (64, 64), 3: (8, 32, 32)}

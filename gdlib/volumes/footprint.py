@@ -14,22 +14,16 @@ fill a fifth of an image, a third is enough. In blocks (see `gdlib.volumes.jobs`
 predicted while another one, with its overlap, is segmented.
 """
 
-import contextlib
 import copy
 import itertools
 import math
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from gdlib.predict.predictor import BLOCK, Predictor, legal_shape
+from gdlib.blockwise.blocks import BLOCK, Blockwise, legal_shape
+from gdlib.blockwise.lite import Facts
 from gdlib.segment import segmenters
 from gdlib.volumes import grid
 from gdlib.volumes.grid import Grid
@@ -43,8 +37,6 @@ HELD = {
     "openvino": {2: 1.75, 3: 0.75},
     "onnxruntime": {2: 1.75, 3: 1.5},
 }
-# pixels of an image on which tensors are counted; they grow with it
-TRIAL = {2: (128, 128), 3: (8, 32, 32)}
 SMALLEST_PASS = {2: (128, 128), 3: (8, 64, 64)}  # pixels; smaller ones compute little but context
 
 
@@ -59,7 +51,7 @@ class Choice:
         grid: None in one piece.
     """
 
-    predictor: Predictor
+    predictor: Blockwise
     whole: int
     need: int
     grid: Grid | None = None
@@ -79,7 +71,7 @@ class Choice:
         )
 
 
-def is_large(predictor: Predictor, shape: Sequence[int]) -> bool:
+def is_large(predictor: Blockwise, shape: Sequence[int]) -> bool:
     """Is an image larger than what goes through the network at once, so that it matters what it
     needs?
     """
@@ -98,27 +90,27 @@ class Need:
         parameters: of it.
     """
 
-    def __init__(self, predictor: Predictor, segmenter: str, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, predictor: Blockwise, segmenter: str, parameters: Mapping[str, Any]) -> None:
         self.predictor = predictor
         ndim = predictor.network.ndim
         self.channels = len(segmenters.used(segmenter, predictor.header["offsets"])) + 1
         self.per_pixel = self.channels + segmenters.SEGMENTERS[segmenter].memory(
             ndim, self.channels - 1, **parameters
         )
-        self._passes: dict[tuple[int, ...], _Pass] = {}
+        self._passes: dict[tuple[int, ...] | None, _Pass] = {}
         self._lock = threading.Lock()  # tensors are followed in one thread at a time
 
     def __call__(self, shape: Sequence[int]) -> int:
         """Return the bytes for an image ([Z,] Y, X)."""
         return self.network(self.predictor, shape, shape) + int(self.per_pixel * math.prod(shape))
 
-    def network(self, predictor: Predictor, shape: Sequence[int], part: Sequence[int]) -> int:
+    def network(self, predictor: Blockwise, shape: Sequence[int], part: Sequence[int]) -> int:
         """Return the bytes of the largest pass of a predictor with other blocks, if parts of these
         sides are wanted.
         """
         network = self.predictor.network
         # where every pixel sees all, how large the image is matters
-        trial = legal_shape(network, TRIAL[network.ndim] if network.halo is not None else shape)
+        trial = None if network.halo is not None else legal_shape(network, shape)
         with self._lock:
             if trial not in self._passes:
                 self._passes[trial] = _Pass(self.predictor, shape)
@@ -126,7 +118,7 @@ class Need:
 
 
 def choose(
-    predictor: Predictor,
+    predictor: Blockwise,
     shape: Sequence[int],
     segmenter: str,
     parameters: Mapping[str, Any],
@@ -215,24 +207,20 @@ def _halved(sides: Sequence[int], smallest: Sequence[int]) -> Iterator[tuple[int
 class _Pass:
     """What a network holds while it computes, by the number of pixels that it reads."""
 
-    def __init__(self, predictor: Predictor, shape: Sequence[int]) -> None:
+    def __init__(self, predictor: Blockwise, shape: Sequence[int]) -> None:
         network, channels = predictor.network, predictor.header["channels"]
-        if predictor.device.type == "cuda":  # it holds them there
+        if predictor.device_type == "cuda":  # it holds them there
             self.per_pixel = 4.0 * channels
             return
-        if network.halo is None:
-            sides, where = predictor.largest_pass(shape, shape), "meta"
+        if isinstance(network, Facts):
+            alive, dimension = network.held, network.length
         else:
-            inner = legal_shape(network, TRIAL[len(shape)])
-            sides, where = [n + 2 * m for n, m in zip(inner, network.margin, strict=True)], "cpu"
-        peak, dimension = live_bytes(network, channels, sides, where)
-        held = (
-            HELD[predictor.engine][len(shape)]
-            * max(2, predictor.dtype.itemsize)  # in 8 bits not everything is
-            / 4
-            * peak
-            / math.prod(sides)
-        )
+            from gdlib.predict.living import held_per_pixel
+
+            largest = predictor.largest_pass(shape, shape)
+            alive, dimension = held_per_pixel(network, channels, largest)
+        # in 8 bits not everything is
+        held = HELD[predictor.engine][len(shape)] * max(2, predictor.itemsize) / 4 * alive
         # Vectors in float32, and once more where they were seen turned or are not in lines: torch
         # has given back what it held by then, but for a copy. Then the image as it is read and
         # normalised.
@@ -241,59 +229,7 @@ class _Pass:
         )
         self.per_pixel += 32 * channels
 
-    def memory(self, predictor: Predictor, shape: Sequence[int], part: Sequence[int]) -> int:
+    def memory(self, predictor: Blockwise, shape: Sequence[int], part: Sequence[int]) -> int:
         return int(
             self.per_pixel * math.prod(predictor.largest_pass(shape, predictor.block_sides(part)))
         )
-
-
-def live_bytes(
-    network: nn.Module, channels: int, sides: Sequence[int], device: str
-) -> tuple[int, int]:
-    """Return how many bytes of tensors are alive at once in a pass, the image among them, and the
-    length of pixel vectors.
-
-    Args:
-        network: of which a copy is run.
-        channels: of its image.
-        sides: ([Z,] Y, X) of the image, in pixels; there must be a way to cut it so.
-        device: `cpu`, or `meta`, where nothing is computed, so that an image of any size is no
-            matter.
-    """
-    network = copy.deepcopy(network).to(device)
-    # of what a network makes itself; it takes torch a second to get ready for this
-    there = torch.device(device) if device == "meta" else contextlib.nullcontext()
-    with torch.inference_mode(), there, _Living() as living:
-        out = network(torch.zeros(1, channels, *sides, device=device))
-    return living.peak, out.embedding.shape[1]
-
-
-class _Living(TorchDispatchMode):
-    """Adds up the sizes of all storages that operations make, and takes off those that are gone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = self.peak = 0
-        self.known: weakref.WeakSet = weakref.WeakSet()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and what would do it takes a second to load
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and (storage := tensor.untyped_storage()) not in self.known
-            ):
-                self.known.add(storage)
-                self.size += storage.nbytes()
-                self.peak = max(self.peak, self.size)
-                weakref.finalize(storage, self._gone, storage.nbytes())
-        return out
-
-    def _gone(self, size: int) -> None:
-        self.size -= size

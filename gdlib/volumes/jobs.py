@@ -149,7 +149,7 @@ def predict_with(
     """Predict a block, see `predict`, with a predictor that has the offsets of the plan, and an
     open image with its range.
     """
-    from gdlib.predict.predictor import assembled
+    from gdlib.blockwise.blocks import assembled
 
     core = _grid(plan).core(name)
     sides = tuple(s.stop - s.start for s in core)

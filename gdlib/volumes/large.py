@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gdlib import io
+from gdlib.blockwise.blocks import Blockwise, Source
 from gdlib.predict.files import lock, made_with
-from gdlib.predict.predictor import Predictor, Source
 from gdlib.progress import Progress
 from gdlib.volumes import jobs
 from gdlib.volumes.footprint import Choice, gib
@@ -131,7 +131,7 @@ def _check_space(folder: Path, choice: Choice, maps: int, image: str) -> None:
 
 
 def _segments(
-    predictor: Predictor, source: Source, plan: dict, settings: dict, grid: Grid, folder: Path
+    predictor: Blockwise, source: Source, plan: dict, settings: dict, grid: Grid, folder: Path
 ) -> None:
     """Predict and segment all blocks that are not there."""
     predictions, segments = folder / "predictions", folder / "segments"

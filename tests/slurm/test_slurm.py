@@ -54,7 +54,7 @@ NETWORK_RULES = ("train_teacher", "train_student", "ask_teacher", "predict", "pr
 # job.
 THREADS = ["--set-threads", *(f"{rule}=1" for rule in NETWORK_RULES)]
 MINUTES = 60.0
-PATIENCE = 30 * MINUTES  # a run that takes longer hangs
+PATIENCE = 20 * MINUTES  # a run that takes longer hangs
 
 
 def output_of(*command, **options):
@@ -175,10 +175,38 @@ class Study:
 
     def finish(self, process, code=0):
         """Wait for Snakemake; return what it said."""
-        process.wait(PATIENCE)
+        end = time.monotonic() + PATIENCE
+        while process.poll() is None:
+            assert time.monotonic() < end, f"it hangs\n{self._seen(process)}"
+            try:
+                process.wait(MINUTES)
+            except subprocess.TimeoutExpired:
+                self._look_after()
         said = process.output.read_text()
         assert process.returncode == code, said
         return said
+
+    def _look_after(self):
+        """Do what an administrator does when nothing runs while jobs wait: a controller that was
+        restarted as jobs began may have miscounted the GPUs, or may hold a job whose start failed.
+        """
+        states = [state for _, state in self.jobs("state")]
+        if "SLURM_LOCAL" not in os.environ or "RUNNING" in states or "PENDING" not in states:
+            return
+        print(f"nothing runs, jobs wait: the controller is told to look again\n{self._cluster()}")
+        subprocess.run(["scontrol", "reconfigure"], env=self.environment, check=False)
+        for _, number, reason in self.jobs("jobid", "reason"):
+            if "Held" in reason:
+                subprocess.run(["scontrol", "release", number], env=self.environment, check=False)
+
+    def _seen(self, process):
+        return f"{process.output.read_text()}\n{self._cluster()}"
+
+    def _cluster(self):
+        """What SLURM says of jobs and nodes, for the one who reads why a test failed."""
+        jobs = self.jobs("jobid", "state", "reason", "tres-per-job")
+        node = output_of("scontrol", "show", "node", "-d", env=self.environment)
+        return "\n".join([*(" ".join(job) for job in jobs), node])
 
     def jobs(self, *fields):
         """One line for every SLURM job of this study: name of the rule with its wildcards, then

@@ -1,0 +1,245 @@
+"""A network in 8 bits that is run without torch: as with it, and only where it is sure to be."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from gdlib import devices, io, jit, trained
+from gdlib.blockwise import lite, stored, vino
+from gdlib.cli.main import main
+from gdlib.predict.predictor import Predictor
+from gdlib.registry import SOURCES
+from gdlib.volumes.footprint import Need
+
+usable = pytest.mark.skipif(
+    not (
+        lite.MEASURED in devices.int8_units()
+        and importlib.util.find_spec("openvino")
+        and jit.ENABLED
+    ),
+    reason='needs a processor with AVX512-VNNI, and pip install "gdlib[fast]"',
+)
+NUCLEI = trained.find("nuclei")
+KEPT = {"device": "cpu", "precision": "int8"}
+
+
+@pytest.fixture
+def nuclei(tmp_path):
+    """The network of the package with its form in 8 bits, to be damaged."""
+    for path in (NUCLEI, io.int8_beside(NUCLEI)):
+        shutil.copy(path, tmp_path)
+    return tmp_path / NUCLEI.name
+
+
+@pytest.fixture(scope="module")
+def image():
+    counts = {"images": dict.fromkeys(("train", "val", "test"), 1)}
+    return next(iter(SOURCES.make("nuclei_phantom", None, **counts)["test"])).image
+
+
+def rewritten(weights, **changes):
+    """Write the header of the form anew."""
+    path = io.int8_beside(weights)
+    state, header = io.load_weights(path)
+    io.save_weights(path, state, header | changes)
+
+
+@usable
+@pytest.mark.parametrize("options", [{}, {"block": 64}, {"invert": True}, {"block": (48, 400)}])
+def test_it_says_what_the_network_says_with_torch(image, options):
+    one = Predictor.load(NUCLEI, **KEPT, **options)
+    other = lite.load(NUCLEI, **KEPT, **options)
+    assert isinstance(other, lite.Lite)
+    assert other.blocks(image.shape[1:]) == one.blocks(image.shape[1:])
+    assert other.largest_pass((900, 70), (64, 64)) == one.largest_pass((900, 70), (64, 64))
+    assert (other.engine, other.precision, other.itemsize, other.device_type) == (
+        *(one.engine, one.precision, one.itemsize, one.device_type),
+    )
+    mine, theirs = (tool(image[:, :150, :170], keep_embedding=True) for tool in (other, one))
+    assert np.array_equal(mine.affinity, theirs.affinity)
+    assert np.array_equal(mine.embedding, theirs.embedding)
+    assert np.abs(mine.foreground.astype(int) - theirs.foreground).max() <= 1
+    assert mine.foreground.max() > 200
+
+
+@usable
+def test_it_needs_as_much_memory(image):
+    about = ("mutex_watershed", {"stride": 4})
+    for shape in ((100, 200), (5000, 4000)):
+        needs = [Need(tool(NUCLEI, **KEPT), *about)(shape) for tool in (lite.load, Predictor.load)]
+        assert needs[0] == pytest.approx(needs[1], rel=1e-3)
+
+
+@usable
+def test_it_is_taken_where_it_is_the_same(nuclei, monkeypatch, tmp_path):
+    assert isinstance(trained.predictor(nuclei, **KEPT), lite.Lite)
+    assert isinstance(trained.predictor(nuclei, device="cpu"), lite.Lite)
+    for other in (
+        {"precision": "float32"},
+        {"engine": "torch", "precision": "auto"},
+        {"augment": True},
+    ):
+        assert lite.load(nuclei, **(KEPT | other)) is None
+        assert isinstance(trained.predictor(nuclei, **(KEPT | other)), Predictor)
+    # a driver of a GPU is there: torch has to say whether one can be used
+    monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path),))
+    assert lite.load(nuclei) is None
+    assert isinstance(lite.load(nuclei, device="cpu"), lite.Lite)
+    monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path / "nothing"),))
+    assert isinstance(lite.load(nuclei), lite.Lite)
+    monkeypatch.setattr(devices, "int8_units", lambda: ["AVX-VNNI"])  # was not measured
+    assert lite.load(nuclei, device="cpu") is None
+    assert isinstance(lite.load(nuclei, **KEPT), lite.Lite)
+    monkeypatch.setattr(devices, "int8_units", list)
+    assert lite.load(nuclei, **KEPT) is None
+
+
+@usable
+def test_what_is_wrong_is_left_to_who_says_it(nuclei, monkeypatch):
+    rewritten(nuclei, network={"ndim": 2})
+    assert lite.load(nuclei, **KEPT) is None  # of another version, perhaps
+    assert isinstance(trained.predictor(nuclei, **KEPT), Predictor)
+    state, header = io.load_weights(nuclei)
+    io.save_weights(nuclei, state, header | {"step": 0})
+    with pytest.raises(ValueError, match="made of other weights"):
+        trained.predictor(nuclei, **KEPT)
+    monkeypatch.setattr(vino, "is_installed", lambda name="openvino": False)
+    with pytest.raises(ValueError, match=r"gdlib\[fast\]"):
+        trained.predictor(nuclei, **KEPT)
+
+
+@pytest.mark.parametrize("facts", [None, {}, {"ndim": 2}, [1], "2", {"no": "such"}])
+def test_facts_of_another_version(facts):
+    assert lite.Facts.of({lite.FACTS: facts}) is None
+    assert lite.Facts.of({}) is None
+
+
+def without_torch(code, *arguments, **environment):
+    """Run code in a process of its own; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    return done.stdout.strip()
+
+
+@usable
+def test_a_command_on_images_does_not_import_torch(image, tmp_path):
+    if not devices.has_only_cpu():
+        pytest.skip("torch has to be asked for the GPU here")
+    for name in "ab":
+        tifffile.imwrite(tmp_path / f"{name}.tif", image[0])
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["raw"] = image[0]
+    code = (
+        "import sys; from gdlib.cli.main import main; code = main(sys.argv[1:]); "
+        "print(code, 'torch' in sys.modules)"
+    )
+    given = [tmp_path / "a.tif", tmp_path / "b.tif", f"{tmp_path}/c.h5:raw"]
+    command = ["segment", *given, "--model", "nuclei", "--preview", "--diameter", "20"]
+    for extra in ([], ["--table", tmp_path / "t.csv", "--memory", "1"]):
+        said = without_torch(code, *command, *extra, "--overwrite", "--out", tmp_path / "out")
+        assert said.splitlines()[-1] == "0 False"
+    before = without_torch(code, *command, "--precision", "float32", "--out", tmp_path / "other")
+    assert before.splitlines()[-1] == "0 True"
+    call = (
+        "import sys, numpy, gdlib; found = gdlib.load().segment(numpy.zeros((64, 64), 'uint8'));"
+        "print(found.max(), 'torch' in sys.modules)"
+    )
+    assert without_torch(call) == "0 False"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"OMP_NUM_THREADS": "1"},
+        {"OMP_NUM_THREADS": "2,1"},
+        {"OMP_NUM_THREADS": "99"},
+        {"MKL_NUM_THREADS": "1"},
+    ],
+)
+def test_there_are_as_many_threads_as_torch_takes(given):
+    code = (
+        "from gdlib import devices; print(devices.threads()); import torch; "
+        "print(torch.get_num_threads(), devices.threads())"
+    )
+    ours, torchs = without_torch(code, **given).splitlines()
+    assert torchs.split() == [ours] * 2
+    code = (
+        "import threading; from gdlib import devices; all = devices.threads(); "
+        "devices.use_threads(5); t = threading.Thread(target=lambda: print(devices.threads() == all"
+        ")); t.start(); t.join(); print(devices.threads())"
+    )
+    assert without_torch(code, **given).split() == ["True", "5"]
+
+
+def test_units_of_the_processor(monkeypatch, tmp_path):
+    capable = getattr(torch.cpu, "get_capabilities", dict)()
+    if "avx512_vnni" in capable and devices.CPUINFO.exists():
+        assert ("AVX512-VNNI" in devices.int8_units()) == bool(capable["avx512_vnni"])
+        assert ("AMX" in devices.int8_units()) == bool(capable.get("amx_int8"))
+        assert ("AVX512-BF16" in devices.bfloat16_units()) == bool(capable.get("avx512_bf16"))
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_vnni avx512_bf16x\n"
+    )
+    monkeypatch.setattr(devices, "CPUINFO", cpuinfo)
+    assert devices.int8_units() == ["AVX512-VNNI"]
+    assert devices.bfloat16_units() == []
+    cpuinfo.write_text("flags\t: amx_int8 amx_bf16 avx_vnni avx512_bf16\n")
+    assert devices.int8_units() == ["AMX", "AVX-VNNI"]
+    assert devices.bfloat16_units() == ["AMX", "AVX512-BF16"]
+    cpuinfo.unlink()  # not Linux: torch is asked
+    assert set(devices.int8_units()) <= {"AMX", "AVX512-VNNI", "AVX-VNNI"}
+
+
+@pytest.mark.skipif(not jit.ENABLED, reason="nothing is compiled here")
+@pytest.mark.parametrize("shape", [(1, 1), (7, 30), (3, 5, 9)])
+def test_probabilities_in_8_bits(shape):
+    logit = np.random.default_rng(0).normal(scale=9, size=shape).astype(np.float32)
+    logit.flat[0] = 1e4 if logit.size > 1 else -1e4
+    expected = 255 / (1 + np.exp(-logit.astype(float).clip(-700, 700)))
+    found = stored.foreground(logit)
+    assert (found.dtype, found.shape) == (np.uint8, shape)
+    assert np.abs(found - expected).max() <= 0.5 + 1e-3
+    strided = np.repeat(logit, 2, axis=-1)[..., ::2]
+    assert np.array_equal(stored.foreground(strided), found)
+
+
+def test_arrays_are_those_that_were_written(nuclei):
+    path = io.int8_beside(nuclei)
+    arrays, header = io.load_arrays(path)
+    state, same = io.load_weights(path)
+    assert header == same
+    assert {name: one.tobytes() for name, one in arrays.items()} == {
+        name: one.numpy().tobytes() for name, one in state.items()
+    }
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(io.DataError, match="is damaged"):
+        io.load_arrays(path)
+
+
+def test_messages_are_the_same(nuclei, tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "complex.tif", np.zeros((40, 50), np.complex64))
+    out = ["--model", str(nuclei), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    told = []
+    for precision in ("auto", "float32"):
+        command = ["segment", f"{tmp_path}/complex.tif", *out, "--precision", precision]
+        assert main(command) == 1
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]
+    assert "does not fit this network" in told[0]
