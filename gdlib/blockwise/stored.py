@@ -42,7 +42,7 @@ def affinities(
 
 
 def warm_up() -> None:
-    """Get what is compiled ready in a thread, beside what is done meanwhile; a third of a second."""
+    """Get what is compiled ready, which takes a third of a second, in a thread of its own."""
 
     def work() -> None:
         one = np.ones((1, 2, 2), np.float32)
