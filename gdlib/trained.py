@@ -1,6 +1,7 @@
 """Trained networks: those that come with the package, and one call to use any of them on arrays."""
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,17 @@ class Model:
         by = factors(self.info, self.ndim, pixel_size, diameter)
         frames = self._frames(image, axes)
         labels = np.empty(frames.shape + frames.sides, np.uint32)
+        if self._predictor.source(np.asarray(frames[(0,) * len(frames.shape)])).ground_is_elsewhere:
+            inverted = self._predictor.invert
+            warnings.warn(
+                "most of the image is as bright as objects were in the training; if objects are "
+                + (
+                    "bright here, load the network without invert"
+                    if inverted
+                    else "dark on a bright ground here, load it with invert=True"
+                ),
+                stacklevel=2,
+            )
         for index in np.ndindex(frames.shape):
             labels[index] = objects(
                 lambda one: self._predict(one, False),
@@ -154,6 +166,8 @@ class Model:
         channels, own = self.info["channels"], "ZYX"[-self.ndim :]
         if axes is None:
             axes = own if image.ndim == self.ndim and channels == 1 else f"C{own}"
+        if 0 in image.shape:
+            raise DataError(f"an image of shape {image.shape} has none; give at least one pixel")
         frames = Frames(image, axes, self.ndim)
         if frames.channels != channels:
             raise DataError(

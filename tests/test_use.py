@@ -3,6 +3,7 @@ pictures and tables; for the built-in ones, that they find what they are for."""
 
 import csv
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -234,20 +235,91 @@ def test_built_in_networks_say_what_they_are(name):
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if "neurons" not in name])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_built_in_networks_find_nothing_in_an_empty_field(name, dtype):
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_built_in_networks_find_nothing_in_an_empty_field(name, dtype, precision):
     noise = np.random.default_rng(0).normal(100, 2, (160, 160))
-    labels = gdlib.load(name, device="cpu", precision="float32").segment(noise.astype(dtype))
-    assert labels.max() == 0
+    model = gdlib.load(name, device="cpu", precision=precision)
+    for empty in (noise, noise[:20, :20], np.full((64, 64), 100)):
+        assert model.segment(empty.astype(dtype)).max() == 0
+
+
+def field(side=240):
+    """Sixteen discs of a diameter of 22 pixels, bright on a dark ground with noise."""
+    image = np.random.default_rng(1).normal(10, 1, (side, side))
+    y, x = np.mgrid[:side, :side]
+    for cy in range(30, side, 60):
+        for cx in range(30, side, 60):
+            image += 100 / (1 + np.exp(np.hypot(y - cy, x - cx) - 11))
+    return image
 
 
 @pytest.mark.skipif("nuclei" not in BUILT_IN, reason="not in the package")
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_nuclei_are_found(dtype):
-    rng = np.random.default_rng(1)
-    y, x = np.mgrid[:240, :240]
-    image = rng.normal(10, 1, (240, 240))
-    for cy in range(30, 240, 60):
-        for cx in range(30, 240, 60):
-            image += 100 / (1 + np.exp(np.hypot(y - cy, x - cx) - 11))
-    labels = gdlib.load("nuclei", device="cpu", precision="float32").segment(image.astype(dtype))
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_nuclei_are_found(dtype, precision):
+    image = field().astype(dtype)
+    model = gdlib.load("nuclei", device="cpu", precision=precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        labels = model.segment(image)
+        cropped = model.segment(image[15:105, 10:])
     assert 14 <= labels.max() <= 18
+    assert 7 <= cropped.max() <= 9
+    # the same field, dark on a bright ground: it is told, and what it is for
+    negative = 255 - image
+    with pytest.warns(UserWarning, match="load it with invert=True"):
+        model.segment(negative)
+    inverted = gdlib.load("nuclei", device="cpu", precision=precision, invert=True)
+    assert 14 <= inverted.segment(negative).max() <= 18
+    with pytest.warns(UserWarning, match="load the network without invert"):
+        inverted.segment(image)
+
+
+@pytest.mark.skipif("nuclei" not in BUILT_IN, reason="not in the package")
+@pytest.mark.parametrize("options", [[], ["--diameter", "14"], ["--threads", "1"]])
+@pytest.mark.parametrize("frames", [0, 3])
+def test_dark_objects_are_told_of_whatever_is_done(options, frames, tmp_path, capsys):
+    image = (255 - field()).astype(np.uint8)
+    stack = np.stack([image] * frames) if frames else image
+    tifffile.imwrite(
+        tmp_path / "dark.tif", stack, imagej=True, metadata={"axes": "TYX" if frames else "YX"}
+    )
+    command = ["segment", f"{tmp_path}/dark.tif", "--out", f"{tmp_path}/out", "--device", "cpu"]
+    assert main([*command, *options]) == 0
+    told = capsys.readouterr().err
+    assert told.count("dark on a bright ground here, use --invert") == 1
+    assert main([*command, *options, "--invert", "--overwrite"]) == 0
+    assert "as bright as" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif("nuclei" not in BUILT_IN, reason="not in the package")
+def test_what_is_scaled_or_has_frames_must_fit(tmp_path, capsys):
+    image = field().astype(np.uint8)
+    tifffile.imwrite(tmp_path / "one.tif", image)
+    movie = np.stack([image] * 3)
+    tifffile.imwrite(tmp_path / "movie.tif", movie, imagej=True, metadata={"axes": "TYX"})
+    command = ["--out", f"{tmp_path}/out", "--device", "cpu", "--memory"]
+    for name, options in (("one", ["--diameter", "4"]), ("movie", [])):
+        given = ["segment", f"{tmp_path}/{name}.tif", *options, *command]
+        assert main([*given, "0.01"]) == 1
+        told = capsys.readouterr().err
+        assert f"{name}.tif: as the network sees it" in told
+        assert "not cut into blocks" in told
+        assert not (tmp_path / "out" / f"{name}.tif").exists()
+        assert main([*given, "20"]) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.skipif("neurons" not in BUILT_IN, reason="not in the package")
+def test_a_volume_without_the_size_of_its_pixels(tmp_path, capsys):
+    volume = np.random.default_rng(0).integers(0, 255, (4, 48, 48), np.uint8)
+    for name in "ab":
+        tifffile.imwrite(tmp_path / f"{name}.tif", volume, metadata={"axes": "ZYX"})
+    command = ["segment", f"{tmp_path}/a.tif", f"{tmp_path}/b.tif", "--model", "neurons"]
+    command += ["--out", f"{tmp_path}/out", "--device", "cpu"]
+    assert main(command) == 0
+    told = capsys.readouterr().err
+    assert told.count("does not say how large its pixels are") == 1
+    assert "0.03 x 0.006 x 0.006 microns, and --pixel-size" in told
+    assert main([*command, "--overwrite", "--pixel-size", "0.03x0.006x0.006"]) == 0
+    assert "how large its pixels" not in capsys.readouterr().err

@@ -81,7 +81,7 @@ class Work:
         self.found = Found(arguments.table, arguments.preview, header, self.ndim)
         self.bar: Progress
         self.said: set[tuple[str, str]] = set()
-        self.told_of_sections = False
+        self.told_of_sections = self.told_of_pixels = False
         self.stopped = False
 
     def run(self, jobs: Sequence[Job], failed: Failures) -> None:
@@ -129,6 +129,8 @@ class Work:
             predictor.header = self.header
             _ = predictor.run  # is made here, and not by each thread
             devices.use_threads(self.threads)
+            for other in set(self._predictors) - {1, self.at_once}:
+                del self._predictors[other]  # of frames of an image before
             self._predictors[at_once] = predictor
         return self._predictors[at_once]
 
@@ -159,16 +161,7 @@ class Work:
                 source = predictor.source(image)
                 if not is_alone and self._must_be_alone(source.shape):
                     return None
-                if source.ground_is_elsewhere:
-                    self._say(
-                        "most of it is as bright as objects were in the training; if objects are "
-                        + (
-                            "bright here, leave --invert out"
-                            if self.arguments.invert
-                            else "dark on a bright ground here, use --invert"
-                        ),
-                        job,
-                    )
+                self._look_at_ground(job, source)
             if is_alone:
                 return self._whole(job, predictor, image, source, attributes, held)
             with self._taken(source.shape):
@@ -177,6 +170,19 @@ class Work:
                     parts = ((box, predictor.predict(source, box)) for box in boxes)
                     prediction = assembled(source.shape, parts)
                 return self._finish(job, prediction, attributes, 0, self._seen(image))
+
+    def _look_at_ground(self, job: Job, source: Source) -> None:
+        """Say so if objects may be dark where they were bright in the training."""
+        if source.ground_is_elsewhere:
+            self._say(
+                "most of it is as bright as objects were in the training; if objects are "
+                + (
+                    "bright here, leave --invert out"
+                    if self.arguments.invert
+                    else "dark on a bright ground here, use --invert"
+                ),
+                job,
+            )
 
     def _must_be_alone(self, shape: Sequence[int]) -> bool:
         """Is an image so large that it takes long, or more than its part of the memory?"""
@@ -261,6 +267,14 @@ class Work:
             if "pixel_size" not in header:
                 return None
             given = microns(attributes, self.ndim)
+            if given is None and not self.told_of_pixels:
+                self.told_of_pixels = True
+                size = " x ".join(f"{side:.3g}" for side in header["pixel_size"])
+                self._say(
+                    "it does not say how large its pixels are, and is taken as it is; those of the "
+                    f"model are {size} microns, and --pixel-size says what they are here",
+                    job,
+                )
         with self._about(job.path, None):
             by = factors(header, self.ndim, given, self.arguments.diameter)
         if by is not None and self.arguments.pixel_size is self.arguments.diameter is None:
@@ -306,8 +320,14 @@ class Work:
         sides = max(image.sides, resized_sides(image.sides, by or (1,) * self.ndim), key=math.prod)
         if not is_alone and self._must_be_alone(sides):
             return None
-        label = np.empty(image.shape + image.sides, np.uint32)
         frames = list(np.ndindex(image.shape))
+        held = 4 * math.prod(image.shape + image.sides)  # labels of all frames
+        if is_alone:
+            self._check_memory(job, predictor, sides, held)
+        first = np.asarray(image[frames[0]])
+        with self._about(job.path, first):
+            self._look_at_ground(job, predictor.source(first))
+        label = np.empty(image.shape + image.sides, np.uint32)
 
         def one(predictor: Blockwise, index: tuple[int, ...]) -> Counted:
             frame = np.asarray(image[index])
@@ -323,7 +343,7 @@ class Work:
             with self._taken(sides), self.turn:
                 counted.add(one(predictor, ()))
         else:
-            together = self._frames_at_once(sides, len(frames))
+            together = self._frames_at_once(sides, len(frames), held)
             predictor = self._predictor(together)
             with workers(together, max(1, self.threads // together)) as pool:
                 for part in pool.map(partial(one, predictor), frames):
@@ -338,11 +358,29 @@ class Work:
             counted.frames = f" in {len(frames)} frames"
         return counted
 
-    def _frames_at_once(self, sides: Sequence[int], count: int) -> int:
+    def _check_memory(
+        self, job: Job, predictor: Blockwise, sides: Sequence[int], held: int
+    ) -> None:
+        """Refuse what does not fit, since nothing that is scaled or has frames is cut into
+        blocks.
+        """
+        from gdlib.volumes.footprint import gib, is_large
+
+        if not self.budget or not (self.arguments.memory or is_large(predictor, sides)):
+            return
+        if (need := self.held + held + self.need(sides)) > self.budget:
+            raise io.DataError(
+                f"{job.path}: as the network sees it, {' x '.join(map(str, sides))} pixels, it "
+                f"needs up to {gib(need)} GiB of memory, and {gib(self.budget)} may be used; what "
+                "is scaled, and frames, are not cut into blocks: scale or cut it before, or give a "
+                "larger --memory to try all the same"
+            )
+
+    def _frames_at_once(self, sides: Sequence[int], count: int, held: int) -> int:
         """Return how many frames of one image are segmented at the same time."""
         if not self.on_cpu:
             return 1
-        fitting = max(1, self.free // self.need(sides)) if self.free else count
+        fitting = max(1, (self.free - held) // self.need(sides)) if self.free else count
         return min(count, self.threads, fitting)
 
     def _finish(

@@ -9,6 +9,7 @@ import numpy as np
 
 from gdlib.io.failures import DataError
 from gdlib.io.hdf5 import open_h5
+from gdlib.limits import Positive, checked
 
 SAME = 1.1  # up to this factor an image is left as it is
 MOST = 16.0
@@ -91,6 +92,7 @@ def factors(
         DataError: the weights do not say what it takes, or the factor is beyond reason.
     """
     if diameter is not None:
+        diameter = checked("diameter", Positive, diameter)
         if "diameter" not in header:
             raise DataError(
                 "these weights do not say how large the objects of their training images were; "

@@ -37,7 +37,7 @@ class Panel:
         from napari.layers import Image
 
         self.viewer, self.worker, self._stop = viewer, None, threading.Event()
-        self._models: dict[Path, trained.Model] = {}
+        self._models: dict[tuple[Path, bool], trained.Model] = {}
         self.image = widgets.create_widget(annotation=Image, label="image")
         self.network = widgets.ComboBox(
             label="network", choices=[*trained.names(), OWN], value=trained.DEFAULT
@@ -47,6 +47,7 @@ class Panel:
         self.pixel_size.native.setPlaceholderText("one number, or ZxYxX; empty: as it is")
         self.diameter = widgets.FloatSpinBox(label="diameter (pixels)", value=0, max=1e6, step=1)
         self.diameter.native.setSpecialValueText("as it is")
+        self.invert = widgets.CheckBox(text="objects are dark on a bright ground")
         self.about, self.message = widgets.Label(label=""), widgets.Label(label="")
         for one in (self.about, self.message):
             one.native.setWordWrap(True)
@@ -56,8 +57,9 @@ class Panel:
         buttons = widgets.Container(
             widgets=[self.run, self.cancel], layout="horizontal", labels=False
         )
-        parts = [self.image, self.network, self.file, self.about, self.pixel_size, self.diameter]
-        self.widget = widgets.Container(widgets=[*parts, buttons, self.progress, self.message])
+        about = [self.about, self.pixel_size, self.diameter, self.invert]
+        parts = [self.image, self.network, self.file, *about, buttons, self.progress, self.message]
+        self.widget = widgets.Container(widgets=parts)
         self.widget.panel = self  # lives as long as it is shown
         self.image.changed.connect(self._measure)
         self.network.changed.connect(self._chosen)
@@ -121,10 +123,10 @@ class Panel:
         return label
 
     def _model(self) -> trained.Model:
-        path = self._path()
-        if path not in self._models:
-            self._models = {path: trained.load(path)}
-        return self._models[path]
+        key = self._path(), self.invert.value
+        if key not in self._models:
+            self._models = {key: trained.load(key[0], invert=key[1])}
+        return self._models[key]
 
     def _path(self) -> Path:
         own = self.network.value == OWN

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,8 @@ def _segments(
                 try:
                     jobs.predict_with(predictor, source, plan, name, out)
                 except io.DataError:
+                    if finishing is not None:
+                        wait([finishing])  # it would write into the folder once more
                     shutil.rmtree(folder, ignore_errors=True)
                     raise
             predicted.add(name)

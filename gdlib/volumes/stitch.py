@@ -12,7 +12,9 @@ def without_fragments(
     """Give segments below `min_fragment` to touching larger ones, but for those that may go on
     beyond the cuts.
     """
-    from skimage.segmentation import relabel_sequential, watershed  # takes a moment
+    from skimage.segmentation import relabel_sequential  # takes a moment
+
+    from gdlib.segment.fragments import given_away
 
     small = np.bincount(label.ravel()) < min_fragment
     small[:1] = False
@@ -21,10 +23,7 @@ def without_fragments(
             if is_cut:
                 small[label.take(side, axis)] = False
     if small.any():
-        # As in gdlib.segment.segmenters: flooding without relief.
-        kept = np.where(small[label], 0, label).astype(np.int32)
-        flooded = watershed(np.zeros(label.shape, np.uint8), kept, mask=label > 0)
-        label = np.where(flooded > 0, flooded, label)
+        label = given_away(label.astype(np.int64, order="C"), small)
     return relabel_sequential(label)[0].astype(np.uint32)
 
 
