@@ -26,7 +26,7 @@ from gdlib.predict.engine import (
     make_engine,
     onnx_engine,
 )
-from gdlib.predict.quantised import as_uint8, quantised_affinities
+from gdlib.predict.quantised import quantised_affinities, quantised_foreground
 from gdlib.types import Prediction
 
 
@@ -148,7 +148,7 @@ class Predictor(Blockwise):
                 turned(part, view, back=True) for part in self.forward(turned(image, view))[:2]
             )
             affinity.add(quantised_affinities(embedding, offsets, inner, within))
-            foreground.add(as_uint8(logit[(0, *inner)].sigmoid()))
+            foreground.add(quantised_foreground(logit[(0, *inner)]))
             if kept is not None and wanted is None:
                 part = relative(intersection(box, kept), frame)
                 wanted = embedding[(slice(None), *part)].cpu().numpy()

@@ -15,7 +15,7 @@ def quantised_affinities(
     embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box, within: Box
 ) -> np.ndarray:
     """Cosine affinities of a part of an image, as they are stored: see `stored.affinities`."""
-    if jit.ENABLED and embedding.device.type == "cpu" and embedding.dtype == torch.float32:
+    if _is_for_loops(embedding):
         return stored.affinities(embedding.numpy(), offsets, box, within)
     return _affinities_on_device(embedding, offsets, box, within)
 
@@ -30,6 +30,17 @@ def _affinities_on_device(
     for k, offset in enumerate(offsets):
         out[k] = as_uint8(kernels.affinities(unit, [offset])[0, 0][box])
     return out
+
+
+def quantised_foreground(logit: Tensor) -> np.ndarray:
+    """Probabilities of their logits (..., X), as they are stored: see `stored.foreground`."""
+    if _is_for_loops(logit):
+        return stored.foreground(logit.numpy())
+    return as_uint8(logit.sigmoid())
+
+
+def _is_for_loops(tensor: Tensor) -> bool:
+    return jit.ENABLED and tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def as_uint8(share: Tensor) -> np.ndarray:
