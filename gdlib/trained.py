@@ -188,9 +188,14 @@ def predictor(weights: Path, **kwargs: Any) -> "Blockwise":
 
     if not io.is_onnx(weights) and (found := lite.load(weights, **kwargs)) is not None:
         return found
+    from gdlib.predict import int8
     from gdlib.predict.predictor import Predictor
 
-    return Predictor.load(weights, **kwargs)
+    found = Predictor.load(weights, **kwargs)
+    _ = found.run  # is made ready: only then it is sure which engine can
+    if found.engine == "openvino" and found.precision.removeprefix("torch.") in lite.HINTS:
+        int8.keep(weights, found.network, found.header["channels"])
+    return found
 
 
 def objects(

@@ -6,6 +6,7 @@ import os
 # Before torch is imported. Test processes and their children share two cores, and agree to the last
 # bit.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["GDLIB_CACHE"] = ""  # no network is kept
 
 import copy
 import fcntl

@@ -1,4 +1,4 @@
-"""A network in 8 bits that is run without torch: as with it, and only where it is sure to be."""
+"""Networks that are run without torch: as with it, and only where it is sure to be the same."""
 
 import importlib.util
 import os
@@ -114,6 +114,103 @@ def test_what_is_wrong_is_left_to_who_says_it(nuclei, monkeypatch):
     monkeypatch.setattr(vino, "is_installed", lambda name="openvino": False)
     with pytest.raises(ValueError, match=r"gdlib\[fast\]"):
         trained.predictor(nuclei, **KEPT)
+
+
+openvino = pytest.mark.skipif(
+    not (importlib.util.find_spec("openvino") and jit.ENABLED), reason='pip install "gdlib[fast]"'
+)
+
+
+@openvino
+@pytest.mark.parametrize(
+    ("name", "precision", "shape"),
+    [
+        ("nuclei", "float32", (1, 150, 170)),
+        ("worms", "bfloat16", (1, 90, 101)),
+        ("neurons", "float32", (1, 6, 70, 50)),
+    ],
+)
+def test_a_network_is_kept_as_it_was_converted(name, precision, shape, monkeypatch, tmp_path):
+    monkeypatch.setenv("GDLIB_CACHE", str(tmp_path / "new" / "cache"))
+    weights, options = trained.find(name), {"device": "cpu", "precision": precision}
+    assert lite.load(weights, **options) is None
+    first = trained.predictor(weights, **options)
+    assert isinstance(first, Predictor)
+    second = trained.predictor(weights, **options)
+    assert isinstance(second, lite.Lite)
+    for name in ("precision", "itemsize", "engine"):
+        assert getattr(first, name) == getattr(second, name)
+    image = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    one, other = (tool(image, keep_embedding=True) for tool in (first, second))
+    for name in ("affinity", "foreground", "embedding"):
+        assert np.array_equal(getattr(one, name), getattr(other, name))
+    about = ("multicut" if len(shape) == 4 else "mutex_watershed", {})
+    assert Need(first, *about)(shape[1:]) == pytest.approx(
+        Need(second, *about)(shape[1:]), rel=1e-3
+    )
+    (file,) = (tmp_path / "new" / "cache").iterdir()
+    other_type = {"float32": "bfloat16", "bfloat16": "float32"}[precision]
+    assert isinstance(lite.load(weights, device="cpu", precision=other_type), lite.Lite)
+    assert lite.load(weights, device="cpu", precision="float16") is None
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert lite.load(weights, **options) is None  # it is damaged
+    assert not file.exists()
+    assert isinstance(trained.predictor(weights, **options), Predictor)
+    assert isinstance(trained.predictor(weights, **options), lite.Lite)
+
+
+@openvino
+def test_what_is_kept_is_of_these_weights_and_this_code(nuclei, monkeypatch, tmp_path):
+    monkeypatch.setenv("GDLIB_CACHE", str(tmp_path))
+    before = lite.kept(nuclei)
+    assert before.parent == tmp_path
+    assert lite.kept(NUCLEI) == before  # wherever they are
+    monkeypatch.setattr(io, "code_sha256", lambda: "of another version")
+    assert lite.kept(nuclei) != before
+    monkeypatch.undo()
+    monkeypatch.setenv("GDLIB_CACHE", str(tmp_path))
+    state, header = io.load_weights(nuclei)
+    io.save_weights(nuclei, state, header | {"step": 0})
+    assert lite.kept(nuclei) != before
+    monkeypatch.setenv("GDLIB_CACHE", "")
+    assert lite.kept(nuclei) is None
+    monkeypatch.delenv("GDLIB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    assert lite.kept(nuclei).parent.as_posix() == "elsewhere/gdlib"
+
+
+@openvino
+def test_where_nothing_can_be_kept_nothing_is(nuclei, monkeypatch, tmp_path):
+    options = {"device": "cpu", "precision": "float32"}
+    (tmp_path / "file").touch()
+    for folder in ("", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+        monkeypatch.setenv("GDLIB_CACHE", folder)
+        for _ in range(2):
+            assert isinstance(trained.predictor(nuclei, **options), Predictor)
+    monkeypatch.setenv("GDLIB_CACHE", str(tmp_path / "cache"))
+    trained.predictor(nuclei, **options, engine="torch")
+    assert not (tmp_path / "cache").exists()
+
+
+@openvino
+def test_the_newest_are_kept(nuclei, monkeypatch, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("GDLIB_CACHE", str(cache))
+    for k in range(lite.MOST):
+        old = cache / f"{k}{lite.KEPT}"
+        old.touch()
+        os.utime(old, (k + 1, k + 1))
+    (cache / "other").touch()
+    trained.predictor(nuclei, device="cpu", precision="float32")
+    left = {path.name for path in cache.iterdir()}
+    assert left == {
+        lite.kept(nuclei).name,
+        "other",
+        *(f"{k}{lite.KEPT}" for k in range(1, lite.MOST)),
+    }
 
 
 @pytest.mark.parametrize("facts", [None, {}, {"ndim": 2}, [1], "2", {"no": "such"}])

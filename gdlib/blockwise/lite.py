@@ -1,11 +1,17 @@
-"""A network in 8 bits (see `gdlib.predict.int8`) that is read and run without torch.
+"""A network that is read and run by OpenVINO, without torch: in 8 bits (see `gdlib.predict.int8`),
+or as it was converted when it was used first, which is kept in a folder of the user's cache.
 
-It does what `gdlib.predict.predictor.Predictor` does with the same file. A command on one image
-takes half the time without torch.
+It does what `gdlib.predict.predictor.Predictor` does, to the last bit. A command on one image takes
+half the time without torch. Such a file is named by all that it depends on, and the newest `MOST`
+are kept. The folder is `GDLIB_CACHE`, else `gdlib` in the user's cache; where that is empty or
+cannot be written, nothing is kept.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,9 @@ NAME = "int8"
 PARTS = ("xml", "bin")  # of OpenVINO's own form, as bytes
 FACTS = "network"  # of the header of such a file
 MEASURED = "AVX512-VNNI"  # AMX comes with it; others are taken by who asks for 8 bits alone
+KEPT = ".network.safetensors"  # ending of the names of what is kept
+MOST = 16  # networks
+HINTS = {"float32": ("f32", 4), "bfloat16": ("bf16", 2)}  # OpenVINO's names, and bytes
 
 
 @dataclass(frozen=True)
@@ -81,23 +90,44 @@ def run_by(model: Any, at_once: int = 1) -> vino.Run:
     return vino.compiled(model, "bf16" if devices.bfloat16_pays() else "f32", at_once)
 
 
+def kept(weights: Path | str) -> Path | None:
+    """Return where a network is kept as it was converted, None if nothing is to be."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("GDLIB_CACHE", os.path.join(cache, "gdlib"))
+    if not folder:
+        return None
+    about = f"{io.sha256(weights)} {version('openvino')} {io.code_sha256()}"
+    return Path(folder, f"{hashlib.sha256(about.encode()).hexdigest()[:16]}{KEPT}")
+
+
 class Lite(Blockwise):
-    """A network in 8 bits. For the arguments see `Blockwise`, `run` is what runs it."""
+    """A network without torch.
+
+    Args:
+        network: what is known of it.
+        header: of its weights file.
+        run: what runs it.
+        precision: type that it computes in, by torch's name.
+        itemsize: bytes of a number of this type.
+        at_once: threads that may use it at the same time.
+        options: of `Blockwise`.
+    """
 
     engine = "openvino"
-    precision = "torch.int8"
-    itemsize = 1
 
     def __init__(
         self,
         network: Facts,
         header: dict[str, Any],
         run: vino.Run,
-        block: int | Sequence[int] | None = None,
-        invert: bool = False,
+        *,
+        precision: str,
+        itemsize: int,
+        at_once: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(network, header, block, invert)
-        self.run = run
+        super().__init__(network, header, **options)
+        self.run, self.precision, self.itemsize, self.at_once = run, precision, itemsize, at_once
 
     def predict(self, source: Source, box: Box, kept: Box | None = None) -> Prediction:
         """Predict one part of an image; see `Blockwise.predict`."""
@@ -126,38 +156,48 @@ def load(
     at_once: int = 1,
     **options: Any,
 ) -> Lite | None:
-    """Return what predicts with a weights file in 8 bits; None where that is not wanted, or where
+    """Return what predicts with a weights file; None where that is not wanted so, or where
     `gdlib.predict.predictor.Predictor` is to do it, or to say why it cannot.
 
     Args:
         weights: of the network itself.
         device: name, or `auto`.
-        precision: `int8`, or `auto`, which takes it where it was measured to be faster.
+        precision: of the arithmetic; `auto` takes 8 bits where that was measured to be faster.
         engine: `openvino` or `auto`.
         augment: not done here.
         at_once: see `vino.compiled`.
         options: of `Blockwise`.
     """
-    path = io.int8_beside(weights)
-    units = devices.int8_units() if devices.has_only_cpu() or device == "cpu" else []
     if (
-        precision not in (NAME, "auto")
-        or not (MEASURED in units or (precision == NAME and units))
-        or device not in ("cpu", "auto")
+        not (device == "cpu" or (device == "auto" and devices.has_only_cpu()))
         or engine not in ("openvino", "auto")
         or augment
-        or not (jit.ENABLED and vino.is_installed() and path.is_file())
-        or (network := Facts.of(io.read_header(path))) is None
+        or not (jit.ENABLED and vino.is_installed() and Path(weights).is_file())
     ):
+        return None
+    path, units = io.int8_beside(weights), devices.int8_units()
+    if precision == NAME or (precision == "auto" and MEASURED in units and path.is_file()):
+        hint, itemsize, precision = "", 1, NAME
+        path = path if units else None
+    else:
+        if precision == "auto":
+            precision = "bfloat16" if devices.bfloat16_pays() else "float32"
+        hint, itemsize = HINTS.get(precision, ("", 0))
+        path = kept(weights) if hint else None
+    if path is None or not path.is_file():
         return None
     header = io.read_header(weights)
     io.check_trusted(weights, header)
     io.check_header(weights, header)
     stored.warm_up()
     try:
-        model, _ = form(path, weights)
+        model, about = form(path, weights)
     except io.DataError:
+        if hint:  # it is made anew
+            path.unlink(missing_ok=True)
         return None
-    predictor = Lite(network, header, run_by(model, at_once), **options)
-    predictor.at_once = at_once
-    return predictor
+    if (network := Facts.of(about)) is None:
+        return None
+    run = vino.compiled(model, hint, at_once) if hint else run_by(model, at_once)
+    kind = {"precision": f"torch.{precision}", "itemsize": itemsize, "at_once": at_once}
+    return Lite(network, header, run, **kind, **options)

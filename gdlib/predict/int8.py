@@ -158,6 +158,25 @@ def save(
     io.save_weights(path, dict(zip(PARTS, read, strict=True)), header)
 
 
+def keep(weights: Path | str, network: torch.nn.Module, channels: int) -> None:
+    """Keep a network as OpenVINO has it, for `lite.load`; where that cannot be, nothing is done.
+
+    Args:
+        weights: file of the network.
+        network: without batch normalisation (see `models.folded`), on the CPU.
+        channels: of its images.
+    """
+    path = lite.kept(weights)
+    if path is None or path.exists() or network.halo is None:
+        return
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, engine.converted(network, channels), weights, network, channels, {})
+        others = sorted(path.parent.glob(f"*{lite.KEPT}"), key=lambda one: one.stat().st_mtime)
+        for old in others[: -lite.MOST]:
+            old.unlink()
+
+
 def facts(network: torch.nn.Module, channels: int) -> dict[str, Any]:
     """Return the `lite.Facts` of a network that has blocks, as plain data."""
     names = ("divisor", "remainder", "margin", "halo")
