@@ -134,16 +134,13 @@ class Lite(Blockwise):
         reach = self.reach(source, box)
         image, frame = self.read(source, reach)
         inner, within = relative(box, frame), relative(reach, frame)
-        embedding, logit = (part[0] for part in self.run(image[None]))
         wanted = None
-        if kept is not None:
-            part = relative(intersection(box, kept), frame)
-            wanted = embedding[(slice(None), *part)]
-        return Prediction(
-            stored.affinities(embedding, self.header["offsets"], inner, within),
-            stored.foreground(logit[(0, *inner)]),
-            wanted,
-        )
+        with self.run.lent(image[None]) as ((embedding,), (logit,)):
+            if kept is not None:
+                part = relative(intersection(box, kept), frame)
+                wanted = embedding[(slice(None), *part)].copy()
+            affinity = stored.affinities(embedding, self.header["offsets"], inner, within)
+            return Prediction(affinity, stored.foreground(logit[(0, *inner)]), wanted)
 
 
 def load(
