@@ -4,7 +4,9 @@ it may not write. What it writes is tested by `make test-export`."""
 import importlib.util
 import sys
 
+import numpy as np
 import pytest
+import tifffile
 
 import gdlib
 from gdlib import export, io
@@ -86,3 +88,11 @@ def test_help_imports_nothing_of_it():
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_an_image_that_is_too_small_to_compare(teacher, tmp_path, capsys):
+    image = tmp_path / "small.tif"
+    tifffile.imwrite(image, np.zeros((4, 90), np.uint8))
+    words = ["export", teacher, "--to", "torchscript", "--out", tmp_path / "a.pt", "--image", image]
+    assert "an image of 4 x 90 pixels is too small" in told(capsys, *words)
+    assert not (tmp_path / "a.pt").exists()

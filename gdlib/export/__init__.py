@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SMALLEST = 5  # pixels in x and y; noise is found in differences over so many
 NEEDED = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "torchscript": (),
@@ -73,7 +74,12 @@ def write(path: Path, kind: str, weights: Path, image: Any, licence: str = LICEN
     check_installed(kind)
     predictor = Predictor.load(weights, device="cpu", precision="float32", engine="torch")
     about = {"weights_sha256": io.sha256(weights)}
-    predictor.source(image)  # does it fit?
+    shape = predictor.source(image).shape  # does it fit?
+    if min(shape[-2:]) < SMALLEST:
+        raise io.DataError(
+            f"an image of {' x '.join(map(str, shape))} pixels is too small to compare a file on: "
+            f"give one with {SMALLEST} pixels and more in x and y"
+        )
     with io.atomic(path) as temporary:
         if kind == "onnx":
             from gdlib.export.onnx import run_onnx, write_onnx

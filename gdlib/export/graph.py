@@ -35,8 +35,9 @@ class Graph(nn.Module):
     """A network with what is around it.
 
     Intensities are normalised as by `gdlib.data.intensity`, and sides are filled up by mirroring as
-    `gdlib.predict.predictor` does it, so that the image may be of any size. Only a network that
-    does not pad by itself (`margin`) wants sides that it can take, and the context in them.
+    `gdlib.blockwise` does it, so that the image may be of any size (but see `export.SMALLEST`).
+    Only a network that does not pad by itself (`margin`) wants sides that it can take, and the
+    context in them.
 
     Args:
         network: in 2D or 3D.
