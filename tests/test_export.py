@@ -73,6 +73,7 @@ def test_an_image_that_does_not_fit(teacher, tmp_path, capsys):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 20, 20), np.uint8), photometric="minisblack")
     words = ["export", teacher, "--to", "torchscript", "--out", tmp_path / "out" / "a.pt"]
     error = told(capsys, *words, "--image", tmp_path / "a.tif")
+    assert f"{tmp_path / 'a.tif'}: " in error
     assert "does not fit this network" in error
     assert not (tmp_path / "out").exists()
 
