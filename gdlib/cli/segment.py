@@ -131,9 +131,11 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         help="mutex_watershed, waterz or multicut (default: the one the weights were chosen with)",
     )
     segment.add_argument(
-        "--foreground-threshold", type=number, help="probability (default: tuned with the weights)"
+        "--foreground-threshold", type=_number, help="probability (default: tuned with the weights)"
     )
-    segment.add_argument("--min-size", type=number, help="pixels (default: tuned with the weights)")
+    segment.add_argument(
+        "--min-size", type=_number, help="pixels (default: tuned with the weights)"
+    )
     segment.add_argument(
         "--set",
         type=_parameter,
@@ -148,10 +150,23 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
 
 
 def _pixel(text: str) -> float | tuple[float, ...]:
-    sides = tuple(float(side) for side in text.split("x"))
+    try:
+        sides = tuple(float(side) for side in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            "it must be one length in microns, or one for each axis as in 0.05x0.01x0.01 "
+            f"(got {text!r})"
+        ) from None
     if not all(0 < side < float("inf") for side in sides):
         raise argparse.ArgumentTypeError(f'"{text}" is no length above 0')
     return sides[0] if len(sides) == 1 else sides
+
+
+def _number(text: str) -> int | float:
+    try:
+        return number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it must be a number (got {text!r})") from None
 
 
 def _parameter(text: str) -> tuple[str, float]:
