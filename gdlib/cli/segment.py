@@ -231,14 +231,15 @@ def _jobs(paths: Sequence[str], arguments: argparse.Namespace, failed: Failures)
     jobs = list(found.values())
     if not jobs:
         failed.tell(len(paths), "images could not be read")
-    places = [(job.target, job.dataset) for job in jobs]
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise io.DataError(
-            f'two images are called "{twice[0].stem}" and would be written to the same file; '
-            "segment them separately, each "
-            "with an --out of its own"
-        )
+    places: dict[tuple[Path, str | None], Job] = {}
+    for job in jobs:
+        other = places.setdefault((job.target, job.dataset), job)
+        if other is not job:
+            raise io.DataError(
+                f'{other.path} and {job.path}: two images are called "{job.target.stem}" and would '
+                "be written to the same file; segment them separately, each with an --out of its "
+                "own"
+            )
     return jobs
 
 
