@@ -101,8 +101,11 @@ class Found:
         self.all.add(counted)
 
     def tell(self) -> None:
-        """Write the table, and say if the objects are of another size than the network knows."""
-        if self.table is not None:
+        """Write the table, and say if the objects are of another size than the network knows.
+
+        Where no image could be segmented, a table that is there stays as it is.
+        """
+        if self.table is not None and self.images:
             columns = [name for name in COLUMNS if name != "z" or self.ndim == 3]
             io.write_rows(self.table, columns, self.all.rows)
         sizes = np.concatenate(self.all.diameters) if self.all.diameters else np.zeros(0)

@@ -72,8 +72,14 @@ class Job:
 
     @property
     def preview(self) -> Path:
-        """The picture with outlines: beside the label, or beside the image that has it inside."""
+        """The picture with outlines: beside the label, or beside the image that has it inside.
+
+        One of a dataset that the user named has this name in its own, since others may be in the
+        file.
+        """
         beside, name = self.target, self.target.stem
+        if self.dataset and io.split_h5_path(self.path)[1]:
+            name = f"{name}.{self.dataset.replace('/', '_')}"
         if self.inner is not None and self.file in self.target.parents:
             beside, name = self.file, f"{self.file.stem}.{self.target.name}"
         return beside.with_name(f"{name}.preview.png")

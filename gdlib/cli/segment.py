@@ -1,6 +1,7 @@
 """`gdlib segment`: trained weights and images of any size to label files."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -217,6 +218,12 @@ def _check_outputs(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
         wanted += [preview_output(job.preview, job.mark) for job in jobs]
     outputs.check(wanted, inputs, overwrite=arguments.overwrite)
     if arguments.table:
+        # whether or not they are there yet: the table is written last
+        if os.path.realpath(arguments.table) in {os.path.realpath(one.path) for one in wanted}:
+            raise io.DataError(
+                f"{arguments.table}: a label or picture of this command goes there, and the table "
+                "would be written over it; choose another --table"
+            )
         table = outputs.Output(arguments.table, outputs.has_columns(*set(COLUMNS) - {"z"}))
         outputs.check([table], inputs, overwrite=arguments.overwrite, option="--table")
 
