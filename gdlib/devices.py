@@ -195,7 +195,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if name != "auto":
         raise ValueError(
-            f'there is no precision "{name}": choose auto, float32, bfloat16 or float16'
+            f'there is no precision "{name}": choose auto, float32, bfloat16 or float16, or, to '
+            "segment, int8 where `gdlib quantise` made it"
         )
     if device.type == "cuda":
         return (

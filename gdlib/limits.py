@@ -281,8 +281,11 @@ def sides(text: str) -> int | tuple[int, ...]:
 def place(text: str) -> Path:
     """Read the place of a file or folder; a `type` of argparse.
 
-    Shells leave the `~` of `--out=~/labels` as it is.
+    Shells leave the `~` of `--out=~/labels` as it is. An empty one, as of a variable that is not
+    set, would be the current folder.
     """
+    if not text:
+        raise argparse.ArgumentTypeError("it must be the name of a file or folder (got '')")
     return Path(os.path.expanduser(text))
 
 

@@ -26,7 +26,16 @@ def silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def aloud() -> Iterator[None]:
-    """Wait until no other thread has silence, and let none have it before all is printed."""
+    """Wait until no other thread has silence, and let none have it before all is printed.
+
+    If nobody reads on, as after `| head`, what is printed from now on is dropped: the work is worth
+    more than its lines.
+    """
     with _PRINTING:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # what is still in its buffer must go somewhere, or it fails again when Python ends
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -567,6 +567,21 @@ def test_the_mean_is_over_images_with_objects(pairs, capsys):
     check_table(capsys.readouterr().out, {"c": filled, "mean of images without objects": filled})
 
 
+def test_evaluate_warns_of_images(squares, tmp_path, capsys):
+    image, label = squares(3)
+    noise = np.random.default_rng(0).integers(1, 2**16, label.shape).astype(np.uint16)
+    for name, array in (("image", image[0]), ("noise", noise), ("label", label)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", array)
+    good = tmp_path / "label.tif"
+    for name in ("image", "noise"):
+        for pair in ((tmp_path / f"{name}.tif", good), (good, tmp_path / f"{name}.tif")):
+            run("evaluate", *pair)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"warning: {tmp_path / name}.tif: this looks like an image")
+    run("evaluate", good, good)
+    assert capsys.readouterr().err == ""
+
+
 def test_evaluate_refuses_with_one_line(pairs, refusal, tmp_path):
     labels, found, *_ = pairs
     out = ["--out", tmp_path / "scores.csv"]
@@ -609,6 +624,22 @@ def test_info(teacher, capsys, refusal, tmp_path):
     assert f"mutex_watershed: aji {header['validation']['mutex_watershed']['aji']:.4f}" in text
     run("info", teacher, "--json")
     assert json.loads(capsys.readouterr().out) == header
+    assert "purpose" not in text
+    state, header = io.load_weights(teacher)
+    header |= {
+        "purpose": "bright squares",
+        "data": "Drawn here, CC0 1.0.",
+        "test": {"images": 2, "aji": 0.75},
+    }
+    io.save_weights(tmp_path / "known.safetensors", state, header)
+    run("info", tmp_path / "known.safetensors")
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    for line in (
+        ["purpose", "bright squares"],
+        ["data", "Drawn here, CC0 1.0."],
+        ["test", "2 image(s): aji 0.7500"],
+    ):
+        assert line in lines
     (tmp_path / "text.safetensors").write_text("nothing")
     for wrong in (tmp_path / "missing.safetensors", tmp_path / "text.safetensors"):
         assert str(wrong) in refusal("info", wrong)

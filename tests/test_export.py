@@ -75,6 +75,7 @@ def test_an_image_that_does_not_fit(teacher, tmp_path, capsys):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 20, 20), np.uint8), photometric="minisblack")
     words = ["export", teacher, "--to", "torchscript", "--out", tmp_path / "out" / "a.pt"]
     error = told(capsys, *words, "--image", tmp_path / "a.tif")
+    assert f"{tmp_path / 'a.tif'}: " in error
     assert "does not fit this network" in error
     assert not (tmp_path / "out").exists()
 
@@ -94,5 +95,5 @@ def test_an_image_that_is_too_small_to_compare(teacher, tmp_path, capsys):
     image = tmp_path / "small.tif"
     tifffile.imwrite(image, np.zeros((4, 90), np.uint8))
     words = ["export", teacher, "--to", "torchscript", "--out", tmp_path / "a.pt", "--image", image]
-    assert "an image of 4 x 90 pixels is too small" in told(capsys, *words)
+    assert "small.tif: an image of 4 x 90 pixels is too small" in told(capsys, *words)
     assert not (tmp_path / "a.pt").exists()

@@ -365,7 +365,9 @@ WEIGHTS = {
     "a pointer of Git LFS": ("cells.safetensors", lambda path: path.write_bytes(POINTER), ("git lfs pull",)),
     "a pointer, ONNX": ("cells.onnx", lambda path: path.write_bytes(POINTER), ("git lfs pull",)),
     "empty": ("cells.safetensors", lambda path: path.write_bytes(b""), ("not a readable safetensors file",)),
-    "Keras": ("cells.h5", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), ("not a readable safetensors file",)),
+    "Keras": ("cells.h5", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), ("this is no weights file", "give the .safetensors")),
+    "an image": ("cells.tif", lambda path: tifffile.imwrite(path, np.ones((9, 9), np.uint8)), ("this is no weights file",)),
+    "a text": ("cells.tif", lambda path: path.write_text("weights"), ("this is no weights file",)),
     "a folder": ("cells", lambda path: path.mkdir(), ("a directory",)),
     "a name that there is not": ("nuclie", lambda path: None, ("missing",)),
 }  # fmt: skip

@@ -186,6 +186,12 @@ ARGUMENTS += [
 ARGUMENTS += [
     ("models", "--shape", "0", "a whole number of at least 1 (got 0)"),
     ("segment", "--set", "stride=two", '"stride=two" is not NAME=NUMBER'),
+    ("segment", "--pixel-size", "abc", "one length in microns, or one for each axis as in"),
+    ("segment", "--pixel-size", "1x", "(got '1x')"),
+    ("segment", "--min-size", "abc", "it must be a number (got 'abc')"),
+    ("segment", "--foreground-threshold", "", "it must be a number (got '')"),
+    ("segment", "--out", "", "it must be the name of a file or folder (got '')"),
+    ("export", "--out", "", "it must be the name of a file or folder (got '')"),
     ("step train", "--max-seconds", "-1", "a number of at least 0"),
     ("step train", "--spec", "{", "must be JSON"),
     ("step train", "--spec", "[1]", "must be a valid dictionary"),

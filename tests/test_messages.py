@@ -71,6 +71,16 @@ def test_one_bad_image_does_not_end_a_folder(six, teacher, volume, tmp_path, cap
     assert len(lines) == 4
 
 
+def test_a_link_to_itself_does_not_end_a_folder(six, teacher, tmp_path, capsys):
+    (six / "3.tif").unlink()
+    (six / "3.tif").symlink_to("3.tif")
+    line, last = failed(capsys, *segment_command(teacher, tmp_path / "out", six))
+    assert line.startswith(f"gdlib: error: {six / '3.tif'}: ")
+    assert last.endswith("1 of 6 images could not be segmented; all others are done")
+    assert len(list((tmp_path / "out").iterdir())) == 5
+    assert len(failed(capsys, *segment_command(teacher, tmp_path / "out", six / "3.tif"))) == 1
+
+
 def test_a_full_disk_ends_a_folder(six, teacher, tmp_path, refusal, monkeypatch):
     """Of all others the same would be said."""
     from gdlib.cli import labels

@@ -1,6 +1,8 @@
 """The 2D networks beside ResUNet: the sizes and costs of the papers, attention, the page about all
 networks, a first training."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,17 @@ def test_attention_sees_the_whole_image():
 def test_who_asks_attention_for_blocks_is_told():
     with pytest.raises(ValueError, match=r"every pixel sees the whole image.*leave the block out"):
         Predictor(build("segformer", SMALL), HEADER, device="cpu", block=64)
+
+
+def test_costs_are_known_where_the_system_does_not_tell_the_memory():
+    """On Windows there is no `resource`."""
+    code = (
+        "import sys; sys.modules['resource'] = None; from gdlib.predict import cost; "
+        "print(cost.profile('resunet', {'widths': [2, 2, 2, 2, 2]}, (32, 32), device='cpu', "
+        "precision='float32', engine='torch', repeats=1)['peak_memory_mib'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 0
 
 
 def test_a_profile_of_attention_is_that_of_the_image():

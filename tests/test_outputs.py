@@ -81,6 +81,25 @@ def test_labels_of_another_image_of_the_same_name_are_not_replaced(folder, teach
     assert [path.name for path in out.iterdir()] == ["a.tif"]
 
 
+def test_two_images_of_one_name_are_both_named(folder, teacher, refusal):
+    shutil.copytree(folder / "images", folder / "others")
+    both = [folder / name / "a.tif" for name in ("images", "others")]
+    line = refusal(*segment_command(teacher, folder / "found", *both))
+    assert f'{both[0]} and {both[1]}: two images are called "a"' in line
+
+
+def test_labels_of_this_command_are_no_images(folder, teacher, refusal, tmp_path, squares):
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["raw"] = squares(2)[0][0]
+    run(*segment_command(teacher, folder / "found", folder / "images", tmp_path / "b.h5"))
+    for label in (folder / "found" / "a.tif", folder / "found" / "b.h5"):
+        line = refusal(*segment_command(teacher, folder / "again", label))
+        assert f"{label}: this is no image, but labels that `gdlib segment` made" in line
+    shutil.copy(folder / "images" / "a.tif", folder / "found" / "c.tif")
+    run(*segment_command(teacher, folder / "again", folder / "found"), code=1)
+    assert [path.name for path in (folder / "again").iterdir()] == ["c.tif"]
+
+
 def test_what_appears_while_the_network_works_is_not_replaced(
     folder, teacher, refusal, monkeypatch
 ):

@@ -160,7 +160,13 @@ def test_a_configuration_is_looked_at(tmp_path, capsys, monkeypatch):
     study = f"study: mine\nstudies:\n  mine: {study}\n"
     own.write_text(README + study)
     assert main(["check", str(own)]) == 0
-    assert "study mine: 1 trainings on mycells" in capsys.readouterr().out
+    assert capsys.readouterr().out == "nothing is wrong; study mine: 1 trainings on mycells\n"
+    own.write_text(README + study.removeprefix("study: mine\n"))  # which does not say what is run
+    assert main(["check", str(own)]) == 0
+    assert capsys.readouterr().out == "nothing is wrong; study mine: 1 trainings on mycells\n"
+    own.write_text(README)
+    assert main(["check", str(own)]) == 0
+    assert "nothing is wrong; study quick: " in capsys.readouterr().out
     for content, words in (
         (
             README.replace("nuclei", "*nuclei_offsets") + study,

@@ -5,6 +5,7 @@ order.
 import contextlib
 import csv
 import os
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -207,6 +208,16 @@ def test_nothing_is_lost_where_another_thread_is_silenced(images, segment, capfd
     thread.result(PATIENCE)
     lines = capfd.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == sorted(map(str, images.iterdir()))
+
+
+def test_all_is_segmented_where_nobody_reads_the_lines(images, segment, tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head -1` does after a line
+    with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        segment(images)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {path.name for path in images.iterdir()}
 
 
 def test_images_of_another_scale(teacher, images, segment, tmp_path):

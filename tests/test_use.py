@@ -6,6 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -134,6 +135,58 @@ def test_picture_and_table(teacher, model, stack, tmp_path, capsys):
     (out / "a.preview.png").write_bytes((tmp_path / "in" / "a.tif").read_bytes())
     segment(teacher, out, *arguments, code=1)
     assert "a.preview.png is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.preview.png"])
+def test_a_table_is_not_written_over_a_label(name, teacher, stack, tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "a.tif", stack[0, 1])
+    (tmp_path / "link").symlink_to("out")
+    for folder in ("out", "link"):
+        table = tmp_path / folder / name
+        arguments = ["--preview", "--table", table]
+        segment(teacher, tmp_path / "out", tmp_path / "a.tif", *arguments, code=1)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{table}: a label or picture of this command goes there" in line
+        assert "choose another --table" in line
+    assert not list(tmp_path.rglob("out/*"))
+
+
+def test_a_table_stays_where_no_image_could_be_segmented(teacher, stack, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.tif").write_text("no image")
+    table = tmp_path / "all.csv"
+    segment(teacher, tmp_path / "out", tmp_path / "in", "--table", table, code=1)
+    assert not table.exists()
+    tifffile.imwrite(tmp_path / "in" / "a.tif", stack[0, 1])
+    segment(teacher, tmp_path / "out", tmp_path / "in", "--table", table, code=1)
+    rows = table.read_text()
+    assert rows.count("\n") > 1
+    (tmp_path / "in" / "a.tif").write_text("no image")
+    segment(teacher, tmp_path / "out", tmp_path / "in", "--table", table, code=1)
+    assert table.read_text() == rows
+
+
+def test_pictures_of_several_datasets_of_a_file(teacher, stack, tmp_path):
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file["a"], file["raw/b"] = stack[0, 1], stack[1, 1]
+    datasets = [f"{tmp_path / 'v.h5'}:{name}" for name in ("a", "raw/b")]
+    segment(teacher, tmp_path / "out", *datasets, "--preview")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"v.h5", "v.a.preview.png", "v.raw_b.preview.png"}
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["a"] = stack[0, 1]
+    segment(teacher, tmp_path / "out", tmp_path / "w.h5", "--preview")
+    assert (tmp_path / "out" / "w.preview.png").exists()
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 40, 44), (1, 5, 40, 44), (5, 40, 44)])
+def test_frames_of_a_tiff_that_names_no_axis(shape, teacher, model, squares, tmp_path):
+    frames = np.stack([squares(seed)[0][0] for seed in range(5)])
+    tifffile.imwrite(tmp_path / "a.tif", frames.reshape(shape), photometric="minisblack")
+    segment(teacher, tmp_path / "out", tmp_path / "a.tif")
+    found = tifffile.imread(tmp_path / "out" / "a.tif")
+    assert np.array_equal(found, model.segment(frames, "TYX"))
 
 
 def test_size_of_pixels_and_objects():

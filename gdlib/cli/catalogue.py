@@ -54,12 +54,22 @@ def add_download(commands: argparse._SubParsersAction) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from gdlib.text import read_yaml
+
     config = catalogue(arguments.config, *arguments.files)
-    runs = len(config.runs())
-    print(
-        f"nothing is wrong; study {config.study}: {runs} trainings on "
-        f"{', '.join(config.selected.datasets)}"
+    # those of the files that are given, where they name any; else the one that would be run
+    given = [read_yaml(file) for file in arguments.files]
+    own = [config.study] if any("study" in one for one in given) else []
+    own += [name for one in given for name in one.get("studies") or ()]
+    studies = [
+        config if name == config.study else config.model_copy(update={"study": name, "only": ()})
+        for name in dict.fromkeys(own or [config.study])
+    ]
+    said = "; ".join(
+        f"study {one.study}: {len(one.runs())} trainings on {', '.join(one.selected.datasets)}"
+        for one in studies
     )
+    print(f"nothing is wrong; {said}")
 
 
 def _download(arguments: argparse.Namespace) -> None:

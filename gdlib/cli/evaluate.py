@@ -87,6 +87,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         out = outputs.Output(arguments.out, outputs.has_columns("sample", *METRICS))
         outputs.check([out], inputs, overwrite=arguments.overwrite)
     rows, failed = [], failures.Failures()
+    odd: list[Path | str] = []  # what looks like an image
     for name, path in labels.items():
         rows.append({"sample": name})
         with failed.noted():
@@ -95,7 +96,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 raise io.DataError(
                     f'{path}: there is no segmentation called "{name}" in {place}; add it'
                 )
-            rows[-1] |= _scores(path, segmentations[name])
+            rows[-1] |= _scores(path, segmentations[name], odd)
     keys = list(max(rows, key=len))
     table = [[row.get(key, "") for key in keys] for row in rows]
     if not failed.errors:  # the mean of some is not that of all
@@ -104,6 +105,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 table.append(
                     [name, *(sum(row[key] for row in part) / len(part) for key in keys[1:])]
                 )
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        print(
+            f"warning: {odd[0]}{more}: this looks like an image and not like labels, its numbers "
+            "lie about in specks of a few pixels; see whether you gave the labels first and the "
+            "segmentations after them, and no images",
+            file=sys.stderr,
+        )
     what = "images could not be compared"
     if len(failed.errors) < len(rows):
         _write_table(arguments.out, keys, table)
@@ -111,15 +120,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     failed.tell(len(rows), what)
 
 
-def _scores(path: Path | str, other: Path | str) -> dict[str, float]:
+def _scores(path: Path | str, other: Path | str, odd: list[Path | str]) -> dict[str, float]:
+    """Compare two files; those that look like images are added to `odd`."""
     from gdlib.data.axes import without_single_axes
+    from gdlib.data.sense import is_like_an_image
     from gdlib.evaluate.scores import of_image
 
     with _open_label(path) as label, _open_label(other) as segmentation:
         if label.shape != segmentation.shape:
             label, segmentation = without_single_axes(label), without_single_axes(segmentation)
         try:
-            return of_image(label, segmentation)
+            scores = of_image(label, segmentation)
+            both = ((path, label), (other, segmentation))
+            odd += [name for name, array in both if is_like_an_image(array)]
+            return scores
         except io.DataError:  # which names the one that cannot be read
             raise
         except ValueError as error:

@@ -64,7 +64,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
     export.check_installed(arguments.to)
     image = _image(arguments.image, header)
-    difference = export.write(out, arguments.to, weights, image, arguments.license)
+    shown = arguments.image or "the synthetic image"
+    difference = export.write(out, arguments.to, weights, image, arguments.license, shown)
     size = out.stat().st_size / 1e6
     print(
         f"{out}: {size:.1f} MB; of affinities and foreground, from 0 to 1, none differs from that "

@@ -101,12 +101,23 @@ class Found:
         self.all.add(counted)
 
     def tell(self) -> None:
-        """Write the table, and say if the objects are of another size than the network knows."""
-        if self.table is not None:
+        """Write the table, and say if the objects are of another size than the network knows.
+
+        Where no image could be segmented, a table that is there stays as it is.
+        """
+        if self.table is not None and self.images:
             columns = [name for name in COLUMNS if name != "z" or self.ndim == 3]
             io.write_rows(self.table, columns, self.all.rows)
         sizes = np.concatenate(self.all.diameters) if self.all.diameters else np.zeros(0)
-        if len(sizes) < ENOUGH or not self.known:
+        if not self.known or not self.images:
+            return
+        if len(sizes) < ENOUGH:
+            print(
+                f"few objects were found; the network knows those of about {self.known[1]:.0f} "
+                "pixels across, as bright or dark against the ground as in its training images: "
+                "--diameter and --invert are for others",
+                file=sys.stderr,
+            )
             return
         median, known = float(np.median(sizes)), float(self.known[1])
         if not known / 2 <= median <= 2 * known:

@@ -57,8 +57,8 @@ def open_image(
     from gdlib.data.files import arranged, read_raw
 
     array, letters, alpha = read_raw(path, scratch=scratch)
-    sizes = dict(zip(letters, array.shape, strict=False))
-    deep = {axis for axis, n in sizes.items() if n > 1} - set("SCYX")
+    # several axes may have the same letter, as Q where the file names none
+    deep = {axis for axis, n in zip(letters, array.shape, strict=False) if n > 1} - set("SCYX")
     if axes or channel or "T" in deep or (deep and ndim == 2 and channels == 1):
         if alpha and not axes and (channel is None or not channel.isdecimal()):
             where = letters.index("S")

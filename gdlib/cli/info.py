@@ -16,7 +16,8 @@ def add_info(commands: argparse._SubParsersAction) -> None:
         "info",
         help="say what a weights file is",
         description="Say what a weights file is, how it was trained, and how well it did on its "
-        "validation images.",
+        "validation images; of a built-in network, also what it is for, of which data with which "
+        "licence it is, and how well it did on its test images.",
     )
     info.add_argument("weights", type=place, help="weights file, or a built-in network")
     info.add_argument("--json", action="store_true", help="print the whole header as JSON")
@@ -64,6 +65,7 @@ def _about(header: dict[str, Any]) -> list[tuple[str, str]]:
         ("aji", "pq", "f1_50", "dice") if ndim == 2 else ("voi_split", "voi_merge", "voi", "arand")
     )
     lines = [
+        *((key, header[key]) for key in ("purpose", "data") if header.get(key)),
         ("network", f"{run['network']} ({header['model']} {header['options']})"),
         (
             "input",
@@ -92,6 +94,9 @@ def _about(header: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("segmentation", f"{segmenter}: {parameters}"))
         texts = [f"{key} {scores[key]:.4f}" for key in shown if key in scores]
         lines.append(("validation", f"{segmenter}: {', '.join(texts)}{in_empty(scores)}"))
+    if test := header.get("test"):  # with the main segmenter, of the built-in networks
+        texts = [f"{key} {test[key]:.4f}" for key in shown if key in test]
+        lines.append(("test", f"{test['images']} image(s): {', '.join(texts)}"))
     made = (
         f"gdlib {header['gdlib']}, torch {header['torch']}, {header['device']}, "
         f"{header['precision']}"

@@ -1,5 +1,6 @@
 """One image of `gdlib segment`, and where its label goes."""
 
+import contextlib
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,14 @@ class Job:
         if io.is_hdf5(path):
             with open_volume(path) as volume:
                 dataset = volume.name.strip("/")
+                about = str(volume.attrs.get(outputs.SOFTWARE, ""))
+        else:
+            about = _software(file)
+        if outputs.is_mark(about):
+            raise io.DataError(
+                f"{path}: this is no image, but labels that `gdlib segment` made; give the image "
+                "that they are of"
+            )
         return cls(
             path, file, dataset, folder / f"{file.stem}{'.tif' if dataset is None else '.h5'}"
         )
@@ -63,8 +72,14 @@ class Job:
 
     @property
     def preview(self) -> Path:
-        """The picture with outlines: beside the label, or beside the image that has it inside."""
+        """The picture with outlines: beside the label, or beside the image that has it inside.
+
+        One of a dataset that the user named has this name in its own, since others may be in the
+        file.
+        """
         beside, name = self.target, self.target.stem
+        if self.dataset and io.split_h5_path(self.path)[1]:
+            name = f"{name}.{self.dataset.replace('/', '_')}"
         if self.inner is not None and self.file in self.target.parents:
             beside, name = self.file, f"{self.file.stem}.{self.target.name}"
         return beside.with_name(f"{name}.preview.png")
@@ -73,3 +88,17 @@ class Job:
         """Return a hidden path beside the label, for what is not finished."""
         dataset = f".{urllib.parse.quote(self.dataset, safe='')}" if self.dataset else ""
         return io.beside(self.target.with_suffix(""), f"{dataset}.{ending}")
+
+
+def _software(file: Path) -> str:
+    """Return which program a TIFF file is of, as it says; nothing of any other file."""
+    import tifffile
+
+    from gdlib.data.tiff import reading
+
+    if file.suffix.lower() not in (".tif", ".tiff"):
+        return ""
+    # what is wrong with the file is said where it is read
+    with contextlib.suppress(io.DataError), reading(file), tifffile.TiffFile(file) as tiff:
+        return str(tiff.pages.first.software)
+    return ""

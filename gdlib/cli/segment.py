@@ -1,6 +1,7 @@
 """`gdlib segment`: trained weights and images of any size to label files."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -131,9 +132,11 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         help="mutex_watershed, waterz or multicut (default: the one the weights were chosen with)",
     )
     segment.add_argument(
-        "--foreground-threshold", type=number, help="probability (default: tuned with the weights)"
+        "--foreground-threshold", type=_number, help="probability (default: tuned with the weights)"
     )
-    segment.add_argument("--min-size", type=number, help="pixels (default: tuned with the weights)")
+    segment.add_argument(
+        "--min-size", type=_number, help="pixels (default: tuned with the weights)"
+    )
     segment.add_argument(
         "--set",
         type=_parameter,
@@ -148,10 +151,23 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
 
 
 def _pixel(text: str) -> float | tuple[float, ...]:
-    sides = tuple(float(side) for side in text.split("x"))
+    try:
+        sides = tuple(float(side) for side in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            "it must be one length in microns, or one for each axis as in 0.05x0.01x0.01 "
+            f"(got {text!r})"
+        ) from None
     if not all(0 < side < float("inf") for side in sides):
         raise argparse.ArgumentTypeError(f'"{text}" is no length above 0')
     return sides[0] if len(sides) == 1 else sides
+
+
+def _number(text: str) -> int | float:
+    try:
+        return number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it must be a number (got {text!r})") from None
 
 
 def _parameter(text: str) -> tuple[str, float]:
@@ -202,6 +218,12 @@ def _check_outputs(arguments: argparse.Namespace, jobs: Sequence[Job]) -> None:
         wanted += [preview_output(job.preview, job.mark) for job in jobs]
     outputs.check(wanted, inputs, overwrite=arguments.overwrite)
     if arguments.table:
+        # whether or not they are there yet: the table is written last
+        if os.path.realpath(arguments.table) in {os.path.realpath(one.path) for one in wanted}:
+            raise io.DataError(
+                f"{arguments.table}: a label or picture of this command goes there, and the table "
+                "would be written over it; choose another --table"
+            )
         table = outputs.Output(arguments.table, outputs.has_columns(*set(COLUMNS) - {"z"}))
         outputs.check([table], inputs, overwrite=arguments.overwrite, option="--table")
 
@@ -216,14 +238,15 @@ def _jobs(paths: Sequence[str], arguments: argparse.Namespace, failed: Failures)
     jobs = list(found.values())
     if not jobs:
         failed.tell(len(paths), "images could not be read")
-    places = [(job.target, job.dataset) for job in jobs]
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise io.DataError(
-            f'two images are called "{twice[0].stem}" and would be written to the same file; '
-            "segment them separately, each "
-            "with an --out of its own"
-        )
+    places: dict[tuple[Path, str | None], Job] = {}
+    for job in jobs:
+        other = places.setdefault((job.target, job.dataset), job)
+        if other is not job:
+            raise io.DataError(
+                f'{other.path} and {job.path}: two images are called "{job.target.stem}" and would '
+                "be written to the same file; segment them separately, each with an --out of its "
+                "own"
+            )
     return jobs
 
 

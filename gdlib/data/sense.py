@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from bioimage_cpp.segmentation import label as connected_regions
@@ -17,6 +18,8 @@ from gdlib.io import Sample
 from gdlib.io.failures import DataError
 
 PART = (4, 2048, 2048)  # at most so much of the middle of an image is compared with its label
+SPECK = 10  # pixels; regions with one grey value of an image are smaller on average
+NOISE = 3  # pixels; the same where there are about as many grey values as regions
 SHIFTS = 17  # places that a label is moved to, to see whether it fits its own image better
 
 
@@ -197,7 +200,7 @@ def check_numbers(seen: Sequence[Seen], mend: str) -> None:
         return
     what = "one number per image makes" if masks else f"{ids} numbers in {len(full)} images make"
     kind = "masks" if masks else "classes"
-    if pixels < 10 * pieces:
+    if pixels < SPECK * pieces:
         kind = "images"
         mend = (
             "see whether images and labels were exchanged, or labels were saved as JPEG or "
@@ -207,6 +210,28 @@ def check_numbers(seen: Sequence[Seen], mend: str) -> None:
         f"the labels of {_some(full)} look like {kind} and not like objects: {what} up {pieces} "
         f"separate regions; {mend}"
     )
+
+
+def is_like_an_image(label: Any) -> bool:
+    """Do the numbers of a label lie about in specks, as the grey values of an image do?
+
+    Args:
+        label: whole numbers, none negative, in memory or on disk; the middle is looked at.
+    """
+    sides = PART[:1] * (len(label.shape) - 2) + PART[1:]
+    middle = tuple(
+        slice(max(0, (side - part) // 2), max(0, (side - part) // 2) + part)
+        for side, part in zip(label.shape, sides, strict=True)
+    )
+    part = np.squeeze(np.asarray(label[middle]))
+    if part.ndim not in (2, 3):
+        return False
+    ids = np.count_nonzero(np.unique(part))
+    if part.dtype not in (np.uint8, np.uint16, np.uint32, np.uint64):  # what the library takes
+        part = part.astype(np.uint64)
+    pieces = int(connected_regions(part, connectivity=part.ndim).max())
+    pixels = np.count_nonzero(part)
+    return bool(pixels < (SPECK if pieces >= 2 * ids else NOISE) * pieces)
 
 
 def warnings(seen: Sequence[Seen], mend: str) -> list[str]:

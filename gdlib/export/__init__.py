@@ -50,7 +50,14 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def write(path: Path, kind: str, weights: Path, image: Any, licence: str = LICENCE) -> float:
+def write(
+    path: Path,
+    kind: str,
+    weights: Path,
+    image: Any,
+    licence: str = LICENCE,
+    shown: Path | str = "the image",
+) -> float:
     """Write a trained network as a file of another program, after a comparison with torch.
 
     Args:
@@ -59,6 +66,7 @@ def write(path: Path, kind: str, weights: Path, image: Any, licence: str = LICEN
         weights: file of the weights.
         image: (C, [Z,] Y, X) as recorded, of the kind that the network is for.
         licence: of the weights, an identifier of SPDX, for a package of bioimage.io.
+        shown: how messages name the image.
 
     Returns:
         The largest difference of an affinity or foreground from that of torch.
@@ -74,11 +82,14 @@ def write(path: Path, kind: str, weights: Path, image: Any, licence: str = LICEN
     check_installed(kind)
     predictor = Predictor.load(weights, device="cpu", precision="float32", engine="torch")
     about = {"weights_sha256": io.sha256(weights)}
-    shape = predictor.source(image).shape  # does it fit?
+    try:
+        shape = predictor.source(image).shape  # does it fit?
+    except io.DataError as error:
+        raise io.DataError(f"{shown}: {error}") from None
     if min(shape[-2:]) < SMALLEST:
         raise io.DataError(
-            f"an image of {' x '.join(map(str, shape))} pixels is too small to compare a file on: "
-            f"give one with {SMALLEST} pixels and more in x and y"
+            f"{shown}: an image of {' x '.join(map(str, shape))} pixels is too small to compare a "
+            f"file on; give one with {SMALLEST} pixels and more in x and y"
         )
     with io.atomic(path) as temporary:
         if kind == "onnx":

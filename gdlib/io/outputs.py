@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -155,8 +156,19 @@ def mark(image: Path, dataset: str | None = None) -> str:
     """Return what a label says of itself: the program and, as a digest, the image that it was made
     of.
     """
-    digest = hashlib.sha256(f"{image.resolve()}:{dataset or ''}".encode()).hexdigest()
+    # not `Path.resolve`, for which a link to itself is no mistake of the user
+    place = os.path.realpath(image)
+    digest = hashlib.sha256(f"{place}:{dataset or ''}".encode()).hexdigest()
     return f"gdlib {__version__}, image {digest[:16]}"
+
+
+def is_mark(text: str) -> bool:
+    """Is this what labels of this package, of any version, say of themselves?
+
+    >>> is_mark(mark(Path("a.tif"))), is_mark("tifffile.py")
+    (True, False)
+    """
+    return re.fullmatch(r"gdlib \S+, image [0-9a-f]{16}", text) is not None
 
 
 def has_mark(mark: str, dataset: str | None = None) -> Callable[[Path], bool]:

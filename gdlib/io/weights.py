@@ -85,6 +85,13 @@ def _header_and_checksum(path: Path | str) -> tuple[dict[str, Any], str | None]:
                 f"{path}: PyTorch saved this, and there may be code in it; give a .safetensors "
                 "file that gdlib wrote, or train a network with it"
             ) from error
+        begin = _begin(path)
+        # the length of the header, 8 bytes, comes first, then the header, which is JSON
+        if begin and begin[8:] != b"{":
+            raise DataError(
+                f"{path}: this is no weights file; give the .safetensors file that gdlib wrote, or "
+                "the name of a built-in network (`gdlib models` lists them)"
+            ) from error
         raise DataError(
             f"{path}: not a readable safetensors file ({error}); get it again, or train again"
         ) from error
@@ -98,7 +105,7 @@ def _header_and_checksum(path: Path | str) -> tuple[dict[str, Any], str | None]:
 
 def _begin(path: Path | str) -> bytes:
     with open(path, "rb") as file:
-        return file.read(4)
+        return file.read(9)
 
 
 HEADER = {

@@ -1,8 +1,8 @@
 """What a network costs: parameters, multiply-accumulates, latency, memory."""
 
 import math
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,6 +16,11 @@ from gdlib.blockwise.blocks import legal_shape
 from gdlib.devices import choose_device
 from gdlib.models import build
 from gdlib.predict.predictor import Predictor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PATIENCE = 60_000  # ms
 # pixels of the image that operations are counted on, by number of axes
@@ -97,6 +102,14 @@ def _check_axes(model: str, network: nn.Module, shape: Sequence[int]) -> None:
         )
 
 
+def _peak_memory() -> int:
+    """Return the most bytes that this process ever had; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def profile(
     model: str,
     options: dict[str, Any],
@@ -128,7 +141,7 @@ def profile(
         `parameters`; `image_shape` and, for this shape, `macs`, `latency_ms` (median) and
         `latency_ms_p90` of the network alone, from the normalised image to the embedding, and
         `peak_memory_mib` (of the device, whose peak is counted anew, or the growth of the process
-        on a CPU); device, engine, threads, precision.
+        on a CPU, 0 where the system does not tell it); device, engine, threads, precision.
     """
     target = choose_device(device)
     # the program's random numbers go on as if nothing had been drawn
@@ -145,7 +158,7 @@ def profile(
     cuda = target.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(target)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_memory()
     times = []
     while len(times) < repeats + 2 and (len(times) < 5 or sum(times) < PATIENCE):
         start = time.perf_counter()
@@ -157,7 +170,7 @@ def profile(
     peak = (
         torch.cuda.max_memory_allocated(target) / 2**20
         if cuda
-        else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+        else (_peak_memory() - before) / 2**20
     )
     return {
         "parameters": count_parameters(model, options)["total"],

@@ -217,7 +217,7 @@ def made_with(predictor: Blockwise) -> str:
 def file_identity(path: Path | str) -> str:
     """Say which file this is without reading it: where, how large, how old."""
     status = Path(path).stat()
-    return f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}"
+    return f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
 
 
 def predict_split(
