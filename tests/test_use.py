@@ -367,7 +367,9 @@ def test_what_is_scaled_or_has_frames_must_fit(tmp_path, capsys):
 def test_a_volume_without_the_size_of_its_pixels(tmp_path, capsys):
     volume = np.random.default_rng(0).integers(0, 255, (4, 48, 48), np.uint8)
     for name in "ab":
-        tifffile.imwrite(tmp_path / f"{name}.tif", volume, metadata={"axes": "ZYX"})
+        tifffile.imwrite(
+            tmp_path / f"{name}.tif", volume, photometric="minisblack", metadata={"axes": "ZYX"}
+        )
     command = ["segment", f"{tmp_path}/a.tif", f"{tmp_path}/b.tif", "--model", "neurons"]
     command += ["--out", f"{tmp_path}/out", "--device", "cpu"]
     assert main(command) == 0

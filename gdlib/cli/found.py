@@ -111,13 +111,14 @@ class Found:
         sizes = np.concatenate(self.all.diameters) if self.all.diameters else np.zeros(0)
         if not self.known or not self.images:
             return
-        if len(sizes) < ENOUGH:
+        if self.all.objects < ENOUGH:
             print(
                 f"few objects were found; the network knows those of about {self.known[1]:.0f} "
                 "pixels across, as bright or dark against the ground as in its training images: "
                 "--diameter and --invert are for others",
                 file=sys.stderr,
             )
+        if len(sizes) < ENOUGH:
             return
         median, known = float(np.median(sizes)), float(self.known[1])
         if not known / 2 <= median <= 2 * known:

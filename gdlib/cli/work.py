@@ -161,7 +161,7 @@ class Work:
                 source = predictor.source(image)
                 if not is_alone and self._must_be_alone(source.shape):
                     return None
-                self._look_at_ground(job, source)
+                self._look_at(job, source, attributes)
             if is_alone:
                 return self._whole(job, predictor, image, source, attributes, held)
             with self._taken(source.shape):
@@ -171,8 +171,22 @@ class Work:
                     prediction = assembled(source.shape, parts)
                 return self._finish(job, prediction, attributes, 0, self._seen(image))
 
-    def _look_at_ground(self, job: Job, source: Source) -> None:
-        """Say so if objects may be dark where they were bright in the training."""
+    def _look_at(self, job: Job, source: Source, attributes: dict[str, Any]) -> None:
+        """Say so if objects may be dark where they were bright in the training, or of another size
+        since nobody knows that of the pixels.
+        """
+        from gdlib.data.scale import microns
+
+        known, given = self.header.get("pixel_size"), self.arguments
+        if known and given.pixel_size is given.diameter is None and not self.told_of_pixels:
+            if microns(attributes, self.ndim) is None:
+                self.told_of_pixels = True
+                self._say(
+                    "it does not say how large its pixels are, and is taken as it is; those of the "
+                    f"model are {' x '.join(f'{side:.3g}' for side in known)} microns, and "
+                    "--pixel-size says what they are here",
+                    job,
+                )
         if source.ground_is_elsewhere:
             self._say(
                 "most of it is as bright as objects were in the training; if objects are "
@@ -267,14 +281,6 @@ class Work:
             if "pixel_size" not in header:
                 return None
             given = microns(attributes, self.ndim)
-            if given is None and not self.told_of_pixels:
-                self.told_of_pixels = True
-                size = " x ".join(f"{side:.3g}" for side in header["pixel_size"])
-                self._say(
-                    "it does not say how large its pixels are, and is taken as it is; those of the "
-                    f"model are {size} microns, and --pixel-size says what they are here",
-                    job,
-                )
         with self._about(job.path, None):
             by = factors(header, self.ndim, given, self.arguments.diameter)
         if by is not None and self.arguments.pixel_size is self.arguments.diameter is None:
@@ -326,7 +332,7 @@ class Work:
             self._check_memory(job, predictor, sides, held)
         first = np.asarray(image[frames[0]])
         with self._about(job.path, first):
-            self._look_at_ground(job, predictor.source(first))
+            self._look_at(job, predictor.source(first), attributes)
         label = np.empty(image.shape + image.sides, np.uint32)
 
         def one(predictor: Blockwise, index: tuple[int, ...]) -> Counted:
