@@ -178,15 +178,15 @@ class Work:
         from gdlib.data.scale import microns
 
         known, given = self.header.get("pixel_size"), self.arguments
-        if known and given.pixel_size is given.diameter is None and not self.told_of_pixels:
-            if microns(attributes, self.ndim) is None:
-                self.told_of_pixels = True
-                self._say(
-                    "it does not say how large its pixels are, and is taken as it is; those of the "
-                    f"model are {' x '.join(f'{side:.3g}' for side in known)} microns, and "
-                    "--pixel-size says what they are here",
-                    job,
-                )
+        is_unsaid = known and given.pixel_size is given.diameter is None and not self.told_of_pixels
+        if is_unsaid and microns(attributes, self.ndim) is None:
+            self.told_of_pixels = True
+            self._say(
+                "it does not say how large its pixels are, and is taken as it is; those of the "
+                f"model are {' x '.join(f'{side:.3g}' for side in known)} microns, and "
+                "--pixel-size says what they are here",
+                job,
+            )
         if source.ground_is_elsewhere:
             self._say(
                 "most of it is as bright as objects were in the training; if objects are "
