@@ -2,6 +2,7 @@
 want to know of it.
 
     python -m benchmarks.ship worms RUN DATA
+    python -m benchmarks.ship neurons_plain RUN DATA
     python -m benchmarks.ship neurons RUN DATA --teacher "neurons_plain, seen in 8 ways" WEIGHTS
 
 RUN is the folder of a run of `study=models`, DATA that of its prepared dataset. What is added to
@@ -23,6 +24,7 @@ PURPOSES = {
     "nuclei": "cell nuclei in fluorescence images, bright on dark",
     "worms": "C. elegans in bright field",
     "neurons": "neurons in volumes of serial-section electron microscopy",
+    "neurons_plain": "neurons in volumes of serial-section electron microscopy",
 }
 METRICS = {
     2: ("aji", "dice", "f1_50", "pq"),

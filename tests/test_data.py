@@ -1,6 +1,7 @@
 """Preparing data: what is written, what is refused, and that a refusal leaves nothing behind."""
 
 import os
+import re
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,7 @@ import tifffile
 from PIL import Image
 from scipy.ndimage import label as components_of_one
 
-from gdlib import io
+from gdlib import io, trained
 from gdlib.data.files import (
     open_volume,
     read_image,
@@ -19,11 +20,11 @@ from gdlib.data.files import (
     split_components,
     voxel_size,
 )
-from gdlib.data.prepare import check_sample, prepare
+from gdlib.data.prepare import check_sample, prepare, provenance
 from gdlib.data.scale import known_sizes
 from gdlib.io import Sample
 from gdlib.io.failures import DataError
-from gdlib.registry import UnknownName
+from gdlib.registry import SOURCES, UnknownName
 
 SIZE = (24, 32)
 DEPTH = 7
@@ -84,6 +85,48 @@ def test_good_folder(raw, capsys):
     assert attrs["channels"] == 1
     assert attrs["provenance"].startswith("Own data")
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+# What stands in the provenance of data that somebody published, or that gdlib makes.
+LICENCES = {
+    "ac34": ("ODC-By v1.0", "Kasthuri et al., Cell 162(3):648-661, 2015"),
+    "bbbc039": ("CC0 1.0", "Caicedo et al., Cytometry A, 2019."),
+    "celegans": ("CC BY 3.0", "Waehlby et al., Nat. Methods, 2012."),
+    "cremi": ("licence unknown", "https://cremi.org, MICCAI challenge 2016"),
+    "cvppp": ("academic use after registration", "Minervini et al., 2016."),
+    "dsb2018": ("CC0 1.0", "Caicedo et al., Nat. Methods 16:1247, 2019."),
+    "leaves_phantom": ("CC0 1.0", "made by gdlib"),
+    "neurites_phantom": ("CC0 1.0", "made by gdlib"),
+    "nuclei_phantom": ("CC0 1.0", "made by gdlib"),
+    "worms_phantom": ("CC0 1.0", "made by gdlib"),
+}
+
+
+def test_every_source_has_a_provenance():
+    assert set(SOURCES.names()) == {*LICENCES, "folder", "joined"}
+
+
+@pytest.mark.parametrize("name", LICENCES)
+def test_provenance_names_licence_and_origin_and_is_whole(name):
+    text = provenance(name)
+    for words in LICENCES[name]:
+        assert words in text
+    assert text.endswith(".")
+    assert not re.search(r" (?:al|Nat|Proc)\.$", text), "it ends within a citation"
+
+
+@pytest.mark.parametrize(
+    ("network", "sources"),
+    [
+        ("nuclei", ["bbbc039", "dsb2018"]),
+        ("worms", ["celegans"]),
+        ("neurons", ["ac34"]),
+        ("neurons_plain", ["ac34"]),
+    ],
+)
+def test_provenance_is_in_the_networks_of_the_package(network, sources):
+    about = io.read_header(trained.find(network))["data"]
+    assert about == " ".join(map(provenance, sources))
 
 
 def test_equal_input_gives_equal_bytes_and_other_content_another_hash(raw):

@@ -28,6 +28,12 @@ from gdlib.io.failures import DataError
 from gdlib.registry import SOURCES
 
 
+def provenance(source: str) -> str:
+    """Return data, licence and citation of a data source: the first paragraph of its module."""
+    text = sys.modules[SOURCES.get(source).__module__].__doc__ or ""
+    return " ".join(text.strip().split("\n\n")[0].split())
+
+
 def prepare(
     source: str,
     options: Mapping[str, Any],
@@ -84,9 +90,7 @@ def prepare(
     fixed = {
         "source": source,
         "options": dict(options),
-        "provenance": " ".join(
-            (sys.modules[read.__module__].__doc__ or "").strip().split("\n\n")[0].split()
-        ),
+        "provenance": provenance(source),
         "channels": channels,
         "axes": "C" + "ZYX"[-len(min_size) :],
     }

@@ -1,5 +1,4 @@
-"""AC3 and AC4, mouse cortex in serial-section EM: Kasthuri et al., Cell 162(3):648-661, 2015.
-
+"""AC3 and AC4, mouse cortex in serial-section EM: Kasthuri et al., Cell 162(3):648-661, 2015;
 ODC-By v1.0, SNEMI3D.
 
 Four HDF5 files, `AC3_inputs.h5`, `AC3_labels.h5`, `AC4_inputs.h5`, `AC4_labels.h5`, each with the
@@ -10,8 +9,7 @@ Cell 162(3):648-661, 2015; licence: Open Data Commons Attribution License (ODC-B
 for the SNEMI3D data.
 
 Splits (the paper's): train is AC4, sections 0 to 79, val is AC4, sections 80 to 99, test is AC3,
-    the first 100 sections (all, in
-a crop of fewer).
+    the first 100 sections (all, in a crop of fewer).
 """
 
 from collections.abc import Iterator

@@ -13,12 +13,11 @@ al., An image analysis toolbox for high-throughput C. elegans assays, Nature Met
 2012.
 
 Overlaps: worms cross, and 0.9 % of their pixels belong to two. A label has one number per pixel,
-    and the images do not say
-which worm lies on top, so any choice would teach and judge an accident (labels by the first and by
-the last worm, judged by each other, have an AJI of 0.983): these pixels are ignored, in losses and
-in metrics. A worm that another one crosses stays one instance of two parts, and so does one whose
-mask has two parts. PAPER: the original reads label images that are not published, so its rule is
-not known.
+and the images do not say which worm lies on top, so any choice would teach and judge an accident
+(labels by the first and by the last worm, judged by each other, have an AJI of 0.983): these pixels
+are ignored, in losses and in metrics. A worm that another one crosses stays one instance of two
+parts, and so does one whose mask has two parts. PAPER: the original reads label images that are not
+published, so its rule is not known.
 
 What is not annotated counts as background: specks, worms out of focus, and a few at the border of
 the well. Every method loses the same by it. The area outside of the well is black and stays in the

@@ -1,6 +1,5 @@
-"""CREMI, adult fly brain in serial-section EM: https://cremi.org, MICCAI challenge 2016.
-
-For the terms of use see there.
+"""CREMI, adult fly brain in serial-section EM: https://cremi.org, MICCAI challenge 2016; licence
+unknown here, for the terms of use see there.
 
 Three volumes of 125 x 1250 x 1250 voxels of 40 x 4 x 4 nm with dense neuron ids,
 `sample_{A,B,C}_20160501.hdf`: HDF5 with `volumes/raw` and `volumes/labels/neuron_ids` (z, y, x),

@@ -1,6 +1,5 @@
-"""CVPPP A1, rosettes of Arabidopsis: Leaf Segmentation Challenge 2017.
-
-Academic use after registration, Minervini et al., 2016.
+"""CVPPP A1, rosettes of Arabidopsis: Leaf Segmentation Challenge 2017; academic use after
+registration, Minervini et al., 2016.
 
 RGB images of about 530 x 500 pixels with one number per leaf, in the official layout:
 `A1/plantNNN_rgb.png` and `A1/plantNNN_label.png`. Of the 161 plants 128 are published with labels,

@@ -1,5 +1,4 @@
 """Data Science Bowl 2018, stage1_train (BBBC038v1), corrected: CC0 1.0, Caicedo et al., Nat.
-
 Methods 16:1247, 2019.
 
 Nuclei of many experiments in grey 8-bit images stored as RGBA, one mask file per nucleus:

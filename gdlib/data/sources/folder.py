@@ -12,12 +12,12 @@ listed as not read.
 program found in them may be in `unlabelled_labels/`, in files of the same names.
 
 Splits: if `train.txt`, `val.txt` and `test.txt` lie beside the two folders, they say which images
-    (one name per line, in
-UTF-8, or UTF-16 with a mark) go where, and an image on no list is left out. Otherwise the SHA-256
-of its name puts each image at a place between 0 and 1: below `test_fraction` is test, the next
-`val_fraction` is val, the rest train. An image never moves because others are added or removed. The
-one exception is for very few images: a split that would stay empty borrows, from the largest split,
-the image whose place is nearest to its own range, until an image of its own arrives.
+(one name per line, in UTF-8, or UTF-16 with a mark) go where, and an image on no list is left out.
+Otherwise the SHA-256 of its name puts each image at a place between 0 and 1: below `test_fraction`
+is test, the next `val_fraction` is val, the rest train. An image never moves because others are
+added or removed. The one exception is for very few images: a split that would stay empty borrows,
+from the largest split, the image whose place is nearest to its own range, until an image of its own
+arrives.
 """
 
 import contextlib

@@ -1,5 +1,4 @@
-"""Synthetic rosettes of leaves in colour with exact labels, made by gdlib from random numbers.
-
+"""Synthetic rosettes of leaves in colour with exact labels, made by gdlib from random numbers;
 CC0 1.0, no image went into it.
 
 Made to look like CVPPP A1 and to be hard where real images are hard: leaves of one colour that lie

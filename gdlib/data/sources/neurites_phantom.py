@@ -1,5 +1,4 @@
-"""Synthetic serial-section EM of neuropil with exact labels, made by gdlib from random numbers.
-
+"""Synthetic serial-section EM of neuropil with exact labels, made by gdlib from random numbers;
 CC0 1.0, no image went into it.
 
 Made to look like AC4 and to be hard where real stacks are hard: neurites of all widths without gaps

@@ -1,5 +1,4 @@
-"""Synthetic fluorescence nuclei with exact labels, made by gdlib from random numbers.
-
+"""Synthetic fluorescence nuclei with exact labels, made by gdlib from random numbers;
 CC0 1.0, no image went into it.
 
 Made to look like BBBC039 and to be hard where real images are hard: nuclei in touching clusters,

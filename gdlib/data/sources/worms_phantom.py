@@ -1,5 +1,4 @@
-"""Synthetic worms in bright field with exact labels, made by gdlib from random numbers.
-
+"""Synthetic worms in bright field with exact labels, made by gdlib from random numbers;
 CC0 1.0, no image went into it.
 
 Made to look like BBBC010 and to be hard where real images are hard: thin worms that curl, touch and
