@@ -293,6 +293,28 @@ def test_a_ground_as_bright_as_objects_is_noticed():
         assert ground_is_elsewhere(seen, low, high, level) is expected
 
 
+def test_a_ground_of_all_kinds_has_no_place(tmp_path):
+    """As in and around a well: objects are dark on its bright ground, and around it is nothing."""
+    rng = np.random.default_rng(0)
+    image, label = rng.normal(10, 1, (1, 120, 160)), np.zeros((120, 160), np.uint32)
+    image[:, :, 60:] += 90
+    label[20:40, 80:100], label[60:80, 100:150] = 1, 2
+    image[:, label > 0] = 50
+    learned = learn([sample(image, label)], **PERCENTILES, noise=0.1)
+    ground = image[0][label == 0]
+    low, high = (value[0] for value in intensity_range(image, **PERCENTILES))
+    places = [(percentile(ground, share) - low) / (high - low) for share in (5, 95)]
+    assert learned["spread"][0] == pytest.approx(places[1] - places[0], abs=1e-4)
+    even = learn([sample(*scene(np.random.default_rng(0)))], **PERCENTILES, noise=0.1)
+    assert even["spread"][0] < 0.3
+    inside = image[:, :, 60:]
+    ends = intensity_range(inside, **learned)
+    level = [0.05]  # as where more than half of the training images is outside
+    assert ground_is_elsewhere(inside, *ends, level)
+    assert ground_is_elsewhere(inside, *ends, level, even["spread"])
+    assert not ground_is_elsewhere(inside, *ends, level, learned["spread"])
+
+
 def test_samples_may_stay_in_their_file(tmp_path):
     image, label = scene(np.random.default_rng(0))
     with h5py.File(tmp_path / "a.h5", "w") as file:

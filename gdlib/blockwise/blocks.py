@@ -105,8 +105,8 @@ class Source:
     @property
     def ground_is_elsewhere(self) -> bool:
         """Is most of the image as bright as objects were in the training, if that is known?"""
-        level = self.normalisation.get("level")
-        return level is not None and ground_is_elsewhere(self.array, *self.range, level)
+        level, spread = (self.normalisation.get(key) for key in ("level", "spread"))
+        return level is not None and ground_is_elsewhere(self.array, *self.range, level, spread)
 
     def read(self, starts: Sequence[int], stops: Sequence[int]) -> np.ndarray:
         """Return a box (C, *sides) float32, normalised.

@@ -257,6 +257,7 @@ def empty_patches(
     upper: float,
     contrast: Sequence[float] | None = None,
     level: Sequence[float] | None = None,
+    spread: Sequence[float] | None = None,
 ) -> Tensor:
     """Draw patches of images without objects, as networks see them: noise on an even or sloping
     ground.
@@ -270,8 +271,10 @@ def empty_patches(
         generator: source of randomness (CPU).
         lower: percentile that would become 0 in an image that is stretched to the full range.
         upper: percentile that would become 1.
-        contrast: not used; with it, these are the keyword arguments of `intensity_range`.
+        contrast: not used; with it and `spread`, these are the keyword arguments of
+            `intensity_range`.
         level: for each channel, where the background is; 0 if left out.
+        spread: not used.
 
     Returns:
         (B, C, [Z,] Y, X) float32.

@@ -16,6 +16,8 @@ GAUSSIAN_MEDIAN = 1.4826  # standard deviations per median of the absolute value
 ROUNDING = 12**-0.5  # standard deviation of what rounding to whole numbers adds
 # share of the pixels; from smaller objects, percentiles may not know that there are any
 ENOUGH = 0.01
+# of the range: a ground whose percentiles lie so far apart has no place of its own
+WIDE = 0.6
 
 
 def intensity_range(
@@ -24,6 +26,7 @@ def intensity_range(
     upper: float,
     contrast: Sequence[float] | None = None,
     level: Sequence[float] | None = None,
+    spread: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find what becomes 0 and 1: two percentiles of each channel, or its minimum and maximum where
     they are equal.
@@ -42,6 +45,7 @@ def intensity_range(
             `learn`; without it there is none.
         level: for each channel, the part of a widened range that is below the image, from 0 to 1,
             from `learn`.
+        spread: from `learn`; it changes nothing here, see `ground_is_elsewhere`.
 
     Returns:
         Two (C,) arrays, float32, or float64 for types of which float32 does not have all numbers;
@@ -179,11 +183,12 @@ def learn(
 
     Returns:
         Keyword arguments of `intensity_range`, for this and all other images: lower, upper and,
-        unless no image has objects or `noise` is 1, contrast and level. `level` is where the
-        background of the images is, between 0 and 1.
+        unless no image has objects or `noise` is 1, contrast, level and spread. `level` is where
+        the background of the images is, between 0 and 1, and `spread` how far apart its 5th and
+        its 95th percentile are.
     """
     found: dict[str, Any] = {"lower": lower, "upper": upper}
-    contrasts, levels = [], []
+    contrasts, levels, spreads = [], [], []
     for sample in samples if noise < 1 else ():
         strips = _strips(sample["image"].shape)
         objects = np.concatenate([np.asarray(sample["label"][strip]) > 0 for strip in strips])
@@ -200,7 +205,11 @@ def learn(
                 np.concatenate([sample["image"][c, strip] for strip in strips])
                 for c in range(len(width))
             )
-            levels.append((np.array([np.median(part[ground]) for part in parts]) - low) / width)
+            darkest, middle, brightest = np.transpose(
+                [np.percentile(part[ground], (5, 50, 95)) for part in parts]
+            )
+            levels.append((middle - low) / width)
+            spreads.append((brightest - darkest) / width)
     if contrasts:
         # Of so many values the smallest: where a few images are unlike all others, or falsely
         # annotated, they do not count.
@@ -211,10 +220,13 @@ def learn(
         ]
         least = np.minimum(usual, (alone[1] - alone[0]) / noise)
         least[~np.isfinite(usual)] = 0  # of images without noise nothing can be learned
-        level = np.clip(np.median(levels, axis=0), 0, 1) if levels else np.zeros_like(least)
+        level, spread = (
+            np.clip(np.median(one, axis=0), 0, 1) if one else np.zeros_like(least)
+            for one in (levels, spreads)
+        )
         found |= {
             key: np.round(value.astype(float), 4).tolist()
-            for key, value in (("contrast", least), ("level", level))
+            for key, value in (("contrast", least), ("level", level), ("spread", spread))
         }
     return found
 
@@ -264,8 +276,10 @@ def ground_is_elsewhere(
     low: np.ndarray,
     high: np.ndarray,
     level: Sequence[float],
+    spread: Sequence[float] | None = None,
 ) -> bool:
-    """Say whether most of an image is as bright as objects are, or as dark.
+    """Say whether most of an image is as bright as objects are, or as dark. Where the ground of the
+    training was of all kinds itself, as in and around a well, there is no telling.
 
     Args:
         image: (C, [Z,] Y, X), any real type; strips of it are looked at.
@@ -273,7 +287,10 @@ def ground_is_elsewhere(
         high: (C,).
         level: for each channel, where the ground lies between both in the images of the training,
             from `learn`.
+        spread: for each channel, how far apart the ground was there, from `learn`.
     """
+    if spread is not None and max(spread) > WIDE:
+        return False
     median = [
         np.median(np.concatenate([np.asarray(image[c, strip]).ravel()[::7] for strip in strips]))
         for strips in [_strips(image.shape)]
