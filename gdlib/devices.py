@@ -236,9 +236,9 @@ def int8_units() -> list[str]:
 
 def _units(known: dict[str, str]) -> list[str]:
     """Return those of some units that this processor has, by name and by what Linux calls them."""
-    flags = re.search(r"^flags\s*:(.*)$", _about_cpu(), re.MULTILINE)
-    if flags is not None:
-        there = set(flags[1].split())
+    if about := _about_cpu():
+        flags = re.search(r"^flags\s*:(.*)$", about, re.MULTILINE)
+        there = set(flags[1].split()) if flags else set()  # processors of other kinds have none
         return [name for name, flag in known.items() if flag in there]
     import torch
 

@@ -298,6 +298,8 @@ def test_units_of_the_processor(monkeypatch, tmp_path):
     cpuinfo.write_text("flags\t: amx_int8 amx_bf16 avx_vnni avx512_bf16\n")
     assert devices.int8_units() == ["AMX", "AVX-VNNI"]
     assert devices.bfloat16_units() == ["AMX", "AVX512-BF16"]
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n")  # of ARM
+    assert devices.int8_units() == devices.bfloat16_units() == []
     cpuinfo.unlink()  # not Linux: torch is asked
     assert set(devices.int8_units()) <= {"AMX", "AVX512-VNNI", "AVX-VNNI"}
 
