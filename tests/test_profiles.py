@@ -79,6 +79,7 @@ def test_the_gpus_of_slurm_jobs_are_their_own(holder):
 )
 def test_a_command_sees_the_gpu_it_took(given, count, left, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path),))  # of a GPU, so that torch is asked
     monkeypatch.setattr(devices.take, "__defaults__", (tmp_path,))
     monkeypatch.setattr(devices, "_held", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
@@ -87,6 +88,19 @@ def test_a_command_sees_the_gpu_it_took(given, count, left, monkeypatch, tmp_pat
     devices.claim()
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
     assert len(devices._held) == bool(count)
+
+
+def test_without_a_driver_torch_is_not_asked_for_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path / "nothing"),))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    assert devices.has_only_cpu()
+    devices.claim()
+    monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path / "nothing"), str(tmp_path)))
+    assert not devices.has_only_cpu()
+    monkeypatch.setattr(devices, "DRIVERS", ())
+    monkeypatch.setattr(devices.sys, "platform", "darwin")  # where there is Metal
+    assert not devices.has_only_cpu()
 
 
 def resources(rule):
