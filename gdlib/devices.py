@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 FOLDER = Path("/tmp")
 CPUINFO = Path("/proc/cpuinfo")  # of Linux
 TOPOLOGY = Path("/sys/devices/system/cpu")  # of Linux
-# Of Linux: drivers of GPUs that torch can use (NVIDIA, AMD, and either in Windows' Linux). Where
-# there is none of these, torch finds none.
-DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+# Of Linux: drivers of GPUs that torch can use (NVIDIA, also on a Jetson, AMD, and any in Windows'
+# Linux). Where there is none of these, torch finds none.
+DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 LOOK_EVERY = 5.0  # seconds between two looks at GPUs that are all taken
 _held: list[int] = []  # descriptors, open until the process ends
 _own = threading.local()  # of each thread: how many threads its computations have
