@@ -7,11 +7,12 @@ are kept. The folder is `GDLIB_CACHE`, else `gdlib` in the user's cache; where t
 cannot be written, nothing is kept.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ def kept(weights: Path | str) -> Path | None:
     folder = os.environ.get("GDLIB_CACHE", os.path.join(cache, "gdlib"))
     if not folder:
         return None
-    about = f"{io.sha256(weights)} {version('openvino')} {io.code_sha256()}"
+    try:
+        about = f"{io.sha256(weights)} {version('openvino')} {io.code_sha256()}"
+    except PackageNotFoundError:  # it came in another way than as a package of Python
+        return None
     return Path(folder, f"{hashlib.sha256(about.encode()).hexdigest()[:16]}{KEPT}")
 
 
@@ -191,7 +195,8 @@ def load(
         model, about = form(path, weights)
     except io.DataError:
         if hint:  # it is made anew
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         return None
     if (network := Facts.of(about)) is None:
         return None
