@@ -266,8 +266,7 @@ class Blockwise(ABC):
         Args:
             source: the image.
             box: the part, one slice per axis.
-            kept: where the embedding is wanted; that of the intersection with the box is returned,
-                of the image as it is.
+            kept: where the embedding is wanted; that of the intersection with the box is returned.
         """
 
     def reach(self, source: Source, box: Box) -> Box:

@@ -130,13 +130,8 @@ class Predictor(Blockwise):
 
     @torch.inference_mode()
     def predict(self, source: Source, box: Box, kept: Box | None = None) -> Prediction:
-        """Predict one part of an image.
-
-        Args:
-            source: the image.
-            box: the part, one slice per axis.
-            kept: where the embedding is wanted; that of the intersection with the box is returned,
-                of the image as it is.
+        """Predict one part of an image; see `Blockwise.predict`. With several views, the embedding
+        is that of the image as it is.
         """
         offsets = self.header["offsets"]
         reach = self.reach(source, box)
