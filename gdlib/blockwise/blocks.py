@@ -269,6 +269,12 @@ class Blockwise(ABC):
             kept: where the embedding is wanted; that of the intersection with the box is returned.
         """
 
+    @abstractmethod
+    def alive(self, shape: Sequence[int]) -> tuple[float, int]:
+        """Return how many bytes of tensors of float32 are alive at once per pixel that is read, in
+        an image ([Z,] Y, X), and the length of pixel vectors.
+        """
+
     def reach(self, source: Source, box: Box) -> Box:
         """Return the box with the neighbours that affinities of its pixels are about."""
         offsets = self.header["offsets"]

@@ -10,7 +10,7 @@ cannot be written, nothing is kept.
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -132,6 +132,10 @@ class Lite(Blockwise):
     ) -> None:
         super().__init__(network, header, **options)
         self.run, self.precision, self.itemsize, self.at_once = run, precision, itemsize, at_once
+
+    def alive(self, shape: Sequence[int]) -> tuple[float, int]:
+        """Return what is known of the network; see `Blockwise.alive`."""
+        return self.network.held, self.network.length
 
     def predict(self, source: Source, box: Box, kept: Box | None = None) -> Prediction:
         """Predict one part of an image; see `Blockwise.predict`."""

@@ -26,6 +26,7 @@ from gdlib.predict.engine import (
     make_engine,
     onnx_engine,
 )
+from gdlib.predict.living import held_per_pixel
 from gdlib.predict.quantised import quantised_affinities, quantised_foreground
 from gdlib.types import Prediction
 
@@ -148,6 +149,11 @@ class Predictor(Blockwise):
                 part = relative(intersection(box, kept), frame)
                 wanted = embedding[(slice(None), *part)].cpu().numpy()
         return Prediction(affinity.rounded(), foreground.rounded(), wanted)
+
+    def alive(self, shape: Sequence[int]) -> tuple[float, int]:
+        """Count it on an image; see `Blockwise.alive`."""
+        largest = self.largest_pass(shape, shape)
+        return held_per_pixel(self.network, self.header["channels"], largest)
 
     @torch.inference_mode()
     def embed(self, source: Source, box: Box) -> tuple[Tensor, Tensor]:

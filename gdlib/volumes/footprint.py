@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from gdlib.blockwise.blocks import BLOCK, Blockwise, legal_shape
-from gdlib.blockwise.lite import Facts
 from gdlib.segment import segmenters
 from gdlib.volumes import grid
 from gdlib.volumes.grid import Grid
@@ -208,17 +207,11 @@ class _Pass:
     """What a network holds while it computes, by the number of pixels that it reads."""
 
     def __init__(self, predictor: Blockwise, shape: Sequence[int]) -> None:
-        network, channels = predictor.network, predictor.header["channels"]
+        channels = predictor.header["channels"]
         if predictor.device_type == "cuda":  # it holds them there
             self.per_pixel = 4.0 * channels
             return
-        if isinstance(network, Facts):
-            alive, dimension = network.held, network.length
-        else:
-            from gdlib.predict.living import held_per_pixel
-
-            largest = predictor.largest_pass(shape, shape)
-            alive, dimension = held_per_pixel(network, channels, largest)
+        alive, dimension = predictor.alive(shape)
         # in 8 bits not everything is
         held = HELD[predictor.engine][len(shape)] * max(2, predictor.itemsize) / 4 * alive
         # Vectors in float32, and once more where they were seen turned or are not in lines: torch
