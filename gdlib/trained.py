@@ -110,6 +110,7 @@ class Model:
         """
         from gdlib.data.scale import factors
         from gdlib.segment.parameters import chosen
+        from gdlib.segment.segmenters import stride
 
         segmenter, all_of_them = chosen(self.path, self.info, segmenter, parameters)
         by = factors(self.info, self.ndim, pixel_size, diameter)
@@ -128,7 +129,7 @@ class Model:
             )
         for index in np.ndindex(frames.shape):
             labels[index] = objects(
-                lambda one: self._predict(one, False),
+                lambda one: self._predict(one, False, stride(segmenter, all_of_them)),
                 frames[index],
                 self.info["offsets"],
                 segmenter,
@@ -154,8 +155,9 @@ class Model:
             )
         return self._predict(frames[()], True)
 
-    def _predict(self, image: np.ndarray, keep_embedding: bool) -> Any:
+    def _predict(self, image: np.ndarray, keep_embedding: bool, stride: int = 1) -> Any:
         with self._lock:
+            self._predictor.stride = stride
             return self._predictor(image, keep_embedding=keep_embedding)
 
     def _frames(self, image: np.ndarray, axes: str | None) -> Any:

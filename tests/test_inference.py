@@ -33,6 +33,7 @@ from gdlib.predict.files import file_identity, predict_blocks, predict_split
 from gdlib.predict.predictor import Predictor
 from gdlib.predict.quantised import quantised_affinities
 from gdlib.registry import NETWORKS
+from gdlib.segment.segmenters import segment
 from gdlib.types import Embedding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -545,8 +546,37 @@ def test_affinities_in_one_pass(shape, offsets, threads, monkeypatch):
                 there = all(s.start <= q < s.stop for q, s in zip(other, within, strict=True))
                 cosine = unit[(slice(None), *pixel)] @ unit[(slice(None), *other)] if there else 0
                 assert abs(found[(k, *inner)] - 255 * max(cosine, 0)) <= 0.5 + 1e-3
-        plain = quantised._affinities_on_device(embedding, offsets, box, within)
-        assert np.abs(found.astype(int) - plain).max() <= 1
+        for rows in [(1, 0), (4, 1), (100, 99)]:
+            wanted = found.copy()
+            unwanted = np.arange(found.shape[-2]) % rows[0] != rows[1]
+            wanted[len(shape) :, ..., unwanted, :] = 0
+            some = quantised_affinities(embedding, offsets, box, within, rows)
+            assert np.array_equal(some, wanted)
+            plain = quantised._affinities_on_device(embedding, offsets, box, within, rows)
+            assert np.abs(wanted.astype(int) - plain).max() <= 1
+
+
+@pytest.mark.parametrize("block", [None, 48, (32, 80)])
+@pytest.mark.parametrize("stride", [1, 3, 4])
+def test_rows_that_a_segmenter_does_not_look_at_make_no_difference(stride, block):
+    network, shape, _ = REAL["resunet"]
+    image = noise(*shape)
+    whole, some = predictor(network), predictor(network, block=block or 10_000)
+    some.stride = stride
+    found, sparse = whole(image), some(image)
+    assert np.array_equal(found.affinity[:2], sparse.affinity[:2])
+    rows = np.arange(shape[-2]) % stride == 0
+    assert np.array_equal(found.affinity[:, rows], sparse.affinity[:, rows])
+    assert not sparse.affinity[2:, ~rows].any()
+    assert found.affinity[2:, ~rows].any() or stride == 1
+    about = {"foreground_threshold": 0.0, "stride": stride, "min_fragment": 0, "min_size": 0}
+    kept = np.random.default_rng(0).random(found.affinity.shape) < 0.5  # others repel
+    labels = [
+        segment(one.affinity * kept, one.foreground, OFFSETS, "mutex_watershed", **about)
+        for one in (found, sparse)
+    ]
+    assert labels[0].max() > 3
+    assert np.array_equal(*labels)
 
 
 def test_a_channels_last_embedding_gives_the_same_affinities():

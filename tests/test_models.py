@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gdlib import io, registry
-from gdlib.models import build, folded
+from gdlib.models import build, folded, shortened
 from gdlib.models.resunet import ResidualBlock
 from gdlib.predict.cost import count_macs, count_parameters
 from gdlib.registry import NETWORKS, SOURCES, TERMS, UnknownName
@@ -211,6 +211,27 @@ class TestEveryNetwork:
             ("resunet", "resunet3d", "shuffleunet", "ensemble"), ("enter.bias", "leave.bias")
         )
         assert {key for key in dead if not key.endswith(kept.get(name, ()))} == set()
+
+    def test_shortened_vectors_have_the_same_lengths_and_angles(self, name):
+        network = folded(randomise(narrow(name)))
+        before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        short = shortened(network)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+        last = getattr(network, getattr(network, "last", ""), None)
+        image = small_image(network)
+        with torch.no_grad():
+            long, found = network(image), short(image)
+        assert_same(long.foreground, found.foreground, network)
+        if last is None or last.in_channels + 1 >= last.out_channels:
+            assert short is network
+            return
+        assert found.embedding.shape[1] == last.in_channels + 1
+        eye = torch.eye(last.in_channels + 1)
+        assert torch.allclose(short.basis.T @ short.basis, eye, atol=1e-6)
+        back = torch.einsum("dr,br...->bd...", short.basis, found.embedding)
+        assert torch.allclose(
+            back, long.embedding, rtol=1e-4, atol=1e-5 * long.embedding.abs().max()
+        )
 
     def test_folded_for_inference_it_is_the_same_function(self, name):
         network = randomise(narrow(name)).double().train()

@@ -147,6 +147,9 @@ class Blockwise(ABC):
     """
 
     at_once = 1  # threads that may use it at the same time, each with an image
+    # Affinities, but for those of nearest neighbours, are wanted only in rows of the image (y) that
+    # are multiples of this; in others they are 0 (see `gdlib.segment.segmenters.stride`).
+    stride = 1
     views = range(1)  # in which every image is seen
     engine: str  # what runs it
     precision: str  # type that it computes in, by torch's name
@@ -284,6 +287,10 @@ class Blockwise(ABC):
             slice(max(0, s.start + a), min(n, s.stop + b))
             for s, a, b, n in zip(box, low, high, source.shape, strict=True)
         )
+
+    def rows(self, box: Box) -> tuple[int, int]:
+        """Return `stride`, and the first row of the box that is a multiple of it, in the box."""
+        return self.stride, -box[-2].start % self.stride
 
     def read(self, source: Source, box: Box) -> tuple[np.ndarray, Box]:
         """Return what the network is to read, (C, *sides), and of which part of the image it will

@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from gdlib import devices, io, jit
 from gdlib.blockwise import stored, vino
@@ -24,6 +26,7 @@ from gdlib.types import Prediction
 
 NAME = "int8"
 PARTS = ("xml", "bin")  # of OpenVINO's own form, as bytes
+BASIS = "basis"  # of vectors that it gives shortened (see `gdlib.models.shortened`)
 FACTS = "network"  # of the header of such a file
 MEASURED = "AVX512-VNNI"  # AMX comes with it; others are taken by who asks for 8 bits alone
 KEPT = ".network.safetensors"  # ending of the names of what is kept
@@ -62,8 +65,22 @@ class Facts:
             return None
 
 
-def form(path: Path, weights: Path | str) -> tuple[Any, dict[str, Any]]:
-    """Read a network in 8 bits: OpenVINO's model and the header of the file.
+class Form(NamedTuple):
+    """A network as OpenVINO has it.
+
+    Attributes:
+        model: of OpenVINO.
+        header: of the file.
+        basis: (D, R) float32, of vectors that it gives with R numbers; None if they have D.
+    """
+
+    model: Any
+    header: dict[str, Any]
+    basis: np.ndarray | None
+
+
+def form(path: Path, weights: Path | str) -> Form:
+    """Read a network in 8 bits, or one that is kept.
 
     Args:
         path: of the file.
@@ -76,12 +93,22 @@ def form(path: Path, weights: Path | str) -> tuple[Any, dict[str, Any]]:
     if header.get(io.INT8_OF) != io.sha256(weights):
         raise io.DataError(f"{path}: it was made of other weights; `gdlib quantise` makes it anew")
     try:
-        return vino.core().read_model(*(arrays[part].tobytes() for part in PARTS)), header
+        model = vino.core().read_model(*(arrays[part].tobytes() for part in PARTS))
     except Exception as error:  # of a parser there is no telling which
         raise io.DataError(
             f"{path}: OpenVINO cannot read it ({' '.join(str(error).split())[:200]}); "
             "`gdlib quantise` makes it anew"
         ) from error
+    return Form(model, header, arrays.get(BASIS))
+
+
+def lengthened(vectors: np.ndarray, basis: np.ndarray | None) -> np.ndarray:
+    """Return vectors (R, *sides) in all their dimensions, (D, *sides); those that have them as they
+    are.
+    """
+    if basis is None or len(vectors) != basis.shape[1]:
+        return vectors
+    return (basis @ vectors.reshape(len(vectors), -1)).reshape(-1, *vectors.shape[1:])
 
 
 def run_by(model: Any, at_once: int = 1) -> vino.Run:
@@ -113,6 +140,7 @@ class Lite(Blockwise):
         run: what runs it.
         precision: type that it computes in, by torch's name.
         itemsize: bytes of a number of this type.
+        basis: of its vectors, see `Form`.
         at_once: threads that may use it at the same time.
         options: of `Blockwise`.
     """
@@ -127,10 +155,12 @@ class Lite(Blockwise):
         *,
         precision: str,
         itemsize: int,
+        basis: np.ndarray | None = None,
         at_once: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(network, header, **options)
+        self.basis = basis
         self.run, self.precision, self.itemsize, self.at_once = run, precision, itemsize, at_once
 
     def alive(self, shape: Sequence[int]) -> tuple[float, int]:
@@ -146,8 +176,10 @@ class Lite(Blockwise):
         with self.run.lent(image[None]) as ((embedding,), (logit,)):
             if kept is not None:
                 part = relative(intersection(box, kept), frame)
-                wanted = embedding[(slice(None), *part)].copy()
-            affinity = stored.affinities(embedding, self.header["offsets"], inner, within)
+                wanted = lengthened(embedding[(slice(None), *part)].copy(), self.basis)
+            affinity = stored.affinities(
+                embedding, self.header["offsets"], inner, within, self.rows(box)
+            )
             return Prediction(affinity, stored.foreground(logit[(0, *inner)]), wanted)
 
 
@@ -196,7 +228,7 @@ def load(
     io.check_header(weights, header)
     stored.warm_up()
     try:
-        model, about = form(path, weights)
+        model, about, basis = form(path, weights)
     except io.DataError:
         if hint:  # it is made anew
             with contextlib.suppress(OSError):
@@ -206,4 +238,4 @@ def load(
         return None
     run = vino.compiled(model, hint, at_once) if hint else run_by(model, at_once)
     kind = {"precision": f"torch.{precision}", "itemsize": itemsize, "at_once": at_once}
-    return Lite(network, header, run, **kind, **options)
+    return Lite(network, header, run, basis=basis, **kind, **options)

@@ -7,6 +7,8 @@ import numpy as np
 
 from gdlib import jit
 
+FLAT = np.float32(6.3)  # logit, beyond which a probability is the first or the last level
+
 
 @jit.kernel
 def lengths(first, last, vectors, scale):
@@ -25,9 +27,10 @@ def lengths(first, last, vectors, scale):
 
 
 @jit.kernel
-def levels(first, last, vectors, scale, offsets, corner, limits, out):
+def levels(first, last, vectors, scale, offsets, corner, limits, always, stride, row, out):
     """Fill affinities of 255 levels (K, Z, Y, X), of lines that begin at a corner; a neighbour
-    beyond the limits (3, 2) is none.
+    beyond the limits (3, 2) is none. After the offsets that are `always` wanted, every `stride`-th
+    row is, from `row` on.
     """
     dim = len(vectors)
     _, depth, height, width = out.shape
@@ -35,7 +38,7 @@ def levels(first, last, vectors, scale, offsets, corner, limits, out):
     for line in range(first, last):
         _, y, z = jit.place(line, depth, height)
         own_z, own_y = z + corner[0], y + corner[1]
-        for k in range(len(offsets)):
+        for k in range(len(offsets) if y % stride == row else always):
             far_z, far_y, dx = own_z + offsets[k, 0], own_y + offsets[k, 1], offsets[k, 2]
             start = max(corner[2], limits[2, 0] - dx)
             end = min(corner[2] + width, limits[2, 1] - dx)
@@ -65,5 +68,8 @@ def probabilities(first, last, logit, out):
     for line in range(first, last):
         one, level = logit[line], out[line]
         for x in range(len(one)):
-            value = np.float32(255) / (np.float32(1) + np.exp(-one[x]))
-            level[x] = np.int32(value + np.float32(0.5))  # cut off
+            if abs(one[x]) < FLAT:
+                value = np.float32(255) / (np.float32(1) + np.exp(-one[x]))
+                level[x] = np.int32(value + np.float32(0.5))  # cut off
+            else:
+                level[x] = 255 if one[x] > 0 else 0

@@ -11,7 +11,11 @@ from gdlib.boxes import Box
 
 
 def affinities(
-    embedding: np.ndarray, offsets: Sequence[Sequence[int]], box: Box, within: Box
+    embedding: np.ndarray,
+    offsets: Sequence[Sequence[int]],
+    box: Box,
+    within: Box,
+    rows: tuple[int, int] = (1, 0),
 ) -> np.ndarray:
     """Cosine affinities of a part of an image.
 
@@ -20,9 +24,12 @@ def affinities(
         offsets: K displacements in array order.
         box: the part, in the embedding.
         within: where the embedding is of the image; a neighbour outside of it is none.
+        rows: every how many rows, from which one of the box on, are filled for offsets after the
+            first n, the number of axes.
 
     Returns:
-        (K, *sides of the box) uint8, 255 a; 0 where a < 0 and where there is no neighbour.
+        (K, *sides of the box) uint8, 255 a; 0 where a < 0, where there is no neighbour and in rows
+        that are not wanted.
     """
     ndim = len(box)
     sides = tuple(s.stop - s.start for s in box)
@@ -36,7 +43,7 @@ def affinities(
     jit.on_lines(
         loops.levels,
         out[0, ..., 0].size,
-        *(vectors, scale, jit.as_triples(offsets, ndim), first, limits, out),
+        *(vectors, scale, jit.as_triples(offsets, ndim), first, limits, ndim, *rows, out),
     )
     return out.reshape(len(offsets), *sides)
 

@@ -55,13 +55,14 @@ class Work:
         how: tuple[str, dict[str, Any]],
         count: int,
     ) -> None:
-        from gdlib.segment.segmenters import used
+        from gdlib.segment.segmenters import stride, used
         from gdlib.volumes.footprint import Need
 
         self.arguments = arguments
         self.ndim = len(header["offsets"][0])
         self.segmenter, self.parameters = how
         self.header = {**header, "offsets": used(self.segmenter, header["offsets"])}
+        self.stride = stride(self.segmenter, self.parameters)
         self.threads = devices.threads()
         self.on_cpu = devices.on_cpu(arguments.device)
         # another device computes one image, while a thread finds the objects of another one
@@ -126,7 +127,7 @@ class Work:
             options = {key: getattr(self.arguments, key) for key in keys}
             devices.use_threads(max(1, self.threads // at_once))
             predictor = trained.predictor(self.arguments.model, at_once=at_once, **options)
-            predictor.header = self.header
+            predictor.header, predictor.stride = self.header, self.stride
             _ = predictor.run  # is made here, and not by each thread
             devices.use_threads(self.threads)
             for other in set(self._predictors) - {1, self.at_once}:

@@ -1,6 +1,6 @@
 """Networks, in 2D and 3D.
 
-The contract is `forward(image) -> Embedding` and six attributes of the class or the object:
+The contract is `forward(image) -> Embedding` and these attributes of the class or the object:
 
 | attribute | meaning; tuples have one entry per axis, in array order |
 |---|---|
@@ -12,6 +12,8 @@ The contract is `forward(image) -> Embedding` and six attributes of the class or
 | `margin` | pixels that the output is smaller than the image on each side; 0 if it pads |
 | `halo` | pixels of context that a block needs on each side: what is farther does not change it; |
 | | None if every pixel sees all |
+| `last` | name of the 1x1 convolution whose output are the vectors as they are, if there is one; |
+| | may be left out: vectors are then never shortened (see `shortened`) |
 | `levels` | by name of a feature map its channels and its stride, in pixels per axis, from |
 | | coarse to fine |
 
@@ -195,3 +197,35 @@ def folded(network: nn.Module) -> nn.Module:
                 setattr(block, key, fuse_conv_bn_eval(convolution, norm, transpose=transposed))
                 setattr(block, name, nn.Identity())
     return network
+
+
+def shortened(network: nn.Module) -> nn.Module:
+    """Return a copy for inference whose vectors are shorter, with the same lengths and angles.
+
+    Vectors of D numbers that one convolution makes of C channels and a bias span no more than C + 1
+    dimensions. In an orthonormal basis of these they have C + 1 numbers, with nothing lost. A tiny
+    network spends a good part of its time on writing its vectors, and so do the affinities on
+    reading them.
+
+    Args:
+        network: without batch normalisation (see `folded`).
+
+    Returns:
+        With the buffer `basis`, (D, C + 1) with orthonormal columns: `basis` times a vector is that
+        of the network given. Where there is nothing to shorten, what was given.
+    """
+    last = getattr(network, getattr(network, "last", ""), None)
+    if last is None or last.out_channels <= last.in_channels + (last.bias is not None):
+        return network
+    parts = [last.weight.flatten(1)] + ([] if last.bias is None else [last.bias[:, None]])
+    basis, values, rows = torch.linalg.svd(torch.cat(parts, 1).double(), full_matrices=False)
+    rows = (values[:, None] * rows).float()
+    network = copy.deepcopy(network)
+    short = type(last)(last.in_channels, len(rows), 1, bias=last.bias is not None)
+    with torch.no_grad():
+        short.weight.copy_(rows[:, : last.in_channels].reshape(short.weight.shape))
+        if short.bias is not None:
+            short.bias.copy_(rows[:, -1])
+    setattr(network, network.last, short.to(last.weight.device).requires_grad_(False))
+    network.register_buffer("basis", basis.float())
+    return network.eval()

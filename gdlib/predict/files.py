@@ -194,6 +194,7 @@ def _fingerprint(
         },
         "block": predictor.block,
         "offsets": predictor.header.get("offsets"),
+        "stride": predictor.stride,
         "made with": made_with(predictor),
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest().encode() + b"\n"

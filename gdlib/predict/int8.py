@@ -43,15 +43,14 @@ def is_own(path: Path | str) -> bool:
         return False
 
 
-def engine_for(
+def form_for(
     weights: Path | str,
     precision: str,
     device: torch.device,
     wanted_engine: str,
-    at_once: int = 1,
-) -> engine.Engine | None:
-    """Return what runs weights in 8 bits, without levels; None if that is not wanted, or, under
-    `auto`, cannot be had. For `at_once` see `engine.make_engine`.
+) -> lite.Form | None:
+    """Return the form of weights in 8 bits, without levels; None if that is not wanted, or, under
+    `auto`, cannot be had.
 
     Raises:
         ValueError: 8 bits are asked for, and cannot be had.
@@ -61,7 +60,7 @@ def engine_for(
     path = io.int8_beside(weights)
     try:
         if not (reason := _lacking(path, device, wanted_engine)):
-            return compiled(lite.form(path, weights)[0], at_once)
+            return lite.form(path, weights)
     except io.DataError as error:
         reason = str(error)
         if precision == "auto":
@@ -152,10 +151,12 @@ def save(
         files = [Path(folder, f"network.{part}") for part in PARTS]
         vino.library().serialize(model, *files)
         read = [torch.from_numpy(np.fromfile(file, np.uint8)) for file in files]
+    if hasattr(network, "basis"):
+        read.append(network.basis.cpu())
     header = {io.INT8_OF: io.sha256(weights), "openvino": vino.library().__version__, **about}
     if network.halo is not None:
         header[lite.FACTS] = facts(network, channels)
-    io.save_weights(path, dict(zip(PARTS, read, strict=True)), header)
+    io.save_weights(path, dict(zip((*PARTS, lite.BASIS), read, strict=False)), header)
 
 
 def keep(weights: Path | str, network: torch.nn.Module, channels: int) -> None:

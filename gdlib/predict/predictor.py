@@ -15,7 +15,7 @@ from gdlib import io
 from gdlib.blockwise.blocks import Blockwise, Source
 from gdlib.boxes import Box, intersection, relative
 from gdlib.devices import choose_device, choose_precision
-from gdlib.models import folded, trained, untrained
+from gdlib.models import folded, shortened, trained, untrained
 from gdlib.models.ensemble import VIEWS, turned
 from gdlib.predict import int8
 from gdlib.predict.engine import (
@@ -83,7 +83,7 @@ class Predictor(Blockwise):
         self.dtype = choose_precision(precision, self.device)
         self.wanted_engine = engine
         self.engine = choose_engine(engine, self.device)
-        super().__init__(folded(network).to(self.device), header, block, invert)
+        super().__init__(shortened(folded(network)).to(self.device), header, block, invert)
 
     @property
     def precision(self) -> str:
@@ -119,14 +119,17 @@ class Predictor(Blockwise):
         cls, weights: Path | str, engine: str, precision: str = "auto", **kwargs: Any
     ) -> "Predictor":
         device = choose_device(str(kwargs.get("device", "auto")))
-        run = None
+        form = None
         if not kwargs.get("levels"):  # it has none
-            run = int8.engine_for(weights, precision, device, engine, kwargs.get("at_once", 1))
+            form = int8.form_for(weights, precision, device, engine)
         network, header = trained(weights, *io.HEADER)
-        if run is None:
+        if form is None:
             return cls(network, header, engine=engine, precision=precision, **kwargs)
         predictor = cls(network, header, engine=engine, **kwargs)
-        predictor.engine, predictor.dtype, predictor.run = "openvino", torch.int8, run
+        predictor.engine, predictor.dtype = "openvino", torch.int8
+        predictor.run = int8.compiled(form.model, predictor.at_once)
+        if form.basis is not None:  # that of the network may be another one, of the same space
+            predictor.network.basis = torch.from_numpy(form.basis)
         return predictor
 
     @torch.inference_mode()
@@ -143,11 +146,11 @@ class Predictor(Blockwise):
             embedding, logit = (
                 turned(part, view, back=True) for part in self.forward(turned(image, view))[:2]
             )
-            affinity.add(quantised_affinities(embedding, offsets, inner, within))
+            affinity.add(quantised_affinities(embedding, offsets, inner, within, self.rows(box)))
             foreground.add(quantised_foreground(logit[(0, *inner)]))
             if kept is not None and wanted is None:
                 part = relative(intersection(box, kept), frame)
-                wanted = embedding[(slice(None), *part)].cpu().numpy()
+                wanted = self._lengthened(embedding[(slice(None), *part)]).cpu().numpy()
         return Prediction(affinity.rounded(), foreground.rounded(), wanted)
 
     def alive(self, shape: Sequence[int]) -> tuple[float, int]:
@@ -162,7 +165,7 @@ class Predictor(Blockwise):
         """
         (embedding, foreground, *_), frame = self._around(source, box)
         inner = relative(box, frame)
-        return embedding[(slice(None), *inner)], foreground[(0, *inner)]
+        return self._lengthened(embedding[(slice(None), *inner)]), foreground[(0, *inner)]
 
     @torch.inference_mode()
     def features(self, source: Source, box: Box) -> dict[str, tuple[Tensor, Box, tuple[int, ...]]]:
@@ -196,6 +199,13 @@ class Predictor(Blockwise):
             found[level] = feature[(slice(None), *inner)], voxels, corner
         return found
 
+    def _lengthened(self, vectors: Tensor) -> Tensor:
+        """Return vectors (R, *sides) in all their dimensions; see `lite.lengthened`."""
+        basis = getattr(self.network, "basis", None)
+        if basis is None or len(vectors) != basis.shape[1]:
+            return vectors
+        return torch.tensordot(basis.to(vectors.device), vectors, 1)
+
     def _around(self, source: Source, box: Box) -> tuple[tuple[Tensor, ...], Box]:
         """Return all that the network says, (C, *sides) each, and of which part of the image."""
         image, frame = self._read(source, box)
@@ -208,7 +218,7 @@ class Predictor(Blockwise):
     @torch.inference_mode()
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return embedding, foreground logit and `levels` of a normalised image (C, *sides) whose
-        sides the network can take.
+        sides the network can take. Vectors may be shortened (see `gdlib.models.shortened`).
         """
         return tuple(part[0] for part in self.run(image[None]))
 

@@ -12,16 +12,24 @@ from gdlib.boxes import Box, relative
 
 
 def quantised_affinities(
-    embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box, within: Box
+    embedding: Tensor,
+    offsets: Sequence[Sequence[int]],
+    box: Box,
+    within: Box,
+    rows: tuple[int, int] = (1, 0),
 ) -> np.ndarray:
     """Cosine affinities of a part of an image, as they are stored: see `stored.affinities`."""
     if _is_for_loops(embedding):
-        return stored.affinities(embedding.numpy(), offsets, box, within)
-    return _affinities_on_device(embedding, offsets, box, within)
+        return stored.affinities(embedding.numpy(), offsets, box, within, rows)
+    return _affinities_on_device(embedding, offsets, box, within, rows)
 
 
 def _affinities_on_device(
-    embedding: Tensor, offsets: Sequence[Sequence[int]], box: Box, within: Box
+    embedding: Tensor,
+    offsets: Sequence[Sequence[int]],
+    box: Box,
+    within: Box,
+    rows: tuple[int, int],
 ) -> np.ndarray:
     unit = kernels.unit(kernels.rows(embedding[(None, slice(None), *within)]))
     box = relative(box, within)
@@ -29,6 +37,9 @@ def _affinities_on_device(
     # one after the other: all at once would be the largest array of all
     for k, offset in enumerate(offsets):
         out[k] = as_uint8(kernels.affinities(unit, [offset])[0, 0][box])
+    stride, row = rows
+    unwanted = np.arange(out.shape[-2]) % stride != row
+    out[len(box) :, ..., unwanted, :] = 0
     return out
 
 

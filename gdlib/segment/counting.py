@@ -55,9 +55,12 @@ def watershed(affinity, mask, offsets, strides, turns, attractive):
     pixels = mask.size
     # The pixel above in the tree; of a root, minus its number of pixels.
     parent = np.full(pixels, -1, np.int32)
-    segments = np.zeros(pixels, SEGMENT)
+    segments = np.empty(pixels, SEGMENT)
+    inside = mask.ravel()
     for p in range(pixels):
-        segments[p].head, segments[p].limit = NONE, SHORT
+        if inside[p]:
+            segments[p].head, segments[p].limit = NONE, SHORT
+            segments[p].count = segments[p].seen = 0
     items = np.empty(0, ITEM)
     state = np.zeros(1, STATE)
     state[0].free = NONE
@@ -77,11 +80,9 @@ def watershed(affinity, mask, offsets, strides, turns, attractive):
                 _forbid(parent, segments, items, state, u, v)
                 _forbid(parent, segments, items, state, v, u)
 
-    number = segments.seen
-    number[:] = 0
+    number = np.zeros(pixels, np.uint32)
     last = np.uint32(0)
     label = np.zeros(pixels, np.int64)
-    inside = mask.ravel()
     for p in range(pixels):
         if inside[p]:
             root = _find(parent, np.uint32(p))

@@ -1,6 +1,7 @@
 """Small segments, given to larger ones that they touch: the loops, compiled.
 
-Level by level: a pixel of a small segment that has neighbours in a larger one becomes part of it,
+They go level by level: a pixel of a small segment that has neighbours in a larger one becomes part
+of it,
 then its neighbours in small ones, and so on. Of several larger ones it takes the first in the order
 of the neighbours: that of the array within a section, then other sections, which are farther away
 in most volumes. What has no way to a larger one stays.
@@ -26,6 +27,27 @@ def given_away(label: np.ndarray, small: np.ndarray) -> np.ndarray:
     give = _give if jit.ENABLED else _give_plainly
     give(sections, small)
     return label
+
+
+def sizes(label: np.ndarray) -> np.ndarray:
+    """Return how many pixels each number of a label has, as `np.bincount` does.
+
+    Args:
+        label: any shape, int64, contiguous, not negative.
+    """
+    flat = label.ravel()
+    return _sizes(flat) if jit.ENABLED else np.bincount(flat)
+
+
+@jit.kernel
+def _sizes(flat):
+    largest = np.int64(-1)
+    for number in flat:
+        largest = max(largest, number)
+    size = np.zeros(largest + 1, np.int64)
+    for number in flat:
+        size[number] += 1
+    return size
 
 
 @jit.kernel

@@ -33,8 +33,7 @@ def mutex_watershed(
             number of axes) attract.
         mask: ([Z,] Y, X) boolean, what to partition.
         offsets: K displacements in array order.
-        stride: repulsive edges count at every so many pixels of the last two axes, from where the
-            mask begins.
+        stride: repulsive edges count where both places in the last two axes are multiples of it.
         exponent: power of the affinities that attract.
 
     Returns:
@@ -56,7 +55,7 @@ def mutex_watershed(
             f"affinities of shape {affinity.shape} do not fit {len(offsets)} offsets "
             f"{list(map(list, offsets))} and a mask of shape {mask.shape}"
         )
-    box = _around(mask)
+    box = _around(mask, stride)
     label = np.zeros(mask.shape, np.int64)
     if box is not None:
         counted = jit.ENABLED and affinity.dtype == np.uint8 and mask[box].size < MOST_PIXELS
@@ -88,15 +87,18 @@ def as_float(array: np.ndarray) -> np.ndarray:
     )
 
 
-def _around(mask: np.ndarray) -> Box | None:
-    """Return the smallest box with all of a mask; None if there is nothing in it."""
+def _around(mask: np.ndarray, stride: int) -> Box | None:
+    """Return the smallest box with all of a mask that begins at a multiple of the stride in the
+    last two axes; None if there is nothing in it.
+    """
     box = []
     for axis in range(mask.ndim):
         others = tuple(k for k in range(mask.ndim) if k != axis)
         there = np.flatnonzero(mask.any(others))
         if not there.size:
             return None
-        box.append(slice(int(there[0]), int(there[-1]) + 1))
+        first, step = int(there[0]), stride if axis >= mask.ndim - 2 else 1
+        box.append(slice(first - first % step, int(there[-1]) + 1))
     return tuple(box)
 
 

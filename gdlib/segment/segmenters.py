@@ -22,7 +22,7 @@ one entry of `SEGMENTERS` at the end of this file, and one of `PARAMETERS` in
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,13 @@ def used(segmenter: str, offsets: Offsets) -> Offsets:
     return offsets if segmenter.startswith("mutex_watershed") else offsets[: len(offsets[0])]
 
 
+def stride(segmenter: str, parameters: Mapping[str, Any]) -> int:
+    """Return every how many rows a segmenter looks at affinities other than those of nearest
+    neighbours: `Blockwise.stride` of the predictor.
+    """
+    return int(parameters["stride"]) if segmenter.startswith("mutex_watershed") else 1
+
+
 class Prepared:
     """One prediction, to be segmented again and again: what the changed parameters do not touch is
     kept.
@@ -109,14 +116,15 @@ def _without_small(label: np.ndarray, min_fragment: int, min_size: int) -> np.nd
     """Give segments below `min_fragment` to touching larger ones, then remove what is below
     `min_size`.
     """
-    size = np.bincount(label.ravel())
+    from gdlib.segment.fragments import given_away, sizes
+
+    label = label.astype(np.int64, order="C")
+    size = sizes(label)
     small = size < min_fragment
     small[:1] = False
     if small.any():
-        from gdlib.segment.fragments import given_away
-
-        label = given_away(label.astype(np.int64, order="C"), small)
-        size = np.bincount(label.ravel())
+        label = given_away(label, small)
+        size = sizes(label)
     wanted = (size >= min_size) & (size > 0)
     wanted[:1] = False
     return np.where(wanted, np.cumsum(wanted), 0).astype(np.uint32)[label]

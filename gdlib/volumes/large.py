@@ -68,6 +68,7 @@ def segment_in_blocks(
         _begin(folder, plan, settings)
         _check_space(folder, choice, len(plan["offsets"]) + 1, image)
         predictor.header = {**predictor.header, "offsets": plan["offsets"]}
+        predictor.stride = 1  # where a block with its overlap begins, its rows do
         _segments(predictor, source, plan, settings, grid, folder)
         segments, matches, numbers, labels = (
             folder / name for name in ("segments", "matches", "numbers.h5", "labels")
