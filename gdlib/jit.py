@@ -9,6 +9,7 @@ nothing is compiled, and what would be is done by torch or bioimage-cpp, more sl
 import contextlib
 import functools
 import hashlib
+import importlib
 import inspect
 import itertools
 import os
@@ -44,6 +45,21 @@ def kernel(function: Callable, **options: Any) -> Callable:
 
 # Sums may be made in another order than it is written: of many numbers at once.
 summing_kernel = functools.partial(kernel, fastmath={"reassoc", "nsz"})
+
+
+def without_blas() -> None:
+    """Keep Numba from looking for BLAS in SciPy when it gets ready: that takes a tenth of a second,
+    and no kernel here needs it. Others in this process could not call `np.dot` in theirs, so this
+    is for programs of our own.
+    """
+    from numba.np import linalg
+
+    def nothing() -> None:
+        raise ImportError
+
+    look, linalg.ensure_blas = linalg.ensure_blas, nothing
+    importlib.import_module("numba.np.arraymath")
+    linalg.ensure_blas = look
 
 
 def as_triples(offsets: Sequence[Sequence[int]], ndim: int) -> np.ndarray:

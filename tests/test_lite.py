@@ -250,6 +250,12 @@ def test_a_command_on_images_does_not_import_torch(image, tmp_path):
         assert said.splitlines()[-1] == "0 False"
     before = without_torch(code, *command, "--precision", "float32", "--out", tmp_path / "other")
     assert before.splitlines()[-1] == "0 True"
+    # Of a program of our own, Numba gets ready without SciPy, of which a kernel of others may need
+    # BLAS.
+    for call, wanted in (("main()", False), ("main(sys.argv[1:])", True)):
+        code = f"import sys; from gdlib.cli.main import main; {call}; print('scipy.linalg' in sys.modules)"
+        said = without_torch(code, "segment", given[0], "--overwrite", "--out", tmp_path / "out")
+        assert said.splitlines()[-1] == str(wanted)
     call = (
         "import sys, numpy, gdlib; found = gdlib.load().segment(numpy.zeros((64, 64), 'uint8'));"
         "print(found.max(), 'torch' in sys.modules)"
