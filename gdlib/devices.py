@@ -33,6 +33,8 @@ TOPOLOGY = Path("/sys/devices/system/cpu")  # of Linux
 # Linux). Where there is none of these, torch finds none.
 DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 LOOK_EVERY = 5.0  # seconds between two looks at GPUs that are all taken
+# Is this process the command `gdlib`, and not a program that uses this package?
+is_own = False
 _held: list[int] = []  # descriptors, open until the process ends
 _own = threading.local()  # of each thread: how many threads its computations have
 

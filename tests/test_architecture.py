@@ -55,7 +55,7 @@ ROOMS = {
     "report": "io evaluate config",
     "trained": "io data segment blockwise predict",
     "napari": "io data trained",
-    "cli": "io jit models evaluate data segment blockwise predict export config train volumes report "
+    "cli": "io models evaluate data segment blockwise predict export config train volumes report "
     "trained",
     "__main__": "cli",
 }

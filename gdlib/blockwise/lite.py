@@ -10,6 +10,7 @@ cannot be written, nothing is kept.
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gdlib import devices, io, jit
-from gdlib.blockwise import stored, vino
+from gdlib import devices, io
+from gdlib.blockwise import vino
 from gdlib.blockwise.blocks import Blockwise, Source
 from gdlib.boxes import Box, intersection, relative
 from gdlib.types import Prediction
@@ -169,6 +170,8 @@ class Lite(Blockwise):
 
     def predict(self, source: Source, box: Box, kept: Box | None = None) -> Prediction:
         """Predict one part of an image; see `Blockwise.predict`."""
+        from gdlib.blockwise import stored  # which is imported beside what runs the network
+
         reach = self.reach(source, box)
         image, frame = self.read(source, reach)
         inner, within = relative(box, frame), relative(reach, frame)
@@ -181,6 +184,34 @@ class Lite(Blockwise):
                 embedding, self.header["offsets"], inner, within, self.rows(box)
             )
             return Prediction(affinity, stored.foreground(logit[(0, *inner)]), wanted)
+
+
+class _Loops(threading.Thread):
+    """Gets what is compiled ready, which takes half a second, while OpenVINO reads a network."""
+
+    def __init__(self) -> None:
+        super().__init__(name="gdlib loops")
+        self._imported = threading.Event()
+        self._are_compiled = False
+
+    def run(self) -> None:
+        try:
+            from gdlib import jit
+
+            if devices.is_own:
+                jit.without_blas()
+            self._are_compiled = jit.ENABLED
+        finally:
+            self._imported.set()
+        if self._are_compiled:
+            from gdlib.blockwise import stored
+
+            stored.warm_up()
+
+    def are_compiled(self) -> bool:
+        """Wait until it is known whether they are."""
+        self._imported.wait()
+        return self._are_compiled
 
 
 def load(
@@ -209,7 +240,7 @@ def load(
         not (device == "cpu" or (device == "auto" and devices.has_only_cpu()))
         or engine not in ("openvino", "auto")
         or augment
-        or not (jit.ENABLED and vino.is_installed() and Path(weights).is_file())
+        or not (vino.is_installed() and Path(weights).is_file())
     ):
         return None
     path, units = io.int8_beside(weights), devices.int8_units()
@@ -226,7 +257,8 @@ def load(
     header = io.read_header(weights)
     io.check_trusted(weights, header)
     io.check_header(weights, header)
-    stored.warm_up()
+    loops = _Loops()
+    loops.start()
     try:
         model, about, basis = form(path, weights)
     except io.DataError:
@@ -234,7 +266,8 @@ def load(
             with contextlib.suppress(OSError):
                 path.unlink()
         return None
-    if (network := Facts.of(about)) is None:
+    network = Facts.of(about)
+    if network is None or not loops.are_compiled():
         return None
     run = vino.compiled(model, hint, at_once) if hint else run_by(model, at_once)
     kind = {"precision": f"torch.{precision}", "itemsize": itemsize, "at_once": at_once}

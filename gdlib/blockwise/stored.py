@@ -1,6 +1,5 @@
 """Affinities and foreground in 8 bits, as they are stored and segmented, of what a network says."""
 
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,15 +48,10 @@ def affinities(
 
 
 def warm_up() -> None:
-    """Get what is compiled ready, which takes a third of a second, in a thread of its own."""
-
-    def work() -> None:
-        one = np.ones((1, 2, 2), np.float32)
-        affinities(one, [(0, 1)], (slice(0, 2),) * 2, (slice(0, 2),) * 2)
-        foreground(one)
-
-    if jit.ENABLED:
-        threading.Thread(target=work).start()
+    """Get what is compiled ready, which takes a third of a second."""
+    one = np.ones((1, 2, 2), np.float32)
+    affinities(one, [(0, 1)], (slice(0, 2),) * 2, (slice(0, 2),) * 2)
+    foreground(one)
 
 
 def foreground(logit: np.ndarray) -> np.ndarray:

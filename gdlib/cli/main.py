@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None, parser: argparse.ArgumentParser | None =
     """
     try:
         words = sys.argv[1:] if argv is None else argv
+        devices.is_own = argv is None
         arguments = (parser or _parser(*words[:1])).parse_args(words)
-        arguments.is_program = argv is None  # and no function that is called in one of others
         if getattr(arguments, "threads", None):
             # Before torch and BLAS are imported, which read them once; of two, the special one
             # would win.

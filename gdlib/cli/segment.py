@@ -182,10 +182,6 @@ def _segment(arguments: argparse.Namespace) -> None:
     from gdlib.data.files import find_files, is_folder
     from gdlib.data.scale import factors
 
-    if arguments.is_program:
-        from gdlib import jit
-
-        jit.without_blas()
     if arguments.model is None:
         print(f"no --model is given: {trained.DEFAULT} is taken", file=sys.stderr)
     arguments.model = trained.find(arguments.model or trained.DEFAULT)
