@@ -368,13 +368,14 @@ def network(program: str, path: Path, threads: int) -> None:
     else:
         import torch
 
+        from gdlib.models import trained
         from gdlib.predict.predictor import Predictor
         from gdlib.trained import find
 
         torch.set_num_threads(threads)
         model, precision = precise(program)
         predictor = Predictor.load(find(model), precision=precision)
-        count = sum(p.numel() for p in predictor.network.parameters())
+        count = sum(p.numel() for p in trained(find(model))[0].parameters())
         sides = zip(image.shape, predictor.network.divisor, strict=True)
         ready = np.pad(image.astype(np.float32), [(0, -n % d) for n, d in sides], mode="reflect")
         ready = torch.from_numpy(ready[None] / ready.max())

@@ -17,6 +17,7 @@ from gdlib.data import intensity
 from gdlib.data.augment import empty_patches
 from gdlib.data.files import read_image
 from gdlib.data.intensity import (
+    STEPS,
     Negative,
     ground_is_elsewhere,
     intensity_range,
@@ -539,3 +540,15 @@ def test_an_empty_field_of_real_nuclei_is_told_from_all_others():
             np.testing.assert_array_equal(
                 intensity_range(copy, **learned), intensity_range(copy, **PERCENTILES)
             )
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (4, 4), (70, 9), (200, 130), (3, 80, 20), (2, 4, 3)])
+@pytest.mark.parametrize("step", STEPS)
+def test_noise_that_does_not_matter_is_told_from_a_part_of_the_lines(shape, step):
+    """As by all of them."""
+    parts = [np.random.default_rng(seed).normal(0, seed, shape).astype("f4") for seed in (1, 2)]
+    ripples = np.concatenate([intensity._ripples(part, step) for part in parts])
+    limits = [0.0, *np.quantile(ripples, [0.2, 0.49, 0.51, 0.9]), np.inf] if ripples.size else [1.0]
+    for limit in limits:
+        expected = 2 * np.count_nonzero(ripples <= limit) > ripples.size
+        assert intensity._mostly_below(parts, step, limit) == expected

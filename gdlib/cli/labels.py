@@ -90,7 +90,7 @@ def _tiff_options(
     return (
         {
             "compression": "zlib",
-            "compressionargs": {"level": 3},
+            "compressionargs": {"level": 1},
             "photometric": "minisblack",
             "software": mark,
         }
