@@ -94,6 +94,7 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
         weights = out / "weights.safetensors"
         predictor = Predictor.load(weights, device=bench.device, precision=bench.precision)
         parameters = predictor.header["segmentation"]["mutex_watershed"]
+        predictor.stride = parameters["stride"]
         offsets = predictor.header["offsets"]
         command = [
             "segment",
@@ -134,7 +135,11 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
                 prediction.affinity, prediction.foreground, offsets, "mutex_watershed", **parameters
             ),
             "write": lambda: tifffile.imwrite(
-                out / "label.tif", label, compression="zlib", photometric="minisblack"
+                out / "label.tif",
+                label,
+                compression="zlib",
+                compressionargs={"level": 1},
+                photometric="minisblack",
             ),
         }
         ms = {}

@@ -49,8 +49,8 @@ summing_kernel = functools.partial(kernel, fastmath={"reassoc", "nsz"})
 
 def without_blas() -> None:
     """Keep Numba from looking for BLAS in SciPy when it gets ready: that takes a tenth of a second,
-    and no kernel here needs it. Others in this process could not call `np.dot` in theirs, so this
-    is for programs of our own.
+    and no kernel here needs it. `np.convolve` in kernels of others in this process would be
+    compiled in another way, so this is for programs of our own.
     """
     from numba.np import linalg
 
@@ -58,8 +58,10 @@ def without_blas() -> None:
         raise ImportError
 
     look, linalg.ensure_blas = linalg.ensure_blas, nothing
-    importlib.import_module("numba.np.arraymath")
-    linalg.ensure_blas = look
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        linalg.ensure_blas = look
 
 
 def as_triples(offsets: Sequence[Sequence[int]], ndim: int) -> np.ndarray:
@@ -82,7 +84,7 @@ def place(line, depth, height):
 def on_lines(kernel: Callable, lines: int, *arguments: Any) -> None:
     """Call kernel(first, last, *arguments) for parts of the lines that together are all of them."""
     threads = devices.threads()
-    if threads == 1:
+    if threads == 1 or lines == 1:
         return kernel(0, lines, *arguments)
     parts = min(lines, PARTS * threads)
     edges = [lines * part // parts for part in range(parts + 1)] if parts else []

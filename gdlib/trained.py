@@ -196,7 +196,7 @@ def predictor(weights: Path, **kwargs: Any) -> "Blockwise":
     found = Predictor.load(weights, **kwargs)
     _ = found.run  # is made ready: only then it is sure which engine can
     if found.engine == "openvino" and found.precision.removeprefix("torch.") in lite.HINTS:
-        int8.keep(weights, found.network, found.header["channels"])
+        int8.keep(weights, found.network, found.header["channels"], found.basis)
     return found
 
 

@@ -215,23 +215,28 @@ class TestEveryNetwork:
     def test_shortened_vectors_have_the_same_lengths_and_angles(self, name):
         network = folded(randomise(narrow(name)))
         before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-        short = shortened(network)
+        random = torch.get_rng_state()
+        short, basis = shortened(network)
+        assert torch.equal(torch.get_rng_state(), random)
         assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
-        last = getattr(network, getattr(network, "last", ""), None)
+        last = getattr(network, getattr(network, "vectors_by", ""), None)
+        if last is None or last.in_channels + 1 >= last.out_channels:
+            assert short is network
+            assert basis is None
+            return
         image = small_image(network)
         with torch.no_grad():
             long, found = network(image), short(image)
+            assert short.double()(image.double()).embedding.dtype == torch.float64
         assert_same(long.foreground, found.foreground, network)
-        if last is None or last.in_channels + 1 >= last.out_channels:
-            assert short is network
-            return
         assert found.embedding.shape[1] == last.in_channels + 1
-        eye = torch.eye(last.in_channels + 1)
-        assert torch.allclose(short.basis.T @ short.basis, eye, atol=1e-6)
-        back = torch.einsum("dr,br...->bd...", short.basis, found.embedding)
-        assert torch.allclose(
-            back, long.embedding, rtol=1e-4, atol=1e-5 * long.embedding.abs().max()
-        )
+        assert torch.allclose(basis.T @ basis, torch.eye(last.in_channels + 1), atol=1e-6)
+        back = torch.einsum("dr,br...->bd...", basis, found.embedding)
+        largest = long.embedding.abs().max()
+        assert torch.allclose(back, long.embedding, rtol=1e-4, atol=1e-5 * largest)
+        with torch.no_grad():
+            last.weight[0] = torch.nan  # what a training that diverged has
+        assert shortened(network) == (network, None)
 
     def test_folded_for_inference_it_is_the_same_function(self, name):
         network = randomise(narrow(name)).double().train()
@@ -761,3 +766,26 @@ def test_networks_of_ones_own():
     for name in ("torch.nn:Nothing", "no_such_package:Thing"):
         with pytest.raises(UnknownName, match="cannot load network"):
             build(name, {})
+
+
+@pytest.mark.parametrize("last", ["vectors_by", None])
+def test_vectors_of_ones_own_network_are_shortened_if_it_says_by_what_they_are_made(last):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Conv2d(1, 8, 1)
+
+        def forward(self, image):
+            return self.last(image)
+
+    class Further(Own):
+        """It does not say so itself, and does more."""
+
+        def forward(self, image):
+            return self.last(image) + 1
+
+    if last is not None:
+        setattr(Own, last, "last")
+    basis = shortened(Own())[1]
+    assert (basis is not None) == (last == "vectors_by")
+    assert shortened(Further())[1] is None

@@ -104,10 +104,8 @@ def form(path: Path, weights: Path | str) -> Form:
 
 
 def lengthened(vectors: np.ndarray, basis: np.ndarray | None) -> np.ndarray:
-    """Return vectors (R, *sides) in all their dimensions, (D, *sides); those that have them as they
-    are.
-    """
-    if basis is None or len(vectors) != basis.shape[1]:
+    """Return vectors (R, *sides) in all their dimensions, (D, *sides)."""
+    if basis is None:
         return vectors
     return (basis @ vectors.reshape(len(vectors), -1)).reshape(-1, *vectors.shape[1:])
 

@@ -48,9 +48,11 @@ def affinities(
 
 
 def warm_up() -> None:
-    """Get what is compiled ready, which takes a third of a second."""
-    one = np.ones((1, 2, 2), np.float32)
-    affinities(one, [(0, 1)], (slice(0, 2),) * 2, (slice(0, 2),) * 2)
+    """Get what is compiled ready, which takes a third of a second. Of one line there are no parts,
+    which no thread would take any more when the program is about to end.
+    """
+    one, everything = np.ones((1, 1, 2), np.float32), (slice(0, 1), slice(0, 2))
+    affinities(one, [(0, 1)], everything, everything)
     foreground(one)
 
 

@@ -94,7 +94,7 @@ def _quantise(arguments: argparse.Namespace) -> None:
     keys = ("aji", "f1_50") if predictor.network.ndim == 2 else ("voi", "arand")
     agreement = {key: round(float(means[key]), 4) for key in keys}
     about = {"parts": len(parts), "agreement": agreement}
-    int8.save(out, model, weights, predictor.network, header["channels"], about)
+    int8.save(out, model, weights, predictor.network, header["channels"], predictor.basis, about)
     told = ", ".join(f"{METRICS[key].title} {value:.3f}" for key, value in agreement.items())
     print(
         f"{out}: {out.stat().st_size / 1e6:.1f} MB; in {len(parts)} parts of the images its "

@@ -80,7 +80,9 @@ def write(
     from gdlib.predict.predictor import Predictor
 
     check_installed(kind)
-    predictor = Predictor.load(weights, device="cpu", precision="float32", engine="torch")
+    predictor = Predictor.load(
+        weights, device="cpu", precision="float32", engine="torch", shorten=False
+    )
     about = {"weights_sha256": io.sha256(weights)}
     try:
         shape = predictor.source(image).shape  # does it fit?

@@ -12,8 +12,8 @@ The contract is `forward(image) -> Embedding` and these attributes of the class 
 | `margin` | pixels that the output is smaller than the image on each side; 0 if it pads |
 | `halo` | pixels of context that a block needs on each side: what is farther does not change it; |
 | | None if every pixel sees all |
-| `last` | name of the 1x1 convolution whose output are the vectors as they are, if there is one; |
-| | may be left out: vectors are then never shortened (see `shortened`) |
+| `vectors_by` | name of the 1x1 convolution whose output are the vectors as they are; written in |
+| | the class body itself, and left out where there is none (see `shortened`) |
 | `levels` | by name of a feature map its channels and its stride, in pixels per axis, from |
 | | coarse to fine |
 
@@ -199,7 +199,7 @@ def folded(network: nn.Module) -> nn.Module:
     return network
 
 
-def shortened(network: nn.Module) -> nn.Module:
+def shortened(network: nn.Module) -> tuple[nn.Module, Tensor | None]:
     """Return a copy for inference whose vectors are shorter, with the same lengths and angles.
 
     Vectors of D numbers that one convolution makes of C channels and a bias span no more than C + 1
@@ -211,21 +211,25 @@ def shortened(network: nn.Module) -> nn.Module:
         network: without batch normalisation (see `folded`).
 
     Returns:
-        With the buffer `basis`, (D, C + 1) with orthonormal columns: `basis` times a vector is that
-        of the network given. Where there is nothing to shorten, what was given.
+        The copy, and the basis, (D, C + 1) float32 on the CPU with orthonormal columns: it times a
+        vector is that of the network given. Where there is nothing to shorten, that network and
+        None.
     """
-    last = getattr(network, getattr(network, "last", ""), None)
+    # of the class itself: a subclass may go on with what the convolution says
+    last = getattr(network, vars(type(network)).get("vectors_by", ""), None)
     if last is None or last.out_channels <= last.in_channels + (last.bias is not None):
-        return network
+        return network, None
     parts = [last.weight.flatten(1)] + ([] if last.bias is None else [last.bias[:, None]])
-    basis, values, rows = torch.linalg.svd(torch.cat(parts, 1).double(), full_matrices=False)
-    rows = (values[:, None] * rows).float()
+    whole = torch.cat(parts, 1).detach().cpu().double()  # some devices have no doubles
+    if not whole.isfinite().all():
+        return network, None
+    basis, values, rows = torch.linalg.svd(whole, full_matrices=False)
+    rows = (values[:, None] * rows).to(last.weight)
     network = copy.deepcopy(network)
-    short = type(last)(last.in_channels, len(rows), 1, bias=last.bias is not None)
-    with torch.no_grad():
-        short.weight.copy_(rows[:, : last.in_channels].reshape(short.weight.shape))
-        if short.bias is not None:
-            short.bias.copy_(rows[:, -1])
-    setattr(network, network.last, short.to(last.weight.device).requires_grad_(False))
-    network.register_buffer("basis", basis.float())
-    return network.eval()
+    last = getattr(network, network.vectors_by)
+    weight = rows[:, : last.in_channels].reshape(-1, *last.weight.shape[1:])
+    last.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if last.bias is not None:
+        last.bias = nn.Parameter(rows[:, -1].contiguous(), requires_grad=False)
+    last.out_channels = len(rows)
+    return network, basis.float()

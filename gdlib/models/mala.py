@@ -71,7 +71,7 @@ class MALA(nn.Module):
     divisor = (1, 27, 27)
     remainder = (0, 2, 2)
     margin = halo = (14, 106, 106)
-    last = "embedding"
+    vectors_by = "embedding"
 
     def __init__(
         self,

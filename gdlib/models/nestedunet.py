@@ -47,7 +47,7 @@ class NestedUNet(nn.Module):
     ndim = 2
     divisor = (16, 16)
     remainder = margin = (0, 0)
-    last = "embedding"
+    vectors_by = "embedding"
 
     def __init__(
         self,

@@ -81,7 +81,7 @@ class ResUNet(nn.Module):
     # Of the blocks before each pool, and of those that meet their maps again.
     kernels = ((3, 3), (3, 3), (3, 3), (3, 3))
     remainder = margin = (0, 0)
-    last = "embedding"
+    vectors_by = "embedding"
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class ResUNet3D(ResUNet):
     divisor = (2, 16, 16)
     kernels = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
     remainder = margin = (0, 0, 0)
+    vectors_by = "embedding"
 
     def __init__(
         self,

@@ -135,6 +135,7 @@ def save(
     weights: Path | str,
     network: torch.nn.Module,
     channels: int,
+    basis: Tensor | None,
     about: Mapping[str, Any],
 ) -> None:
     """Write what `quantised` returned.
@@ -145,34 +146,38 @@ def save(
         weights: file of the network.
         network: what was quantised.
         channels: of its images.
+        basis: of its vectors, if they are shortened (see `gdlib.models.shortened`).
         about: plain data, of how it was made.
     """
     with TemporaryDirectory() as folder:
         files = [Path(folder, f"network.{part}") for part in PARTS]
         vino.library().serialize(model, *files)
         read = [torch.from_numpy(np.fromfile(file, np.uint8)) for file in files]
-    if hasattr(network, "basis"):
-        read.append(network.basis.cpu())
+    if basis is not None:
+        read.append(basis)
     header = {io.INT8_OF: io.sha256(weights), "openvino": vino.library().__version__, **about}
     if network.halo is not None:
         header[lite.FACTS] = facts(network, channels)
     io.save_weights(path, dict(zip((*PARTS, lite.BASIS), read, strict=False)), header)
 
 
-def keep(weights: Path | str, network: torch.nn.Module, channels: int) -> None:
+def keep(
+    weights: Path | str, network: torch.nn.Module, channels: int, basis: Tensor | None
+) -> None:
     """Keep a network as OpenVINO has it, for `lite.load`; where that cannot be, nothing is done.
 
     Args:
         weights: file of the network.
         network: without batch normalisation (see `models.folded`), on the CPU.
         channels: of its images.
+        basis: see `save`.
     """
     path = lite.kept(weights)
     if path is None or path.exists() or network.halo is None:
         return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, engine.converted(network, channels), weights, network, channels, {})
+        save(path, engine.converted(network, channels), weights, network, channels, basis, {})
         others = sorted(path.parent.glob(f"*{lite.KEPT}"), key=lambda one: one.stat().st_mtime)
         for old in others[: -lite.MOST]:
             old.unlink()

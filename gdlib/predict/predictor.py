@@ -51,6 +51,8 @@ class Predictor(Blockwise):
             the mean of all affinities, and of all foregrounds. Takes eight times as long.
         at_once: how many threads may use it at the same time, each with an image (see
             `engine.make_engine`).
+        shorten: compute with shorter vectors of the same lengths and angles where there are (see
+            `gdlib.models.shortened`); those that are returned have their own length.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Predictor(Blockwise):
         invert: bool = False,
         augment: bool = False,
         at_once: int = 1,
+        shorten: bool = True,
     ) -> None:
         self.at_once = at_once
         self.views = range(VIEWS if augment else 1)
@@ -83,7 +86,10 @@ class Predictor(Blockwise):
         self.dtype = choose_precision(precision, self.device)
         self.wanted_engine = engine
         self.engine = choose_engine(engine, self.device)
-        super().__init__(shortened(folded(network)).to(self.device), header, block, invert)
+        network, self.basis = folded(network), None
+        if shorten:
+            network, self.basis = shortened(network)
+        super().__init__(network.to(self.device), header, block, invert)
 
     @property
     def precision(self) -> str:
@@ -110,7 +116,7 @@ class Predictor(Blockwise):
             return cls._load(weights, engine, **kwargs)
         kwargs = check_onnx(weights, engine, **kwargs)
         network, header = untrained(weights, *io.HEADER)
-        predictor = cls(network, header, **kwargs)
+        predictor = cls(network, header, shorten=False, **kwargs)
         predictor.engine, predictor.run = ONNX, onnx_engine(weights, header["channels"])
         return predictor
 
@@ -128,8 +134,8 @@ class Predictor(Blockwise):
         predictor = cls(network, header, engine=engine, **kwargs)
         predictor.engine, predictor.dtype = "openvino", torch.int8
         predictor.run = int8.compiled(form.model, predictor.at_once)
-        if form.basis is not None:  # that of the network may be another one, of the same space
-            predictor.network.basis = torch.from_numpy(form.basis)
+        # that of the network may be another one, of the same space
+        predictor.basis = None if form.basis is None else torch.from_numpy(form.basis)
         return predictor
 
     @torch.inference_mode()
@@ -150,7 +156,7 @@ class Predictor(Blockwise):
             foreground.add(quantised_foreground(logit[(0, *inner)]))
             if kept is not None and wanted is None:
                 part = relative(intersection(box, kept), frame)
-                wanted = self._lengthened(embedding[(slice(None), *part)]).cpu().numpy()
+                wanted = self.lengthened(embedding[(slice(None), *part)]).cpu().numpy()
         return Prediction(affinity.rounded(), foreground.rounded(), wanted)
 
     def alive(self, shape: Sequence[int]) -> tuple[float, int]:
@@ -165,7 +171,7 @@ class Predictor(Blockwise):
         """
         (embedding, foreground, *_), frame = self._around(source, box)
         inner = relative(box, frame)
-        return self._lengthened(embedding[(slice(None), *inner)]), foreground[(0, *inner)]
+        return self.lengthened(embedding[(slice(None), *inner)]), foreground[(0, *inner)]
 
     @torch.inference_mode()
     def features(self, source: Source, box: Box) -> dict[str, tuple[Tensor, Box, tuple[int, ...]]]:
@@ -199,12 +205,11 @@ class Predictor(Blockwise):
             found[level] = feature[(slice(None), *inner)], voxels, corner
         return found
 
-    def _lengthened(self, vectors: Tensor) -> Tensor:
-        """Return vectors (R, *sides) in all their dimensions; see `lite.lengthened`."""
-        basis = getattr(self.network, "basis", None)
-        if basis is None or len(vectors) != basis.shape[1]:
+    def lengthened(self, vectors: Tensor) -> Tensor:
+        """Return vectors of `forward`, (R, *sides), in all their dimensions, (D, *sides)."""
+        if self.basis is None:
             return vectors
-        return torch.tensordot(basis.to(vectors.device), vectors, 1)
+        return torch.tensordot(self.basis.to(vectors.device), vectors, 1)
 
     def _around(self, source: Source, box: Box) -> tuple[tuple[Tensor, ...], Box]:
         """Return all that the network says, (C, *sides) each, and of which part of the image."""

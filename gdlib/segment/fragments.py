@@ -1,10 +1,9 @@
 """Small segments, given to larger ones that they touch: the loops, compiled.
 
 They go level by level: a pixel of a small segment that has neighbours in a larger one becomes part
-of it,
-then its neighbours in small ones, and so on. Of several larger ones it takes the first in the order
-of the neighbours: that of the array within a section, then other sections, which are farther away
-in most volumes. What has no way to a larger one stays.
+of it, then its neighbours in small ones, and so on. Of several larger ones it takes the first in
+the order of the neighbours: that of the array within a section, then other sections, which are
+farther away in most volumes. What has no way to a larger one stays.
 """
 
 import numpy as np

@@ -44,7 +44,7 @@ def mutex_watershed(
         ValueError: a stride or exponent out of range, or shapes that do not fit: compiled code
             would not notice.
     """
-    from gdlib import jit  # takes a fifth of a second, and other segmenters need none
+    from gdlib import jit  # takes a fifth of a second, and a configuration needs none
 
     stride = limits.checked("stride", limits.Stride, stride)
     exponent = limits.checked("exponent", limits.Positive, exponent)

@@ -159,7 +159,7 @@ def _say_size(
             for n, m in zip(legal_shape(network, [1] * network.ndim), network.margin, strict=True)
         ]
         embedding, _ = predictor.forward(torch.zeros(predictor.header["channels"], *sides))
-        size = 2 * (len(embedding) + 1) * sum(map(math.prod, shapes))
+        size = 2 * (len(predictor.lengthened(embedding)) + 1) * sum(map(math.prod, shapes))
     said = (
         f"{' and '.join(parts) or 'nothing'} of {len(shapes)} images: {size / 1e6:,.1f} MB, "
         "twice as much while it is made"
