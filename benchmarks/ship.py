@@ -3,7 +3,7 @@ want to know of it.
 
     python -m benchmarks.ship worms RUN DATA
     python -m benchmarks.ship neurons_plain RUN DATA
-    python -m benchmarks.ship neurons RUN DATA --teacher "neurons_plain, seen in 8 ways" WEIGHTS
+    python -m benchmarks.ship neurons_distilled RUN DATA --teacher "neurons_plain, seen in 8 ways" W
 
 RUN is the folder of a run of `study=models`, DATA that of its prepared dataset. What is added to
 the header: `purpose`; `data`, where the images are from; `test`, the mean score over test images;
@@ -24,6 +24,7 @@ PURPOSES = {
     "nuclei": "cell nuclei in fluorescence images, bright on dark",
     "worms": "C. elegans in bright field",
     "neurons": "neurons in volumes of serial-section electron microscopy",
+    "neurons_distilled": "neurons in volumes of serial-section electron microscopy",
     "neurons_plain": "neurons in volumes of serial-section electron microscopy",
 }
 METRICS = {
