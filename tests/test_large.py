@@ -454,6 +454,17 @@ def test_an_image_in_blocks_is_that_of_one_piece(field, one_piece, limited, caps
     assert here[np.unique(one_piece[far])[1:] - 1].all()
 
 
+def test_rows_of_a_stride_in_blocks(field, teacher, limited, tmp_path):
+    """Blocks with their overlap begin at no multiple of it."""
+    limited(field, "--set", "stride=3", share=0.8)
+    command = ["segment", field, "--model", teacher, "--out", tmp_path / "one", *AS]
+    assert main([str(part) for part in [*command, "--set", "stride=3"]]) == 0
+    whole, label = (tifffile.imread(out / "field.tif") for out in (tmp_path / "one", limited.out))
+    assert whole.max() > 800
+    assert matched(whole, label).mean() > 0.99
+    assert matched(label, whole).mean() > 0.99
+
+
 def test_a_dataset_in_blocks(field, one_piece, limited, tmp_path):
     with h5py.File(tmp_path / "field.h5", "w") as file:
         data = file.create_dataset("volumes/raw", data=tifffile.imread(field), chunks=(100, 100))

@@ -122,6 +122,20 @@ def test_wrong_parameters_are_told_before_anything_is_computed(model):
         model.segment(np.zeros(3), stride=0)
 
 
+def test_every_call_has_its_own_stride(teacher, squares):
+    """What a network is asked for is that of the call, and not of the one before."""
+    image, model = squares(0)[0], gdlib.load(teacher, device="cpu", precision="float32")
+    found = Predictor.load(teacher, device="cpu", precision="float32")(image)
+    for stride in (4, 1, 3, 5):
+        labels = model.segment(image, segmenter="mutex_watershed", stride=stride)
+        parameters = model.info["segmentation"]["mutex_watershed"] | {"stride": stride}
+        expected = segment(
+            found.affinity, found.foreground, model.info["offsets"], "mutex_watershed", **parameters
+        )
+        np.testing.assert_array_equal(labels, expected)
+        np.testing.assert_array_equal(model.predict(image).affinity, found.affinity)
+
+
 def test_names_and_files(tmp_path, monkeypatch, teacher):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "cells.safetensors").write_bytes(teacher.read_bytes())
