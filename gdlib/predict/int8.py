@@ -153,12 +153,13 @@ def save(
         files = [Path(folder, f"network.{part}") for part in PARTS]
         vino.library().serialize(model, *files)
         read = [torch.from_numpy(np.fromfile(file, np.uint8)) for file in files]
+    parts = dict(zip(PARTS, read, strict=True))
     if basis is not None:
-        read.append(basis)
+        parts[lite.BASIS] = basis
     header = {io.INT8_OF: io.sha256(weights), "openvino": vino.library().__version__, **about}
     if network.halo is not None:
         header[lite.FACTS] = facts(network, channels)
-    io.save_weights(path, dict(zip((*PARTS, lite.BASIS), read, strict=False)), header)
+    io.save_weights(path, parts, header)
 
 
 def keep(
