@@ -231,9 +231,13 @@ def bfloat16_units() -> list[str]:
     return _units({"AMX": "amx_bf16", "AVX512-BF16": "avx512_bf16"})
 
 
-def int8_units() -> list[str]:
-    """Return the units of this processor that multiply in 8 bits, by the names of their makers."""
-    return _units({"AMX": "amx_int8", "AVX512-VNNI": "avx512_vnni", "AVX-VNNI": "avx_vnni"})
+def int8_pays() -> bool:
+    """Is this processor faster in 8 bits than in float32?
+
+    With AVX2 it is. ResUNet-tiny took 0.6 of the time on an AMD EPYC that has nothing more (Zen
+    3), 0.36 to 0.39 with AVX512-VNNI. Other units for 8 bits come with AVX2.
+    """
+    return bool(_units({"AVX2": "avx2"}))
 
 
 def _units(known: dict[str, str]) -> list[str]:

@@ -10,15 +10,15 @@ import torch
 from gdlib import io, trained
 from gdlib.blockwise import vino
 from gdlib.cli.main import main
-from gdlib.devices import int8_units
+from gdlib.devices import int8_pays
 from gdlib.evaluate import scores
 from gdlib.predict import int8
 from gdlib.predict.predictor import Predictor
 from gdlib.registry import SOURCES
 
 usable = pytest.mark.skipif(
-    not (int8.MEASURED in int8_units() and importlib.util.find_spec("openvino")),
-    reason='needs a processor with AVX512-VNNI, and pip install "gdlib[fast]"',
+    not (int8_pays() and importlib.util.find_spec("openvino")),
+    reason='needs a processor with AVX2, and pip install "gdlib[fast]"',
 )
 
 
@@ -71,10 +71,9 @@ def test_it_is_taken_where_nothing_else_is_asked_for(nuclei):
 
 
 @usable
-def test_where_it_was_not_measured_it_is_asked_for(nuclei, monkeypatch):
-    monkeypatch.setattr(int8, "int8_units", lambda: ["AVX-VNNI"])
+def test_it_is_not_taken_where_it_would_be_slower(nuclei, monkeypatch):
+    monkeypatch.setattr(int8, "int8_pays", lambda: False)
     assert Predictor.load(nuclei, device="cpu").dtype != torch.int8
-    assert Predictor.load(nuclei, device="cpu", precision="int8").dtype == torch.int8
 
 
 def test_who_asks_for_it_is_told_why_not(nuclei, monkeypatch):
@@ -87,9 +86,9 @@ def test_who_asks_for_it_is_told_why_not(nuclei, monkeypatch):
     monkeypatch.setattr(vino, "is_installed", lambda name: False)
     assert "gdlib[fast]" in reason(device="cpu")
     monkeypatch.setattr(vino, "is_installed", lambda name: True)
-    monkeypatch.setattr(int8, "int8_units", list)
-    assert "VNNI" in reason(device="cpu")
-    monkeypatch.setattr(int8, "int8_units", lambda: ["VNNI"])
+    monkeypatch.setattr(int8, "int8_pays", lambda: False)
+    assert "AVX2" in reason(device="cpu")
+    monkeypatch.setattr(int8, "int8_pays", lambda: True)
     io.int8_beside(nuclei).unlink()
     assert "no nuclei.int8.safetensors" in reason(device="cpu")
 

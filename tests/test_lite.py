@@ -20,12 +20,8 @@ from gdlib.registry import SOURCES
 from gdlib.volumes.footprint import Need
 
 usable = pytest.mark.skipif(
-    not (
-        lite.MEASURED in devices.int8_units()
-        and importlib.util.find_spec("openvino")
-        and jit.ENABLED
-    ),
-    reason='needs a processor with AVX512-VNNI, and pip install "gdlib[fast]"',
+    not (devices.int8_pays() and importlib.util.find_spec("openvino") and jit.ENABLED),
+    reason='needs a processor with AVX2, and pip install "gdlib[fast]"',
 )
 NUCLEI = trained.find("nuclei")
 KEPT = {"device": "cpu", "precision": "int8"}
@@ -43,6 +39,11 @@ def nuclei(tmp_path):
 def image():
     counts = {"images": dict.fromkeys(("train", "val", "test"), 1)}
     return next(iter(SOURCES.make("nuclei_phantom", None, **counts)["test"])).image
+
+
+def same(one, other):
+    """Are vectors the same, but for the order in which two libraries sum?"""
+    return np.allclose(one, other, rtol=0, atol=1e-5)
 
 
 def rewritten(weights, **changes):
@@ -65,7 +66,7 @@ def test_it_says_what_the_network_says_with_torch(image, options):
     )
     mine, theirs = (tool(image[:, :150, :170], keep_embedding=True) for tool in (other, one))
     assert np.array_equal(mine.affinity, theirs.affinity)
-    assert np.array_equal(mine.embedding, theirs.embedding)
+    assert same(mine.embedding, theirs.embedding)
     assert np.array_equal(mine.foreground, theirs.foreground)
     assert mine.foreground.max() > 200
 
@@ -95,10 +96,8 @@ def test_it_is_taken_where_it_is_the_same(nuclei, monkeypatch, tmp_path):
     assert isinstance(lite.load(nuclei, device="cpu"), lite.Lite)
     monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path / "nothing"),))
     assert isinstance(lite.load(nuclei), lite.Lite)
-    monkeypatch.setattr(devices, "int8_units", lambda: ["AVX-VNNI"])  # was not measured
+    monkeypatch.setattr(devices, "int8_pays", lambda: False)
     assert lite.load(nuclei, device="cpu") is None
-    assert isinstance(lite.load(nuclei, **KEPT), lite.Lite)
-    monkeypatch.setattr(devices, "int8_units", list)
     assert lite.load(nuclei, **KEPT) is None
 
 
@@ -142,8 +141,9 @@ def test_a_network_is_kept_as_it_was_converted(name, precision, shape, monkeypat
         assert getattr(first, name) == getattr(second, name)
     image = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
     one, other = (tool(image, keep_embedding=True) for tool in (first, second))
-    for name in ("affinity", "foreground", "embedding"):
-        assert np.array_equal(getattr(one, name), getattr(other, name))
+    assert np.array_equal(one.affinity, other.affinity)
+    assert np.array_equal(one.foreground, other.foreground)
+    assert same(one.embedding, other.embedding)
     about = ("multicut" if len(shape) == 4 else "mutex_watershed", {})
     assert Need(first, *about)(shape[1:]) == pytest.approx(
         Need(second, *about)(shape[1:]), rel=1e-3
@@ -289,24 +289,24 @@ def test_there_are_as_many_threads_as_torch_takes(given):
 
 def test_units_of_the_processor(monkeypatch, tmp_path):
     capable = getattr(torch.cpu, "get_capabilities", dict)()
-    if "avx512_vnni" in capable and devices.CPUINFO.exists():
-        assert ("AVX512-VNNI" in devices.int8_units()) == bool(capable["avx512_vnni"])
-        assert ("AMX" in devices.int8_units()) == bool(capable.get("amx_int8"))
+    if "avx2" in capable and devices.CPUINFO.exists():
+        assert devices.int8_pays() == bool(capable["avx2"])
         assert ("AVX512-BF16" in devices.bfloat16_units()) == bool(capable.get("avx512_bf16"))
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(
-        "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_vnni avx512_bf16x\n"
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512_bf16x\n"
     )
     monkeypatch.setattr(devices, "CPUINFO", cpuinfo)
-    assert devices.int8_units() == ["AVX512-VNNI"]
+    assert devices.int8_pays()
     assert devices.bfloat16_units() == []
     cpuinfo.write_text("flags\t: amx_int8 amx_bf16 avx_vnni avx512_bf16\n")
-    assert devices.int8_units() == ["AMX", "AVX-VNNI"]
+    assert not devices.int8_pays()
     assert devices.bfloat16_units() == ["AMX", "AVX512-BF16"]
     cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n")  # of ARM
-    assert devices.int8_units() == devices.bfloat16_units() == []
+    assert not devices.int8_pays()
+    assert devices.bfloat16_units() == []
     cpuinfo.unlink()  # not Linux: torch is asked
-    assert set(devices.int8_units()) <= {"AMX", "AVX512-VNNI", "AVX-VNNI"}
+    assert devices.int8_pays() == bool(capable.get("avx2"))
 
 
 @pytest.mark.skipif(not jit.ENABLED, reason="nothing is compiled here")

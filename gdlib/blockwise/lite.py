@@ -29,7 +29,6 @@ NAME = "int8"
 PARTS = ("xml", "bin")  # of OpenVINO's own form, as bytes
 BASIS = "basis"  # of vectors that it gives shortened (see `gdlib.models.shortened`)
 FACTS = "network"  # of the header of such a file
-MEASURED = "AVX512-VNNI"  # AMX comes with it; others are taken by who asks for 8 bits alone
 KEPT = ".network.safetensors"  # ending of the names of what is kept
 MOST = 16  # networks
 HINTS = {"float32": ("f32", 4), "bfloat16": ("bf16", 2)}  # OpenVINO's names, and bytes
@@ -228,7 +227,7 @@ def load(
     Args:
         weights: of the network itself.
         device: name, or `auto`.
-        precision: of the arithmetic; `auto` takes 8 bits where that was measured to be faster.
+        precision: of the arithmetic; `auto` takes 8 bits where there are such and that is faster.
         engine: `openvino` or `auto`.
         augment: not done here.
         at_once: see `vino.compiled`.
@@ -241,10 +240,10 @@ def load(
         or not (vino.is_installed() and Path(weights).is_file())
     ):
         return None
-    path, units = io.int8_beside(weights), devices.int8_units()
-    if precision == NAME or (precision == "auto" and MEASURED in units and path.is_file()):
+    path, pays = io.int8_beside(weights), devices.int8_pays()
+    if precision == NAME or (precision == "auto" and pays and path.is_file()):
         hint, itemsize, precision = "", 1, NAME
-        path = path if units else None
+        path = path if pays else None
     else:
         if precision == "auto":
             precision = "bfloat16" if devices.bfloat16_pays() else "float32"
