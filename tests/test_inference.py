@@ -221,7 +221,8 @@ REAL = {
     "nestedunet": (trained("nestedunet", widths=[4, 4, 6, 8, 8]), (40, 330), [(40, 64)]),
     # Longer than the halo of the last two of three blocks, so that they do not see everything.
     "mobilenetv2": (trained("mobilenetv2"), (20, 300), [(20, 96)]),
-    "shuffleunet": (trained("shuffleunet"), (20, 480), [(20, 160)]),
+    "leanunet": (trained("leanunet", widths=[2, 2, 3, 4, 4]), (40, 330), [(40, 64)]),
+    "leanunet3d": (trained("leanunet3d", widths=[2, 2, 3, 4, 4]), (12, 40, 330), [(4, 40, 64)]),
     "enet": (trained("enet"), (20, 1300), [(20, 440)]),
     "erfnet": (trained("erfnet"), (20, 1300), [(20, 440)]),
     "espnet": (trained("espnet"), (20, 1700), [(20, 560)]),

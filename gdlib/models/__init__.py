@@ -118,7 +118,8 @@ def normed(convolution: nn.Module, activation: nn.Module | None = None) -> nn.Se
     """Return a convolution, its batch normalisation and an activation, named so that `folded` finds
     them.
     """
-    parts = {"convolve": convolution, "convolve_norm": nn.BatchNorm2d(convolution.out_channels)}
+    norm = nn.BatchNorm2d if convolution.weight.ndim == 4 else nn.BatchNorm3d
+    parts = {"convolve": convolution, "convolve_norm": norm(convolution.out_channels)}
     return nn.Sequential(
         OrderedDict(parts if activation is None else parts | {"activate": activation})
     )
