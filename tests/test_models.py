@@ -209,9 +209,7 @@ class TestEveryNetwork:
         dead = {key for key in parameters if size[key] < 1e-11 * max(size.values())}
         # As published, these have shifts that the next normalisation takes away.
         kept = {"mobilenetv2": ("convolve_norm.bias",), "segformer": ("stages.3.settle.bias",)}
-        kept |= dict.fromkeys(
-            ("resunet", "resunet3d", "ensemble"), ("enter.bias", "leave.bias")
-        )
+        kept |= dict.fromkeys(("resunet", "resunet3d", "ensemble"), ("enter.bias", "leave.bias"))
         assert {key for key in dead if not key.endswith(kept.get(name, ()))} == set()
 
     def test_shortened_vectors_have_the_same_lengths_and_angles(self, name):
@@ -602,6 +600,87 @@ def test_resunet_equals_the_unfused_network(name, pooled_skips):
         *(n // d for n, d in zip(shape, (2, 8, 8)[-len(shape) :], strict=True)),
     )
     assert network.divisor == tuple(math.prod(sides) for sides in zip(*pools, strict=True))
+
+
+# --- LeanUNet -------------------------------------------------------------------------------------------------------
+
+# Kernels of five levels, and the pools between them, as the documentation says.
+LEAN = {
+    "leanunet": ([(3, 3)] * 5, [(2, 2)] * 4),
+    "leanunet3d": ([(1, 3, 3)] + [(3, 3, 3)] * 4, PLANS["resunet3d"][1]),
+}
+
+
+def convolved(x, layer, kernel):
+    """A convolution as a sum over its taps, and then its normalisation."""
+    weight, norm = layer.convolve.weight, layer.convolve_norm
+    assert tuple(weight.shape[2:]) == kernel
+    assert layer.convolve.bias is None
+    sides = x.shape[2:]
+    padded = nn.functional.pad(x, [n // 2 for n in reversed(kernel) for _ in range(2)])
+    out = 0
+    for tap in itertools.product(*map(range, kernel)):
+        part = padded[(..., *(slice(t, t + n) for t, n in zip(tap, sides, strict=True)))]
+        out = out + torch.einsum("dc,bc...->bd...", weight[(..., *tap)], part)
+    return normalised(out, norm)
+
+
+def spread(x, layer, pool):
+    """Every pixel becomes as many as its window has, each by a matrix of its own."""
+    weight = layer.convolve.weight
+    assert tuple(weight.shape[2:]) == pool
+    sides = [n * p for n, p in zip(x.shape[2:], pool, strict=True)]
+    out = x.new_zeros(len(x), weight.shape[1], *sides)
+    for tap in itertools.product(*map(range, pool)):
+        places = tuple(slice(t, None, p) for t, p in zip(tap, pool, strict=True))
+        out[(..., *places)] = torch.einsum("cd,bc...->bd...", weight[(..., *tap)], x)
+    return normalised(out, layer.convolve_norm)
+
+
+def normalised(x, norm):
+    column = (-1, *[1] * (x.ndim - 2))
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return (x - norm.running_mean.reshape(column)) * scale.reshape(column) + norm.bias.reshape(
+        column
+    )
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_leanunet_equals_its_description(name):
+    kernels, pools = LEAN[name]
+    network = randomise(build(name, {"widths": (2, 3, 4, 5, 6), "in_channels": 2})).double().eval()
+    shape = (4, 32, 48)[-len(kernels[0]) :]
+    image = torch.randn(2, 2, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        x, skips, features = image, [], {}
+        for level, kernel in enumerate(kernels):
+            x = shrink(x, pools[level - 1]) if level else x
+            for layer in network.down[level]:
+                x = convolved(x, layer, kernel).clamp(min=0)
+            skips.append(x)
+        for number, level in enumerate((3, 2, 1, 0)):
+            kernel, pool = kernels[level], pools[level]
+            side = convolved(skips[level], network.skip[number], kernel)
+            x = (side + spread(x, network.below[number], pool)).clamp(min=0)
+            x = convolved(x, network.up[number], kernel).clamp(min=0)
+            features[f"stride{2**level}"] = x
+        output = network(image)
+    for head in ("embedding", "foreground"):
+        layer = getattr(network, head)
+        expected = torch.einsum("dc,bc...->bd...", layer.weight.flatten(1), x)
+        expected = expected + layer.bias.reshape(-1, *[1] * len(shape))
+        torch.testing.assert_close(getattr(output, head), expected)
+    assert list(output.features) == list(features)
+    for key, feature in features.items():
+        torch.testing.assert_close(output.features[key], feature)
+    assert network.divisor == tuple(math.prod(sides) for sides in zip(*pools, strict=True))
+
+
+def test_leanunet_has_less_than_a_hundredth_of_the_teachers_parameters():
+    teacher = count_parameters("resunet", {"widths": (32, 64, 179, 349, 680)})["total"]
+    assert count_parameters("leanunet", {})["total"] < 0.01 * teacher
+    teacher = count_parameters("resunet3d", {"widths": (32, 64, 128, 256, 512)})["total"]
+    assert count_parameters("leanunet3d", {})["total"] < 0.01 * teacher
 
 
 # --- MALA -----------------------------------------------------------------------------------------------------------
