@@ -233,8 +233,9 @@ def test_the_header_is_enough_to_use_the_weights(teacher, splits):
     assert_same_scores(scores_of(teacher, splits["val"]), io.read_header(teacher)["validation"])
 
 
+@pytest.mark.parametrize(("pq", "kept"), [((0.7, 0.6), 0), ((0.7, 0.7), 0), ((0.6, 0.7), 1)])
 def test_the_kept_weights_are_those_of_the_best_validation(
-    train, make_spec, splits, tmp_path, monkeypatch
+    train, make_spec, splits, tmp_path, monkeypatch, pq, kept
 ):
     marks = iter([0.1, 0.9, 0.9, 0.5])
     seen, tuned, tune = [], [], loop.Validator.tune
@@ -247,20 +248,30 @@ def test_the_kept_weights_are_those_of_the_best_validation(
         return {**dict.fromkeys(METRICS, 0.0), "pq": next(marks)}
 
     monkeypatch.setattr(loop.Validator, "__call__", validator)
-    monkeypatch.setattr(
-        loop.Validator, "tune", lambda self, net: tuned.append(copy_of(net)) or tune(self, net)
-    )
+
+    def recorded(self, network):
+        tuned.append(copy_of(network))
+        parameters, scores = tune(self, network)
+        scores["mutex_watershed"]["pq"] = pq[len(tuned) - 1]
+        return parameters, scores
+
+    monkeypatch.setattr(loop.Validator, "tune", recorded)
     train(make_spec(validate_every=2, steps=8, selection="pq", optimizer={"lr": 0.05}), tmp_path)
+    # Tuned are the first of those that were best while training, and the last, each on the whole
+    # split, not on the images used while training; the better one is kept.
+    for state, one in zip(tuned, (seen[1], seen[3]), strict=True):
+        assert all(torch.equal(tensor, one[name]) for name, tensor in state.items())
     state, header = io.load_weights(tmp_path / "weights.safetensors")
-    assert header["step"] == 4  # the first of equals
-    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in state.items())
-    last, _ = io.load_weights(tmp_path / "last.safetensors")
+    last, header_of_last = io.load_weights(tmp_path / "last.safetensors")
+    assert header["step"] == (4 if kept == 0 else 8)
+    assert all(torch.equal(tensor, tuned[kept][name]) for name, tensor in state.items())
+    assert header_of_last["step"] == 8
     assert all(torch.equal(tensor, seen[3][name]) for name, tensor in last.items())
     assert [value for _, value in rows(tmp_path, "val", "pq")] == [0.1, 0.9, 0.9, 0.5]
-    # Tuned are the kept weights, not the last ones, and on the whole split, not on the images used
-    # while training.
-    assert all(torch.equal(tensor, tuned[0][name]) for name, tensor in state.items())
-    assert_same_scores(header["validation"], scores_of(tmp_path / OUTPUTS[0], splits["val"]))
+    for name, of_file in (("weights", header), ("last", header_of_last)):
+        found = scores_of(tmp_path / f"{name}.safetensors", splits["val"])
+        found["mutex_watershed"]["pq"] = of_file["validation"]["mutex_watershed"]["pq"]
+        assert_same_scores(of_file["validation"], found)
 
 
 @pytest.mark.parametrize(
@@ -808,7 +819,10 @@ def test_a_run_on_volumes_ends_with_its_files(name, volume_runs, volume_splits):
     # the first of `run: segmenters` is the main one
     assert header["validation"]["waterz"] == scores
     assert all(math.isfinite(v) for one in header["validation"].values() for v in one.values())
-    assert list(io.read_header(folder / "last.safetensors")["validation"]) == ["waterz"]
+    assert set(io.read_header(folder / "last.safetensors")["validation"]) == {
+        "waterz",
+        "mutex_watershed",
+    }
     assert_same_scores(
         scores_of(folder / "weights.safetensors", volume_splits["val"]), header["validation"]
     )
@@ -973,6 +987,7 @@ def test_weights_that_find_objects_in_empty_images_are_not_the_best(
         return {**dict.fromkeys(METRICS, 0.0), "aji": value, **empty}
 
     monkeypatch.setattr(loop.Validator, "__call__", validator)
+    monkeypatch.setattr(loop, "best_of", lambda tuned, *_: next(iter(tuned)))
     train(make_spec(validate_every=2), tmp_path)
     assert io.read_header(tmp_path / "weights.safetensors")["step"] == 4
     assert [value for _, value in rows(tmp_path, "val", "aji")] == [0.9, 0.8, 0.85]

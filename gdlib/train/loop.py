@@ -5,8 +5,9 @@ distillation terms.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from gdlib.data.maps import TeacherMaps
 from gdlib.data.patches import PatchSampler
 from gdlib.data.scale import known_sizes
 from gdlib.devices import choose_device
+from gdlib.evaluate.metrics import is_better
+from gdlib.evaluate.scores import worth
 from gdlib.progress import Progress
 from gdlib.train.teacher import check_maps
 from gdlib.train.trainer import Trainer, own_random_numbers
@@ -59,7 +62,9 @@ def fit(
         train: samples `.h5` to learn from.
         val: samples `.h5` for validation while training, the choice of the best weights and of the
             segmentation parameters.
-        weights: where the best weights go, with all that is needed to use them in the header.
+        weights: where the best weights go, with all that is needed to use them in the header: the
+            better, each with parameters of its own, of those that were the best while training,
+            with default parameters, and those of the last step.
         last: where the weights of the last step go.
         history: CSV with every loss and validation metric.
         state: folder of `resume.pt`; emptied when training is complete.
@@ -162,19 +167,36 @@ def fit(
             "precision": str(trainer.dtype).removeprefix("torch."),
         }
         final = {name: tensor.clone() for name, tensor in trainer.deployed.state_dict().items()}
-        trainer.deployed.load_state_dict(trainer.best_state)
         bar.say(f"choosing segmentation parameters on {len(validator.samples)} validation images")
-        parameters, scores = validator.tune(trainer.deployed)
-        header |= {"segmentation": parameters, "validation": scores}
-        main = {spec.segmenters[0]: trainer.last_scores}
-        io.save_weights(last, final, header | {"step": recipe.steps, "validation": main})
+        # The best so far is so with default parameters; with tuned ones the last, whose rate has
+        # come to rest, may be better.
+        candidates = {trainer.best_step: trainer.best_state} | {recipe.steps: final}
+        tuned = {}
+        for step, state in candidates.items():
+            trainer.deployed.load_state_dict(state)
+            parameters, scores = validator.tune(trainer.deployed)
+            tuned[step] = {"step": step, "segmentation": parameters, "validation": scores}
+        kept = best_of(tuned, spec.segmenters[0], recipe.selection)
+        io.save_weights(last, final, header | tuned[recipe.steps])
         io.write_rows(history, io.HISTORY_COLUMNS, trainer.history)
         print(
             f"{recipe.steps} steps took {trainer.seconds:.0f} s of training, validation not counted"
         )
-        io.save_weights(weights, trainer.best_state, header | {"step": trainer.best_step})
+        io.save_weights(weights, candidates[kept], header | tuned[kept])
         resume.unlink(missing_ok=True)
-        return scores[spec.segmenters[0]]
+        return tuned[kept]["validation"][spec.segmenters[0]]
+
+
+def best_of(tuned: Mapping[int, Mapping[str, Any]], segmenter: str, metric: str) -> int:
+    """Return the step whose validation scores with a segmenter are the best by a metric; of equals
+    the first given.
+    """
+    first, *others = tuned
+    for step in others:
+        one, best = (tuned[k]["validation"][segmenter] for k in (step, first))
+        if is_better(metric, worth(one, metric), worth(best, metric)):
+            first = step
+    return first
 
 
 def _fingerprint(spec: RunSpec, *files: Path | str | None) -> str:
