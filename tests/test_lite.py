@@ -347,3 +347,27 @@ def test_messages_are_the_same(nuclei, tmp_path, capsys):
         told.append(capsys.readouterr().err)
     assert told[0] == told[1]
     assert "does not fit this network" in told[0]
+
+
+AT_ONCE = """
+import sys, threading
+sys.setswitchinterval(1e-7)  # threads take turns as often as they can
+import numpy as np
+from gdlib.blockwise import lite
+network = lite.load(sys.argv[1], device="cpu", precision="int8", at_once=2)
+image, together = np.zeros((1, 1, 64, 64), np.float32), threading.Barrier(2)
+def infer():
+    together.wait()
+    with network.run.lent(image):
+        pass
+threads = [threading.Thread(target=infer) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+@usable
+def test_two_threads_may_be_the_first_to_use_a_network():
+    """OpenVINO waits for itself if its first arrays come from two threads: four in five times."""
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", AT_ONCE, str(NUCLEI)], check=True, timeout=60)

@@ -49,7 +49,21 @@ def core() -> Any:
     gives back the one of before, which may be that of a core that is gone: the next signal, the
     SIGTERM of a cluster for instance, would then end the process instead of being handled.
     """
+    _first_use()
     return library().Core()
+
+
+def _first_use() -> None:
+    """Use once, in one thread, what OpenVINO gets ready at its first use.
+
+    It does so under a lock of C++, and calls Python meanwhile: if a second thread comes at that
+    moment, it waits for the lock and keeps Python's own, for ever.
+    """
+    one = np.zeros((1, 1), np.float32)
+    for shared in (True, False):
+        tensor = library().Tensor(one, shared_memory=shared)
+        tensor.get_element_type().to_dtype()
+        _ = tensor.data
 
 
 def compiled(model: Any, precision: str, at_once: int = 1) -> "Run":
