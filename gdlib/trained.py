@@ -45,7 +45,11 @@ def fitting(ndim: int) -> str:
     """Return a hint which built-in networks take images of so many axes, or nothing."""
     found = [name for name in names() if len(io.read_header(find(name))["offsets"][0]) == ndim]
     kind = {2: "images", 3: "volumes"}[ndim]
-    return f"; of the built-in networks, {' and '.join(found)} take {kind}" if found else ""
+    if not found:
+        return ""
+    *others, last = found
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"; of the built-in networks, {listed} take {kind}"
 
 
 class Model:

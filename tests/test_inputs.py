@@ -316,7 +316,7 @@ BAD = {
     "several images": Bad(
         "a.tif", lambda path, image: several(path, image, image[:20]), ("2 images in this file", "save each"),
     ),
-    "one section for a network of volumes": Bad("a.tif", tiff(), ("3 axes", "nuclei and worms take images"), NEURONS),
+    "one section for a network of volumes": Bad("a.tif", tiff(), ("3 axes", "networks, nuclei, nuclei_fast and worms take images"), NEURONS),
     "time for a network of volumes": Bad(
         "a.tif", tiff(frames, imagej=True, metadata={"axes": "TYX"}), ("time series without depth", "the axes ZYX"), NEURONS,
     ),

@@ -461,8 +461,9 @@ def test_rows_of_a_stride_in_blocks(field, teacher, limited, tmp_path):
     assert main([str(part) for part in [*command, "--set", "stride=3"]]) == 0
     whole, label = (tifffile.imread(out / "field.tif") for out in (tmp_path / "one", limited.out))
     assert whole.max() > 800
-    assert matched(whole, label).mean() > 0.99
-    assert matched(label, whole).mean() > 0.99
+    # fewer repulsive pairs leave more to how the fragments of blocks are joined
+    assert matched(whole, label).mean() > 0.98
+    assert matched(label, whole).mean() > 0.98
 
 
 def test_a_dataset_in_blocks(field, one_piece, limited, tmp_path):
