@@ -235,7 +235,8 @@ def int8_pays() -> bool:
     """Is this processor faster in 8 bits than in float32?
 
     With AVX2 it is. ResUNet-tiny took 0.6 of the time on an AMD EPYC that has nothing more (Zen
-    3), 0.36 to 0.39 with AVX512-VNNI. Other units for 8 bits come with AVX2.
+    3), 0.36 to 0.39 with AVX512-VNNI. Other units for 8 bits come with AVX2;
+    an Intel with AVX2 alone and AVX-512 without VNNI were not at hand.
     """
     return bool(_units({"AVX2": "avx2"}))
 

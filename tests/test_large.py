@@ -461,7 +461,7 @@ def test_rows_of_a_stride_in_blocks(field, teacher, limited, tmp_path):
     assert main([str(part) for part in [*command, "--set", "stride=3"]]) == 0
     whole, label = (tifffile.imread(out / "field.tif") for out in (tmp_path / "one", limited.out))
     assert whole.max() > 800
-    # fewer repulsive pairs leave more to how the fragments of blocks are joined
+    # the network of the tests learned for seconds: it was 0.988 with one of two choices of its steps
     assert matched(whole, label).mean() > 0.98
     assert matched(label, whole).mean() > 0.98
 

@@ -550,6 +550,19 @@ def enlarge(x, factors):
     return x
 
 
+def assert_output(output, network, features):
+    """Feature maps are these, and both heads are 1x1 convolutions of the last one."""
+    x = list(features.values())[-1]
+    for head in ("embedding", "foreground"):
+        layer = getattr(network, head)
+        expected = torch.einsum("dc,bc...->bd...", layer.weight.flatten(1), x)
+        expected = expected + layer.bias.reshape(-1, *[1] * (x.ndim - 2))
+        torch.testing.assert_close(getattr(output, head), expected)
+    assert list(output.features) == list(features)
+    for key, feature in features.items():
+        torch.testing.assert_close(output.features[key], feature)
+
+
 @pytest.mark.parametrize("pooled_skips", [False, True])
 @pytest.mark.parametrize("name", PLANS)
 def test_resunet_equals_the_unfused_network(name, pooled_skips):
@@ -587,14 +600,7 @@ def test_resunet_equals_the_unfused_network(name, pooled_skips):
             x = enlarge(x, pool) if pooled_skips else x
             x = features[f"stride{8 >> number}"] = plain[f"up.{number}"](x)
         output = network(image)
-    for head in ("embedding", "foreground"):
-        layer = getattr(network, head)
-        expected = torch.einsum("dc,bc...->bd...", layer.weight.flatten(1), x)
-        expected = expected + layer.bias.reshape(-1, *[1] * len(shape))
-        torch.testing.assert_close(getattr(output, head), expected)
-    assert list(output.features) == list(features)
-    for key, feature in features.items():
-        torch.testing.assert_close(output.features[key], feature)
+    assert_output(output, network, features)
     assert features["stride8"].shape[1:] == (
         6,
         *(n // d for n, d in zip(shape, (2, 8, 8)[-len(shape) :], strict=True)),
@@ -665,14 +671,7 @@ def test_leanunet_equals_its_description(name):
             x = convolved(x, network.up[number], kernel).clamp(min=0)
             features[f"stride{2**level}"] = x
         output = network(image)
-    for head in ("embedding", "foreground"):
-        layer = getattr(network, head)
-        expected = torch.einsum("dc,bc...->bd...", layer.weight.flatten(1), x)
-        expected = expected + layer.bias.reshape(-1, *[1] * len(shape))
-        torch.testing.assert_close(getattr(output, head), expected)
-    assert list(output.features) == list(features)
-    for key, feature in features.items():
-        torch.testing.assert_close(output.features[key], feature)
+    assert_output(output, network, features)
     assert network.divisor == tuple(math.prod(sides) for sides in zip(*pools, strict=True))
 
 

@@ -1,6 +1,4 @@
-"""U-Net for processors in 2D: two convolutions at each level of each way, and nothing else that
-takes time.
-"""
+"""U-Net for processors in 2D: two convolutions at each level of each way, without shortcuts."""
 
 import itertools
 from collections.abc import Sequence
