@@ -1,5 +1,7 @@
 """Trained networks: those that come with the package, and one call to use any of them on arrays."""
 
+from __future__ import annotations
+
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +15,8 @@ from gdlib.io.failures import DataError
 from gdlib.registry import nearest
 
 if TYPE_CHECKING:
-    from gdlib.blockwise.blocks import Blockwise
+    from gdlib.blockwise.blocks import Blockwise, Source
+    from gdlib.types import Prediction
 
 FOLDER = Path(__file__).parent / "weights"
 DEFAULT = "nuclei"
@@ -120,7 +123,8 @@ class Model:
         by = factors(self.info, self.ndim, pixel_size, diameter)
         frames = self._frames(image, axes)
         labels = np.empty(frames.shape + frames.sides, np.uint32)
-        if self._predictor.source(np.asarray(frames[(0,) * len(frames.shape)])).ground_is_elsewhere:
+        first = self._predictor.source(np.asarray(frames[(0,) * len(frames.shape)]))
+        if first.ground_is_elsewhere:
             inverted = self._predictor.invert
             warnings.warn(
                 "most of the image is as bright as objects were in the training; if objects are "
@@ -131,10 +135,15 @@ class Model:
                 ),
                 stacklevel=2,
             )
+
+        def predict(frame: np.ndarray | Source) -> Prediction:
+            return self._predict(frame, False, stride(segmenter, all_of_them))
+
         for index in np.ndindex(frames.shape):
             labels[index] = objects(
-                lambda one: self._predict(one, False, stride(segmenter, all_of_them)),
-                frames[index],
+                predict,
+                # its range is known already, where it is not scaled
+                frames[index] if any(index) or by is not None else first,
                 self.info["offsets"],
                 segmenter,
                 all_of_them,
@@ -142,7 +151,7 @@ class Model:
             )
         return labels
 
-    def predict(self, image: np.ndarray, axes: str | None = None) -> Any:
+    def predict(self, image: np.ndarray, axes: str | None = None) -> Prediction:
         """Predict affinities, foreground and embedding of one image.
 
         For the arguments see `segment`.
@@ -159,7 +168,9 @@ class Model:
             )
         return self._predict(frames[()], True)
 
-    def _predict(self, image: np.ndarray, keep_embedding: bool, stride: int = 1) -> Any:
+    def _predict(
+        self, image: np.ndarray | Source, keep_embedding: bool, stride: int = 1
+    ) -> Prediction:
         with self._lock:
             self._predictor.stride = stride
             return self._predictor(image, keep_embedding=keep_embedding)
@@ -185,7 +196,7 @@ class Model:
         return frames
 
 
-def predictor(weights: Path, **kwargs: Any) -> "Blockwise":
+def predictor(weights: Path, **kwargs: Any) -> Blockwise:
     """Return what predicts with a weights file: without torch where that can be.
 
     For the arguments see `gdlib.predict.predictor.Predictor`.
@@ -205,8 +216,8 @@ def predictor(weights: Path, **kwargs: Any) -> "Blockwise":
 
 
 def objects(
-    predict: Callable[[np.ndarray], Any],
-    image: np.ndarray,
+    predict: Callable[[np.ndarray | Source], Prediction],
+    image: np.ndarray | Source,
     offsets: Sequence[Sequence[int]],
     segmenter: str,
     parameters: Mapping[str, float],
@@ -215,8 +226,8 @@ def objects(
     """Find the objects of one image, of another scale if wanted.
 
     Args:
-        predict: (C, [Z,] Y, X) -> `gdlib.types.Prediction`.
-        image: (C, [Z,] Y, X).
+        predict: what makes a prediction of an image.
+        image: (C, [Z,] Y, X), or, if it is not to be scaled, a `Source` of it.
         offsets: of the affinities.
         segmenter: what makes objects of them.
         parameters: of the segmenter.

@@ -188,20 +188,20 @@ class Blockwise(ABC):
         self.is_default = block is None
 
     def __call__(
-        self, image: np.ndarray | h5py.Dataset, *, keep_embedding: bool = False
+        self, image: np.ndarray | h5py.Dataset | Source, *, keep_embedding: bool = False
     ) -> Prediction:
         """Predict one image.
 
         Args:
-            image: (C, [Z,] Y, X), intensities as recorded; an array, or a dataset on disk (see
-                `Source`).
+            image: (C, [Z,] Y, X), intensities as recorded; an array, a dataset on disk (see
+                `Source`), or what `source` made of one.
             keep_embedding: return the embedding too, which is D times four times as large as an
                 image of 8 bits.
 
         Raises:
             DataError: for an image that the network cannot take.
         """
-        source = self.source(image)
+        source = image if isinstance(image, Source) else self.source(image)
         everything = tuple(slice(0, n) for n in source.shape)
         kept = everything if keep_embedding else None
         return assembled(
