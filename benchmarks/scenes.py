@@ -34,10 +34,12 @@ OFFSETS = {
 NETWORKS = {
     2: {
         "student": ("resunet", {"widths": [4, 8, 16, 32, 64]}),
+        "student for processors": ("leanunet", {}),
         "teacher": ("resunet", {"widths": [32, 64, 179, 349, 680]}),
     },
     3: {
         "student": ("resunet3d", {"widths": [4, 8, 16, 24, 32]}),
+        "student for processors": ("leanunet3d", {}),
         "teacher": ("resunet3d", {"widths": [32, 64, 128, 256, 512]}),
     },
 }

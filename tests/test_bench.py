@@ -33,7 +33,8 @@ AGREE = {
     "targets": {f"{part}, {axes}": 1e-5 for part in (
         "affinity targets", "targets, masks and class weights") for axes in ("2D", "3D")},
     "data": {"a batch of patches, 2D": 1e-3},
-    "inference": {f"{role}, {axes}": 0.02 for role in ("student", "teacher") for axes in ("2D", "3D")},
+    "inference": {f"{role}, {axes}": 0.02 for axes in ("2D", "3D") for role in (
+        "student", "student for processors", "teacher")},
     "segmentation": {f"mutex watershed, {what}": 0.01 for what in ("many images", "one image", "one volume")},
     "metrics": {f"all metrics, {what}": 1e-6 for what in (
         "a volume of neurons", "an image of nuclei", "an image of nuclei, loops")},
