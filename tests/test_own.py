@@ -176,11 +176,16 @@ def test_images_without_labels_are_linked_looked_at_and_planned_with(folders, sq
     said = capsys.readouterr().out
     assert "9 images of 60 x 90 to 70 x 90 pixels" in said
     assert "; 3 images without labels" in said
-    for job in ("1 prepare_with_unlabelled", "1 label_unlabelled", "1 ask_of_unlabelled"):
+    for job in ("1 prepare_with_unlabelled", "1 label_unlabelled"):
         assert job in said
+    assert "ask" not in said  # what is learned from the teacher are the objects that it finds
     config = load(parts.home(), Path("new/config.yaml"))
     assert config.datasets[own.NAME].unlabelled is True
-    assert plan.Plan(config).unlabelled[own.NAME] == {"teacher": False, "none": False, "grd": True}
+    assert plan.Plan(config).unlabelled[own.NAME] == {
+        "teacher": False,
+        "none": False,
+        "pseudo": True,
+    }
     assert main([*command[:4], "images", *command[5:]]) == 1
     assert "these are the images that have labels" in capsys.readouterr().err
 
@@ -191,7 +196,9 @@ def test_the_time_of_steps_is_measured(splits, make_spec, tmp_path):
     files = {"train": splits["train"], "val": splits["val"], "folder": tmp_path}
     teacher = make_spec()
     assert 0 < seconds_per_step(teacher, **files) < 60
-    assert 0 < seconds_per_step(make_spec("grd", teacher="maps"), **files, teacher=teacher) < 60
+    for method in ("grd", "pseudo"):
+        spec = make_spec(method, teacher="maps")
+        assert 0 < seconds_per_step(spec, **files, teacher=teacher) < 60
 
 
 @pytest.mark.long

@@ -333,7 +333,7 @@ def _timed(text: str, arguments: argparse.Namespace, found: own.Measured) -> own
             one = seconds_per_step(taught_by, **files, threads=1 if gpu else min(cores, 8))
         each = [
             seconds_per_step(chosen.run(own.NAME, student, method, 0), **files, teacher=taught_by)
-            for method in own.METHODS
+            for method in own.methods(found)
         ]
     # On a CPU both students are trained at once, if there are two cores; on a GPU one by one.
     both = max(each) if cores > 1 and not gpu else sum(each)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 NAME = "mycells"  # of the dataset and of the study
 STUDENT = {2: "resunet_tiny", 3: "resunet3d_tiny"}
 TEACHER = {2: "resunet_w8", 3: "resunet3d_w8"}  # what a laptop trains in minutes
-METHODS = ("none", "grd")
 
 # The catalogue's pairs of pixels for nuclei are 1, 3, 5, 9 and 27 pixels apart, of nuclei that are
 # 27 to 29 pixels wide (median of BBBC039: 28.7): the neighbours, and these parts of an object.
@@ -77,6 +76,14 @@ class Measured:
         )
         text += f", half in more than {self.depth:.0f} sections" * (self.ndim == 3)
         return text + f"; {self.unlabelled} {kind} without labels" * bool(self.unlabelled)
+
+
+def methods(found: Measured) -> tuple[str, str]:
+    """Return the method of a student that learns from labels alone, and of one that learns from the
+    teacher too: where there are images without labels, what it finds in these, which was measured
+    to help (docs/results.md).
+    """
+    return "none", "pseudo" if found.unlabelled and found.ndim == 2 else "grd"
 
 
 class Choice(NamedTuple):
@@ -208,7 +215,7 @@ def written(
         f"    options: {text(options)} # more in gdlib/data/sources/folder.py",
     ]
     if found.unlabelled:
-        lines += ["    unlabelled: true # from these a student of a teacher learns, too"]
+        lines += ["    unlabelled: true # from these the student of the teacher learns, too"]
     if found.channels > 1:
         lines += [f"    channels: {found.channels}"]
     lines += [
@@ -239,7 +246,7 @@ def written(
         f"    datasets: [{NAME}]",
         f"    teacher: {teacher}",
         f"    students: [{STUDENT[found.ndim]}]",
-        "    methods: [none, grd] # from your labels alone, and from the teacher too",
+        f"    methods: [{', '.join(methods(found))}] # from your labels, and from the teacher too",
         "    seeds: [0] # [0, 1, 2] tells whether a difference is more than chance",
         f"    # {steps.why}",
         "    teacher_recipe: "
