@@ -196,9 +196,12 @@ def test_the_time_of_steps_is_measured(splits, make_spec, tmp_path):
     files = {"train": splits["train"], "val": splits["val"], "folder": tmp_path}
     teacher = make_spec()
     assert 0 < seconds_per_step(teacher, **files) < 60
-    for method in ("grd", "pseudo"):
-        spec = make_spec(method, teacher="maps")
-        assert 0 < seconds_per_step(spec, **files, teacher=teacher) < 60
+    students = (
+        make_spec("grd", teacher="maps"),
+        make_spec(unlabelled={"labels": "teacher"}),  # `pseudo`
+    )
+    for student in students:
+        assert 0 < seconds_per_step(student, **files, teacher=teacher) < 60
 
 
 @pytest.mark.long
