@@ -16,7 +16,7 @@ import torch
 from benchmarks.bench import Bench, synchronise
 from benchmarks.scenes import NETWORKS, OFFSETS, folder, roof, samples
 from benchmarks.train import train
-from gdlib import io
+from gdlib import io, trained
 from gdlib.cli import main
 from gdlib.data.files import read_image
 from gdlib.models import build
@@ -62,7 +62,7 @@ def networks(bench: Bench, ndim: int, shape: tuple[int, ...]) -> None:
             shape=list(shape),
             precision=str(predictor.dtype).removeprefix("torch."),
         )
-        found[role]["engine"] = getattr(predictor, "engine", "torch")
+        found[role]["engine"] = predictor.engine
         found[role]["gflop_per_s"] = 2e-6 * count_macs(model, options, shape) / found[role]["ms"]
     shares = {
         role: 100 * one["ms"] / found["teacher"]["ms"]
@@ -127,8 +127,8 @@ def end_to_end(bench: Bench, shape: tuple[int, int], steps: int) -> None:
         sides = [-(-n // d) * d for n, d in zip(shape, predictor.network.divisor, strict=True)]
         ready = torch.rand(1, *sides)
         parts: dict[str, Callable] = {
-            "load the weights": lambda: Predictor.load(
-                weights, device=bench.device, precision=bench.precision
+            "load the weights": lambda: trained.predictor(
+                weights, device=str(bench.device), precision=bench.precision
             ),
             "read": lambda: read_image(out / "image.tif", 1),
             "network": lambda: predictor.forward(ready),

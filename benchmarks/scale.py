@@ -48,16 +48,16 @@ def grow(
             if round_ > 0:  # the first warms up
                 found.append(1e3 * (time.perf_counter() - start))
     amounts = [float(np.prod(size)) for size in sizes]
-    best = [float(np.median(found)) for found in times]
+    medians = [float(np.median(found)) for found in times]
     bench.add(
         name,
         times[-1],
         about=f"exponent of the cost by {axis}",
         axis=axis,
         expected=expected,
-        slope=slope(amounts, best),
+        slope=slope(amounts, medians),
         sizes=[np.atleast_1d(size).tolist() for size in sizes],
-        ms_by_size=best,
+        ms_by_size=medians,
     )
 
 

@@ -3,9 +3,9 @@ network.
 """
 
 import contextlib
-import io as text
 import time
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,7 +44,7 @@ def train(
 
     Clock.seen.clear()
     clock = {"term": "benchmarks.train:Clock", "weight": 0.0}
-    with contextlib.redirect_stdout(text.StringIO()), contextlib.redirect_stderr(text.StringIO()):
+    with contextlib.redirect_stdout(StringIO()), contextlib.redirect_stderr(StringIO()):
         fit(
             spec(ndim, patch, batch, [clock], steps=steps, precision=bench.precision),
             train=data,

@@ -294,6 +294,21 @@ def test_stopped_then_resumed_is_bit_for_bit_the_same(
     assert not (tmp_path / "state" / "resume.pt").exists()
 
 
+def test_a_training_goes_on_on_another_kind_of_device(make_spec, tmp_path, monkeypatch):
+    """Which has random numbers of its own, and computes in float16: of neither anything was
+    saved."""
+    spec, here = make_spec("none"), torch.device("cpu")
+    before = Trainer(spec, None, here)
+    before.step = 3
+    before.save(tmp_path / "resume.pt", "same")
+    after = Trainer(spec, None, here)
+    monkeypatch.setattr("gdlib.train.trainer.DRAWING", ("cpu",))
+    after.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    after.resume(tmp_path / "resume.pt", "same")
+    assert after.step == 3
+    assert after.scaler.get_scale() > 1
+
+
 def test_out_of_time_after_every_step_is_the_same_too(finished, train, teacher, tmp_path):
     spec, scores, whole = finished("grd, ema, accumulation, clipping")
     for _ in range(spec.recipe.steps):

@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +50,6 @@ class Facts:
     halo: tuple[int, ...]
     held: float
     length: int
-    levels: Mapping[str, Any] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, header: Mapping[str, Any]) -> "Facts | None":
@@ -106,7 +105,7 @@ def lengthened(vectors: np.ndarray, basis: np.ndarray | None) -> np.ndarray:
     """Return vectors (R, *sides) in all their dimensions, (D, *sides)."""
     if basis is None:
         return vectors
-    return (basis @ vectors.reshape(len(vectors), -1)).reshape(-1, *vectors.shape[1:])
+    return np.tensordot(basis, vectors, 1)
 
 
 def run_by(model: Any, at_once: int = 1) -> vino.Run:

@@ -1,5 +1,5 @@
 """Distillation: a student, a frozen teacher, and a list of weighted terms that compare what the two
-    see.
+see.
 
 A term never sees a network, nor from which of its maps the vectors are: the embedding or, by
 choice, a level inside. It gets a `View` of each network's output (the relations that several terms

@@ -1,11 +1,4 @@
-"""Distillation: a student, a frozen teacher, and a list of weighted terms that compare what the two
-    see.
-
-A term never sees a network, nor from which of its maps the vectors are: the embedding or, by
-choice, a level inside. It gets a `View` of each network's output (the relations that several terms
-need, each computed once), the `Targets` of the batch, and, if it compares with other images, what
-was sampled from the memory bank.
-"""
+"""The loss of a batch: student and teacher see it, and each term compares them."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

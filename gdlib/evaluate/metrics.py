@@ -22,10 +22,9 @@ metric is one function of the table and one entry there. The rules that hold for
   given as `ignore`.
 
 PAPER: the original code's AJI depends on the order of the ids, its means leave out images whose
-    segmentation is empty,
-its best Dice takes the smallest id for the background, and one of its evaluation scripts calls
-object F1 "Dice" and pixel Dice "F1". Here AJI and SBD follow their definitions, all images with
-objects count, and names mean what they say.
+segmentation is empty, its best Dice takes the smallest id for the background, and one of its
+evaluation scripts calls object F1 "Dice" and pixel Dice "F1". Here AJI and SBD follow their
+definitions, all images with objects count, and names mean what they say.
 """
 
 import math

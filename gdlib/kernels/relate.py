@@ -68,7 +68,7 @@ class Pairs:
 
     @cached_property
     def compiled(self) -> tuple[Offsets, Tensor, Tensor, Tensor | None, bool]:
-        """What compiled code wants to know of the pairs instead; see `native.pair_losses`."""
+        """What compiled code wants to know of the pairs instead; see `fused.pair_losses`."""
         label, ignore = (
             None if x is None else x.contiguous() for x in (numbered(self.label).int(), self.ignore)
         )

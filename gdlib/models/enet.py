@@ -124,9 +124,8 @@ class ENet(nn.Module):
     blocks.
 
     PAPER: the original builds nine blocks at 1/8 of the second kind, `CONTEXT_AGAIN`, but passes
-        over bottleneck3_5 (17,795
-    parameters), which is left out here. Beside a pool there is a 1x1 convolution, where ENet as
-    published appends zeros.
+        over bottleneck3_5 (17,795 parameters), which is left out here. Beside a pool there is a 1x1
+        convolution, where ENet as published appends zeros.
 
     Reference: Paszke et al., ENet: a deep neural network architecture for real-time semantic
         segmentation, arXiv 1606.02147.

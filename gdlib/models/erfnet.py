@@ -50,12 +50,10 @@ class ERFNet(nn.Module):
             down, none on the way up.
 
     PAPER: left out are what the original carries without effect, a classifier of the encoder (2,064
-        parameters) and biases before
-    batch normalisations (3,213).
+        parameters) and biases before batch normalisations (3,213).
 
     Reference: Romera et al., ERFNet: efficient residual factorized ConvNet for real-time semantic
-        segmentation, IEEE T-ITS
-    19(1), 2018.
+        segmentation, IEEE T-ITS 19(1), 2018.
     """
 
     ndim = 2

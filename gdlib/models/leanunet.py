@@ -72,9 +72,10 @@ class LeanUNet(nn.Module):
 
     @property
     def halo(self) -> tuple[int, ...]:
-        """Radius of the receptive field of a pixel; a block is two convolutions."""
+        """Radius of the receptive field of a pixel."""
 
         def layers(axis: int) -> list[Layer]:
+            # two convolutions at each level on the way down, one behind the sum on the way up
             first, *others = ([Layer(kernel[axis])] * 2 for kernel in self.kernels)
             pools = [pool[axis] for pool in self.pools]
             down = [

@@ -63,8 +63,8 @@ class MALA(nn.Module):
     conv14 and conv17 in the original.
 
     Reference: Funke et al., Large scale image segmentation with structured loss based deep learning
-        for connectome
-    reconstruction, IEEE TPAMI 41(7), 2019; arXiv 2401.06370 for the widths of both networks.
+        for connectome reconstruction, IEEE TPAMI 41(7), 2019; arXiv 2401.06370 for the widths of
+        both networks.
     """
 
     ndim = 3

@@ -57,12 +57,10 @@ class MobileNetV2(nn.Module):
     are closer than about 8 pixels are hard to tell apart.
 
     PAPER: the original enlarges with aligned corners, see `ResUNet`, and carries a classifier of
-        20,496 parameters that is never
-    used; it is left out here.
+        20,496 parameters that is never used; it is left out here.
 
     Reference: Sandler et al., MobileNetV2: inverted residuals and linear bottlenecks, CVPR 2018;
-        arXiv 2401.06370 for
-    the strides.
+        arXiv 2401.06370 for the strides.
     """
 
     ndim = 2

@@ -40,8 +40,7 @@ class NestedUNet(nn.Module):
         batch normalisations.
 
     Reference: Zhou et al., UNet++: redesigning skip connections to exploit multiscale features in
-        image segmentation, IEEE TMI
-    39(6), 2020; without deep supervision.
+        image segmentation, IEEE TMI 39(6), 2020; without deep supervision.
     """
 
     ndim = 2

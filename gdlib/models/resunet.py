@@ -66,13 +66,12 @@ class ResUNet(nn.Module):
             cost and parameters and keeps fine boundaries.
 
     PAPER: the original upsamples with aligned corners, by a factor that depends on the size of the
-        map. Here pixel centres
-    keep their places, so that the output moves with the image and large images can be computed
-    block by block, exactly.
+        map. Here pixel centres keep their places, so that the output moves with the image and large
+        images can be computed block by block, exactly.
 
     Reference: arXiv 2401.06370, ResUNet; foreground head: one 1x1 convolution, trained, because
-        images in use come without
-    a ground-truth mask. PAPER: the original carries a deeper head that is never trained.
+        images in use come without a ground-truth mask. PAPER: the original carries a deeper head
+        that is never trained.
     """
 
     ndim = 2

@@ -22,8 +22,7 @@ class ResUNet3D(ResUNet):
         pooled_skips: see `ResUNet`.
 
     Reference: Lee et al., Superhuman accuracy on the SNEMI3D connectomics challenge, arXiv
-        1706.00120, for in-plane
-    convolutions and pooling at the top.
+        1706.00120, for in-plane convolutions and pooling at the top.
     """
 
     ndim = 3

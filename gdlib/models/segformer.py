@@ -117,12 +117,11 @@ class SegFormer(nn.Module):
     The first levels are those of the encoder; the decoder has one map, `stride4`.
 
     PAPER: the original has a 1x1 convolution after each convolution within `Mix`, which doubles its
-        parameters, and no
-    normalisation in stages and decoder. This is SegFormer as published, without stochastic depth.
+        parameters, and no normalisation in stages and decoder. This is SegFormer as published,
+        without stochastic depth.
 
     Reference: Xie et al., SegFormer: simple and efficient design for semantic segmentation with
-        transformers, NeurIPS 2021; by
-    default B3.
+        transformers, NeurIPS 2021; by default B3.
     """
 
     ndim = 2

@@ -17,8 +17,7 @@ def by_waterz(
     TPAMI 41(7), 2019.
 
     PAPER: the original sorts the pairs into 256 bins of affinity and joins those of one bin in any
-        order. Here the
-    order is exact, which costs no measurable time.
+        order. Here the order is exact, which costs no measurable time.
     """
     try:
         import waterz
@@ -99,9 +98,8 @@ def _fragments(near: np.ndarray, mask: np.ndarray) -> np.ndarray:
     background.
 
     PAPER: the original sees of each pixel's edges along an axis only the one before it, and of two
-        touching objects thus
-    but one side of their boundary, so that fragments spill over it: with affinities without error
-    it joins such objects.
+        touching objects thus but one side of their boundary, so that fragments spill over it: with
+        affinities without error it joins such objects.
 
     Args:
         near: (n, [Z,] Y, X) affinities of nearest neighbours.

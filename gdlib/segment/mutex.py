@@ -1,4 +1,4 @@
-"""The mutex watershed: Wolf et al., The Mutex Watershed, ECCV 2018 (numpy only).
+"""The mutex watershed: Wolf et al., The Mutex Watershed, ECCV 2018.
 
 Affinities as networks give them here have 256 levels, and edges of few levels need no sorting: they
 are counted, and visited level by level, in time that grows with their number

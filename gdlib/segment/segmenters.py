@@ -1,4 +1,4 @@
-"""From affinities to instances (numpy only, 2D and 3D): the segmenters, and how their parameters
+"""From affinities to instances, in 2D and 3D: the segmenters, and how their parameters
 are chosen.
 
 | segmenter | what it does | what is left to choose |

@@ -67,7 +67,7 @@ def fit(
             with default parameters, and those of the last step.
         last: where the weights of the last step go.
         history: CSV with every loss and validation metric.
-        state: folder of `resume.pt`; emptied when training is complete.
+        state: folder of `resume.pt`, which is removed when training is complete.
         teacher: weights of the teacher, if a term needs one and the recipe asks it online.
         maps: files of `gdlib.train.ask.ask`, if a term needs a teacher and the recipe takes its
             maps.
@@ -172,8 +172,8 @@ def fit(
         # come to rest, may be better.
         candidates = {trainer.best_step: trainer.best_state} | {recipe.steps: final}
         tuned = {}
-        for step, state in candidates.items():
-            trainer.deployed.load_state_dict(state)
+        for step, tensors in candidates.items():
+            trainer.deployed.load_state_dict(tensors)
             parameters, scores = validator.tune(trainer.deployed)
             tuned[step] = {"step": step, "segmentation": parameters, "validation": scores}
         kept = best_of(tuned, spec.segmenters[0], recipe.selection)

@@ -1,8 +1,8 @@
 """How long a step of a training takes here, measured by making some."""
 
 import contextlib
-import io as text
 import time
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def seconds_per_step(
     places = {key: folder / f"{key}.out" for key in ("weights", "last", "history")}
     torch.set_num_threads(threads)
     try:
-        silent = text.StringIO()
+        silent = StringIO()
         with contextlib.redirect_stderr(silent), contextlib.redirect_stdout(silent):
             maps = [_maps(teacher, few, folder)] if teacher and spec.terms else []
             fit(

@@ -228,11 +228,15 @@ class Trainer:
         content |= {name: getattr(self, name) for name in self._PLAIN}
         content |= {"fingerprint": fingerprint, "rng": torch.get_rng_state()}
         if self.device.type in DRAWING:  # where networks that drop channels at random draw from
-            content["rng_device"] = torch.get_device_module(self.device).get_rng_state(self.device)
+            state = torch.get_device_module(self.device).get_rng_state(self.device)
+            content["rng_device"] = {self.device.type: state}
         io.save_state(path, content)
 
     def resume(self, path: Path, fingerprint: str) -> None:
-        """Take a saved state back, unless it belongs to another configuration, data or code."""
+        """Take a saved state back, unless it belongs to another configuration, data or code.
+
+        It may be of another kind of device, which had other random numbers and no such scaler.
+        """
         try:
             content = io.load_state(path, self.device)
         except io.DataError as error:
@@ -245,14 +249,14 @@ class Trainer:
             )
             return
         for name, part in self._state().items():
-            part.load_state_dict(content[name])
+            if part is not self.scaler or content[name]:
+                part.load_state_dict(content[name])
         for name in self._PLAIN:
             setattr(self, name, content[name])
         torch.set_rng_state(content["rng"].cpu())
-        if self.device.type in DRAWING:
-            torch.get_device_module(self.device).set_rng_state(
-                content["rng_device"].cpu(), self.device
-            )
+        state = content.get("rng_device", {}).get(self.device.type)
+        if state is not None:
+            torch.get_device_module(self.device).set_rng_state(state.cpu(), self.device)
         print(f"resumed after step {self.step}", flush=True)
 
 

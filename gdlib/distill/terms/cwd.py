@@ -21,8 +21,7 @@ def channel_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> 
         temperature: T; 4 is the paper's for feature maps.
 
     Reference: Shu et al., Channel-wise knowledge distillation for dense prediction, ICCV 2021,
-        Kullback-Leibler
-    divergence of channels.
+        Kullback-Leibler divergence of channels.
     """
     student, teacher = ((x / temperature).flatten(1, -2).log_softmax(1) for x in (student, teacher))
     return temperature**2 * (teacher.exp() * (teacher - student)).sum(1).mean()

@@ -15,8 +15,8 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: same shape, no gradient.
 
     Reference: Romero et al., FitNets: hints for thin deep nets, ICLR 2015, equation 3; its hints
-        come in a stage of their
-    own before training, here they are a term beside the others, as in later comparisons.
+        come in a stage of their own before training, here they are a term beside the others, as in
+        later comparisons.
     """
     return (student - teacher).square().mean()
 

@@ -36,8 +36,7 @@ def variation_loss(student: Tensor, teacher: Tensor, classes: kernels.Instances)
         classes: of the same batch.
 
     Reference: Wang et al., Intra-class feature variation distillation for semantic segmentation,
-        ECCV 2020, feature
-    variation maps.
+        ECCV 2020, feature variation maps.
     """
     squared = (variation(student, classes) - variation(teacher, classes)).square()
     total = squared.reshape(len(classes.size), -1).sum(1)

@@ -89,9 +89,8 @@ class ReKD(Term):
     all coarser ones.
 
     PAPER: the original reviews the stages of an encoder, from the last back to the first; here the
-        levels are those of the
-    decoder where there is one, from coarse to fine, and `middle` is at most 64 instead of 512,
-    which suits small students.
+        levels are those of the decoder where there is one, from coarse to fine, and `middle` is at
+        most 64 instead of 512, which suits small students.
 
     Args:
         levels: feature maps from coarse to fine; used are those that both networks have. At stride

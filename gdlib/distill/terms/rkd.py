@@ -70,8 +70,7 @@ class RKD(Term):
         angle: weight of the angles.
 
     Reference: Park et al., Relational knowledge distillation, CVPR 2019, distance-wise and
-        angle-wise loss, and
-    the ratio of their weights.
+        angle-wise loss, and the ratio of their weights.
     """
 
     projected = False

@@ -44,8 +44,8 @@ class SKD(Term):
     """`pairwise_loss` of `places` at a level.
 
     PAPER: of the three parts of structured distillation this is the pair-wise one. The pixel-wise
-        part is the term `response`;
-    the adversarial one, a discriminator that is trained along, is left out.
+        part is the term `response`; the adversarial one, a discriminator that is trained along, is
+        left out.
 
     Args:
         pool: side of the places, in voxels of the feature map.
