@@ -762,26 +762,6 @@ def equal(a, b):
     return same and (a.ignore is b.ignore or torch.equal(a.ignore, b.ignore))
 
 
-def test_joined_datasets_are_drawn_as_often_as_each_other(tmp_path):
-    """Five images of one and one of another: each image in 1/10 or 1/2 of the patches."""
-    image, label = np.zeros((2, 16, 16), np.uint8), np.ones((16, 16), np.uint8)
-    names = [*(("a", f"{i}") for i in range(5)), ("b", "0")]
-    io.write_samples(
-        tmp_path / "train.h5",
-        [io.Sample(f"{a}-{b}", image, label, attrs={"dataset": a}) for a, b in names],
-    )
-    one, two = (
-        sampler({2: tmp_path / "train.h5"}, batch_size=5, evenly=evenly)
-        for evenly in ("image", "dataset")
-    )
-    drawn = np.bincount([i for step in range(400) for i in two.choose(step)[1]], minlength=6)
-    assert drawn.sum() == 2000
-    assert np.abs(drawn - [200, 200, 200, 200, 200, 1000]).max() < 5 * np.sqrt(500)
-    drawn = np.bincount([i for step in range(400) for i in one.choose(step)[1]], minlength=6)
-    assert np.abs(drawn - 2000 / 6).max() < 5 * np.sqrt(500)
-    assert two.choose(3)[1] == two.choose(3)[1] != two.choose(4)[1]
-
-
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_batch_is_a_function_of_seed_and_step(samples, ndim):
     first, second = sampler(samples, ndim), sampler(samples, ndim)

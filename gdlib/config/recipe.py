@@ -274,11 +274,6 @@ class Recipe(Entry):
         (TermOptions(term="supervised", weight=1.0), TermOptions(term="foreground", weight=1.0)),
         description="what is learned from the ground truth; methods add theirs",
     )
-    evenly: Literal["image", "dataset"] = Field(
-        "image",
-        description="what labelled patches are of, each as often as the others: the training "
-        "images, or, where several datasets are joined, these, however many images each has",
-    )
     augment: Augment = Field(Augment(), description="random changes of the training patches")
     bank: Bank = Field(Bank(), description="memory of other images, for terms with `memory`")
     unlabelled: Unlabelled = Field(

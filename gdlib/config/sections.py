@@ -333,9 +333,7 @@ class RunSpec(Section):
         """All that its training patches depend on besides the images: arguments of
         `gdlib.data.patches.PatchSampler`.
         """
-        recipe = self.recipe.model_dump(
-            mode="json", include={"patch", "batch_size", "augment", "evenly"}
-        )
+        recipe = self.recipe.model_dump(mode="json", include={"patch", "batch_size", "augment"})
         normalisation = self.normalisation.model_dump(mode="json")
         if not self.targets.background_connected:
             recipe["augment"]["empty"], normalisation["noise"] = 0.0, 1.0  # no image is empty

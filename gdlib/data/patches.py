@@ -1,9 +1,9 @@
 """Augmented training patches as a pure function of (seed, step)."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
@@ -68,15 +68,6 @@ def of_unlabelled(share: float, batch_size: int) -> int:
     return min(max(round(share * batch_size), 1), batch_size - 1)
 
 
-def _odds(path: Path | str, names: Iterable[str]) -> Tensor:
-    """Return for each image how often it is drawn, so that all datasets of a joined one are drawn
-    equally often.
-    """
-    with io.open_h5(path) as file:
-        datasets = [str(file[name].attrs.get("dataset")) for name in names]
-    return torch.tensor([1 / datasets.count(dataset) for dataset in datasets])
-
-
 class PatchSampler:
     """Random augmented training patches; `batch(step)` depends on the seed and the step alone.
 
@@ -104,8 +95,6 @@ class PatchSampler:
         unlabelled: samples `.h5` of images that nobody has labelled, with what was found in them;
             the last patches of every batch are of them, the others are as without.
         share: part of the patches that these are, rounded to whole ones, at least one of each kind.
-        evenly: of what labelled patches are drawn evenly: `"image"`, or `"dataset"`, of those that
-            were joined, however many images each has.
         unlabelled_maps: what a teacher says about them; needed if there are `maps`.
 
     Attributes:
@@ -128,7 +117,6 @@ class PatchSampler:
         levels: Mapping[str, Sequence[int]] | None = None,
         unlabelled: Path | str | None = None,
         share: float = 0.5,
-        evenly: Literal["image", "dataset"] = "image",
         unlabelled_maps: TeacherMaps | None = None,
     ) -> None:
         self.maps = maps
@@ -148,7 +136,6 @@ class PatchSampler:
         self.samples = [self._held(name, arrays, maps) for name, arrays in found.items()]
         self.samples += [self._held(name, a, unlabelled_maps) for name, a in others.items()]
         self.labelled = len(found)  # the first of them
-        self.odds = _odds(path, found) if evenly == "dataset" else None
         self.of_unlabelled = of_unlabelled(share, batch_size) if others else 0
         labels = [arrays["label"] for arrays in (*found.values(), *others.values())]
         in_memory = labels if all(isinstance(label, np.ndarray) for label in labels) else []
@@ -206,10 +193,7 @@ class PatchSampler:
         # The CPU generator looks at the last 32 bits only; an odd factor spreads the seeds over
         # them.
         generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + step) % 2**32)
-        if self.odds is None:
-            sources = torch.randint(self.labelled, (self.batch_size,), generator=generator)
-        else:
-            sources = self.odds.multinomial(self.batch_size, True, generator=generator)
+        sources = torch.randint(self.labelled, (self.batch_size,), generator=generator)
         if self.of_unlabelled:  # random numbers of their own leave all others as they are
             seed = (self.seed * 2_654_435_761 + step) % 2**32 ^ 0x55555555
             own = torch.Generator().manual_seed(seed)
