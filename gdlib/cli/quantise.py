@@ -53,6 +53,7 @@ def _quantise(arguments: argparse.Namespace) -> None:
     io.check_header(weights, header)
     from gdlib.evaluate import scores
     from gdlib.evaluate.metrics import METRICS
+    from gdlib.models import trained
     from gdlib.predict import int8
     from gdlib.predict.predictor import Predictor
 
@@ -64,12 +65,14 @@ def _quantise(arguments: argparse.Namespace) -> None:
     outputs.check(
         [outputs.Output(out, int8.is_own)], [weights, *paths], overwrite=arguments.overwrite
     )
-    predictor = Predictor.load(
-        weights,
+    network, _ = trained(weights, *io.HEADER)
+    predictor = Predictor(
+        network,
+        header,
         device="cpu",
         engine="openvino",
         precision="float32",
-        block=BLOCK[len(header["offsets"][0])],
+        block=None if network.halo is None else BLOCK[network.ndim],
     )
     with ExitStack() as stack:
         parts = _parts(predictor, paths, arguments.parts, stack)
