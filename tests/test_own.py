@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from gdlib import io
+from gdlib import devices, io
 from gdlib.cli import distill
 from gdlib.cli.main import main
 from gdlib.config import load, own, parts, plan
@@ -202,6 +202,21 @@ def test_the_time_of_steps_is_measured(splits, make_spec, tmp_path):
     )
     for student in students:
         assert 0 < seconds_per_step(student, **files, teacher=teacher) < 60
+
+
+@pytest.mark.parametrize(("gpu", "steps"), [(False, 1000), (True, 500)])
+def test_the_steps_of_a_time_where_the_system_tells_no_cores(
+    gpu, steps, folders, monkeypatch, capsys
+):
+    """As macOS and Windows do; on a GPU students are trained one by one."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(devices, "has_nvidia", lambda: gpu)
+    monkeypatch.setattr("gdlib.train.pace.seconds_per_step", lambda *files, **options: 0.8)
+    monkeypatch.setattr(distill.workflow, "run", lambda *words, **options: [])
+    monkeypatch.setattr(distill, "_end", lambda *files: None)
+    assert main(["distill", "images", "labels", "--out", "new", "--time", "30m"]) == 0
+    assert f"1200 steps for the teacher, {steps} for the students" in capsys.readouterr().out
 
 
 @pytest.mark.long

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gdlib import io, trained
+from gdlib import devices, io, trained
 from gdlib.cli import workflow
 from gdlib.config import own, parts
 from gdlib.evaluate.metrics import METRICS
@@ -320,8 +319,8 @@ def _timed(text: str, arguments: argparse.Namespace, found: own.Measured) -> own
         command = workflow.command(arguments.out, config, arguments.cores)
         workflow.run([*command, "--", data], arguments.out, quiet=True)
         chosen = load(parts.home(), config)
-        cores = arguments.cores or len(os.sched_getaffinity(0))
-        gpu = shutil.which("nvidia-smi") is not None
+        cores = arguments.cores or devices.cores()
+        gpu = devices.has_nvidia()
         student, teacher = own.STUDENT[found.ndim], chosen.teachers_of(own.NAME)[0]
         files = {key: arguments.out / "data" / own.NAME / f"{key}.h5" for key in ("train", "val")}
         files["folder"] = Path(folder)
