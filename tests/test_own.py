@@ -96,6 +96,9 @@ def spoil(folder, what):
         tifffile.imwrite(
             folder / "labels" / "0.tif", np.ones((4, 70, 90), np.uint16), photometric="minisblack"
         )
+    elif what == "as macOS writes it":  # in two characters
+        for path in (image, label):
+            path.with_name("0.tif").rename(path.with_name("0e\u0301.tif"))
     elif what == "broken":
         image.write_bytes(b"no image")
 
@@ -114,6 +117,7 @@ def spoil(folder, what):
         (["images", "labels"], "small", "images: the smallest image has 20 x 90 pixels"),
         (["images", "labels"], "volume", "give --3d if these are the sections of a volume"),
         (["images", "labels", "--3d"], None, "has 2 axes (70, 90), not 3; leave --3d out"),
+        (["images", "labels", "--3d"], "as macOS writes it", "not 3; leave --3d out"),
         (["images", "labels"], "broken", "3.tif: "),
         (["images", "labels", "--teacher", "none"], None, 'no built-in network "none"'),
         (["images", "labels", "--teacher", "none.pt"], None, "none.pt: "),

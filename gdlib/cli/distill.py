@@ -227,9 +227,8 @@ def _measure(arguments: argparse.Namespace) -> own.Measured:
     from gdlib.data.sources.folder import folder
 
     ndim = 3 if arguments.volumes else 2
-    first = next(iter(find_files(arguments.images).values()))
-    labels = find_files(arguments.labels)
-    channels = _channels(first, labels.get(first.stem), ndim)
+    name, first = next(iter(find_files(arguments.images).items()))
+    channels = _channels(first, find_files(arguments.labels).get(name), ndim)
     regions = arguments.regions or None
     options = {"channels": channels, "label_regions": regions, "level": arguments.level}
     splits = folder(arguments.out / "raw" / own.NAME, **options)
