@@ -251,24 +251,26 @@ def test_the_weights_that_are_named_are_the_best_on_validation_images(teacher, t
     state, header = io.load_weights(teacher)
     (segmenter,) = header["run"]["segmenters"]
 
-    def paths(metric, scores):
+    def paths(metric, scores, shares):
         run = header["run"] | {"recipe": header["run"]["recipe"] | {"selection": metric}}
         found = [tmp_path / f"{number}.safetensors" for number in range(len(scores))]
-        for path, value in zip(found, scores, strict=True):
-            io.save_weights(
-                path, state, header | {"run": run, "validation": {segmenter: {metric: value}}}
-            )
+        for path, value, share in zip(found, scores, shares, strict=True):
+            said = {segmenter: {metric: value, "false_share": share}}
+            io.save_weights(path, state, header | {"run": run, "validation": said})
         return found
 
-    for metric, scores, best in (
-        ("aji", [0.6, 0.5], 0),
-        ("aji", [0.5, 0.6], 1),
-        ("voi", [0.6, 0.5], 1),
-        ("voi", [0.5, 0.6], 0),
-        ("aji", [0.5, 0.5], 1),
-        ("aji", [0.5, float("nan")], 0),
+    nothing, much = (0.0, 0.0), (0.5, 0.0)  # what is found in images without objects
+    for metric, scores, shares, best in (
+        ("aji", [0.6, 0.5], nothing, 0),
+        ("aji", [0.5, 0.6], nothing, 1),
+        ("aji", [0.6, 0.5], much, 1),
+        ("voi", [0.6, 0.5], nothing, 1),
+        ("voi", [0.5, 0.6], nothing, 0),
+        ("voi", [0.5, 0.6], much, 1),
+        ("aji", [0.5, 0.5], nothing, 1),
+        ("aji", [0.5, float("nan")], nothing, 0),
     ):
-        assert distill._best(found := paths(metric, scores)) == found[best]
+        assert distill._best(found := paths(metric, scores, shares)) == found[best]
 
 
 def test_the_wheel_carries_the_workflow(tmp_path):

@@ -18,6 +18,7 @@ from gdlib import devices, io, trained
 from gdlib.cli import workflow
 from gdlib.config import own, parts
 from gdlib.evaluate.metrics import METRICS
+from gdlib.evaluate.scores import worth
 from gdlib.io.failures import DataError
 from gdlib.limits import Count, Whole, argument, place
 
@@ -402,12 +403,14 @@ def _end(out: Path, config: Path, command: Sequence[Any]) -> None:
 
 
 def _best(weights: Sequence[Path]) -> Path:
-    """Return the weights that did best on the validation images, of equal ones the last."""
+    """Return the weights that did best on the validation images, as trainings choose, of equal ones
+    the last.
+    """
 
     def score(path: Path) -> float:
         header = io.read_header(path)
         metric = header["run"]["recipe"]["selection"]
-        found = header["validation"][header["run"]["segmenters"][0]][metric]
+        found = worth(header["validation"][header["run"]["segmenters"][0]], metric)
         if math.isnan(found):
             return -math.inf
         return found if METRICS[metric].better == "higher" else -found
