@@ -14,6 +14,7 @@ from gdlib import io
 from gdlib.cli.images import open_image
 from gdlib.io import outputs
 from gdlib.limits import Count, Threads, argument, place
+from gdlib.spread import spread
 
 BLOCK = {2: 512, 3: (16, 160, 160)}  # largest sides of a part of an image, in pixels
 
@@ -109,7 +110,6 @@ def _quantise(arguments: argparse.Namespace) -> None:
 def _parts(predictor: Any, paths: Sequence[str], count: int, stack: ExitStack) -> list[Any]:
     """Return paths, images that stay open, as the network sees them, and a part of each."""
     from gdlib.data.frames import Frames
-    from gdlib.predict.int8 import spread
 
     found = []
     some = spread(paths, count)

@@ -202,12 +202,6 @@ def facts(network: torch.nn.Module, channels: int) -> dict[str, Any]:
     return {"ndim": network.ndim, **sides, "held": round(held, 3), "length": length}
 
 
-def spread(things: Sequence[Any], count: int) -> list[Any]:
-    """Return so many of some things, evenly from the first to the last."""
-    places = np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int)
-    return [things[k] for k in places]
-
-
 @functools.cache
 def _library() -> Any:
     with vino.without_telemetry():
