@@ -267,6 +267,12 @@ def _units(known: dict[str, str]) -> list[str]:
     return [name for name, flag in known.items() if capable.get(flag)]
 
 
+def cpu_name() -> str:
+    """Return what the processor is called, or at least of which kind it is."""
+    found = re.search(r"^model name\s*:\s*(.+?)\s*$", _about_cpu(), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine() or "CPU"
+
+
 def _about_cpu() -> str:
     """Return what Linux says of the first processor, nothing elsewhere."""
     try:
