@@ -225,7 +225,7 @@ class Bench:
         """Return everything about this machine, as it goes into the JSON file."""
         import torch
 
-        from gdlib.devices import bfloat16_units
+        from gdlib.devices import bfloat16_units, cpu_name
 
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
         return {
@@ -258,17 +258,6 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def cpu_name() -> str:
-    """Return what the processor is called."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(
-                line.partition(":")[2].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"
 
 
 def synchronise(device: Any) -> None:

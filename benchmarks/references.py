@@ -48,8 +48,8 @@ from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
 from benchmarks import instanseg
-from benchmarks.bench import cpu_name
 from gdlib import io
+from gdlib.devices import cpu_name
 from gdlib.evaluate import scores
 
 PERCENTILES = (1, 99.8)  # StarDist's own

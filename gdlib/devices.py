@@ -14,6 +14,7 @@ import functools
 import os
 import platform
 import re
+import shutil
 import sys
 import threading
 import time
@@ -114,6 +115,12 @@ def has_only_cpu() -> bool:
     return sys.platform == "linux" and not any(map(os.path.exists, DRIVERS))
 
 
+def has_nvidia() -> bool:
+    """Is there a GPU for jobs of the workflow: one of NVIDIA that is not hidden from them?"""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return shutil.which("nvidia-smi") is not None and not hidden
+
+
 def on_cpu(name: str) -> bool:
     """Is the device of this name the processor? For errors see `choose_device`."""
     if name == "cpu" or (name == "auto" and has_only_cpu()):
@@ -148,19 +155,25 @@ def _default_threads() -> int:
     wanted = [
         os.environ.get(f"{name}_NUM_THREADS", "").partition(",")[0] for name in ("OMP", "MKL")
     ]
-    return min([_cores(), *(int(one) for one in wanted if one.isdigit() and int(one))])
+    return min([cores(whole=True), *(int(one) for one in wanted if one.isdigit() and int(one))])
 
 
-def _cores() -> int:
-    if not hasattr(os, "sched_getaffinity"):
+def cores(*, whole: bool = False) -> int:
+    """Return how many cores this process may use, as Snakemake counts them: a core that runs two
+    threads is two. `whole` ones count once, where the system tells which they are.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
         return os.cpu_count() or 1
-    cores = set()  # threads of one core count once
-    for number in os.sched_getaffinity(0):
+    allowed = os.sched_getaffinity(0)
+    if not whole:
+        return len(allowed)
+    different = set()
+    for number in allowed:
         try:
-            cores.add((TOPOLOGY / f"cpu{number}/topology/thread_siblings_list").read_text())
+            different.add((TOPOLOGY / f"cpu{number}/topology/thread_siblings_list").read_text())
         except OSError:
-            cores.add(str(number))
-    return len(cores)
+            different.add(str(number))
+    return len(different)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -252,6 +265,12 @@ def _units(known: dict[str, str]) -> list[str]:
     # versions that cannot be asked know of none
     capable = getattr(torch.cpu, "get_capabilities", dict)()
     return [name for name, flag in known.items() if capable.get(flag)]
+
+
+def cpu_name() -> str:
+    """Return what the processor is called, or at least of which kind it is."""
+    found = re.search(r"^model name\s*:\s*(.+?)\s*$", _about_cpu(), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine() or "CPU"
 
 
 def _about_cpu() -> str:

@@ -33,6 +33,7 @@ GROUND = {
     "progress",
     "quiet",
     "registry",
+    "spread",
     "text",
     "types",
     "watch",

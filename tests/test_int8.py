@@ -134,13 +134,6 @@ def test_no_file_is_told_as_ever(path):
         Predictor.load(path, device="cpu")
 
 
-def test_parts_are_spread_over_all():
-    assert int8.spread("abcdefg", 3) == ["a", "d", "g"]
-    assert int8.spread("ab", 3) == ["a", "b"]
-    assert int8.spread("abcdefg", 1) == ["a"]
-    assert int8.spread("", 4) == []
-
-
 def test_what_it_takes_is_told(nuclei, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(vino, "is_installed", lambda name: name != "nncf")
     assert main(["quantise", str(nuclei), str(tmp_path)]) == 1

@@ -309,6 +309,21 @@ def test_units_of_the_processor(monkeypatch, tmp_path):
     assert devices.int8_pays() == bool(capable.get("avx2"))
 
 
+def test_the_name_of_the_processor(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(devices, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(devices.platform, "processor", lambda: "")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "arm64")
+    cpuinfo.write_text(
+        "processor\t: 0\nmodel\t\t: 1\nmodel name\t: AMD EPYC 9R14 \nstepping\t: 1\n"
+    )
+    assert devices.cpu_name() == "AMD EPYC 9R14"
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n")  # of ARM
+    assert devices.cpu_name() == "arm64"
+    cpuinfo.unlink()  # not Linux
+    assert devices.cpu_name() == "arm64"
+
+
 @pytest.mark.skipif(not jit.ENABLED, reason="nothing is compiled here")
 @pytest.mark.parametrize("shape", [(1, 1), (7, 30), (3, 5, 9)])
 def test_probabilities_in_8_bits(shape):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from gdlib import io
+from gdlib import devices, io
 from gdlib.cli import distill
 from gdlib.cli.main import main
 from gdlib.config import load, own, parts, plan
@@ -96,6 +96,9 @@ def spoil(folder, what):
         tifffile.imwrite(
             folder / "labels" / "0.tif", np.ones((4, 70, 90), np.uint16), photometric="minisblack"
         )
+    elif what == "as macOS writes it":  # in two characters
+        for path in (image, label):
+            path.with_name("0.tif").rename(path.with_name("0e\u0301.tif"))
     elif what == "broken":
         image.write_bytes(b"no image")
 
@@ -114,6 +117,7 @@ def spoil(folder, what):
         (["images", "labels"], "small", "images: the smallest image has 20 x 90 pixels"),
         (["images", "labels"], "volume", "give --3d if these are the sections of a volume"),
         (["images", "labels", "--3d"], None, "has 2 axes (70, 90), not 3; leave --3d out"),
+        (["images", "labels", "--3d"], "as macOS writes it", "not 3; leave --3d out"),
         (["images", "labels"], "broken", "3.tif: "),
         (["images", "labels", "--teacher", "none"], None, 'no built-in network "none"'),
         (["images", "labels", "--teacher", "none.pt"], None, "none.pt: "),
@@ -204,6 +208,21 @@ def test_the_time_of_steps_is_measured(splits, make_spec, tmp_path):
         assert 0 < seconds_per_step(student, **files, teacher=teacher) < 60
 
 
+@pytest.mark.parametrize(("gpu", "steps"), [(False, 1000), (True, 500)])
+def test_the_steps_of_a_time_where_the_system_tells_no_cores(
+    gpu, steps, folders, monkeypatch, capsys
+):
+    """As macOS and Windows do; on a GPU students are trained one by one."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(devices, "has_nvidia", lambda: gpu)
+    monkeypatch.setattr("gdlib.train.pace.seconds_per_step", lambda *files, **options: 0.8)
+    monkeypatch.setattr(distill.workflow, "run", lambda *words, **options: [])
+    monkeypatch.setattr(distill, "_end", lambda *files: None)
+    assert main(["distill", "images", "labels", "--out", "new", "--time", "30m"]) == 0
+    assert f"1200 steps for the teacher, {steps} for the students" in capsys.readouterr().out
+
+
 @pytest.mark.long
 def test_what_is_compiled_is_not_in_the_time_of_a_step(splits, make_spec, tmp_path):
     """Where nothing has been compiled yet, as after an installation."""
@@ -232,24 +251,26 @@ def test_the_weights_that_are_named_are_the_best_on_validation_images(teacher, t
     state, header = io.load_weights(teacher)
     (segmenter,) = header["run"]["segmenters"]
 
-    def paths(metric, scores):
+    def paths(metric, scores, shares):
         run = header["run"] | {"recipe": header["run"]["recipe"] | {"selection": metric}}
         found = [tmp_path / f"{number}.safetensors" for number in range(len(scores))]
-        for path, value in zip(found, scores, strict=True):
-            io.save_weights(
-                path, state, header | {"run": run, "validation": {segmenter: {metric: value}}}
-            )
+        for path, value, share in zip(found, scores, shares, strict=True):
+            said = {segmenter: {metric: value, "false_share": share}}
+            io.save_weights(path, state, header | {"run": run, "validation": said})
         return found
 
-    for metric, scores, best in (
-        ("aji", [0.6, 0.5], 0),
-        ("aji", [0.5, 0.6], 1),
-        ("voi", [0.6, 0.5], 1),
-        ("voi", [0.5, 0.6], 0),
-        ("aji", [0.5, 0.5], 1),
-        ("aji", [0.5, float("nan")], 0),
+    nothing, much = (0.0, 0.0), (0.5, 0.0)  # what is found in images without objects
+    for metric, scores, shares, best in (
+        ("aji", [0.6, 0.5], nothing, 0),
+        ("aji", [0.5, 0.6], nothing, 1),
+        ("aji", [0.6, 0.5], much, 1),
+        ("voi", [0.6, 0.5], nothing, 1),
+        ("voi", [0.5, 0.6], nothing, 0),
+        ("voi", [0.5, 0.6], much, 1),
+        ("aji", [0.5, 0.5], nothing, 1),
+        ("aji", [0.5, float("nan")], nothing, 0),
     ):
-        assert distill._best(found := paths(metric, scores)) == found[best]
+        assert distill._best(found := paths(metric, scores, shares)) == found[best]
 
 
 def test_the_wheel_carries_the_workflow(tmp_path):

@@ -103,6 +103,30 @@ def test_without_a_driver_torch_is_not_asked_for_gpus(monkeypatch, tmp_path):
     assert not devices.has_only_cpu()
 
 
+def test_cores_are_counted_on_any_system(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 4}, raising=False)
+    for number, siblings in enumerate(("0-1", "0-1")):
+        (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(siblings)
+    assert (devices.cores(), devices.cores(whole=True)) == (3, 2)
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS and Windows
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert (devices.cores(), devices.cores(whole=True)) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "there"),
+    [(False, None, False), (True, None, True), (True, "0", True), (True, "", False)],
+)
+def test_a_gpu_for_jobs_is_one_that_is_not_hidden(program, given, there, monkeypatch):
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name if program else None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert devices.has_nvidia() is there
+
+
 def resources(rule):
     """Return what a rule says of itself from its name to its command."""
     return re.search(

@@ -18,6 +18,7 @@ from gdlib.data.maps import TeacherMaps
 from gdlib.data.patches import PatchSampler
 from gdlib.data.prepare import prepare
 from gdlib.data.sources.folder import folder
+from gdlib.predict.files import predict_split
 from gdlib.predict.predictor import Predictor
 from gdlib.segment.parameters import chosen
 from gdlib.segment.segmenters import segment
@@ -100,6 +101,34 @@ def test_the_teacher_labels_as_it_segments_test_images(more, found, teacher):
     assert attrs["teacher"] == io.sha256(teacher)
     assert (attrs["sure"], attrs["segmenter"]) == (0.75, segmenter)
     assert not [path for path in found.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_what_was_predicted_is_not_predicted_again(more, found, teacher, tmp_path, monkeypatch):
+    """Where the command was stopped after it; what other weights predicted is not used."""
+    out, calls = tmp_path / "found.h5", []
+    rest = {"sure": 0.75, "engine": "torch", "device": "cpu"}
+
+    def predict(*files, **options):
+        calls.append(files)
+        predict_split(*files, **options)
+
+    def stop():
+        with monkeypatch.context() as patch:
+            patch.setattr("gdlib.train.label.unsure", lambda *maps: {}["stopped"])
+            with pytest.raises(KeyError, match="stopped"):
+                label_images(teacher, more, out, **rest)
+
+    monkeypatch.setattr("gdlib.train.label.predict_split", predict)
+    stop()
+    label_images(teacher, more, out, **rest)
+    assert len(calls) == 1
+    assert out.read_bytes() == found.read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+    stop()
+    state, header = io.load_weights(teacher)
+    io.save_weights(tmp_path / "other.safetensors", state, header | {"step": 0})
+    label_images(tmp_path / "other.safetensors", more, out, **rest)
+    assert len(calls) == 3
 
 
 # Patches

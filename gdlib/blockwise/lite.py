@@ -31,7 +31,8 @@ BASIS = "basis"  # of vectors that it gives shortened (see `gdlib.models.shorten
 FACTS = "network"  # of the header of such a file
 KEPT = ".network.safetensors"  # ending of the names of what is kept
 MOST = 16  # networks
-HINTS = {"float32": ("f32", 4), "bfloat16": ("bf16", 2)}  # OpenVINO's names, and bytes
+# types that what is kept computes in
+HINTS = {name: vino.PRECISIONS[name] for name in ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ import numpy as np
 
 from gdlib import devices
 
+# by torch's names of types: OpenVINO's, and bytes of a number
+PRECISIONS = {"float32": ("f32", 4), "bfloat16": ("bf16", 2), "float16": ("f16", 2)}
+
 
 def is_installed(name: str = "openvino") -> bool:
     """Is a package there? It is not imported."""

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from gdlib import io, trained
+from gdlib import devices, io, trained
 from gdlib.cli import workflow
 from gdlib.config import own, parts
 from gdlib.evaluate.metrics import METRICS
+from gdlib.evaluate.scores import worth
 from gdlib.io.failures import DataError
 from gdlib.limits import Count, Whole, argument, place
 
@@ -228,9 +228,8 @@ def _measure(arguments: argparse.Namespace) -> own.Measured:
     from gdlib.data.sources.folder import folder
 
     ndim = 3 if arguments.volumes else 2
-    first = next(iter(find_files(arguments.images).values()))
-    labels = find_files(arguments.labels)
-    channels = _channels(first, labels.get(first.stem), ndim)
+    name, first = next(iter(find_files(arguments.images).items()))
+    channels = _channels(first, find_files(arguments.labels).get(name), ndim)
     regions = arguments.regions or None
     options = {"channels": channels, "label_regions": regions, "level": arguments.level}
     splits = folder(arguments.out / "raw" / own.NAME, **options)
@@ -320,8 +319,8 @@ def _timed(text: str, arguments: argparse.Namespace, found: own.Measured) -> own
         command = workflow.command(arguments.out, config, arguments.cores)
         workflow.run([*command, "--", data], arguments.out, quiet=True)
         chosen = load(parts.home(), config)
-        cores = arguments.cores or len(os.sched_getaffinity(0))
-        gpu = shutil.which("nvidia-smi") is not None
+        cores = arguments.cores or devices.cores()
+        gpu = devices.has_nvidia()
         student, teacher = own.STUDENT[found.ndim], chosen.teachers_of(own.NAME)[0]
         files = {key: arguments.out / "data" / own.NAME / f"{key}.h5" for key in ("train", "val")}
         files["folder"] = Path(folder)
@@ -404,12 +403,14 @@ def _end(out: Path, config: Path, command: Sequence[Any]) -> None:
 
 
 def _best(weights: Sequence[Path]) -> Path:
-    """Return the weights that did best on the validation images, of equal ones the last."""
+    """Return the weights that did best on the validation images, as trainings choose, of equal ones
+    the last.
+    """
 
     def score(path: Path) -> float:
         header = io.read_header(path)
         metric = header["run"]["recipe"]["selection"]
-        found = header["validation"][header["run"]["segmenters"][0]][metric]
+        found = worth(header["validation"][header["run"]["segmenters"][0]], metric)
         if math.isnan(found):
             return -math.inf
         return found if METRICS[metric].better == "higher" else -found

@@ -14,6 +14,7 @@ from gdlib import io
 from gdlib.cli.images import open_image
 from gdlib.io import outputs
 from gdlib.limits import Count, Threads, argument, place
+from gdlib.spread import spread
 
 BLOCK = {2: 512, 3: (16, 160, 160)}  # largest sides of a part of an image, in pixels
 
@@ -53,6 +54,7 @@ def _quantise(arguments: argparse.Namespace) -> None:
     io.check_header(weights, header)
     from gdlib.evaluate import scores
     from gdlib.evaluate.metrics import METRICS
+    from gdlib.models import trained
     from gdlib.predict import int8
     from gdlib.predict.predictor import Predictor
 
@@ -64,12 +66,14 @@ def _quantise(arguments: argparse.Namespace) -> None:
     outputs.check(
         [outputs.Output(out, int8.is_own)], [weights, *paths], overwrite=arguments.overwrite
     )
-    predictor = Predictor.load(
-        weights,
+    network, _ = trained(weights, *io.HEADER)
+    predictor = Predictor(
+        network,
+        header,
         device="cpu",
         engine="openvino",
         precision="float32",
-        block=BLOCK[len(header["offsets"][0])],
+        block=None if network.halo is None else BLOCK[network.ndim],
     )
     with ExitStack() as stack:
         parts = _parts(predictor, paths, arguments.parts, stack)
@@ -106,7 +110,6 @@ def _quantise(arguments: argparse.Namespace) -> None:
 def _parts(predictor: Any, paths: Sequence[str], count: int, stack: ExitStack) -> list[Any]:
     """Return paths, images that stay open, as the network sees them, and a part of each."""
     from gdlib.data.frames import Frames
-    from gdlib.predict.int8 import spread
 
     found = []
     some = spread(paths, count)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdlib.blockwise.blocks import legal_shape
-from gdlib.devices import choose_device
+from gdlib.devices import choose_device, cpu_name
 from gdlib.models import build
 from gdlib.predict.predictor import Predictor
 
@@ -179,19 +179,9 @@ def profile(
         "latency_ms": statistics.median(times),
         "latency_ms_p90": float(np.percentile(times, 90)),
         "peak_memory_mib": peak,
-        "device": torch.cuda.get_device_name(target) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(target) if cuda else cpu_name(),
         "engine": predictor.engine,
         "threads": torch.get_num_threads(),
         "precision": str(predictor.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(
-                line.partition(":")[2].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return "CPU"

@@ -44,7 +44,6 @@ from gdlib.blockwise import vino
 
 ENGINES = ("auto", "torch", "openvino")
 ONNX = "onnxruntime"  # of files of `gdlib export`, which nothing else runs here
-PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # relative error of the trial image; of bfloat16 it is below 0.01, of another function about 1
 TOLERANCE = 0.1
 
@@ -180,7 +179,8 @@ def _noise(network: nn.Module, channels: int, multiple: int) -> Tensor:
 
 def compiled(model: Any, dtype: torch.dtype, at_once: int = 1) -> Engine:
     """Return what runs a model of OpenVINO in this type; see `vino.compiled`."""
-    return on_tensors(vino.compiled(model, PRECISIONS[dtype], at_once))
+    hint, _ = vino.PRECISIONS[str(dtype).removeprefix("torch.")]
+    return on_tensors(vino.compiled(model, hint, at_once))
 
 
 def on_tensors(run: vino.Run) -> Engine:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -228,6 +228,7 @@ def predict_split(
     *,
     weights_sha256: str,
     keep_embeddings: int = 0,
+    **about: Any,
 ) -> None:
     """Predict every sample of a split and write the predictions file, with the memory of one block.
 
@@ -242,6 +243,7 @@ def predict_split(
         keep_embeddings: for so many samples, the first by name, the embedding is kept too
             (float16), for figures; of a volume some central sections. Its attribute `origin` says
             where it begins.
+        about: other attributes.
     """
     out = Path(out)
     partial = out.with_name(f".{out.name}.partial")
@@ -252,7 +254,7 @@ def predict_split(
         identity = f"{weights_sha256} {file_identity(data)}"
         blocks = predict_blocks(predictor, images, partial, identity, kept)
         attrs |= {"kept": list(kept), "weights_sha256": weights_sha256, "engine": predictor.engine}
-        with io.create_h5(out, **attrs) as file:
+        with io.create_h5(out, **attrs, **about) as file:
             for name, box, part in blocks:
                 if name not in file:
                     _create(

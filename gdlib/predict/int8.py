@@ -104,6 +104,14 @@ def quantised(network: torch.nn.Module, channels: int, inputs: Sequence[Tensor])
         inputs: (1, C, *sides) each, normalised: what it is to be at work on.
     """
     nncf = _library()
+    options = {}
+    if network.halo is None:
+        # Of tokens (B, Y X, C) NNCF takes the second axis for the channels, and a network with a
+        # scale for each of these takes images of one size only: here a tensor has one scale.
+        advanced = nncf.quantization.advanced_parameters
+        options["advanced_parameters"] = advanced.AdvancedQuantizationParameters(
+            activations_quantization_params=advanced.QuantizationParameters(per_channel=False)
+        )
     # what is printed is for scripts, and how far it is is not
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
@@ -114,6 +122,7 @@ def quantised(network: torch.nn.Module, channels: int, inputs: Sequence[Tensor])
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(inputs),
             ignored_scope=nncf.IgnoredScope(names=_last(model)),
+            **options,
         )
 
 
@@ -191,12 +200,6 @@ def facts(network: torch.nn.Module, channels: int) -> dict[str, Any]:
     held, length = held_per_pixel(network, channels)
     sides = {name: list(getattr(network, name)) for name in names}
     return {"ndim": network.ndim, **sides, "held": round(held, 3), "length": length}
-
-
-def spread(things: Sequence[Any], count: int) -> list[Any]:
-    """Return so many of some things, evenly from the first to the last."""
-    places = np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int)
-    return [things[k] for k in places]
 
 
 @functools.cache

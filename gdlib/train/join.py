@@ -17,6 +17,7 @@ from gdlib.config import RunSpec
 from gdlib.devices import choose_device, choose_precision
 from gdlib.models import build, trained
 from gdlib.predict.predictor import Predictor
+from gdlib.spread import spread
 from gdlib.train.validator import Validator
 
 IMAGES = 16  # in which directions are looked for
@@ -101,10 +102,9 @@ def principal(
     predictor = Predictor(whole, header, device=device, precision=spec.recipe.precision)
     total = len(whole.projection)
     products = torch.zeros(total, total, dtype=torch.float64)
-    generator, names = np.random.default_rng(0), io.sample_ids(samples)
-    chosen = np.linspace(0, len(names) - 1, min(IMAGES, len(names))).round().astype(int)
+    generator = np.random.default_rng(0)
     with io.open_h5(samples) as file:
-        for name in (names[i] for i in chosen):
+        for name in spread(io.sample_ids(samples), IMAGES):
             source = predictor.source(file[name]["image"])
             sides = [min(pair) for pair in zip(source.shape, SIDES[whole.ndim], strict=True)]
             starts = [

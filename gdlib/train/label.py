@@ -14,7 +14,7 @@ import numpy as np
 
 from gdlib import io
 from gdlib.kernels import overlap
-from gdlib.predict.files import predict_split
+from gdlib.predict.files import made_with, predict_split
 from gdlib.predict.predictor import Predictor
 from gdlib.segment.parameters import chosen
 from gdlib.segment.segmenters import segment
@@ -71,6 +71,9 @@ def label_images(
 ) -> None:
     """Write images with the instances that a teacher finds in them.
 
+    What was stopped goes on where it was: predictions wait in `.<name of out>.predictions` beside
+    it until all instances are found.
+
     Args:
         teacher: its weights.
         samples: `.h5` of the images; labels, if there are any, are not looked at.
@@ -107,10 +110,22 @@ def label_images(
         )
         return io.Sample(name, image, label, ignore, attrs)
 
+    wanted = {
+        "weights_sha256": digest,
+        "samples_sha256": io.sha256(samples),
+        "made_with": made_with(predictor),
+    }
+    if not _has(predictions, wanted):
+        predict_split(predictor, samples, predictions, **wanted)
+    about = {"teacher": digest, "segmenter": segmenter, "parameters": parameters, "sure": sure}
+    with ThreadPoolExecutor(threads or 1) as pool:
+        io.write_samples(out, pool.map(found, io.sample_ids(samples)), **about)
+    predictions.unlink()
+
+
+def _has(predictions: Path, wanted: Mapping[str, str]) -> bool:
+    """Are there predictions with these attributes, of an earlier call that was stopped?"""
     try:
-        predict_split(predictor, samples, predictions, weights_sha256=digest)
-        about = {"teacher": digest, "segmenter": segmenter, "parameters": parameters, "sure": sure}
-        with ThreadPoolExecutor(threads or 1) as pool:
-            io.write_samples(out, pool.map(found, io.sample_ids(samples)), **about)
-    finally:
-        predictions.unlink(missing_ok=True)
+        return wanted.items() <= io.read_attrs(predictions).items()
+    except io.DataError:  # there are none, or they are damaged
+        return False

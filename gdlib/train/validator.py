@@ -14,6 +14,7 @@ from gdlib.config import RunSpec
 from gdlib.predict.predictor import Predictor
 from gdlib.segment.parameters import defaults
 from gdlib.segment.tune import score, tune
+from gdlib.spread import spread
 
 
 class Validator:
@@ -41,7 +42,7 @@ class Validator:
         count = min(spec.recipe.validate_images, len(self.samples))
         # their share, rounded up
         empty = min(-(-count * len(parts[False]) // len(self.samples)), count - 1)
-        self.some = [*_spread(parts[True], count - empty), *_spread(parts[False], empty)]
+        self.some = [*spread(parts[True], count - empty), *spread(parts[False], empty)]
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """Scores on some images together, with the default parameters of the first segmenter."""
@@ -95,11 +96,3 @@ class Validator:
 
 def _has_objects(sample: io.Sample) -> bool:
     return bool((sample.label if sample.ignore is None else sample.label[~sample.ignore]).any())
-
-
-def _spread(samples: list[io.Sample], count: int) -> list[io.Sample]:
-    """Choose at most so many, spread over the list: neighbours in a list are often neighbours in
-    the well plate.
-    """
-    count = min(count, len(samples))
-    return [samples[i] for i in np.linspace(0, len(samples) - 1, count).round().astype(int)]

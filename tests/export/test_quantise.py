@@ -11,6 +11,7 @@ import torch
 from gdlib import io, trained
 from gdlib.cli.main import main
 from gdlib.devices import int8_pays
+from gdlib.models import build
 from gdlib.predict import int8
 from gdlib.predict.predictor import Predictor
 from gdlib.registry import SOURCES
@@ -81,6 +82,26 @@ def test_a_network_of_volumes(tmp_path, capsys):
     assert main(["quantise", *given]) == 0
     assert "by VOI " in capsys.readouterr().out
     inputs_agree(weights, volume[None, :, 5:60])
+
+
+@pytest.mark.skipif(not int8_pays(), reason="needs a processor with AVX2")
+def test_a_network_in_which_every_pixel_sees_the_whole_image(tmp_path, squares, capsys):
+    """It looks at whole images, of several sizes, and then takes those of any other."""
+    torch.manual_seed(0)
+    options = {"dims": [8, 8, 16, 16], "heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
+    network = build("segformer", options)
+    network.foreground.bias.data.fill_(3)  # so that something is found
+    header = io.read_header(trained.FOLDER / "nuclei.safetensors")
+    weights = tmp_path / "mine.safetensors"
+    header |= {"model": "segformer", "options": options}
+    io.save_weights(weights, network.state_dict(), header)
+    images = [squares(number, shape)[0] for number, shape in enumerate([(70, 90), (64, 60)])]
+    for number, image in enumerate(images):
+        tifffile.imwrite(tmp_path / f"{number}.tif", image[0])
+    files = [str(tmp_path / f"{number}.tif") for number in range(len(images))]
+    assert main(["quantise", str(weights), *files]) == 0
+    assert "in 2 parts of the images" in capsys.readouterr().out
+    inputs_agree(weights, squares(5, shape=(100, 50))[0])
 
 
 def test_another_file_is_not_replaced(tmp_path, capsys):

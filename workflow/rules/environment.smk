@@ -4,15 +4,13 @@ import json
 import math
 import os
 import shlex
-import shutil
 import sys
+
+from gdlib.devices import has_nvidia
 
 # A network's job asks for a GPU where there is one. Where there is none it asks for nothing but its threads, and students
 # train side by side on the cores. On the head node of a cluster: --set-resources train_student:gpu=1 and so on.
-GPU = int(
-    shutil.which("nvidia-smi") is not None
-    and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
-)
+GPU = int(has_nvidia())
 # Such a job counts as one core and goes first: were it to wait for several cores to be free at once, a queue of jobs without
 # a GPU would leave the GPU idle.
 THREADS = 1 if GPU else 8

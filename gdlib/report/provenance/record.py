@@ -17,6 +17,7 @@ from typing import Any
 import gdlib
 from gdlib import io
 from gdlib.config import TEACHER
+from gdlib.devices import cpu_name
 from gdlib.report.names import NONE, named_teacher
 
 PACKAGE = Path(gdlib.__file__).parent
@@ -165,7 +166,7 @@ def record(
         "software": {"python": platform.python_version(), **_versions()},
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": cpu_name(),
             "cores": os.cpu_count(),
         },
         "configuration": configuration,
@@ -308,13 +309,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
