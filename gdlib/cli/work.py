@@ -230,7 +230,8 @@ class Work:
         need = 0
         stored = attributes.get("zarr")
         identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
-        identity += " inverted" * self.arguments.invert
+        given = self.arguments
+        identity += f" axes {given.axes}, channel {given.channel}" + " inverted" * given.invert
         if self.budget and (self.arguments.memory or is_large(predictor, source.shape)):
             with self._about(job.path, image):
                 choice = choose(
