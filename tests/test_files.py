@@ -409,6 +409,9 @@ def test_axes_of_one_pixel(tmp_path, shape, channels, ndim, expected):
         for given in (image, volume):
             source = Source(given, channels, ndim, {"lower": 0, "upper": 100})
             assert source.shape == expected
+            negative = Source(given, channels, ndim, {"lower": 0, "upper": 100}, invert=True)
+            for seen in (source, negative):
+                np.testing.assert_array_equal(seen.as_recorded, array.reshape(channels, *expected))
             low, high = (v.reshape(-1, *[1] * ndim) for v in source.range)
             whole = (array.reshape(channels, *expected) - low) / (high - low)
             np.testing.assert_allclose(source.read([0] * ndim, expected), whole, rtol=1e-6)

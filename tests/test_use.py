@@ -137,6 +137,28 @@ def test_picture_and_table(teacher, model, stack, tmp_path, capsys):
     assert "a.preview.png is there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ending", ["tif", "h5"])
+@pytest.mark.parametrize("axis", [(0,), (2,), (0, 1)])
+def test_axes_of_one_pixel_are_in_no_picture_and_table(axis, ending, teacher, squares, tmp_path):
+    image = squares(52, (96, 80))[0][0]
+    found = []
+    for folder, array in (("a", image), ("b", np.expand_dims(image, axis))):
+        place = tmp_path / folder
+        place.mkdir()
+        if ending == "h5":
+            with h5py.File(place / "a.h5", "w") as file:
+                file["raw"] = array
+        else:
+            tifffile.imwrite(place / "a.tif", array, photometric="minisblack")
+        arguments = ["--preview", "--table", place / "a.csv"]
+        segment(teacher, place / "out", place / f"a.{ending}", *arguments)
+        with Image.open(place / "out" / "a.preview.png") as picture:
+            rows = (place / "a.csv").read_text().replace(str(place), "")
+            found.append((rows, np.asarray(picture).tolist()))
+    assert found[0][0].count("\n") > 20
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", ["a.tif", "a.preview.png"])
 def test_a_table_is_not_written_over_a_label(name, teacher, stack, tmp_path, capsys):
     tifffile.imwrite(tmp_path / "a.tif", stack[0, 1])

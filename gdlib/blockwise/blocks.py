@@ -62,6 +62,12 @@ class Source:
         ndim: number of axes that the network wants.
         normalisation: keyword arguments of `intensity_range`; the range is that of the whole image.
         invert: see the image as its negative.
+
+    Attributes:
+        as_recorded: (C, [Z,] Y, X), the image without other axes, and not inverted; of a dataset on
+            disk a `View`, which is not read yet.
+        array: the same as the network sees it, perhaps the negative.
+        shape: ([Z,] Y, X).
     """
 
     def __init__(
@@ -92,9 +98,9 @@ class Source:
                 "least one pixel; convert the image or choose another "
                 f"model{SECTIONS * (channels == 1 and ndim == 3)}"
             )
-        array, shape = seen, seen.shape
-        self.array = Negative(array) if invert else array
-        self.shape = shape[1:]
+        self.as_recorded = seen
+        self.array = Negative(seen) if invert else seen
+        self.shape = seen.shape[1:]
         self.normalisation = normalisation
 
     @cached_property

@@ -170,7 +170,7 @@ class Work:
                     boxes = predictor.blocks(source.shape)
                     parts = ((box, predictor.predict(source, box)) for box in boxes)
                     prediction = assembled(source.shape, parts)
-                return self._finish(job, prediction, attributes, 0, self._seen(image))
+                return self._finish(job, prediction, attributes, 0, self._seen(source))
 
     def _look_at(self, job: Job, source: Source, attributes: dict[str, Any]) -> None:
         """Say so if objects may be dark where they were bright in the training, or of another size
@@ -269,10 +269,10 @@ class Work:
                 predictor, {job.path: source}, job.hidden("partial"), f"{self.weights} {identity}"
             )
             prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
-        return self._finish(job, prediction, attributes, need, self._seen(image))
+        return self._finish(job, prediction, attributes, need, self._seen(source))
 
-    def _seen(self, image: Any) -> np.ndarray | None:
-        return _first_channel(image, self.ndim) if self.found.wants_image else None
+    def _seen(self, source: Source) -> np.ndarray | None:
+        return np.asarray(source.as_recorded) if self.found.wants_image else None
 
     def _factors(self, job: Job, attributes: dict[str, Any]) -> tuple[float, ...] | None:
         """Return by how much an image is to be enlarged, None for not at all."""
@@ -475,15 +475,6 @@ class Work:
             elif len(sides) == self.ndim + 1 and self.header["channels"] == 1:
                 hint = "; or choose one channel with --channel"
             raise io.DataError(f"{path}: {error}{hint}") from None
-
-
-def _first_channel(image: Any, ndim: int) -> np.ndarray:
-    """Return an image in memory, (C, [Z,] Y, X), without other axes of one pixel."""
-    array = np.asarray(image)
-    sides = [n for n in array.shape if n > 1]
-    if array.ndim == ndim + 1:
-        return array
-    return array.reshape(1, *(sides if len(sides) == ndim else array.shape[-ndim:]))
 
 
 @contextlib.contextmanager
