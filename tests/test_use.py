@@ -137,9 +137,10 @@ def test_picture_and_table(teacher, model, stack, tmp_path, capsys):
     assert "a.preview.png is there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [[], ["--diameter", "8"]], ids=["plain", "scaled"])
 @pytest.mark.parametrize("ending", ["tif", "h5"])
 @pytest.mark.parametrize("axis", [(0,), (2,), (0, 1)])
-def test_axes_of_one_pixel_are_in_no_picture_and_table(axis, ending, teacher, squares, tmp_path):
+def test_axes_of_one_pixel_change_nothing(options, axis, ending, teacher, squares, tmp_path):
     image = squares(52, (96, 80))[0][0]
     found = []
     for folder, array in (("a", image), ("b", np.expand_dims(image, axis))):
@@ -150,7 +151,7 @@ def test_axes_of_one_pixel_are_in_no_picture_and_table(axis, ending, teacher, sq
                 file["raw"] = array
         else:
             tifffile.imwrite(place / "a.tif", array, photometric="minisblack")
-        arguments = ["--preview", "--table", place / "a.csv"]
+        arguments = ["--preview", "--table", place / "a.csv", *options]
         segment(teacher, place / "out", place / f"a.{ending}", *arguments)
         with Image.open(place / "out" / "a.preview.png") as picture:
             rows = (place / "a.csv").read_text().replace(str(place), "")

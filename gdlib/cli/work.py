@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gdlib.blockwise.blocks import Blockwise, Source
+    from gdlib.data.frames import Frames
 
 
 # Pixels, by number of axes; a larger image is alone, and goes on from where it was stopped.
@@ -156,10 +157,14 @@ class Work:
             if isinstance(image, Frames) and not is_alone:  # then frames are seen at the same time
                 return None
             by = self._factors(job, attributes)
-            if isinstance(image, Frames) or by is not None:
+            if isinstance(image, Frames):
                 return self._by_frames(job, predictor, image, attributes, by, is_alone)
             with self._about(job.path, image):
                 source = predictor.source(image)
+            if by is not None:
+                one = Frames(source.as_recorded, f"C{'ZYX'[-self.ndim :]}", self.ndim)
+                return self._by_frames(job, predictor, one, attributes, by, is_alone)
+            with self._about(job.path, image):
                 if not is_alone and self._must_be_alone(source.shape):
                     return None
                 self._look_at(job, source, attributes)
@@ -298,7 +303,7 @@ class Work:
         self,
         job: Job,
         predictor: Blockwise,
-        image: Any,
+        image: Frames,
         attributes: dict[str, Any],
         by: tuple[float, ...] | None,
         is_alone: bool,
@@ -306,17 +311,8 @@ class Work:
         """Segment every frame on its own, in memory, and write all of them to one file; None if
         that is to be done `alone`.
         """
-        from gdlib.data.frames import Frames
         from gdlib.data.scale import resized_sides
 
-        axes = "ZYX"[-self.ndim :]
-        if not isinstance(image, Frames):
-            image = np.asarray(image)
-            if image.ndim == self.ndim:  # a dataset on disk without channels
-                image = image[None]
-            image = Frames(image, f"C{axes}", self.ndim) if image.ndim == self.ndim + 1 else image
-            if not isinstance(image, Frames):
-                raise io.DataError(f"{job.path}: an image of shape {image.shape} cannot be scaled")
         if "Z" in image.axes and not self.told_of_sections:
             self.told_of_sections = True
             self._say(
@@ -338,7 +334,8 @@ class Work:
         label = np.empty(image.shape + image.sides, np.uint32)
 
         def one(predictor: Blockwise, index: tuple[int, ...]) -> Counted:
-            frame = np.asarray(image[index])
+            # a large one on disk is not read twice
+            frame = np.asarray(image[index]) if any(index) else first
             with self._about(job.path, frame):
                 label[index] = trained.objects(
                     predictor, frame, self.header["offsets"], self.segmenter, self.parameters, by
@@ -356,7 +353,7 @@ class Work:
             with workers(together, max(1, self.threads // together)) as pool:
                 for part in pool.map(partial(one, predictor), frames):
                     counted.add(part)
-        axes = image.axes + axes
+        axes = image.axes + "ZYX"[-self.ndim :]
         with self._written(job):
             labels.write_label(job.target, job.dataset, label, attributes, job.mark, axes)
         if self.arguments.preview:
