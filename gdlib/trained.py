@@ -103,7 +103,8 @@ class Model:
                 image is brought to the pixels of the training images, and the labels back. Only
                 if `info["pixel_size"]` is there.
             diameter: the same by the diameter of a typical object in pixels, if
-                `info["diameter"]` is there: percentiles 5, 50 and 95 of the training images.
+                `info["diameter"]` is there: percentiles 5, 50 and 95 of the training images. It is
+                given instead of `pixel_size`, and not beside it.
             segmenter: what makes objects of affinities; the one that the weights were chosen with
                 if left out.
             parameters: of the segmenter, instead of those that were tuned.
@@ -113,12 +114,16 @@ class Model:
 
         Raises:
             DataError: the image does not fit the network.
-            ValueError: no such segmenter, parameter or value.
+            ValueError: no such segmenter, parameter or value; or both `pixel_size` and `diameter`.
         """
         from gdlib.data.scale import factors
         from gdlib.segment.parameters import chosen
         from gdlib.segment.segmenters import stride
 
+        if not (pixel_size is None or diameter is None):
+            raise ValueError(
+                "pixel_size and diameter both say how the image is to be scaled: leave one out"
+            )
         segmenter, all_of_them = chosen(self.path, self.info, segmenter, parameters)
         by = factors(self.info, self.ndim, pixel_size, diameter)
         frames = self._frames(image, axes)

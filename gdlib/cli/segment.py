@@ -72,14 +72,15 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         type=_pixel,
         metavar="MICRONS",
         help="of the images, one number or ZxYxX: they are brought to that of the training images, "
-        "and the labels back (default: what the file says, if the model knows its own)",
+        "and the labels back (default: what the file says, if the model knows its own); beside "
+        "--diameter, it is for the microns of the table alone",
     )
     segment.add_argument(
         "--diameter",
         type=argument(Positive),
         metavar="PIXELS",
         help="of typical objects in the images: they are brought to those of the training images, "
-        "and the labels back; instead of --pixel-size",
+        "and the labels back; beside --pixel-size, this decides how they are scaled",
     )
     segment.add_argument(
         "--invert",
