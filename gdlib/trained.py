@@ -16,7 +16,7 @@ from gdlib.registry import nearest
 
 if TYPE_CHECKING:
     from gdlib.blockwise.blocks import Blockwise, Source
-    from gdlib.types import Prediction
+    from gdlib.types import Offsets, Prediction
 
 FOLDER = Path(__file__).parent / "weights"
 DEFAULT = "nuclei"
@@ -62,6 +62,7 @@ class Model:
         """See `load`; the arguments are those of `predictor`."""
         self.path = path
         self._predictor = predictor(path, **kwargs)
+        self._header = self._predictor.header  # with all offsets, whatever a call asks for
         self._lock = threading.Lock()  # an engine computes one image at a time
 
     @property
@@ -69,7 +70,7 @@ class Model:
         """What the weights file says of itself: network, offsets, normalisation, segmenters,
         validation scores, training.
         """
-        return self._predictor.header
+        return self._header
 
     @property
     def ndim(self) -> int:
@@ -118,13 +119,14 @@ class Model:
         """
         from gdlib.data.scale import factors
         from gdlib.segment.parameters import chosen
-        from gdlib.segment.segmenters import stride
+        from gdlib.segment.segmenters import stride, used
 
         if not (pixel_size is None or diameter is None):
             raise ValueError(
                 "pixel_size and diameter both say how the image is to be scaled: leave one out"
             )
         segmenter, all_of_them = chosen(self.path, self.info, segmenter, parameters)
+        offsets = used(segmenter, self.info["offsets"])
         by = factors(self.info, self.ndim, pixel_size, diameter)
         frames = self._frames(image, axes)
         labels = np.empty(frames.shape + frames.sides, np.uint32)
@@ -142,14 +144,14 @@ class Model:
             )
 
         def predict(frame: np.ndarray | Source) -> Prediction:
-            return self._predict(frame, False, stride(segmenter, all_of_them))
+            return self._predict(frame, False, offsets, stride(segmenter, all_of_them))
 
         for index in np.ndindex(frames.shape):
             labels[index] = objects(
                 predict,
                 # its range is known already, where it is not scaled
                 frames[index] if any(index) or by is not None else first,
-                self.info["offsets"],
+                offsets,
                 segmenter,
                 all_of_them,
                 by,
@@ -171,13 +173,13 @@ class Model:
             raise DataError(
                 f"an image of shape {np.shape(image)} has several frames: predict them one by one"
             )
-        return self._predict(frames[()], True)
+        return self._predict(frames[()], True, self.info["offsets"])
 
     def _predict(
-        self, image: np.ndarray | Source, keep_embedding: bool, stride: int = 1
+        self, image: np.ndarray | Source, keep_embedding: bool, offsets: Offsets, stride: int = 1
     ) -> Prediction:
         with self._lock:
-            self._predictor.stride = stride
+            self._predictor.ask_for(offsets, stride)
             return self._predictor(image, keep_embedding=keep_embedding)
 
     def _frames(self, image: np.ndarray, axes: str | None) -> Any:

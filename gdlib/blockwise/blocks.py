@@ -26,7 +26,7 @@ from gdlib import io
 from gdlib.boxes import Box
 from gdlib.data.axes import SECTIONS, View, fitted, kept_axes
 from gdlib.data.intensity import Negative, ground_is_elsewhere, intensity_range, rescale
-from gdlib.types import Prediction
+from gdlib.types import Offsets, Prediction
 
 # pixels; larger ones waste less on context, where there is memory
 BLOCK = {2: (1024, 1024), 3: (32, 256, 256)}
@@ -224,6 +224,12 @@ class Blockwise(ABC):
             self.header["normalisation"],
             self.invert,
         )
+
+    def ask_for(self, offsets: Offsets, stride: int = 1) -> None:
+        """Let affinities of these offsets alone be predicted from now on, in rows of this `stride`:
+        what a segmenter uses (see `gdlib.segment.segmenters`).
+        """
+        self.header, self.stride = {**self.header, "offsets": offsets}, stride
 
     def block_sides(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the sides of the blocks an image is cut into, nearly equal and multiples of the

@@ -128,7 +128,7 @@ class Work:
             options = {key: getattr(self.arguments, key) for key in keys}
             devices.use_threads(max(1, self.threads // at_once))
             predictor = trained.predictor(self.arguments.model, at_once=at_once, **options)
-            predictor.header, predictor.stride = self.header, self.stride
+            predictor.ask_for(self.header["offsets"], self.stride)
             _ = predictor.run  # is made here, and not by each thread
             devices.use_threads(self.threads)
             for other in set(self._predictors) - {1, self.at_once}:
