@@ -55,6 +55,18 @@ def fitting(ndim: int) -> str:
     return f"; of the built-in networks, {listed} take {kind}"
 
 
+def bright_ground(is_inverted: bool, invert: str, leave: str) -> str:
+    """Return a hint on an image whose ground is where objects were in the training.
+
+    Args:
+        is_inverted: is the image seen as its negative?
+        invert: what to do to see it so.
+        leave: what to do to see it as it is.
+    """
+    mend = f"bright here, {leave}" if is_inverted else f"dark on a bright ground here, {invert}"
+    return f"most of the image is as bright as objects were in the training; if objects are {mend}"
+
+
 class Model:
     """A trained network that segments arrays; made by `load`. Several threads may share one."""
 
@@ -132,16 +144,8 @@ class Model:
         labels = np.empty(frames.shape + frames.sides, np.uint32)
         first = self._predictor.source(np.asarray(frames[(0,) * len(frames.shape)]))
         if first.ground_is_elsewhere:
-            inverted = self._predictor.invert
-            warnings.warn(
-                "most of the image is as bright as objects were in the training; if objects are "
-                + (
-                    "bright here, load the network without invert"
-                    if inverted
-                    else "dark on a bright ground here, load it with invert=True"
-                ),
-                stacklevel=2,
-            )
+            ways = "load it with invert=True", "load the network without invert"
+            warnings.warn(bright_ground(self._predictor.invert, *ways), stacklevel=2)
 
         def predict(frame: np.ndarray | Source) -> Prediction:
             return self._predict(frame, False, offsets, stride(segmenter, all_of_them))

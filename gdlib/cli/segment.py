@@ -180,15 +180,13 @@ def _parameter(text: str) -> tuple[str, float]:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from gdlib.data.files import find_files, is_folder
+    from gdlib.data.files import expanded
     from gdlib.data.scale import factors
 
     if arguments.model is None:
         print(f"no --model is given: {trained.DEFAULT} is taken", file=sys.stderr)
     arguments.model = trained.find(arguments.model or trained.DEFAULT)
-    paths: list[str] = []
-    for path in arguments.images:
-        paths += map(str, find_files(Path(path)).values()) if is_folder(path) else [path]
+    paths = expanded(arguments.images)
     failed = Failures()
     jobs = _jobs(paths, arguments, failed)
     _check_outputs(arguments, jobs)

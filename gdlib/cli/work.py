@@ -194,15 +194,8 @@ class Work:
                 job,
             )
         if source.ground_is_elsewhere:
-            self._say(
-                "most of it is as bright as objects were in the training; if objects are "
-                + (
-                    "bright here, leave --invert out"
-                    if self.arguments.invert
-                    else "dark on a bright ground here, use --invert"
-                ),
-                job,
-            )
+            ways = "use --invert", "leave --invert out"
+            self._say(trained.bright_ground(given.invert, *ways), job)
 
     def _must_be_alone(self, shape: Sequence[int]) -> bool:
         """Is an image so large that it takes long, or more than its part of the memory?"""
