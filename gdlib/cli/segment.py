@@ -92,7 +92,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "--augment",
         action="store_true",
         help="see every image turned and mirrored in eight ways, and take the means: takes eight "
-        "times as long, and finds more in volumes",
+        "times as long; docs/use.md says where it helps",
     )
     segment.add_argument(
         "--preview",
