@@ -16,7 +16,7 @@ from gdlib.registry import nearest
 
 if TYPE_CHECKING:
     from gdlib.blockwise.blocks import Blockwise, Source
-    from gdlib.types import Prediction
+    from gdlib.types import Offsets, Prediction
 
 FOLDER = Path(__file__).parent / "weights"
 DEFAULT = "nuclei"
@@ -55,6 +55,18 @@ def fitting(ndim: int) -> str:
     return f"; of the built-in networks, {listed} take {kind}"
 
 
+def bright_ground(is_inverted: bool, invert: str, leave: str) -> str:
+    """Return a hint on an image whose ground is where objects were in the training.
+
+    Args:
+        is_inverted: is the image seen as its negative?
+        invert: what to do to see it so.
+        leave: what to do to see it as it is.
+    """
+    mend = f"bright here, {leave}" if is_inverted else f"dark on a bright ground here, {invert}"
+    return f"most of the image is as bright as objects were in the training; if objects are {mend}"
+
+
 class Model:
     """A trained network that segments arrays; made by `load`. Several threads may share one."""
 
@@ -62,6 +74,7 @@ class Model:
         """See `load`; the arguments are those of `predictor`."""
         self.path = path
         self._predictor = predictor(path, **kwargs)
+        self._header = self._predictor.header  # with all offsets, whatever a call asks for
         self._lock = threading.Lock()  # an engine computes one image at a time
 
     @property
@@ -69,7 +82,7 @@ class Model:
         """What the weights file says of itself: network, offsets, normalisation, segmenters,
         validation scores, training.
         """
-        return self._predictor.header
+        return self._header
 
     @property
     def ndim(self) -> int:
@@ -103,7 +116,8 @@ class Model:
                 image is brought to the pixels of the training images, and the labels back. Only
                 if `info["pixel_size"]` is there.
             diameter: the same by the diameter of a typical object in pixels, if
-                `info["diameter"]` is there: percentiles 5, 50 and 95 of the training images.
+                `info["diameter"]` is there: percentiles 5, 50 and 95 of the training images. It is
+                given instead of `pixel_size`, and not beside it.
             segmenter: what makes objects of affinities; the one that the weights were chosen with
                 if left out.
             parameters: of the segmenter, instead of those that were tuned.
@@ -113,38 +127,35 @@ class Model:
 
         Raises:
             DataError: the image does not fit the network.
-            ValueError: no such segmenter, parameter or value.
+            ValueError: no such segmenter, parameter or value; or both `pixel_size` and `diameter`.
         """
         from gdlib.data.scale import factors
         from gdlib.segment.parameters import chosen
-        from gdlib.segment.segmenters import stride
+        from gdlib.segment.segmenters import stride, used
 
+        if not (pixel_size is None or diameter is None):
+            raise ValueError(
+                "pixel_size and diameter both say how the image is to be scaled: leave one out"
+            )
         segmenter, all_of_them = chosen(self.path, self.info, segmenter, parameters)
+        offsets = used(segmenter, self.info["offsets"])
         by = factors(self.info, self.ndim, pixel_size, diameter)
         frames = self._frames(image, axes)
         labels = np.empty(frames.shape + frames.sides, np.uint32)
         first = self._predictor.source(np.asarray(frames[(0,) * len(frames.shape)]))
         if first.ground_is_elsewhere:
-            inverted = self._predictor.invert
-            warnings.warn(
-                "most of the image is as bright as objects were in the training; if objects are "
-                + (
-                    "bright here, load the network without invert"
-                    if inverted
-                    else "dark on a bright ground here, load it with invert=True"
-                ),
-                stacklevel=2,
-            )
+            ways = "load it with invert=True", "load the network without invert"
+            warnings.warn(bright_ground(self._predictor.invert, *ways), stacklevel=2)
 
         def predict(frame: np.ndarray | Source) -> Prediction:
-            return self._predict(frame, False, stride(segmenter, all_of_them))
+            return self._predict(frame, False, offsets, stride(segmenter, all_of_them))
 
         for index in np.ndindex(frames.shape):
             labels[index] = objects(
                 predict,
                 # its range is known already, where it is not scaled
                 frames[index] if any(index) or by is not None else first,
-                self.info["offsets"],
+                offsets,
                 segmenter,
                 all_of_them,
                 by,
@@ -166,13 +177,13 @@ class Model:
             raise DataError(
                 f"an image of shape {np.shape(image)} has several frames: predict them one by one"
             )
-        return self._predict(frames[()], True)
+        return self._predict(frames[()], True, self.info["offsets"])
 
     def _predict(
-        self, image: np.ndarray | Source, keep_embedding: bool, stride: int = 1
+        self, image: np.ndarray | Source, keep_embedding: bool, offsets: Offsets, stride: int = 1
     ) -> Prediction:
         with self._lock:
-            self._predictor.stride = stride
+            self._predictor.ask_for(offsets, stride)
             return self._predictor(image, keep_embedding=keep_embedding)
 
     def _frames(self, image: np.ndarray, axes: str | None) -> Any:

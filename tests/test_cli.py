@@ -416,6 +416,35 @@ def test_a_volume_that_was_stopped_goes_on(
         assert np.array_equal(file["volumes/raw"][()], volume_by_hand()) == (more != ["--invert"])
 
 
+@pytest.mark.parametrize("options", [("--channel", "1", "2"), ("--axes", "YX", "XY")])
+def test_what_was_predicted_of_another_channel_or_axis_is_not_used(
+    options, teacher, squares, tmp_path, monkeypatch
+):
+    from gdlib.cli.work import Work
+
+    option, *values = options
+    images = [squares(seed, (96, 96))[0][0] for seed in range(1 if option == "--axes" else 2)]
+    tifffile.imwrite(tmp_path / "a.tif", np.stack(images), imagej=True, metadata={"axes": "CYX"})
+
+    def command(folder, value):
+        words = segment_command(teacher, tmp_path / folder, tmp_path / "a.tif", block=64)
+        return [*words, option, value]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "_finish", stopped)  # when all blocks are predicted
+        run(*command("out", values[0]), code=130)
+    assert (tmp_path / "out" / ".a.partial").exists()
+    labels = []
+    for folder in ("out", "new"):
+        run(*command(folder, values[1]))
+        labels.append(tifffile.imread(tmp_path / folder / "a.tif"))
+    assert labels[0].max() > 3
+    assert np.array_equal(*labels)
+
+
 def test_volumes_that_cannot_be_segmented(volume_model, volume, teacher, refusal, tmp_path):
     path, image, _ = volume
     out = tmp_path / "labels"

@@ -12,7 +12,7 @@ from gdlib.cli.main import main
 from gdlib.data import decoders
 from gdlib.data.axes import fitted, without_single_axes
 from gdlib.data.calibration import calibration, written
-from gdlib.data.files import find_files, open_volume, read_image, read_label
+from gdlib.data.files import expanded, find_files, open_volume, read_image, read_label
 from gdlib.data.intensity import rescale
 from gdlib.data.prepare import check_sample
 from gdlib.io import Sample
@@ -345,6 +345,8 @@ def test_files_that_systems_leave_in_folders(tmp_path):
     for name in ("._a.1.TIF", "Thumbs.db", ".DS_Store", "desktop.ini"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
     assert find_files(tmp_path) == {"a.1": tmp_path / "a.1.TIF"}
+    image = str(tmp_path / "a.1.TIF")
+    assert expanded(["b.h5:raw", str(tmp_path)]) == ["b.h5:raw", image]
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
@@ -409,6 +411,9 @@ def test_axes_of_one_pixel(tmp_path, shape, channels, ndim, expected):
         for given in (image, volume):
             source = Source(given, channels, ndim, {"lower": 0, "upper": 100})
             assert source.shape == expected
+            negative = Source(given, channels, ndim, {"lower": 0, "upper": 100}, invert=True)
+            for seen in (source, negative):
+                np.testing.assert_array_equal(seen.as_recorded, array.reshape(channels, *expected))
             low, high = (v.reshape(-1, *[1] * ndim) for v in source.range)
             whole = (array.reshape(channels, *expected) - low) / (high - low)
             np.testing.assert_allclose(source.read([0] * ndim, expected), whole, rtol=1e-6)

@@ -13,6 +13,7 @@ import gdlib
 from gdlib import trained
 from gdlib.io.failures import DataError
 from gdlib.predict.predictor import Predictor
+from gdlib.segment.parameters import chosen
 from gdlib.segment.segmenters import segment
 
 
@@ -134,6 +135,48 @@ def test_every_call_has_its_own_stride(teacher, squares):
         )
         np.testing.assert_array_equal(labels, expected)
         np.testing.assert_array_equal(model.predict(image).affinity, found.affinity)
+
+
+GIVEN = {
+    "mutex_watershed": {"min_fragment": 50},
+    "waterz": {"min_fragment": 50, "threshold": 0.3},
+    "multicut": {"min_fragment": 50, "beta": 0.5},
+}
+
+
+@pytest.mark.skipif("neurons" not in trained.names(), reason="not in the package")
+def test_only_what_a_segmenter_uses_is_computed(monkeypatch):
+    """Of threads that share a network, each gets what it asks for."""
+    model = gdlib.load("neurons", device="cpu", precision="float32", engine="torch")
+    offsets, predict = model.info["offsets"], model._predictor.predict
+    rng = np.random.default_rng(0)
+    sites = rng.uniform(0, 64, (2, 8, 1, 1))
+    near = np.sort(np.hypot(*(np.mgrid[:64, :64][:, None] - sites)), axis=0)
+    volume = np.where(near[1] - near[0] < 4, 40, 160) + rng.normal(0, 8, (6, 64, 64))
+    whole = model.predict(volume)
+    counts, labels = [], {}
+
+    def counted(*arguments):
+        found = predict(*arguments)
+        counts.append(len(found.affinity))
+        return found
+
+    def run(name):
+        labels[name] = model.segment(volume, segmenter=name, **GIVEN[name])
+
+    monkeypatch.setattr(model._predictor, "predict", counted)
+    threads = [threading.Thread(target=run, args=(name,)) for name in GIVEN]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(counts) == [3, 3, len(offsets)]
+    for name, given in GIVEN.items():
+        _, parameters = chosen(model.path, model.info, name, given)
+        expected = segment(whole.affinity, whole.foreground, offsets, name, **parameters)
+        assert expected.max() > 3
+        np.testing.assert_array_equal(labels[name], expected)
+    np.testing.assert_array_equal(model.predict(volume).affinity, whole.affinity)
 
 
 def test_names_and_files(tmp_path, monkeypatch, teacher):

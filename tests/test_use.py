@@ -89,6 +89,7 @@ def test_sections_of_a_volume_are_segmented_one_by_one(teacher, model, stack, tm
         (["--axes", "YX"], "does not have the axes YX"),
         (["--axes", "QQYX"], "does not have the axes QQYX"),
         (["--pixel-size", "0.5"], "do not say how large the pixels of their training images were"),
+        (["--diameter", "9", "--pixel-size", "1x2x3"], "2 sides, not 3"),
         (["--diameter", "9"], "do not say how large the objects of their training images were"),
     ],
 )
@@ -135,6 +136,45 @@ def test_picture_and_table(teacher, model, stack, tmp_path, capsys):
     (out / "a.preview.png").write_bytes((tmp_path / "in" / "a.tif").read_bytes())
     segment(teacher, out, *arguments, code=1)
     assert "a.preview.png is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--diameter", "8"]], ids=["plain", "scaled"])
+@pytest.mark.parametrize("ending", ["tif", "h5"])
+@pytest.mark.parametrize("axis", [(0,), (2,), (0, 1)])
+def test_axes_of_one_pixel_change_nothing(options, axis, ending, teacher, squares, tmp_path):
+    image = squares(52, (96, 80))[0][0]
+    found = []
+    for folder, array in (("a", image), ("b", np.expand_dims(image, axis))):
+        place = tmp_path / folder
+        place.mkdir()
+        if ending == "h5":
+            with h5py.File(place / "a.h5", "w") as file:
+                file["raw"] = array
+        else:
+            tifffile.imwrite(place / "a.tif", array, photometric="minisblack")
+        arguments = ["--preview", "--table", place / "a.csv", *options]
+        segment(teacher, place / "out", place / f"a.{ending}", *arguments)
+        with Image.open(place / "out" / "a.preview.png") as picture:
+            rows = (place / "a.csv").read_text().replace(str(place), "")
+            found.append((rows, np.asarray(picture).tolist()))
+    assert found[0][0].count("\n") > 20
+    assert found[0] == found[1]
+
+
+def test_a_pixel_size_beside_a_diameter_is_for_the_table(teacher, model, stack, tmp_path):
+    image, table = stack[0, 1], tmp_path / "a.csv"
+    tifffile.imwrite(tmp_path / "a.tif", image)
+    arguments = ["--diameter", "8", "--pixel-size", "0.5x0.25", "--table", table]
+    segment(teacher, tmp_path / "out", tmp_path / "a.tif", *arguments)
+    wanted = model.segment(image, diameter=8)
+    assert np.array_equal(tifffile.imread(tmp_path / "out" / "a.tif"), wanted)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == wanted.max() > 3
+    for row in rows:
+        assert float(row["area_microns"]) == pytest.approx(float(row["area"]) / 8)
+    with pytest.raises(ValueError, match="both say how the image is to be scaled"):
+        model.segment(image, pixel_size=0.5, diameter=8)
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.preview.png"])
@@ -197,8 +237,10 @@ def test_size_of_pixels_and_objects():
     assert factors(header, 2, diameter=10) == (2.0, 2.0)
     with pytest.raises(DataError, match="beyond what can be right"):
         factors(header, 3, 500)
-    with pytest.raises(DataError, match="3 sides, not 2"):
-        factors(header, 3, (1, 2))
+    for diameter in (None, 10):
+        with pytest.raises(DataError, match="3 sides, not 2; give the pixel size as one number"):
+            factors(header, 3, (1, 2), diameter)
+    assert factors({"diameter": [10.0, 20.0, 30.0]}, 2, (500, 500), 10) == (2.0, 2.0)
     for found, ndim, wanted in (
         ({"element_size_um": [0.3, 0.1, 0.2]}, 3, (0.3, 0.1, 0.2)),
         ({"resolution": [30, 6, 6]}, 2, (0.006, 0.006)),

@@ -26,7 +26,7 @@ from gdlib import io
 from gdlib.boxes import Box
 from gdlib.data.axes import SECTIONS, View, fitted, kept_axes
 from gdlib.data.intensity import Negative, ground_is_elsewhere, intensity_range, rescale
-from gdlib.types import Prediction
+from gdlib.types import Offsets, Prediction
 
 # pixels; larger ones waste less on context, where there is memory
 BLOCK = {2: (1024, 1024), 3: (32, 256, 256)}
@@ -62,6 +62,12 @@ class Source:
         ndim: number of axes that the network wants.
         normalisation: keyword arguments of `intensity_range`; the range is that of the whole image.
         invert: see the image as its negative.
+
+    Attributes:
+        as_recorded: (C, [Z,] Y, X), the image without other axes, and not inverted; of a dataset on
+            disk a `View`, which is not read yet.
+        array: the same as the network sees it, perhaps the negative.
+        shape: ([Z,] Y, X).
     """
 
     def __init__(
@@ -92,9 +98,9 @@ class Source:
                 "least one pixel; convert the image or choose another "
                 f"model{SECTIONS * (channels == 1 and ndim == 3)}"
             )
-        array, shape = seen, seen.shape
-        self.array = Negative(array) if invert else array
-        self.shape = shape[1:]
+        self.as_recorded = seen
+        self.array = Negative(seen) if invert else seen
+        self.shape = seen.shape[1:]
         self.normalisation = normalisation
 
     @cached_property
@@ -218,6 +224,12 @@ class Blockwise(ABC):
             self.header["normalisation"],
             self.invert,
         )
+
+    def ask_for(self, offsets: Offsets, stride: int = 1) -> None:
+        """Let affinities of these offsets alone be predicted from now on, in rows of this `stride`:
+        what a segmenter uses (see `gdlib.segment.segmenters`).
+        """
+        self.header, self.stride = {**self.header, "offsets": offsets}, stride
 
     def block_sides(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the sides of the blocks an image is cut into, nearly equal and multiples of the

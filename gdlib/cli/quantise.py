@@ -47,7 +47,7 @@ def add_quantise(commands: argparse._SubParsersAction) -> None:
 
 
 def _quantise(arguments: argparse.Namespace) -> None:
-    from gdlib.data.files import find_files, is_folder
+    from gdlib.data.files import expanded
 
     weights: Path = arguments.weights
     header = io.read_header(weights)
@@ -59,9 +59,7 @@ def _quantise(arguments: argparse.Namespace) -> None:
     from gdlib.predict.predictor import Predictor
 
     int8.check_installed()
-    paths: list[str] = []
-    for path in arguments.images:
-        paths += map(str, find_files(Path(path)).values()) if is_folder(path) else [path]
+    paths = expanded(arguments.images)
     out = io.int8_beside(weights)
     outputs.check(
         [outputs.Output(out, int8.is_own)], [weights, *paths], overwrite=arguments.overwrite

@@ -72,14 +72,15 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         type=_pixel,
         metavar="MICRONS",
         help="of the images, one number or ZxYxX: they are brought to that of the training images, "
-        "and the labels back (default: what the file says, if the model knows its own)",
+        "and the labels back (default: what the file says, if the model knows its own); beside "
+        "--diameter, it is for the microns of the table alone",
     )
     segment.add_argument(
         "--diameter",
         type=argument(Positive),
         metavar="PIXELS",
         help="of typical objects in the images: they are brought to those of the training images, "
-        "and the labels back; instead of --pixel-size",
+        "and the labels back; beside --pixel-size, this decides how they are scaled",
     )
     segment.add_argument(
         "--invert",
@@ -91,7 +92,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "--augment",
         action="store_true",
         help="see every image turned and mirrored in eight ways, and take the means: takes eight "
-        "times as long, and finds more in volumes",
+        "times as long; docs/use.md says where it helps",
     )
     segment.add_argument(
         "--preview",
@@ -179,15 +180,13 @@ def _parameter(text: str) -> tuple[str, float]:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from gdlib.data.files import find_files, is_folder
+    from gdlib.data.files import expanded
     from gdlib.data.scale import factors
 
     if arguments.model is None:
         print(f"no --model is given: {trained.DEFAULT} is taken", file=sys.stderr)
     arguments.model = trained.find(arguments.model or trained.DEFAULT)
-    paths: list[str] = []
-    for path in arguments.images:
-        paths += map(str, find_files(Path(path)).values()) if is_folder(path) else [path]
+    paths = expanded(arguments.images)
     failed = Failures()
     jobs = _jobs(paths, arguments, failed)
     _check_outputs(arguments, jobs)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gdlib.blockwise.blocks import Blockwise, Source
+    from gdlib.data.frames import Frames
 
 
 # Pixels, by number of axes; a larger image is alone, and goes on from where it was stopped.
@@ -127,7 +128,7 @@ class Work:
             options = {key: getattr(self.arguments, key) for key in keys}
             devices.use_threads(max(1, self.threads // at_once))
             predictor = trained.predictor(self.arguments.model, at_once=at_once, **options)
-            predictor.header, predictor.stride = self.header, self.stride
+            predictor.ask_for(self.header["offsets"], self.stride)
             _ = predictor.run  # is made here, and not by each thread
             devices.use_threads(self.threads)
             for other in set(self._predictors) - {1, self.at_once}:
@@ -156,10 +157,14 @@ class Work:
             if isinstance(image, Frames) and not is_alone:  # then frames are seen at the same time
                 return None
             by = self._factors(job, attributes)
-            if isinstance(image, Frames) or by is not None:
+            if isinstance(image, Frames):
                 return self._by_frames(job, predictor, image, attributes, by, is_alone)
             with self._about(job.path, image):
                 source = predictor.source(image)
+            if by is not None:
+                one = Frames(source.as_recorded, f"C{'ZYX'[-self.ndim :]}", self.ndim)
+                return self._by_frames(job, predictor, one, attributes, by, is_alone)
+            with self._about(job.path, image):
                 if not is_alone and self._must_be_alone(source.shape):
                     return None
                 self._look_at(job, source, attributes)
@@ -170,7 +175,7 @@ class Work:
                     boxes = predictor.blocks(source.shape)
                     parts = ((box, predictor.predict(source, box)) for box in boxes)
                     prediction = assembled(source.shape, parts)
-                return self._finish(job, prediction, attributes, 0, self._seen(image))
+                return self._finish(job, prediction, attributes, 0, self._seen(source))
 
     def _look_at(self, job: Job, source: Source, attributes: dict[str, Any]) -> None:
         """Say so if objects may be dark where they were bright in the training, or of another size
@@ -189,15 +194,8 @@ class Work:
                 job,
             )
         if source.ground_is_elsewhere:
-            self._say(
-                "most of it is as bright as objects were in the training; if objects are "
-                + (
-                    "bright here, leave --invert out"
-                    if self.arguments.invert
-                    else "dark on a bright ground here, use --invert"
-                ),
-                job,
-            )
+            ways = "use --invert", "leave --invert out"
+            self._say(trained.bright_ground(given.invert, *ways), job)
 
     def _must_be_alone(self, shape: Sequence[int]) -> bool:
         """Is an image so large that it takes long, or more than its part of the memory?"""
@@ -230,7 +228,8 @@ class Work:
         need = 0
         stored = attributes.get("zarr")
         identity = f"{stored.identity if stored else file_identity(job.file)} {job.path}"
-        identity += " inverted" * self.arguments.invert
+        given = self.arguments
+        identity += f" axes {given.axes}, channel {given.channel}" + " inverted" * given.invert
         if self.budget and (self.arguments.memory or is_large(predictor, source.shape)):
             with self._about(job.path, image):
                 choice = choose(
@@ -268,10 +267,10 @@ class Work:
                 predictor, {job.path: source}, job.hidden("partial"), f"{self.weights} {identity}"
             )
             prediction = assembled(source.shape, ((box, part) for _, box, part in blocks))
-        return self._finish(job, prediction, attributes, need, self._seen(image))
+        return self._finish(job, prediction, attributes, need, self._seen(source))
 
-    def _seen(self, image: Any) -> np.ndarray | None:
-        return _first_channel(image, self.ndim) if self.found.wants_image else None
+    def _seen(self, source: Source) -> np.ndarray | None:
+        return np.asarray(source.as_recorded) if self.found.wants_image else None
 
     def _factors(self, job: Job, attributes: dict[str, Any]) -> tuple[float, ...] | None:
         """Return by how much an image is to be enlarged, None for not at all."""
@@ -297,7 +296,7 @@ class Work:
         self,
         job: Job,
         predictor: Blockwise,
-        image: Any,
+        image: Frames,
         attributes: dict[str, Any],
         by: tuple[float, ...] | None,
         is_alone: bool,
@@ -305,17 +304,8 @@ class Work:
         """Segment every frame on its own, in memory, and write all of them to one file; None if
         that is to be done `alone`.
         """
-        from gdlib.data.frames import Frames
         from gdlib.data.scale import resized_sides
 
-        axes = "ZYX"[-self.ndim :]
-        if not isinstance(image, Frames):
-            image = np.asarray(image)
-            if image.ndim == self.ndim:  # a dataset on disk without channels
-                image = image[None]
-            image = Frames(image, f"C{axes}", self.ndim) if image.ndim == self.ndim + 1 else image
-            if not isinstance(image, Frames):
-                raise io.DataError(f"{job.path}: an image of shape {image.shape} cannot be scaled")
         if "Z" in image.axes and not self.told_of_sections:
             self.told_of_sections = True
             self._say(
@@ -337,7 +327,8 @@ class Work:
         label = np.empty(image.shape + image.sides, np.uint32)
 
         def one(predictor: Blockwise, index: tuple[int, ...]) -> Counted:
-            frame = np.asarray(image[index])
+            # a large one on disk is not read twice
+            frame = np.asarray(image[index]) if any(index) else first
             with self._about(job.path, frame):
                 label[index] = trained.objects(
                     predictor, frame, self.header["offsets"], self.segmenter, self.parameters, by
@@ -355,7 +346,7 @@ class Work:
             with workers(together, max(1, self.threads // together)) as pool:
                 for part in pool.map(partial(one, predictor), frames):
                     counted.add(part)
-        axes = image.axes + axes
+        axes = image.axes + "ZYX"[-self.ndim :]
         with self._written(job):
             labels.write_label(job.target, job.dataset, label, attributes, job.mark, axes)
         if self.arguments.preview:
@@ -474,15 +465,6 @@ class Work:
             elif len(sides) == self.ndim + 1 and self.header["channels"] == 1:
                 hint = "; or choose one channel with --channel"
             raise io.DataError(f"{path}: {error}{hint}") from None
-
-
-def _first_channel(image: Any, ndim: int) -> np.ndarray:
-    """Return an image in memory, (C, [Z,] Y, X), without other axes of one pixel."""
-    array = np.asarray(image)
-    sides = [n for n in array.shape if n > 1]
-    if array.ndim == ndim + 1:
-        return array
-    return array.reshape(1, *(sides if len(sides) == ndim else array.shape[-ndim:]))
 
 
 @contextlib.contextmanager

@@ -68,6 +68,14 @@ def is_folder(path: Path | str) -> bool:
     return Path(path).is_dir() and not omezarr.split_zarr_path(path)
 
 
+def expanded(paths: Iterable[str]) -> list[str]:
+    """Return paths of images, with what is in a folder in place of the folder."""
+    found: list[str] = []
+    for path in paths:
+        found += map(str, find_files(Path(path)).values()) if is_folder(path) else [path]
+    return found
+
+
 def find_files(folder: Path) -> dict[str, Path]:
     """Return name -> path of the PNG, TIFF, HDF5 and OME-Zarr images of a folder, sorted by name.
 

@@ -86,11 +86,19 @@ def factors(
         header: of the weights.
         ndim: axes of the network.
         pixel_size: of the image in microns, one number or one per axis.
-        diameter: of a typical object of the image in pixels.
+        diameter: of a typical object of the image in pixels; where it is given, it alone decides,
+            and of the pixel size only the number of sides is looked at.
 
     Raises:
-        DataError: the weights do not say what it takes, or the factor is beyond reason.
+        DataError: the weights do not say what it takes, the pixel size has another number of sides,
+            or the factor is beyond reason.
     """
+    sides = (pixel_size,) * ndim if np.ndim(pixel_size) == 0 else tuple(pixel_size)
+    if len(sides) != ndim:
+        raise DataError(
+            f"a pixel of this network has {ndim} sides, not {len(sides)}; give the pixel size as "
+            "one number, or as one for each axis"
+        )
     if diameter is not None:
         diameter = checked("diameter", Positive, diameter)
         if "diameter" not in header:
@@ -106,9 +114,6 @@ def factors(
                 "give the diameter of typical objects in pixels instead (--diameter), or leave the "
                 "pixel size out"
             )
-        sides = (pixel_size,) * ndim if np.ndim(pixel_size) == 0 else tuple(pixel_size)
-        if len(sides) != ndim:
-            raise DataError(f"a pixel of this network has {ndim} sides, not {len(sides)}")
         found = tuple(a / b for a, b in zip(sides, header["pixel_size"], strict=True))
     else:
         return None

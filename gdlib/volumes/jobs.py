@@ -131,7 +131,7 @@ def predict(
     if io.sha256(weights) != plan["weights_sha256"]:
         raise io.DataError(f"{weights}: these are not the weights of the plan; make the plan again")
     predictor = Predictor.load(weights, device=device, block=passes)
-    predictor.header = {**predictor.header, "offsets": plan["offsets"]}
+    predictor.ask_for(plan["offsets"])
     with open_array(plan["image"]) as volume:
         if identity(volume) != plan["identity"]:
             raise io.DataError(

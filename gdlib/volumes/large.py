@@ -67,8 +67,8 @@ def segment_in_blocks(
         settings = {"overlap": list(grid.overlap), "parameters": dict(parameters)}
         _begin(folder, plan, settings)
         _check_space(folder, choice, len(plan["offsets"]) + 1, image)
-        predictor.header = {**predictor.header, "offsets": plan["offsets"]}
-        predictor.stride = 1  # where a block with its overlap begins, its rows do
+        # all rows: those of a stride begin where a block with its overlap does
+        predictor.ask_for(plan["offsets"])
         _segments(predictor, source, plan, settings, grid, folder)
         segments, matches, numbers, labels = (
             folder / name for name in ("segments", "matches", "numbers.h5", "labels")
