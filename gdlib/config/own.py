@@ -80,8 +80,8 @@ class Measured:
 
 def methods(found: Measured) -> tuple[str, str]:
     """Return the method of a student that learns from labels alone, and of one that learns from the
-    teacher too: where there are images without labels, what it finds in these, which was measured
-    to help (docs/results.md).
+    teacher too: where there are images without labels, what it finds in these, by which outlines
+    were measured to be better (docs/results.md). With volumes that was not tried.
     """
     return "none", "pseudo" if found.unlabelled and found.ndim == 2 else "grd"
 
